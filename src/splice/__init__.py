@@ -1,0 +1,52 @@
+"""splice loads any trained PEFT adapter onto any PyTorch base model, and proves that it did.
+
+This is the table of public names. Each is imported when it is first asked for, so `import splice` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_PUBLIC = {
+    "splice.model": ["PeftModel"],
+    "splice.tasks": [
+        "PeftModelForCausalLM",
+        "PeftModelForFeatureExtraction",
+        "PeftModelForQuestionAnswering",
+        "PeftModelForSeq2SeqLM",
+        "PeftModelForSequenceClassification",
+        "PeftModelForTokenClassification",
+        "get_peft_model",
+    ],
+    "splice.config": ["PeftConfig", "PeftType", "PromptLearningConfig", "TaskType", "get_peft_config"],
+    "splice.errors": [
+        "AdapterMismatchError",
+        "CheckpointError",
+        "NoMatchingPeftModuleError",
+        "PeftError",
+        "PeftWarning",
+        "UnknownMethodError",
+        "UnsupportedFeatureError",
+    ],
+    "splice.methods.lora": ["LoraConfig", "LoraRuntimeConfig"],
+    "splice.loading.report": ["LoadReport"],
+    "splice.saving": ["get_peft_model_state_dict"],
+    "splice.loading.state": ["load_peft_weights", "set_peft_model_state_dict"],
+    "splice.status": ["get_layer_status", "get_model_status"],
+}
+_PLACES = {name: module for module, names in _PUBLIC.items() for name in names}
+
+__version__ = "0.1.0"
+__all__ = sorted(_PLACES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'splice' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_PLACES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PLACES])

@@ -1,0 +1,293 @@
+"""Adapter configs: inert dataclasses, how they are read from `adapter_config.json` and written back."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import os
+import warnings
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, ClassVar
+
+from splice.errors import CheckpointError, PeftWarning
+
+CONFIG_NAME = "adapter_config.json"
+# Configs are exchanged with the reference, so what we write names the format's version, not ours.
+FORMAT_VERSION = "0.21.2"
+
+
+class PeftType(str, Enum):
+    """Every kind of adapter that a checkpoint can name. Members equal their upper-case string."""
+
+    LORA = "LORA"
+    ADALORA = "ADALORA"
+    ADAMSS = "ADAMSS"
+    ADAPTION_PROMPT = "ADAPTION_PROMPT"
+    BEFT = "BEFT"
+    BOFT = "BOFT"
+    C3A = "C3A"
+    CARTRIDGE = "CARTRIDGE"
+    CPT = "CPT"
+    DEFT = "DEFT"
+    DELORA = "DELORA"
+    FOURIERFT = "FOURIERFT"
+    FROD = "FROD"
+    GLORA = "GLORA"
+    GRALORA = "GRALORA"
+    HIRA = "HIRA"
+    HRA = "HRA"
+    IA3 = "IA3"
+    LILY = "LILY"
+    LN_TUNING = "LN_TUNING"
+    LOHA = "LOHA"
+    LOKR = "LOKR"
+    MISS = "MISS"
+    MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
+    OFT = "OFT"
+    OSF = "OSF"
+    P_TUNING = "P_TUNING"
+    PEANUT = "PEANUT"
+    POLY = "POLY"
+    PREFIX_TUNING = "PREFIX_TUNING"
+    PROMPT_TUNING = "PROMPT_TUNING"
+    PSOFT = "PSOFT"
+    PVERA = "PVERA"
+    RANDLORA = "RANDLORA"
+    ROAD = "ROAD"
+    SHADOW = "SHADOW"
+    SHIRA = "SHIRA"
+    SUPERTUNING = "SUPERTUNING"
+    TINYLORA = "TINYLORA"
+    TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
+    UNILORA = "UNILORA"
+    VBLORA = "VBLORA"
+    VERA = "VERA"
+    WAVEFT = "WAVEFT"
+    XLORA = "XLORA"
+
+    __str__ = Enum.__str__
+    __hash__ = str.__hash__
+
+
+class TaskType(str, Enum):
+    """What the base model is for; it selects the class of the PeftModel."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+    __str__ = Enum.__str__
+    __hash__ = str.__hash__
+
+
+@dataclass(frozen=True)
+class TargetRule:
+    """Which modules of a base model a config selects; the rules are in `surgery/targets.py`."""
+
+    target_modules: set[str] | list[str] | str | None = None
+    exclude_modules: set[str] | list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+
+
+@dataclass
+class PeftConfig:
+    """Fields that every adapter config has, in the order of the reference's constructor.
+
+    Raises:
+        ValueError: `task_type` is not a `TaskType`.
+    """
+
+    task_type: TaskType | str | None = None
+    peft_type: PeftType | str | None = None
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+
+    is_prompt_learning: ClassVar[bool] = False
+    # Fields that live in memory only.
+    runtime_fields: ClassVar[frozenset[str]] = frozenset({"runtime_config"})
+
+    def __post_init__(self) -> None:
+        if self.peft_version is None:
+            self.peft_version = FORMAT_VERSION
+        if self.task_type is not None and self.task_type not in list(TaskType):
+            raise ValueError(
+                f"Invalid task type: {self.task_type!r}. Must be one of the following task types: "
+                f"{', '.join(member.value for member in TaskType)}"
+            )
+
+    def target_rule(self) -> TargetRule:
+        """The modules this config selects: none, unless a method says otherwise."""
+        return TargetRule()
+
+    def trained_biases(self) -> str:
+        """Which biases of the base the adapter trains: "none", "all", or those of its targets ("<method>_only")."""
+        return "none"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All serialisable fields; sets stay sets. `type(config)(**config.to_dict())` is the same config."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in self.runtime_fields}
+
+    def to_json(self, auto_mapping: dict[str, str] | None = None) -> str:
+        """The text of `adapter_config.json`: sorted keys, indent 2, `inference_mode` always true."""
+        fields = self.to_dict() | {"inference_mode": True}
+        if auto_mapping is not None:
+            fields["auto_mapping"] = auto_mapping
+        return json.dumps(fields, indent=2, sort_keys=True, default=_jsonable)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write `adapter_config.json` into `save_directory`, which is made if needed.
+
+        Raises:
+            AssertionError: `save_directory` is a file.
+        """
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise AssertionError(f"{folder} is a file; save_pretrained needs a directory")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG_NAME).write_text(self.to_json(kwargs.get("auto_mapping_dict")), encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """Read the config of a checkpoint, as the class that its `peft_type` names.
+
+        Args:
+            pretrained_model_name_or_path: a local folder or a Hub id.
+            subfolder: folder inside it.
+            **kwargs: options of `huggingface_hub.hf_hub_download`; others are ignored.
+
+        Raises:
+            CheckpointError: (a ValueError) there is no readable `adapter_config.json`.
+            UnknownMethodError: (a KeyError) `peft_type` names no known method.
+        """
+        from splice.loading.source import Source
+
+        source = Source.from_options(pretrained_model_name_or_path, subfolder=subfolder, options=kwargs)
+        return parse_config(source.config_text(), str(source.config_place))
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike[str]) -> dict[str, Any]:
+        """The raw fields of a config file."""
+        return read_fields(Path(path_json_file).read_bytes(), str(path_json_file))
+
+
+@dataclass
+class PromptLearningConfig(PeftConfig):
+    """What the methods that act on a model's input or cache share; nulls are filled from the base model."""
+
+    num_virtual_tokens: int | None = None
+    token_dim: int | None = None
+    num_transformer_submodules: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+    modules_to_save: list[str] | None = None
+
+    is_prompt_learning: ClassVar[bool] = True
+
+    def target_rule(self) -> TargetRule:
+        return TargetRule(modules_to_save=self.modules_to_save)
+
+
+@dataclass(frozen=True)
+class UnknownFields:
+    """Fields of a config file that no config class here has: what a newer or another library wrote."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def switched_on(self) -> dict[str, Any]:
+        """Those that may change what the adapter computes: set to something other than null, false or empty."""
+        return {name: value for name, value in self.values.items() if value not in (None, False, 0, "", [], {})}
+
+
+def read_fields(text: bytes, place: str) -> dict[str, Any]:
+    """Parse the bytes of a config file into its fields.
+
+    Raises:
+        CheckpointError: it is not UTF-8, not JSON, or not a JSON object.
+    """
+    if text.startswith(b"\xef\xbb\xbf"):
+        raise CheckpointError(f"{place} starts with a byte order mark; save it as UTF-8 without one")
+    try:
+        fields = json.loads(text.decode("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{place} is not valid JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{place} holds a JSON {type(fields).__name__}; an adapter config is an object")
+    return fields
+
+
+def parse_config(text: bytes, place: str) -> PeftConfig:
+    """Make the config of a checkpoint. Fields that its class does not know are left out with a warning.
+
+    A field that this version knows and cannot honour is the business of the method's own check
+    (`Method.check`), which refuses it: there, the effect on the output is known.
+    """
+    from splice.methods.registry import method_named
+
+    fields = read_fields(text, place)
+    if "peft_type" not in fields:
+        raise CheckpointError(f"{place} has no 'peft_type': it does not say which kind of adapter this is")
+    config_class = method_named(fields["peft_type"], place).config
+    known = {f.name for f in dataclasses.fields(config_class) if f.init}
+    unknown = UnknownFields({k: v for k, v in fields.items() if k not in known or k in config_class.runtime_fields})
+    if unknown.values:
+        warnings.warn(_unknown_fields_message(unknown, config_class, fields, place), PeftWarning, stacklevel=2)
+    try:
+        return config_class(**{k: v for k, v in fields.items() if k not in unknown.values})
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{place}: {error}") from error
+
+
+def _unknown_fields_message(unknown: UnknownFields, cls: type, fields: dict[str, Any], place: str) -> str:
+    text = (
+        f"{place}: unexpected fields {sorted(unknown.values)} for {cls.__name__} are ignored "
+        f"(written by version {fields.get('peft_version')}, this is {FORMAT_VERSION})."
+    )
+    if unknown.switched_on:
+        text += (
+            f" Of these, {unknown.switched_on} are switched on: if they change what the adapter computes, "
+            "the output is not what was trained; a newer version may support them."
+        )
+    return text
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, (set, frozenset)):
+        return sorted(value, key=str)
+    raise TypeError(f"{type(value).__name__} cannot be written to {CONFIG_NAME}: {value!r}")
+
+
+def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
+    """The config object of `config_dict["peft_type"]`; unknown fields are a TypeError, as in any constructor."""
+    from splice.methods.registry import method_named
+
+    return method_named(config_dict["peft_type"], "the given dict").config(**config_dict)
+
+
+def copy_config(config: PeftConfig, **changes: Any) -> PeftConfig:
+    """An independent copy with `changes`: neither shares containers with the other."""
+    import copy
+
+    clone = copy.deepcopy(config)
+    for name, value in changes.items():
+        setattr(clone, name, value)
+    return clone
+
+
+def accepted_by(function: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Those of `options` that `function` has parameters for."""
+    parameters = inspect.signature(function).parameters
+    return {k: v for k, v in options.items() if k in parameters}

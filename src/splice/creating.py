@@ -1,0 +1,76 @@
+"""Putting a new, untrained adapter on a model. The one place where a caller's config is written to: they read it there."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from splice.config import PeftConfig
+from splice.loading.commit import Built, build_new
+from splice.loading.plan import Plan, lay_out
+from splice.methods.registry import method_named
+from splice.surgery.tuner import Tuner
+
+
+def adopt_base(config: PeftConfig, model: nn.Module, revision: str | None) -> None:
+    """Record in `config` which base model, and which revision of it, the adapter is made for."""
+    name = model.__dict__.get("name_or_path") or None
+    if config.base_model_name_or_path is not None and config.base_model_name_or_path != name:
+        warnings.warn(
+            f"The PEFT config's `base_model_name_or_path` was renamed from {config.base_model_name_or_path!r} to {name!r}. "
+            "Please ensure that the correct base model is loaded when loading this checkpoint.",
+            stacklevel=3,
+        )
+    config.base_model_name_or_path = name
+    if revision is not None:
+        if config.revision is not None and config.revision != revision:
+            warnings.warn(
+                f"peft config has already set base model revision to {config.revision}, overwriting with {revision}",
+                stacklevel=3,
+            )
+        config.revision = revision
+
+
+def new_adapter(
+    tuner: Tuner, config: PeftConfig, heads: Sequence[str], autocast: bool, low_cpu_mem_usage: bool = False
+) -> tuple[Plan, list[Built]]:
+    """Build the layers of a new adapter, attached to nothing yet, and write what was resolved into `config`."""
+    check_together(tuner, config)
+    plan = lay_out(tuner.model, config, method_named(config.peft_type, "the config"), heads)
+    built = build_new(plan, config, autocast)
+    if low_cpu_mem_usage:
+        for item in built:
+            item.layer.to(torch.device("meta"))
+    write_back(config, plan)
+    return plan, built
+
+
+def write_back(config: PeftConfig, plan: Plan) -> None:
+    """What the config left open is filled in, as users of the reference read it: default targets, "all-linear", heads."""
+    for name in ("target_modules", "modules_to_save"):
+        resolved = getattr(plan.rule, name)
+        if resolved is not None and resolved != getattr(config, name):
+            setattr(config, name, resolved)
+
+
+def check_together(tuner: Tuner, config: PeftConfig) -> None:
+    """Raise where an adapter with this config cannot stand beside those that are there.
+
+    Raises:
+        ValueError: another method, or a second adapter that trains biases of the base.
+    """
+    for name, other in tuner.peft_config.items():
+        if other.peft_type != config.peft_type:
+            raise ValueError(
+                f"Cannot combine adapters with different peft types: {name!r} is {other.peft_type} and the new one is "
+                f"{config.peft_type}."
+            )
+        bias, new = other.trained_biases(), config.trained_biases()
+        if bias != "none" and new != "none":
+            raise ValueError(
+                f"only one adapter of a model can train biases: {name!r} has bias={bias!r} and the new one {new!r}. "
+                "When using multiple adapters, set bias to 'none' for all adapters but one."
+            )

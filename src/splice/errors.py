@@ -1,0 +1,54 @@
+"""Every exception and warning class of splice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class PeftError(Exception):
+    """Root of the errors that splice raises about adapters."""
+
+
+class PeftWarning(UserWarning):
+    """A load or a save that works, with something the caller should know."""
+
+
+class NoMatchingPeftModuleError(PeftError, ValueError):
+    """The config selects no module of the base model."""
+
+
+class CheckpointError(PeftError, ValueError):
+    """The checkpoint cannot be found, read or understood; the model has not been looked at."""
+
+
+class UnknownMethodError(PeftError, KeyError):
+    """`peft_type` names no method that is known here."""
+
+    def __str__(self) -> str:  # KeyError would show the repr of the message
+        return str(self.args[0])
+
+
+class UnsupportedFeatureError(PeftError, NotImplementedError):
+    """The config asks for something that would change the output and is not implemented."""
+
+
+class AdapterMismatchError(PeftError, RuntimeError):
+    """The checkpoint does not fit the model. The model is as it was.
+
+    Attributes:
+        missing: names of tensors that the adapter needs and the checkpoint lacks.
+        unexpected: names of tensors of the checkpoint that have no place in the model.
+        mismatched: names of tensors whose shape or dtype does not fit their place.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        missing: Sequence[str] = (),
+        unexpected: Sequence[str] = (),
+        mismatched: Sequence[str] = (),
+    ) -> None:
+        super().__init__(message)
+        self.missing = list(missing)
+        self.unexpected = list(unexpected)
+        self.mismatched = list(mismatched)

@@ -1,0 +1,1 @@
+"""source -> checkpoint -> keys -> plan -> commit -> report: the road of a load, in this order."""

@@ -1,0 +1,224 @@
+"""A load from end to end: open the checkpoint, plan, check, read, commit, report."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import warnings
+from collections import namedtuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from splice.config import PeftConfig, copy_config, parse_config
+from splice.creating import check_together
+from splice.errors import PeftWarning
+from splice.loading.checkpoint import Weights, open_weights
+from splice.loading.commit import Built, build_loaded
+from splice.loading.header import Entry
+from splice.loading.keys import renamed
+from splice.loading.mend import advice
+from splice.loading.plan import Plan, fit, lay_out, walk_bare
+from splice.loading.report import LoadReport, grouped, mismatch_error
+from splice.loading.source import Source
+from splice.methods.registry import Method, method_named
+from splice.surgery.tuner import Tuner
+
+logger = logging.getLogger("splice")
+
+# The shape of torch's own result of `load_state_dict`.
+LoadResult = namedtuple("LoadResult", ["missing_keys", "unexpected_keys"])
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What the caller of a load asked for; the fields are the arguments of `PeftModel.from_pretrained`."""
+
+    adapter_name: str
+    is_trainable: bool
+    autocast: bool
+    ephemeral_gpu_offload: bool
+    key_mapping: Mapping[str, str] | None
+    strict: bool
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def ignores_sizes(self) -> bool:
+        return bool(self.extra.get("ignore_mismatched_sizes"))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that has been opened: its config, and its tensors by their names after any mapping."""
+
+    config: PeftConfig
+    weights: Weights
+    names: Mapping[str, str]
+
+    @property
+    def entries(self) -> dict[str, Entry]:
+        return {name: self.weights.entries[own] for name, own in self.names.items()}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A finished load."""
+
+    result: LoadResult
+    report: LoadReport
+
+
+def open_checkpoint(
+    model_id: str | os.PathLike[str],
+    config: PeftConfig | None,
+    options: LoadOptions,
+    key_mapping: Mapping[str, str] | None,
+) -> Checkpoint:
+    """Find a checkpoint and read its config and the header of its weights. No model is involved.
+
+    Raises:
+        CheckpointError: it cannot be found or read.
+        ValueError: the adapter name is empty, or `config` is no PeftConfig.
+    """
+    if not isinstance(options.adapter_name, str) or not options.adapter_name:
+        raise ValueError(f"adapter_name must be a non-empty string, got {options.adapter_name!r}")
+    if config is not None and not isinstance(config, PeftConfig):
+        raise ValueError(f"The input config must be a PeftConfig, got {type(config).__name__}")
+    source = Source.from_options(model_id, options.extra.get("subfolder"), options.extra)
+    text = None if config is not None else source.config_text()
+    parsed = config if text is None else parse_config(text, source.config_place)
+    assert parsed is not None
+    weights = open_weights(Path(source.weights()))
+    names = renamed(weights.entries, key_mapping) if key_mapping else {name: name for name in weights.entries}
+    return Checkpoint(parsed, weights, names)
+
+
+def load_new(
+    tuner: Tuner, checkpoint: Checkpoint, options: LoadOptions, heads: Sequence[str], freeze_base: bool
+) -> Loaded:
+    """Load a checkpoint as a new adapter of the network. On any failure the network is as it was."""
+    if options.adapter_name in tuner.peft_config:
+        raise ValueError(
+            f"the model has an adapter {options.adapter_name!r} already. Choose another adapter_name, or load into the "
+            "present one with `model.load_adapter`."
+        )
+    config = copy_config(checkpoint.config, inference_mode=not options.is_trainable)
+    _set_runtime(config, options)
+    check_together(tuner, config)
+    method = method_named(config.peft_type, "the config")
+    plan = fit(lay_out(tuner.model, config, method, heads), checkpoint.entries)
+    settle(plan, tuner.model, checkpoint, config, method, options)
+    plan.sources = {key: checkpoint.names[name] for key, name in plan.sources.items()}
+    built = build_loaded(plan, config, checkpoint.weights, options.autocast)
+    tuner.commit(options.adapter_name, config, built, freeze_base)
+    if options.is_trainable:
+        tuner.set_requires_grad(options.adapter_name, True)
+    elif config.trained_biases() != "none":
+        _leave_biases_trainable(built)
+    return report(plan, built, options)
+
+
+def _leave_biases_trainable(built: Sequence[Built]) -> None:
+    """The reference trains biases that an adapter brings even where the adapter is loaded for inference."""
+    for item in built:
+        if item.layer.trained_bias is not None:
+            item.layer.trained_bias.requires_grad = True
+
+
+def _set_runtime(config: Any, options: LoadOptions) -> None:
+    if not options.ephemeral_gpu_offload:
+        return
+    if "runtime_config" in vars(config):
+        config.runtime_config = replace(config.runtime_config, ephemeral_gpu_offload=True)
+    else:
+        warnings.warn("Ephemeral GPU offloading is not supported by this method; it is ignored.", stacklevel=4)
+
+
+def settle(
+    plan: Plan, network: nn.Module, checkpoint: Checkpoint, config: PeftConfig, method: Method, options: LoadOptions
+) -> None:
+    """Refuse a plan that does not fit, or warn about it where the caller waived strictness.
+
+    Raises:
+        AdapterMismatchError: something is missing, unexpected or of another shape.
+    """
+    if plan.mismatched and options.ignores_sizes:
+        shown = [f"{key}: {found} in the checkpoint, {needed} in the model" for key, found, needed in plan.mismatched]
+        warnings.warn(
+            "Some weights were ignored because their sizes differ:\n" + "\n".join(shown), PeftWarning, stacklevel=4
+        )
+        plan.missing += [key for key, _, _ in plan.mismatched]
+        plan.mismatched = []
+        if not plan.unexpected and set(plan.missing) <= {line.partition(": ")[0] for line in shown}:
+            return
+    if plan.fits:
+        return
+    if options.strict or plan.mismatched:
+        paths = walk_bare(network)
+        hints = advice(plan, checkpoint.entries, config, method, options.adapter_name, paths)
+        raise mismatch_error(plan, checkpoint.weights.place, _bases(config, network), hints)
+    for what, keys in (("missing adapter keys", plan.missing), ("unexpected keys", plan.unexpected)):
+        if keys:
+            text = f"Found {what} while loading the checkpoint: {grouped(keys)}."
+            warnings.warn(text, PeftWarning, stacklevel=4)
+
+
+def _bases(config: PeftConfig, network: nn.Module) -> str:
+    """Which base the adapter names, and what was given."""
+    given = network.__dict__.get("name_or_path") or "no name"
+    named = config.base_model_name_or_path or "no base model"
+    return f"The adapter names {named!r} as its base; given was a {type(network).__name__} ({given})."
+
+
+def report(plan: Plan, built: Sequence[Built], options: LoadOptions) -> Loaded:
+    """Say what was done."""
+    tensors = [tensor for item in built for _, tensor in item.layer.named_slots()]
+    line = LoadReport(
+        adapter_name=options.adapter_name,
+        placed=len(plan.sources),
+        expected=len(tensors),
+        layers=len(built),
+        nbytes=sum(t.numel() * t.element_size() for t in tensors),
+        seconds=time.perf_counter() - options.started,
+    )
+    logger.info("%s", line)
+    return Loaded(LoadResult(list(plan.missing), list(plan.unexpected)), line)
+
+
+def load_into(tuner: Tuner, checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
+    """Load weights over those of an adapter that is there. The tensors stay the same objects.
+
+    Everything is read and checked before the first value changes.
+    """
+    name = options.adapter_name
+    if name in tuner.merged:
+        raise ValueError(f"adapter {name!r} is merged; call `unmerge_adapter()` before loading new weights into it")
+    method = method_named(checkpoint.config.peft_type, "the config")
+    plan = fit(plan_of_present(tuner, name), checkpoint.entries)
+    settle(plan, tuner.model, checkpoint, checkpoint.config, method, options)
+    plan.sources = {key: checkpoint.names[own] for key, own in plan.sources.items()}
+    values = build_loaded(plan, checkpoint.config, checkpoint.weights, options.autocast)
+    present = [Built(item.placement, tuner.placed[name][item.placement.path]) for item in values]
+    for new, old in zip(values, present):
+        targets = dict(old.layer.named_slots())
+        for suffix, tensor in new.layer.named_slots():
+            if new.placement.key(suffix) in plan.sources:
+                targets[suffix].data.copy_(tensor.data)
+    return report(plan, present, options)
+
+
+def plan_of_present(tuner: Tuner, name: str) -> Plan:
+    """The plan that an adapter on the model is the result of."""
+    from splice.loading.plan import Placement
+
+    config = tuner.peft_config[name]
+    placements = [
+        Placement(path, tuner.adapted[path], type(layer), {s: tuple(t.shape) for s, t in layer.named_slots()})  # type: ignore[arg-type]
+        for path, layer in tuner.placed[name].items()
+    ]
+    return Plan(placements, config.target_rule())

@@ -1,0 +1,205 @@
+"""What probably went wrong when a checkpoint does not fit, worked out from the plan: advice for the error."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Collection, Mapping
+
+from splice.config import PeftConfig, TaskType
+from splice.loading.header import Entry
+from splice.loading.keys import PREFIX, Key, parse_key
+from splice.loading.plan import Plan
+from splice.methods.registry import Method, all_methods
+
+_HEADS = ("score", "classifier", "qa_outputs", "lm_head")
+
+
+def advice(
+    plan: Plan,
+    entries: Mapping[str, Entry],
+    config: PeftConfig,
+    method: Method,
+    adapter_name: str,
+    paths: Collection[str],
+) -> list[str]:
+    """Sentences, the most likely cause first. `paths` are those of all modules of the model."""
+    found = [
+        _empty(entries),
+        _zero_sized(entries),
+        _other_method(plan, method),
+        _other_prefix(plan, method, paths),
+        _adapter_name_inside(plan, adapter_name),
+        _base_weights(plan, paths),
+        _other_rank(plan),
+        _resized_vocabulary(plan),
+        _other_task_class(plan, config),
+        _nearest_module(plan, method, paths),
+        _wrong_dtype(plan),
+    ]
+    return [sentence for sentence in found if sentence]
+
+
+def _empty(entries: Mapping[str, Entry]) -> str | None:
+    return (
+        None if entries else "the file holds no tensors at all; the save that wrote it was given an empty state dict."
+    )
+
+
+def _zero_sized(entries: Mapping[str, Entry]) -> str | None:
+    empty = [name for name, entry in entries.items() if 0 in entry.shape]
+    if not empty:
+        return None
+    return (
+        f"{len(empty)} tensors have no elements ({empty[0]}): the adapter was saved under DeepSpeed ZeRO-3 or FSDP without "
+        "gathering the parameters first. Save it again from a gathered state dict."
+    )
+
+
+def _other_method(plan: Plan, method: Method) -> str | None:
+    if plan.sources:
+        return None
+    for other in all_methods().values():
+        names = other.tensor_names
+        if other is not method and any(parse_key(name, names) for name in plan.unexpected):
+            return (
+                f"the tensors are those of {other.name.value} and the config says {method.name.value}: "
+                "the two files belong to different adapters."
+            )
+    return None
+
+
+def _other_prefix(plan: Plan, method: Method, paths: Collection[str]) -> str | None:
+    """The names fit once something is added to, or taken from, the front of every path."""
+    missing = {key[len(PREFIX) :] for key in plan.missing}
+    if not missing or not plan.unexpected:
+        return None
+    fronts: Counter[tuple[str, str]] = Counter()
+    by_tail: dict[str, list[str]] = {}
+    for key in missing:
+        by_tail.setdefault(".".join(key.split(".")[-4:]), []).append(key)
+    for name in plan.unexpected:
+        for key in by_tail.get(".".join(name.split(".")[-4:]), ()):
+            had, needs = _fronts(name, PREFIX + key)
+            fronts[had, needs] += 1
+    if not fronts:
+        return None
+    (had, needs), count = fronts.most_common(1)[0]
+    if count < len(plan.unexpected) / 2:
+        return None
+    if PREFIX.startswith(needs[: len(PREFIX)]) and needs.startswith(had) and not had:
+        return f"{count} names lack the prefix {needs!r}. They were written by another tool: put {needs!r} before each name."
+    return (
+        f"{count} names begin with {had!r} where this model has {needs!r}: the base model was renamed or wrapped since. "
+        f"Pass key_mapping={{{_regex(had)!r}: {_replacement(needs)!r}}}."
+    )
+
+
+def _fronts(name: str, key: str) -> tuple[str, str]:
+    """What stands in front of the longest common tail of the two, from a dot on."""
+    a, b = name.split("."), key.split(".")
+    while a and b and a[-1] == b[-1]:
+        a.pop()
+        b.pop()
+    return "".join(part + "." for part in a), "".join(part + "." for part in b)
+
+
+def _regex(front: str) -> str:
+    return "^" + front.removeprefix(PREFIX).replace(".", r"\.")
+
+
+def _replacement(front: str) -> str:
+    return front.removeprefix(PREFIX)
+
+
+def _adapter_name_inside(plan: Plan, adapter_name: str) -> str | None:
+    for name in plan.unexpected:
+        parts = name.split(".")
+        for candidate in dict.fromkeys((adapter_name, "default")):
+            without = ".".join(part for i, part in enumerate(parts) if not (part == candidate and i >= len(parts) - 2))
+            if without in plan.missing:
+                return (
+                    f"the names still carry the adapter name {candidate!r} ({name}), as in a raw state dict. "
+                    f"Remove it ({without}), or save with `save_pretrained`."
+                )
+    return None
+
+
+def _base_weights(plan: Plan, paths: Collection[str]) -> str | None:
+    for name in plan.unexpected:
+        path, _, leaf = name.removeprefix(PREFIX).rpartition(".")
+        if path in paths and leaf in ("weight", "bias"):
+            return (
+                f"{name} is named like a weight of the base model, which loading an adapter never overwrites. If it was "
+                f"trained, list {path!r} in `modules_to_save` of the config."
+            )
+    return None
+
+
+def _other_rank(plan: Plan) -> str | None:
+    ranks = {
+        (found, needed)
+        for key, found_shape, needed_shape in plan.mismatched
+        for found, needed in zip(_sizes(found_shape), _sizes(needed_shape))
+        if found != needed and "lora_" in key
+    }
+    if not plan.mismatched or len(ranks) != 1:
+        return None
+    found, needed = ranks.pop()
+    return (
+        f"the tensors have rank {found} and the config says {needed}. If the tensors are right, set r (or rank_pattern) "
+        f"to {found} in the config; the scale alpha / r changes with it."
+        if _is_rank(plan)
+        else None
+    )
+
+
+def _is_rank(plan: Plan) -> bool:
+    return all(
+        len(_sizes(found)) == len(_sizes(needed)) and sum(a != b for a, b in zip(_sizes(found), _sizes(needed))) == 1
+        for _, found, needed in plan.mismatched
+    )
+
+
+def _sizes(text: str) -> list[int]:
+    return [int(n) for n in text.strip("()").split(",") if n.strip().isdigit()]
+
+
+def _resized_vocabulary(plan: Plan) -> str | None:
+    for key, found, needed in plan.mismatched:
+        if any(part in key for part in ("embed", "lm_head", "wte")):
+            return (
+                f"the vocabulary was resized before training ({key}: {found}, here {needed}). Call "
+                "`model.resize_token_embeddings(...)` with the size of the adapter's tokenizer before loading."
+            )
+    return None
+
+
+def _other_task_class(plan: Plan, config: PeftConfig) -> str | None:
+    heads = {key.removeprefix(PREFIX).partition(".")[0] for key in (*plan.missing, *plan.unexpected)} & set(_HEADS)
+    shapes = {key.removeprefix(PREFIX).partition(".")[0] for key, _, _ in plan.mismatched} & set(_HEADS)
+    if shapes:
+        return f"the head {sorted(shapes)[0]!r} has another size: load the base with the number of labels it was trained for."
+    if not heads:
+        return None
+    task = config.task_type.value if isinstance(config.task_type, TaskType) else config.task_type
+    return f"the head {sorted(heads)[0]!r} differs: the adapter was trained for {task}; load the base with that task's class."
+
+
+def _nearest_module(plan: Plan, method: Method, paths: Collection[str]) -> str | None:
+    for name in plan.unexpected:
+        key: Key | None = parse_key(name, method.tensor_names)
+        if key is not None and key.path not in paths:
+            near = difflib.get_close_matches(key.path, paths, n=1)
+            if near:
+                return f"there is no module {key.path!r}; the nearest is {near[0]!r}."
+        elif key is not None:
+            return f"{key.path!r} exists, but the config's target_modules do not select it."
+    return None
+
+
+def _wrong_dtype(plan: Plan) -> str | None:
+    wrong = {found for _, found, _ in plan.mismatched if found.startswith("dtype")}
+    if not wrong:
+        return None
+    return f"the tensors are stored as {', '.join(sorted(wrong))}, as quantised or miscast weights are; adapters are floats."

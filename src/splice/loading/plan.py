@@ -1,0 +1,216 @@
+"""The plan: where every tensor of a checkpoint goes in a given model, and everything that does not fit.
+
+Making a plan reads no tensor, allocates nothing and changes nothing; it works on a model on the `meta` device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from splice.config import PeftConfig, TargetRule
+from splice.loading.checkpoint import DTYPES
+from splice.loading.header import Entry
+from splice.loading.keys import Key
+from splice.methods.layer import AdapterLayer
+from splice.methods.registry import Method
+from splice.surgery.targets import resolved_rule, select
+from splice.surgery.whole import BiasOnly, WholeModule, own_tensors
+from splice.weights.dense import dtype_of
+
+HALVES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One adapter layer to be: on which base layer, of which class, with which tensors.
+
+    Attributes:
+        path: dotted path of the base layer.
+        base: the base layer.
+        layer_class: the adapter layer to be built.
+        slots: suffix -> shape of every tensor it needs.
+    """
+
+    path: str
+    base: nn.Module
+    layer_class: type[AdapterLayer]
+    slots: Mapping[str, tuple[int, ...]]
+
+    def key(self, suffix: str) -> str:
+        return str(Key(self.path, suffix))
+
+    def dtype(self, suffix: str, autocast: bool) -> torch.dtype:
+        """The dtype of a tensor in memory: copies keep the original's, an adapter takes its base layer's.
+
+        With `autocast` half-precision adapters are held in float32.
+        """
+        if self.layer_class is WholeModule:
+            return dict(own_tensors(self.base))[suffix].dtype
+        own = dtype_of(self.base)
+        if suffix in ("bias", "base_layer.bias"):
+            return own
+        return torch.float32 if own in HALVES and (autocast or own.itemsize == 1) else own
+
+
+@dataclass
+class Plan:
+    """What a load will do.
+
+    Attributes:
+        placements: the adapter layers to build, in the order of the model.
+        rule: the rule they were selected by, with defaults and "all-linear" spelled out.
+        redundant: names that the reference writes a second time, and that nothing has to be done with.
+        sources: key of a slot -> name of the tensor in the checkpoint, for every tensor that has its place.
+        missing: keys of slots that the checkpoint has no tensor for.
+        unexpected: names of tensors that have no place.
+        mismatched: (key, shape or dtype in the checkpoint, shape it must have) of tensors that do not fit.
+    """
+
+    placements: list[Placement]
+    rule: TargetRule
+    redundant: frozenset[str] = frozenset()
+    sources: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[tuple[str, str, str]] = field(default_factory=list)
+
+    @property
+    def fits(self) -> bool:
+        return not (self.missing or self.unexpected or self.mismatched)
+
+    def slots(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """(key, shape) of every tensor that the adapter has."""
+        for placement in self.placements:
+            for suffix, shape in placement.slots.items():
+                yield placement.key(suffix), shape
+
+
+def walk_bare(network: nn.Module) -> dict[str, nn.Module]:
+    """Every module of the base model by path, each once; what adapters added is not entered.
+
+    So the cost does not depend on how many adapters there are.
+    """
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+
+    def walk(module: nn.Module, path: str) -> None:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        found[path] = module
+        skip = "adapters" if "splice_host" in module.__dict__ else None
+        for name, child in module._modules.items():
+            if child is not None and name != skip:
+                walk(child, f"{path}.{name}" if path else name)
+
+    walk(network, "")
+    return found
+
+
+def lay_out(network: nn.Module, config: PeftConfig, method: Method, heads: Sequence[str] = ()) -> Plan:
+    """The adapter layers that `config` asks for on `network`: the plan of a new, still empty adapter.
+
+    Args:
+        network: the base model; it may carry adapters.
+        config: the adapter's config.
+        method: the method of the config.
+        heads: names of task heads, which are saved whole beside what the config names.
+
+    Raises:
+        NoMatchingPeftModuleError: the config selects nothing.
+        ValueError: the config cannot be applied to a layer that it selects.
+    """
+    method.check(config)
+    modules = walk_bare(network)
+    rule = resolved_rule(method, config, network, modules)
+    if heads:
+        rule = replace(rule, modules_to_save=list(dict.fromkeys([*(rule.modules_to_save or ()), *heads])))
+    placements = [
+        _placement(path, base, method.layer_for(base, path), config) for path, base in select(rule, modules).items()
+    ]
+    placements += [_placement(path, base, WholeModule, config) for path, base in _saved_whole(rule, modules)]
+    biases = config.trained_biases()
+    return Plan(_with_biases(placements, modules, biases), rule, _written_twice(placements, biases))
+
+
+def _written_twice(placements: Sequence[Placement], biases: str) -> frozenset[str]:
+    """With `bias="all"` the reference also writes the biases of whole modules under their names in its memory."""
+    if biases != "all":
+        return frozenset()
+    whole = [(p.path, suffix) for p in placements if p.layer_class is WholeModule for suffix in p.slots]
+    return frozenset(
+        str(Key(path, f"{where}.{suffix}"))
+        for path, suffix in whole
+        if suffix.rpartition(".")[2] == "bias"
+        for where in ("modules_to_save", "original_module")
+    )
+
+
+def _placement(path: str, base: nn.Module, layer_class: type[AdapterLayer], config: PeftConfig) -> Placement:
+    return Placement(path, base, layer_class, layer_class.slots(base, config, path))
+
+
+def _saved_whole(rule: TargetRule, modules: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
+    entries = tuple(rule.modules_to_save or ())
+    found: list[tuple[str, nn.Module]] = []
+    for path, module in modules.items() if entries else ():
+        # The reference compares plain suffixes here, without regard to dots.
+        inside = found and path.startswith(found[-1][0] + ".")
+        if path and path.endswith(entries) and not inside:
+            found.append((path, module))
+    return found
+
+
+def _with_biases(placements: list[Placement], modules: Mapping[str, nn.Module], bias: str) -> list[Placement]:
+    """`placements` with a slot for every bias that the adapter trains."""
+    if bias == "none":
+        return placements
+    whole = tuple(p.path for p in placements if p.layer_class is WholeModule)
+    adapted = {p.path: p for p in placements}
+    result = []
+    for path, module in modules.items():
+        placement = adapted.get(path)
+        own = module._parameters.get("bias")
+        inside_whole = any(path == w or path.startswith(w + ".") for w in whole)
+        if own is None or inside_whole:
+            if placement is not None:
+                result.append(placement)
+        elif placement is not None:
+            result.append(replace(placement, slots={**placement.slots, "base_layer.bias": tuple(own.shape)}))
+        elif bias == "all":
+            result.append(_placement(path, module, BiasOnly, PeftConfig()))
+    return result
+
+
+def fit(plan: Plan, entries: Mapping[str, Entry]) -> Plan:
+    """Fill in where each tensor of the checkpoint goes, and list what does not fit."""
+    taken = set()
+    for placement in plan.placements:
+        for suffix, shape in placement.slots.items():
+            key = placement.key(suffix)
+            entry = entries.get(key)
+            taken.add(key)
+            if entry is None:
+                plan.missing.append(key)
+            elif entry.shape != shape:
+                plan.mismatched.append((key, _shape_text(entry.shape), _shape_text(shape)))
+            elif not _is_floating(entry.dtype) and placement.dtype(suffix, False).is_floating_point:
+                plan.mismatched.append((key, f"dtype {entry.dtype}", "a floating-point dtype"))
+            else:
+                plan.sources[key] = key
+    plan.unexpected = [name for name in entries if name not in taken and name not in plan.redundant]
+    return plan
+
+
+def _shape_text(shape: Sequence[int]) -> str:
+    return str(tuple(shape)).replace(" ", "")
+
+
+def _is_floating(dtype: str) -> bool:
+    known: Any = DTYPES.get(dtype)
+    return known is not None and bool(known.is_floating_point)

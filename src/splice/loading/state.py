@@ -1,0 +1,76 @@
+"""Adapter weights as dicts: reading a checkpoint into one, and putting one into an adapter that is there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from splice.loading.checkpoint import TensorsInMemory, open_weights
+from splice.loading.keys import PREFIX, renamed
+from splice.loading.load import Checkpoint, LoadOptions, LoadResult, load_into
+from splice.loading.source import Source
+from splice.saving import tuner_of
+
+
+def load_peft_weights(
+    model_id: str | os.PathLike[str],
+    device: str | torch.device | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    **hub_kwargs: Any,
+) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint by name, each in memory of its own.
+
+    Args:
+        model_id: folder of a checkpoint, or its id on the Hub.
+        device: where to put them; the CPU by default.
+        key_mapping: regular expression -> replacement for their names, behind the prefix.
+        **hub_kwargs: `subfolder`, and options of `huggingface_hub.hf_hub_download`.
+
+    Raises:
+        CheckpointError: (a ValueError) the weights cannot be found or read.
+    """
+    source = Source.from_options(model_id, hub_kwargs.get("subfolder"), hub_kwargs)
+    weights = open_weights(Path(source.weights()))
+    names = renamed(weights.entries, key_mapping) if key_mapping else {name: name for name in weights.entries}
+    with weights.reader() as reader:  # type: ignore[attr-defined]
+        return {name: reader.read(own).to(device or "cpu") for name, own in names.items()}
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, torch.Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> LoadResult:
+    """Put tensors, under the names of a checkpoint, into an adapter that is there. The dict is not changed.
+
+    Args:
+        model: a PeftModel, or a network that carries adapters; for the latter names may lack the prefix.
+        peft_model_state_dict: the tensors.
+        adapter_name: which adapter.
+        ignore_mismatched_sizes: leave out tensors of another shape, with a warning.
+        low_cpu_mem_usage: accepted for compatibility.
+
+    Returns:
+        `missing_keys` and `unexpected_keys`, as `load_state_dict` of torch does.
+
+    Raises:
+        KeyError: there is no such adapter.
+        AdapterMismatchError: (a RuntimeError) a tensor has another shape.
+    """
+    tuner, prefix = tuner_of(model)
+    if adapter_name not in tuner.placed:
+        raise KeyError(f"no adapter {adapter_name!r}; there are {list(tuner.placed)}")
+    given = TensorsInMemory(peft_model_state_dict, "the given state dict")
+    names = {name if prefix or name.startswith(PREFIX) else PREFIX + name: name for name in peft_model_state_dict}
+    options = LoadOptions(
+        adapter_name, False, True, False, None, strict=False, extra={"ignore_mismatched_sizes": ignore_mismatched_sizes}
+    )
+    checkpoint = Checkpoint(tuner.peft_config[adapter_name], given, names)  # type: ignore[arg-type]
+    return load_into(tuner, checkpoint, options).result

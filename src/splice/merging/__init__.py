@@ -1,0 +1,1 @@
+"""Adapters into weights, and adapters into one adapter."""

@@ -1,0 +1,217 @@
+"""Adding adapters to the base weights, and giving the base weights back.
+
+A merged layer holds a new parameter; the one it had is kept and put back, so unmerging is exact and costs nothing. A
+parameter that is shared with another module (tied embeddings) is left alone there for the same reason.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from splice.methods.layer import AdapterLayer
+from splice.surgery.adapted import Adapted, detach
+from splice.surgery.whole import BiasOnly, WholeModule
+from splice.weights.dense import added, in_stored_layout
+
+if TYPE_CHECKING:
+    from splice.surgery.tuner import Tuner
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The new tensors of one layer, worked out and not yet in it."""
+
+    layer: Adapted
+    names: list[str]
+    tensors: dict[str, torch.Tensor]
+
+
+def merge(tuner: Tuner, adapter_names: list[str] | None, safe_merge: bool) -> None:
+    """Merge the adapters (default: the active ones) on every layer that has them.
+
+    Raises:
+        TypeError: `adapter_names` is a string.
+        NotImplementedError: an adapter cannot be merged on one of its layers; no layer has been changed.
+        ValueError: with `safe_merge`, a merged weight would not be finite; no layer has been changed.
+    """
+    names = adapters_to_merge(tuner, adapter_names)
+    layers = _layers_with(tuner, names)
+    check_mergeable(layers, names)
+    # With `safe_merge` every layer is worked out before the first one is changed.
+    worked_out = (merged_tensors(layer, names, safe_merge) for layer in layers)
+    for item in list(worked_out) if safe_merge else worked_out:
+        put(item)
+    tuner.merged.extend(names)
+
+
+def adapters_to_merge(tuner: Tuner, adapter_names: list[str] | None) -> list[str]:
+    """The adapters that a merge still has to add."""
+    if isinstance(adapter_names, str):
+        raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}")
+    asked = tuner.active_adapters if adapter_names is None else adapter_names
+    already = tuner.merged
+    names = [name for name in asked if name in tuner.peft_config and name not in already]
+    if already:
+        new = f"; merging {names} in addition" if names else "; nothing to do"
+        warnings.warn(f"Already merged adapters: {already}{new}.", stacklevel=4)
+    return names
+
+
+def _layers_with(tuner: Tuner, names: Iterable[str]) -> list[Adapted]:
+    return [layer for layer in tuner.adapted.values() if any(name in layer.splice_host.layers for name in names)]
+
+
+def check_mergeable(layers: Iterable[Adapted], names: Iterable[str]) -> None:
+    """Raise for what cannot be merged, while nothing has been changed yet.
+
+    Raises:
+        NotImplementedError: an update is no change of the layer's weight.
+        RuntimeError: an update has a bias and the base layer has none.
+    """
+    for layer in layers:
+        host = layer.splice_host
+        for name in names:
+            adapter = host.layers.get(name)
+            if adapter is None or isinstance(adapter, (WholeModule, BiasOnly)):
+                continue
+            what = f"{host.path}: adapter {name!r}"
+            if not adapter.mergeable:
+                raise NotImplementedError(f"{what} cannot be merged: its update is no change of the layer's weight")
+            if adapter.delta_bias() is not None and cast(Any, layer)._parameters.get("bias") is None:
+                raise RuntimeError(f"{what} has a bias and the base layer has none to merge it into")
+
+
+@torch.no_grad()
+def merged_tensors(layer: Adapted, names: Iterable[str], safe: bool) -> Merged:
+    """The base tensors of `layer` with the adapters in them, one after the other."""
+    host = layer.splice_host
+    present = [name for name in names if name in host.layers]
+    tensors: dict[str, torch.Tensor] = {}
+    for name in present:
+        adapter = host.layers[name]
+        if isinstance(adapter, WholeModule):  # its copy goes on computing; `merge_and_unload` puts it in place
+            continue
+        tensors.update(_with_adapter(cast(Any, layer), adapter, tensors, f"{host.path}: adapter {name!r}"))
+        if safe:
+            _check_finite(tensors, host.path, name)
+    return Merged(layer, [n for n in present if not isinstance(host.layers[n], WholeModule)], tensors)
+
+
+def _with_adapter(
+    layer: nn.Module, adapter: AdapterLayer, so_far: dict[str, torch.Tensor], what: str
+) -> dict[str, torch.Tensor]:
+    result: dict[str, torch.Tensor] = {}
+    bias = adapter.trained_bias.detach() if adapter.trained_bias is not None else so_far.get("bias")
+    if adapter.trained_bias is not None:
+        assert layer._parameters["bias"] is not None
+        result["bias"] = adapter.trained_bias.detach().to(layer._parameters["bias"].dtype).clone()
+    if isinstance(adapter, BiasOnly):
+        return result
+    weight = so_far.get("weight", layer._parameters["weight"])
+    assert weight is not None
+    delta = adapter.delta_weight(weight.detach())
+    assert delta is not None, what  # `check_mergeable` has asked
+    result["weight"] = added(weight, in_stored_layout(layer, delta))
+    delta_bias = adapter.delta_bias()
+    if delta_bias is not None:
+        own = bias if bias is not None else layer._parameters["bias"]
+        assert own is not None, what
+        result["bias"] = added(own, delta_bias)
+    return result
+
+
+def _check_finite(tensors: dict[str, torch.Tensor], path: str, name: str) -> None:
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+        raise ValueError(f"NaNs detected in the merged weights of {path}. The adapter {name!r} seems to be broken.")
+
+
+def put(item: Merged) -> None:
+    """Put worked-out tensors in place, keeping what they replace."""
+    layer = cast(Any, item.layer)
+    host = item.layer.splice_host
+    for name, tensor in item.tensors.items():
+        old = layer._parameters[name]
+        host.originals.setdefault(name, old)
+        layer._parameters[name] = nn.Parameter(tensor, requires_grad=old.requires_grad)
+    host.merged.extend(item.names)
+
+
+def unmerge(tuner: Tuner) -> None:
+    """Put back the parameters that merging replaced: the same objects, with the same bytes."""
+    if not tuner.merged:
+        warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
+    for layer in tuner.adapted.values():
+        host = layer.splice_host
+        cast(Any, layer)._parameters.update(host.originals)
+        host.originals.clear()
+        host.merged.clear()
+    tuner.merged.clear()
+
+
+def merge_and_unload(tuner: Tuner, progressbar: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
+    """Merge, then take every adapter off. Merged layers keep their new weights."""
+    names = adapters_to_merge(tuner, adapter_names)
+    layers = _layers_with(tuner, names)
+    check_mergeable(layers, names)
+    worked_out = (merged_tensors(layer, names, safe_merge) for layer in _with_progress(layers, progressbar))
+    for item in list(worked_out) if safe_merge else worked_out:
+        put(item)
+        # There is no way back from here, so the old weight's memory is given back layer by layer.
+        item.layer.splice_host.originals.clear()
+    for layer in tuner.adapted.values():
+        layer.splice_host.originals.clear()
+    network = _take_off(tuner, names or tuner.active_adapters)
+    _note_untied(network)
+    return network
+
+
+def _with_progress(layers: list[Adapted], progressbar: bool) -> Iterable[Adapted]:
+    if not progressbar:
+        return layers
+    from tqdm import tqdm
+
+    return cast(Iterable[Adapted], tqdm(layers, desc="Merging", unit="layer"))
+
+
+def unload(tuner: Tuner) -> nn.Module:
+    """Take every adapter off. The base weights are what they were before the first adapter came."""
+    if tuner.merged:
+        unmerge(tuner)
+    return _take_off(tuner, [])
+
+
+def _take_off(tuner: Tuner, keep_copies_of: list[str]) -> nn.Module:
+    """Detach everything; copies of whole modules stay in place for the adapters named."""
+    for path, layer in list(tuner.adapted.items()):
+        copies = [layer.splice_host.layers[n] for n in keep_copies_of if n in layer.splice_host.layers]
+        whole = next((c for c in copies if isinstance(c, WholeModule)), None)
+        for name in list(layer.splice_host.layers):
+            detach(cast(nn.Module, layer), name)
+        if whole is not None:
+            tuner.model.set_submodule(path, whole.module)
+    tuner.adapted.clear()
+    tuner.placed.clear()
+    tuner.peft_config.clear()
+    tuner.merged.clear()
+    tuner.selection.set([])
+    tuner.restore_base()
+    return tuner.model
+
+
+def _note_untied(network: Any) -> None:
+    """A merge may have given one of two tied layers a weight of its own; the model's config must not tie them again."""
+    config = getattr(network, "config", None)
+    if config is None or not getattr(config, "tie_word_embeddings", False):
+        return
+    inputs, outputs = network.get_input_embeddings(), network.get_output_embeddings()
+    if inputs is not None and outputs is not None and inputs.weight is not outputs.weight:
+        warnings.warn(
+            "The embeddings are no longer tied after the merge; `tie_word_embeddings` is set to False.", stacklevel=4
+        )
+        config.tie_word_embeddings = False

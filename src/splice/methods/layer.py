@@ -1,0 +1,146 @@
+"""An adapter layer: what one adapter puts on one target, and the kinds that methods build on.
+
+A method supplies `slots` (which tensors, of which shape), `prepare` (numbers that follow from the config), `initialise`
+and its mathematics. Everything else (attaching, selecting, merging, dtypes, devices, dropout, saving) is hosted once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from splice.config import PeftConfig
+
+Forward = Callable[..., Any]
+
+
+class Slots(nn.Module):
+    """A holder of tensors; nested holders make dotted names. It computes nothing.
+
+    `bias` exists as None until it is held, so that code may ask for it as of any linear layer.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter("bias", None)
+
+
+class AdapterLayer(nn.Module):
+    """Tensors and mathematics of one adapter on one target.
+
+    Its state-dict names are the suffixes that stand in the checkpoint (`lora_A.weight`).
+
+    Args:
+        base: the target. It is read, never kept: a reference would put the base under the adapter's name.
+        config: the adapter's config.
+        path: dotted path of the target in the base model.
+        tensors: one tensor for every name in `slots(base, config, path)`, made for this layer alone.
+    """
+
+    # How the reference spells the tensors of the base layer once this is on it (`base_layer.weight`).
+    base_infix: ClassVar[str] = "base_layer."
+    # True where `inner` is called with the very input `x`: then its output may be computed once for several adapters.
+    keeps_input: ClassVar[bool] = True
+    # Whether `delta_weight` gives the whole update.
+    mergeable: bool = False
+
+    def __init__(self, base: nn.Module, config: PeftConfig, path: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.trained_bias: nn.Parameter | None
+        self.register_parameter("trained_bias", None)
+        for name, tensor in tensors.items():
+            self._hold(name, tensor)
+        self.prepare(base, config, path)
+
+    @classmethod
+    def slots(cls, base: nn.Module, config: Any, path: str) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor that this adapter has on `base`; nothing is allocated.
+
+        Raises:
+            ValueError: the config cannot be applied to this layer.
+        """
+        raise NotImplementedError
+
+    def prepare(self, base: nn.Module, config: Any, path: str) -> None:
+        """Work out what does not change between calls."""
+
+    @classmethod
+    def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: Any) -> None:
+        """Fill the empty `tensors` of a new adapter in place."""
+        raise NotImplementedError
+
+    def around(self, x: torch.Tensor, inner: Forward) -> Any:
+        """The adapted output for `x`. `inner` is the base layer, or the next adapter layer in."""
+        return inner(x)
+
+    def wrapped(self, inner: Forward) -> Forward:
+        """`around` as a function of the base layer's own arguments."""
+        around = self.around
+        return lambda x: around(x, inner)
+
+    def delta_weight(self, weight: torch.Tensor) -> torch.Tensor | None:
+        """What merging adds to the dense `weight`, (out, in) for linear layers; None where it cannot be merged."""
+        return None
+
+    def delta_bias(self) -> torch.Tensor | None:
+        """What merging adds to the base bias; None for nothing."""
+        return None
+
+    def named_slots(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor under its suffix in the checkpoint."""
+        for name, tensor in self.named_parameters():
+            yield ("base_layer.bias" if name == "trained_bias" else name), tensor
+
+    def attribute_of(self, suffix: str) -> str:
+        """The dotted attribute of this layer that holds the tensor with this suffix."""
+        return "trained_bias" if suffix == "base_layer.bias" else suffix
+
+    @classmethod
+    def memory_name(cls, suffix: str, adapter_name: str) -> str:
+        """How the reference names the tensor in memory: the adapter's name stands behind the first component."""
+        if suffix == "base_layer.bias":
+            return suffix
+        first, dot, rest = suffix.partition(".")
+        return f"{first}.{adapter_name}{dot}{rest}"
+
+    def _hold(self, name: str, tensor: torch.Tensor) -> None:
+        *parents, leaf = self.attribute_of(name).split(".")
+        holder: nn.Module = self
+        for parent in parents:
+            child = holder._modules.get(parent)
+            if child is None:
+                child = holder._modules[parent] = Slots()
+            holder = child
+        parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+        holder._parameters[leaf] = parameter
+
+
+class Additive(AdapterLayer):
+    """The kind `y + scale * delta(dropout(x))`: LoRA and most of its relatives."""
+
+    mergeable = True
+    scale: float = 1.0
+    dropout: float = 0.0
+
+    def delta(self, x: torch.Tensor) -> torch.Tensor:
+        """The unscaled update for `x`, already in the dtype of the adapter's tensors."""
+        raise NotImplementedError
+
+    def around(self, x: torch.Tensor, inner: Forward) -> torch.Tensor:
+        y: torch.Tensor = inner(x)
+        h = self.cast_input(x)
+        if self.dropout and self.training:
+            h = nn.functional.dropout(h, self.dropout)
+        # The scale is folded into the sum: one kernel instead of two.
+        out = torch.add(y, self.delta(h), alpha=self.scale)
+        return out if out.dtype is y.dtype else out.to(y.dtype)
+
+    def cast_input(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` in the dtype of the adapter's own tensors."""
+        raise NotImplementedError

@@ -1,0 +1,104 @@
+"""The methods that are known: one frozen record each, found by looking through the package."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
+
+from splice.config import PeftConfig, PeftType
+from splice.errors import CheckpointError, UnknownMethodError
+from splice.methods.layer import AdapterLayer
+from splice.weights.layers import LayerKind, kind_of
+
+_METHODS: dict[PeftType, Method] = {}
+_PACKAGES = ("splice.methods", "splice.prompts")
+
+
+def _nothing_to_check(config: Any) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Method:
+    """What the library has to know about a method.
+
+    Attributes:
+        name: the `peft_type` of its checkpoints.
+        config: its config class.
+        prefix: what the names of its tensors begin with (`lora_`).
+        tensor_names: the first components of its tensors' names (`lora_A`).
+        layers: the adapter layer for each kind of base layer it supports; empty for prompt learning.
+        default_targets: modules to target by `config.model_type`, where the config names none.
+        check: raises where a config asks for something that is wrong or not supported, before anything is read.
+        paper: where the method is described.
+    """
+
+    name: PeftType
+    config: type[PeftConfig]
+    prefix: str
+    tensor_names: frozenset[str]
+    layers: Mapping[LayerKind, type[AdapterLayer]] = field(default_factory=lambda: MappingProxyType({}))
+    default_targets: Mapping[str, list[str] | str] = field(default_factory=lambda: MappingProxyType({}))
+    check: Callable[[Any], None] = _nothing_to_check
+    paper: str = ""
+
+    def layer_for(self, base: nn.Module, path: str) -> type[AdapterLayer]:
+        """The adapter layer for `base`.
+
+        Raises:
+            ValueError: this method cannot be put on such a layer.
+        """
+        kind = kind_of(base)
+        if kind is None or kind not in self.layers:
+            supported = ", ".join(k.name.title().replace("_", "") for k in self.layers)
+            raise ValueError(
+                f"Target module {path!r} is a {type(base).__name__}, which {self.name.value} cannot be put on. "
+                f"Supported are: {supported}. Name the layers inside it, or exclude it with `exclude_modules`."
+            )
+        return self.layers[kind]
+
+
+def register(method: Method) -> Method:
+    """Make `method` known.
+
+    Raises:
+        KeyError: its name is taken.
+    """
+    if method.name in _METHODS:
+        raise KeyError(f"{method.name.value} is registered already, by {_METHODS[method.name].config.__module__}")
+    _METHODS[method.name] = method
+    return method
+
+
+def all_methods() -> Mapping[PeftType, Method]:
+    """Every method that is known, in the order of the files' names."""
+    if not _METHODS:
+        for package in _PACKAGES:
+            for module in pkgutil.iter_modules(importlib.import_module(package).__path__, package + "."):
+                importlib.import_module(module.name)
+    return MappingProxyType(_METHODS)
+
+
+def method_named(peft_type: Any, place: str) -> Method:
+    """The method of a config's `peft_type`; `place` says where it was read, for the message.
+
+    Raises:
+        UnknownMethodError: (a KeyError) there is no such method.
+    """
+    methods = all_methods()
+    if not isinstance(peft_type, str):
+        raise CheckpointError(f"{place}: peft_type is {peft_type!r}; it must be a string such as 'LORA'")
+    if peft_type in methods:
+        return methods[PeftType(peft_type)]
+    text = f"{place}: unknown peft_type {peft_type!r}; known are {', '.join(sorted(m.value for m in methods))}."
+    if peft_type.upper() in methods:
+        text += f" Did you mean {peft_type.upper()!r}?"
+    elif peft_type in list(PeftType):
+        text += " The method exists, and this version cannot load it yet."
+    raise UnknownMethodError(text)

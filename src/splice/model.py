@@ -1,0 +1,405 @@
+"""PeftModel: the facade people call. Each method checks its arguments and hands over to the part that does the work."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, ClassVar
+
+from torch import nn
+
+from splice.config import PeftConfig
+from splice.creating import new_adapter
+from splice.loading.load import Loaded, LoadOptions, load_into, load_new, open_checkpoint
+from splice.loading.report import LoadReport
+from splice.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
+from splice.surgery.first_call import warn_if_unused
+from splice.surgery.selection import Choice
+from splice.surgery.tuner import Tuner
+
+
+class PeftModel(nn.Module):
+    """A base model with adapters.
+
+    The base model is changed in place and reversibly: its layers stay the same objects with the same parameters, and
+    take on subclasses of their own classes while an adapter is on them. Its parameter and `state_dict` names, seen from
+    here, are those of the reference (`base_model.model.<path>.base_layer.weight`, `...lora_A.<adapter>.weight`); the base
+    model keeps its own.
+
+    Args:
+        model: the base model.
+        peft_config: config of a first, new adapter.
+        adapter_name: its name in memory; any non-empty string.
+        autocast_adapter_dtype: hold adapters of half-precision bases in float32.
+        low_cpu_mem_usage: leave the new tensors on the meta device, to be loaded.
+
+    Raises:
+        NoMatchingPeftModuleError: the config selects nothing.
+        ValueError: the config cannot be applied to a layer that it selects.
+    """
+
+    # Modules that are always saved whole, and methods that the base model must have, for a task.
+    heads: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        self._wrap(model)
+        tuner = self.base_model
+        _, built = new_adapter(tuner, peft_config, self.heads, autocast_adapter_dtype, low_cpu_mem_usage)
+        tuner.commit(adapter_name, peft_config, built, freeze_base=True)
+        tuner.selection.set([adapter_name])
+        tuner.set_requires_grad(adapter_name, not peft_config.inference_mode)
+
+    def _wrap(self, model: nn.Module) -> None:
+        """Become the facade of `model`, which is not changed."""
+        if isinstance(model, PeftModel):
+            raise ValueError(
+                f"the given model is a PeftModel already, with the adapters {list(model.peft_config)}. Add another one with "
+                "`model.load_adapter(path, adapter_name=...)` or `model.add_adapter(...)`; or start again from "
+                "`model.unload()`."
+            )
+        for name in self.needs:
+            getattr(model, name)
+        nn.Module.__init__(self)
+        self.base_model = Tuner.of(model)
+        self.load_report: LoadReport | None = None
+        self._unused_checked = True
+
+    # -- loading
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        strict: bool = True,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """Load a trained adapter onto `model`, which is changed in place. If anything fails, it is as it was.
+
+        Args:
+            model: the base model.
+            model_id: folder of a checkpoint, or its id on the Hub.
+            adapter_name: the adapter's name in memory; any non-empty string.
+            is_trainable: load it for further training. Otherwise it is frozen and the whole model is in eval mode.
+            config: used instead of the checkpoint's own; it is not changed.
+            autocast_adapter_dtype: hold adapters of half-precision bases in float32. Otherwise in the base's dtype.
+            ephemeral_gpu_offload: recorded in the config's `runtime_config`.
+            low_cpu_mem_usage: accepted for compatibility: no load initialises what it is about to overwrite.
+            key_mapping: regular expression -> replacement for the checkpoint's names, behind the prefix.
+            strict: refuse a checkpoint that does not fit to the last tensor. False: warn and load what fits.
+            **kwargs: `subfolder`, `ignore_mismatched_sizes`, `torch_device`, and options of
+                `huggingface_hub.hf_hub_download` (`revision`, `token`, `cache_dir`, `local_files_only`...).
+
+        Returns:
+            A PeftModel of the class that the config's `task_type` names, with the adapter active.
+
+        Raises:
+            CheckpointError: (a ValueError) the checkpoint cannot be found or read.
+            AdapterMismatchError: (a RuntimeError) it does not fit this model.
+            NoMatchingPeftModuleError: (a ValueError) its config selects nothing in this model.
+            UnknownMethodError: (a KeyError) its `peft_type` is not known.
+        """
+        from splice.tasks import class_for
+
+        options = LoadOptions(
+            adapter_name, is_trainable, autocast_adapter_dtype, ephemeral_gpu_offload, key_mapping, strict, kwargs
+        )
+        mapping = key_mapping if key_mapping is not None else getattr(model, "_checkpoint_conversion_mapping", None)
+        checkpoint = open_checkpoint(model_id, config, options, mapping)
+        peft_model: PeftModel = object.__new__(class_for(checkpoint.config, cls))
+        peft_model._wrap(model)
+        loaded = load_new(peft_model.base_model, checkpoint, options, peft_model.heads, freeze_base=True)
+        peft_model.base_model.selection.set([adapter_name])
+        peft_model._after_load(loaded, is_trainable)
+        return peft_model
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        strict: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """Load one more adapter, which does not become active; or new weights into the adapter of that name.
+
+        Arguments as in `from_pretrained`. Weights for an adapter that exists are loaded in place: its config, its flags
+        and its tensors as objects stay (a trainer's optimizer goes on holding them).
+
+        Returns:
+            `missing_keys` and `unexpected_keys`; both are empty unless `strict=False`.
+
+        Raises:
+            As `from_pretrained`, and ValueError where the new adapter cannot stand beside the present ones.
+        """
+        options = LoadOptions(
+            adapter_name, is_trainable, autocast_adapter_dtype, ephemeral_gpu_offload, key_mapping, strict, kwargs
+        )
+        tuner = self.base_model
+        if adapter_name in tuner.peft_config:
+            checkpoint = open_checkpoint(model_id, tuner.peft_config[adapter_name], options, key_mapping)
+            loaded = load_into(tuner, checkpoint, options)
+        else:
+            checkpoint = open_checkpoint(model_id, None, options, key_mapping)
+            loaded = load_new(tuner, checkpoint, options, self.heads, freeze_base=not tuner.peft_config)
+        self._after_load(loaded, is_trainable)
+        return loaded.result
+
+    def _after_load(self, loaded: Loaded, is_trainable: bool) -> None:
+        self.load_report = loaded.report
+        self._unused_checked = False
+        if not is_trainable:
+            self.eval()
+
+    # -- creating, saving
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Put one more new adapter on the model, frozen and not active. Nothing else changes its flags.
+
+        Raises:
+            ValueError: the name is taken, the method is another one, or the config cannot be applied.
+        """
+        tuner = self.base_model
+        if adapter_name in tuner.peft_config:
+            raise ValueError(f"Adapter with name {adapter_name!r} already exists.")
+        first = not tuner.peft_config
+        _, built = new_adapter(tuner, peft_config, self.heads, autocast_adapter_dtype, low_cpu_mem_usage)
+        tuner.commit(adapter_name, peft_config, built, freeze_base=first)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write adapters to disk; "default" into the folder itself, every other one into a subfolder of its name.
+
+        Each file is written beside the old one and then takes its name: a crash leaves the old checkpoint or the new.
+
+        Args:
+            save_directory: made if needed; files in it that are not the adapter's are left alone.
+            safe_serialization: write safetensors; otherwise `.bin`.
+            selected_adapters: names of the adapters to save; all, if None.
+            save_embedding_layers: True is not supported yet; "auto" and False save none.
+            is_main_process: whether this process writes. The others take part in gathering the tensors.
+            path_initial_model_for_weight_conversion: not supported yet.
+            **kwargs: `state_dict`, a full state dict of this model to take the tensors from (trainers gather it).
+
+        Raises:
+            ValueError: `save_directory` is a file, or an adapter is unknown.
+        """
+        from splice.saving import save
+
+        if path_initial_model_for_weight_conversion is not None:
+            raise NotImplementedError("path_initial_model_for_weight_conversion is not supported yet")
+        if save_embedding_layers is True:
+            raise NotImplementedError("save_embedding_layers=True is not supported yet")
+        save(self, save_directory, safe_serialization, selected_adapters, is_main_process, kwargs.get("state_dict"))
+
+    # -- what is active
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        return self.base_model.peft_config
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return self.base_model.active_adapters
+
+    @property
+    def active_adapter(self) -> str:
+        """The name of the active adapter; of the first, where several are."""
+        names = self.base_model.selection.active
+        return names[0] if names else ""
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        return self.peft_config[self.active_adapter]
+
+    @property
+    def peft_type(self) -> Any:
+        return next(iter(self.peft_config.values())).peft_type
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """Names of the modules that some adapter keeps a copy of."""
+        names = {name for config in self.peft_config.values() for name in config.target_rule().modules_to_save or ()}
+        return names or None
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Make this adapter the only active one, and the only trainable one unless `inference_mode`.
+
+        Its cost depends on nothing but this adapter.
+
+        Raises:
+            ValueError: there is no such adapter.
+        """
+        if not isinstance(adapter_name, str):
+            raise TypeError(
+                f"adapter_name is one name, got {adapter_name!r}; several: `model.base_model.set_adapter([...])`"
+            )
+        self.base_model.set_adapter(adapter_name, inference_mode)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside, the model computes what the base model does."""
+        with self.base_model.disable_adapter():
+            yield
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter off and forget it; its layers become what they were if it was their last.
+
+        Raises:
+            ValueError: there is no such adapter, or it is merged.
+        """
+        self.base_model.delete_adapter(adapter_name)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Combine adapters into a new one; see `merging/combine.py` for the combinations."""
+        from splice.merging.combine import Combination, add_weighted_adapter
+
+        combination = Combination(
+            combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method
+        )
+        add_weighted_adapter(self.base_model, adapters, weights, adapter_name, combination)
+
+    # -- calling
+
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Call the base model with the active adapters, or with one adapter for each row of the batch.
+
+        Args:
+            *args: passed on.
+            adapter_names: one adapter name for each row; "__base__" for none.
+            **kwargs: passed on.
+        """
+        return self._call(self.get_base_model().__call__, adapter_names, 1, *args, **kwargs)
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Call the base model's `generate`; `adapter_names` as in `forward`."""
+        beams = int(kwargs.get("num_beams") or 1)
+        base: Any = self.get_base_model()
+        return self._call(base.generate, adapter_names, beams, *args, **kwargs)
+
+    def _call(
+        self, function: Callable[..., Any], adapter_names: Sequence[str] | None, beams: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        if adapter_names is None or not self.base_model.selection.enabled:
+            context: Any = nullcontext()
+        else:
+            rows = self.base_model.rows(adapter_names, beams, self.training)
+            context = self.base_model.selection.for_this_call(Choice(rows=rows))
+        with context:
+            result = function(*args, **kwargs)
+        if not self._unused_checked:
+            self._unused_checked = True
+            warn_if_unused(self.base_model)
+        return result
+
+    def unused_layers(self) -> list[str]:
+        """Paths of adapted layers that no call has reached since their adapter came: loaded is not yet applied."""
+        return self.base_model.unused_layers()
+
+    def get_base_model(self) -> nn.Module:
+        """The base model itself."""
+        return self.base_model.model
+
+    # -- reporting
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) parameters; shared ones count once."""
+        parameters = [(p.requires_grad, getattr(p, "ds_numel", p.numel())) for p in self.parameters()]
+        return sum(n for trainable, n in parameters if trainable), sum(n for _, n in parameters)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trained."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
+
+    def get_layer_status(self) -> list[LayerStatus]:
+        return get_layer_status(self)
+
+    def get_model_status(self) -> ModelStatus:
+        return get_model_status(self)
+
+    # -- the reference's names for what is in memory
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        names = self._reference_names(prefix + "." if prefix else "")
+        for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
+            yield names.get(name, name), parameter
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        state = super().state_dict(*args, **kwargs)
+        for ours, theirs in self._reference_names(prefix).items():
+            if ours in state:
+                state[theirs] = state.pop(ours)
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        ours = {theirs: own for own, theirs in self._reference_names("").items()}
+        theirs = {own: name for name, own in ours.items()}
+        result = super().load_state_dict({ours.get(k, k): v for k, v in state_dict.items()}, strict, assign)
+        for keys in (result.missing_keys, result.unexpected_keys):
+            keys[:] = [theirs.get(key, key) for key in keys]
+        return result
+
+    def _reference_names(self, prefix: str) -> dict[str, str]:
+        front = f"{prefix}base_model."
+        return {front + ours: front + theirs for ours, theirs in self.base_model.reference_names().items()}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":  # not there before __init__, as while unpickling
+                raise
+            return getattr(self.base_model, name)

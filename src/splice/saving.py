@@ -1,0 +1,203 @@
+"""Saving: the tensors of an adapter under the names of the grammar, on disk without a moment in which nothing is there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from splice.config import CONFIG_NAME, PeftConfig
+from splice.errors import PeftWarning
+from splice.loading.keys import PREFIX, Key
+from splice.loading.source import BIN_NAME, SAFETENSORS_NAME
+from splice.surgery.tuner import Tuner
+
+if TYPE_CHECKING:
+    from splice.model import PeftModel
+
+# A config that belongs to weights which may be in place already; a load finishes what a crash cut off.
+INCOMING_CONFIG = "adapter_config.json.incoming"
+_CONFIG_DIGEST = "config_sha256"
+
+
+def save(
+    model: PeftModel,
+    save_directory: str | os.PathLike[str],
+    safe_serialization: bool,
+    selected_adapters: list[str] | None,
+    is_main_process: bool,
+    state_dict: Mapping[str, torch.Tensor] | None,
+) -> None:
+    """Write the selected adapters; arguments as `PeftModel.save_pretrained`."""
+    folder = Path(save_directory)
+    if folder.is_file():
+        raise ValueError(f"Provided path ({folder}) should be a directory, not a file")
+    names = list(model.peft_config) if selected_adapters is None else list(selected_adapters)
+    unknown = sorted(set(names) - set(model.peft_config))
+    if unknown:
+        raise ValueError(
+            f"Adapters {unknown} cannot be saved: the model has {list(model.peft_config)}, given were {names}"
+        )
+    for name in names:
+        tensors = get_peft_model_state_dict(model, state_dict, name)
+        _warn_of_shards(tensors, state_dict is None)
+        if is_main_process:
+            place = folder if name == "default" else folder / name
+            config = model.peft_config[name]
+            write_checkpoint(place, tensors, config_text(config, model.get_base_model()), safe_serialization)
+
+
+def config_text(config: PeftConfig, network: nn.Module) -> str:
+    """The text of `adapter_config.json` for an adapter of `network`."""
+    from splice.config import copy_config
+
+    name = config.base_model_name_or_path
+    if name is None:
+        name = network.__dict__.get("name_or_path") or None
+    mapping = None
+    if config.task_type is None:
+        mapping = {"base_model_class": type(network).__name__, "parent_library": type(network).__module__}
+    return copy_config(config, base_model_name_or_path=name).to_json(mapping)
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: str | bool = "auto",
+) -> dict[str, torch.Tensor]:
+    """The tensors of one adapter under the names that stand in a checkpoint. They are the live tensors.
+
+    Args:
+        model: a PeftModel, or a network that carries adapters (then names have no `base_model.model.`).
+        state_dict: a full state dict of `model` to take the tensors from, with its own or the reference's names.
+        adapter_name: which adapter.
+        unwrap_compiled: look inside a compiled model.
+        save_embedding_layers: accepted for compatibility.
+
+    Raises:
+        KeyError: there is no such adapter, or `state_dict` lacks one of its tensors.
+    """
+    network: Any = model._orig_mod if unwrap_compiled and isinstance(model, torch._dynamo.OptimizedModule) else model
+    tuner, prefix = tuner_of(network)
+    if adapter_name not in tuner.placed:
+        raise KeyError(f"no adapter {adapter_name!r}; there are {list(tuner.placed)}")
+    result = {}
+    for path, layer in tuner.placed[adapter_name].items():
+        for suffix, tensor in layer.named_slots():
+            key = str(Key(path, suffix))
+            value = tensor
+            if state_dict is not None:
+                spelled = (
+                    f"{prefix}{path}.{layer.memory_name(suffix, adapter_name)}",
+                    f"{prefix}{path}.adapters.{adapter_name}.{layer.attribute_of(suffix)}",
+                )
+                value = _first(state_dict, spelled, key)
+            result[key if prefix else key.removeprefix(PREFIX)] = value
+    return result
+
+
+def tuner_of(model: Any) -> tuple[Tuner, str]:
+    """The tuner of a PeftModel or of a network that carries adapters, and what stands before paths in its state dict."""
+    from splice.model import PeftModel
+
+    if isinstance(model, PeftModel):
+        return model.base_model, PREFIX
+    return Tuner.of(model), ""
+
+
+def _first(state_dict: Mapping[str, torch.Tensor], names: tuple[str, ...], key: str) -> torch.Tensor:
+    for name in names:
+        if name in state_dict:
+            return state_dict[name]
+    raise KeyError(f"the given state_dict has none of {names}, so {key} cannot be saved")
+
+
+def _warn_of_shards(tensors: Mapping[str, torch.Tensor], own: bool) -> None:
+    empty = [name for name, tensor in tensors.items() if tensor.numel() == 0]
+    if own and empty:
+        warnings.warn(
+            f"{len(empty)} tensors have no elements ({empty[0]}): under ZeRO-3 or FSDP, gather the parameters and pass "
+            "them as `state_dict`. What is written now cannot be loaded.",
+            PeftWarning,
+            stacklevel=4,
+        )
+
+
+def write_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], config: str, safe_serialization: bool) -> None:
+    """Put a checkpoint into `folder`.
+
+    Both files are complete on disk before either takes its name. The weights go first and name their config by its
+    digest; should a crash come between the two, the new config lies beside and a load takes it (`finished_config`).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(config.encode()).hexdigest()
+    incoming = folder / INCOMING_CONFIG
+    with _beside(folder / CONFIG_NAME) as new_config:
+        new_config.write_text(config, encoding="utf-8")
+        _flush(new_config)
+        os.replace(new_config, incoming)
+    weights = folder / (SAFETENSORS_NAME if safe_serialization else BIN_NAME)
+    with _beside(weights) as new_weights:
+        if safe_serialization:
+            from safetensors.torch import save_file
+
+            save_file(_independent(tensors), new_weights, metadata={"format": "pt", _CONFIG_DIGEST: digest})
+        else:
+            torch.save({name: tensor.detach() for name, tensor in tensors.items()}, new_weights)
+        _flush(new_weights)
+        os.replace(new_weights, weights)
+    os.replace(incoming, folder / CONFIG_NAME)
+
+
+def finished_config(config: Path, weights: Path) -> bytes:
+    """The bytes of the config that belongs to the weights: the incoming one, where a save was cut off after them."""
+    from splice.errors import CheckpointError
+    from splice.loading.header import read_header
+
+    incoming = config.parent / INCOMING_CONFIG
+    if incoming.exists() and weights.is_file():
+        text = incoming.read_bytes()
+        try:
+            wanted = read_header(weights).metadata.get(_CONFIG_DIGEST)
+        except CheckpointError:
+            wanted = None  # the load will say what is wrong with the weights
+        if hashlib.sha256(text).hexdigest() == wanted:
+            return text
+    return config.read_bytes()
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A temporary name in the same folder, which is gone afterwards if it was not renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _independent(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous tensors that share no memory with one another, as safetensors needs them."""
+    seen: set[tuple[Any, ...]] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        storage = (tensor.device, tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes())
+        shares = tensor.numel() > 0 and storage in seen
+        seen.add(storage)
+        result[name] = tensor.clone() if shares else tensor
+    return result

@@ -1,0 +1,127 @@
+"""Reports about a model with adapters: per layer, and summed up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+
+from splice.methods.layer import AdapterLayer
+from splice.surgery.adapted import Adapted, original_class
+from splice.surgery.tuner import Tuner
+
+Irregular = Literal["irregular"]
+
+
+@dataclass
+class LayerStatus:
+    """What stands on one adapted layer. Names are relative to the base model's wrapper (`model.lin0`)."""
+
+    name: str
+    module_type: str
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, bool | Irregular]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | None
+
+
+@dataclass
+class ModelStatus:
+    """The same for a whole model; a value on which its layers disagree is "irregular"."""
+
+    base_model_type: str
+    adapter_model_type: str
+    peft_types: dict[str, str]
+    trainable_params: int
+    total_params: int
+    num_adapter_layers: int
+    enabled: bool | Irregular
+    active_adapters: list[str] | Irregular
+    merged_adapters: list[str] | Irregular
+    requires_grad: dict[str, bool | Irregular]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | None
+
+
+def get_layer_status(model: nn.Module) -> list[LayerStatus]:
+    """One entry for every adapted layer.
+
+    Raises:
+        ValueError: the model carries no adapters.
+    """
+    tuner = _tuner(model)
+    return [_status_of(path, layer) for path, layer in tuner.adapted.items()]
+
+
+def _tuner(model: Any) -> Tuner:
+    from splice.saving import tuner_of
+
+    tuner, _ = tuner_of(model)
+    if not tuner.adapted:
+        raise ValueError("No adapter layers found in the model; please ensure that it carries an adapter.")
+    return tuner
+
+
+def _status_of(path: str, layer: Adapted) -> LayerStatus:
+    host = layer.splice_host
+    module = cast(nn.Module, layer)
+    method = next(a for a in host.layers.values())
+    kind = type(method).__module__.rpartition(".")[2]
+    return LayerStatus(
+        name=f"model.{path}",
+        module_type=f"{kind}.{original_class(module).__name__}",
+        enabled=host.selection.enabled,
+        active_adapters=[name for name in host.selection.active if name in host.layers],
+        merged_adapters=list(host.merged),
+        requires_grad={name: _agreed(p.requires_grad for p in a.parameters()) for name, a in host.layers.items()},
+        available_adapters=sorted(host.layers),
+        devices={name: _devices(adapter) for name, adapter in host.layers.items()},
+        quantization_backend=None,
+    )
+
+
+def _devices(adapter: AdapterLayer) -> list[str]:
+    return sorted({tensor.device.type for _, tensor in adapter.named_slots()})
+
+
+def _agreed(flags: Iterable[bool]) -> bool | Irregular:
+    values = set(flags)
+    return values.pop() if len(values) == 1 else "irregular"
+
+
+def get_model_status(model: nn.Module) -> ModelStatus:
+    """The status of a whole model.
+
+    Raises:
+        ValueError: the model carries no adapters.
+    """
+    tuner = _tuner(model)
+    layers = get_layer_status(model)
+    names = sorted({name for layer in layers for name in layer.available_adapters})
+    parameters: list[torch.Tensor] = list(tuner.parameters())
+    return ModelStatus(
+        base_model_type=type(tuner.model).__name__,
+        adapter_model_type=f"{type(next(iter(tuner.peft_config.values()))).__name__.removesuffix('Config')}Model",
+        peft_types={name: str(config.peft_type).rpartition(".")[2] for name, config in tuner.peft_config.items()},
+        trainable_params=sum(p.numel() for p in parameters if p.requires_grad),
+        total_params=sum(p.numel() for p in parameters),
+        num_adapter_layers=len(layers),
+        enabled=tuner.selection.enabled,
+        active_adapters=tuner.active_adapters,
+        merged_adapters=list(tuner.merged),
+        requires_grad={n: _agreed(_flags(layers, n)) for n in names},
+        available_adapters=names,
+        devices={n: sorted({d for layer in layers for d in layer.devices.get(n, ())}) for n in names},
+        quantization_backend=None,
+    )
+
+
+def _flags(layers: Iterable[LayerStatus], name: str) -> Iterable[Any]:
+    return (layer.requires_grad[name] for layer in layers if name in layer.requires_grad)

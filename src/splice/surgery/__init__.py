@@ -1,0 +1,1 @@
+"""Changing a model in place, reversibly: targets, class swap, selection."""

@@ -1,0 +1,221 @@
+"""The class swap: a base layer becomes an adapted layer by taking on a generated subclass of its own class.
+
+The object, its parameters and their names stay what they are; `isinstance(layer, nn.Linear)` stays true. What torch's
+FSDP2 and `parametrize` do to modules is done here for the same reasons: nothing that holds the layer has to learn of it.
+Wrapping the layer in another module instead would rename every parameter below it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from splice.methods.layer import AdapterLayer, Forward
+from splice.surgery.readers import guard_readers, release_reader
+from splice.surgery.selection import Rows, Selection
+from splice.surgery.views import AdaptedViews, publish
+
+ADAPTERS = "adapters"
+
+
+class AdapterDict(nn.Module):
+    """The adapter layers of one adapted layer, by adapter name.
+
+    Any string is a name here (`nn.ModuleDict` refuses dots and the names of its own methods). The train/eval mode is
+    passed on only when it changes: `model.eval()` costs the same for one adapter and for a thousand.
+    """
+
+    _modules: dict[str, AdapterLayer]  # type: ignore[assignment]
+
+    def train(self, mode: bool = True) -> AdapterDict:
+        if mode is not self.training:
+            super().train(mode)
+        return self
+
+    def __getitem__(self, name: str) -> AdapterLayer:
+        return self._modules[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._modules
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def put(self, name: str, layer: AdapterLayer) -> None:
+        if layer.training is not self.training:
+            layer.train(self.training)
+        self._modules[name] = layer
+
+    def drop(self, name: str) -> AdapterLayer | None:
+        return self._modules.pop(name, None)
+
+
+@dataclass
+class Host:
+    """What an adapted layer knows about itself, beside what it was.
+
+    Attributes:
+        path: where it is in the base model.
+        selection: shared by all adapted layers of the model.
+        layers: its adapter layers by name (the very dict inside its `AdapterDict`).
+        reached: whether a call has come by since it was adapted.
+        merged: adapters that are in its weights now, in the order they were merged.
+        originals: the base parameters as they were before the first merge, by name.
+        instance_forward: a `forward` that had been set on the object itself; it goes on being the base's.
+        readers: parents that read the layer's weights and are guarded while it is adapted.
+    """
+
+    path: str
+    selection: Selection
+    layers: dict[str, AdapterLayer]
+    reached: bool = False
+    merged: list[str] = field(default_factory=list)
+    originals: dict[str, nn.Parameter] = field(default_factory=dict)
+    instance_forward: Forward | None = None
+    readers: list[nn.Module] = field(default_factory=list)
+
+
+class Adapted(AdaptedViews, nn.Module):
+    """Mixed into the class of an adapted layer: composes the selected adapter layers around the base's forward."""
+
+    splice_host: Host
+    adapters: AdapterDict
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        host = self.splice_host
+        host.reached = True
+        choice = host.selection.current()
+        run: Forward = super().forward if host.instance_forward is None else host.instance_forward
+        if choice.rows is not None:
+            return self._forward_rows(run, choice.rows, *args, **kwargs)
+        for name in choice.names:
+            layer = host.layers.get(name)
+            if layer is not None and name not in host.merged:
+                run = self._outside(layer, run)
+        return run(*args, **kwargs)
+
+    def _outside(self, layer: AdapterLayer, inner: Forward) -> Forward:
+        if layer.trained_bias is not None:
+            inner = self._with_bias(layer.trained_bias, inner)
+        return layer.wrapped(inner)
+
+    def _with_bias(self, bias: torch.Tensor, inner: Forward) -> Forward:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            # An entry in the instance's dict is found before the parameter of the same name, which stays untouched.
+            self.__dict__["bias"] = bias
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                del self.__dict__["bias"]
+
+        return run
+
+    def _forward_rows(self, run: Forward, rows: Rows, *args: Any, **kwargs: Any) -> Any:
+        """Each row of the batch with its own adapter: the base once for all rows, every adapter for its own."""
+        host = self.splice_host
+        y = run(*args, **kwargs)
+        if not args or not isinstance(args[0], torch.Tensor) or not isinstance(y, torch.Tensor):
+            raise TypeError(f"{host.path}: `adapter_names` needs layers that take one tensor and give one tensor")
+        x = args[0]
+        try:
+            groups = rows.groups(x.shape[0], x.device)
+        except ValueError as error:
+            raise ValueError(f"{host.path}: {error}") from None
+        for name, index in groups:
+            layer = host.layers.get(name)
+            if layer is None:
+                continue
+            base_rows = y[index]
+            reuse = layer.keeps_input and layer.trained_bias is None
+            inner: Forward = (lambda _, kept=base_rows: kept) if reuse else run
+            y[index] = self._outside(layer, inner)(x[index]).to(y.dtype)
+        return y
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is generated, so pickle is told how to generate it again.
+        return _new_adapted, (original_class(self),), self.__dict__
+
+    def extra_repr(self) -> str:
+        return ", ".join(filter(None, (super().extra_repr(), f"adapters={list(self.splice_host.layers)}")))
+
+
+def _new_adapted(cls: type[nn.Module]) -> nn.Module:
+    adapted = adapted_class(cls)
+    return adapted.__new__(adapted)
+
+
+_generated: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of `cls` that its adapted instances have."""
+    if cls not in _generated:
+        _generated[cls] = type(f"Adapted{cls.__name__}", (Adapted, cls), {"__module__": cls.__module__})
+    return _generated[cls]
+
+
+def original_class(layer: nn.Module) -> type[nn.Module]:
+    """The class that `layer` has without adapters."""
+    if not isinstance(layer, Adapted):
+        return type(layer)
+    # FSDP2 may have put a class of its own on top: the original follows the generated one.
+    generated = next(c for c in type(layer).__mro__ if Adapted in c.__bases__)
+    return generated.__bases__[1]  # type: ignore[no-any-return]
+
+
+def attach(
+    layer: nn.Module, path: str, name: str, adapter: AdapterLayer, selection: Selection, root: nn.Module
+) -> Host:
+    """Put `adapter` on `layer` under `name`. Nothing here can fail once the plan has been checked."""
+    if not isinstance(layer, Adapted):
+        _swap(layer, path, selection, root)
+    assert isinstance(layer, Adapted)
+    layer.adapters.put(name, adapter)
+    publish(type(layer), adapter)
+    return layer.splice_host
+
+
+def detach(layer: nn.Module, name: str) -> None:
+    """Take the adapter off; with its last adapter the layer becomes exactly what it was."""
+    if not isinstance(layer, Adapted):
+        return
+    layer.adapters.drop(name)
+    if not layer.splice_host.layers:
+        _swap_back(layer)
+
+
+def _swap(layer: nn.Module, path: str, selection: Selection, root: nn.Module) -> None:
+    adapters = AdapterDict()
+    adapters.training = layer.training
+    host = Host(path, selection, adapters._modules)
+    # accelerate's hooks call `_old_forward`, other patches are called by the object: both sit below the adapters.
+    if "_old_forward" in layer.__dict__:
+        cls = adapted_class(type(layer))
+        layer.__dict__["_old_forward"] = cls.forward.__get__(layer)
+    elif "forward" in layer.__dict__:
+        host.instance_forward = layer.__dict__.pop("forward")
+    layer._modules[ADAPTERS] = adapters
+    layer.__dict__["splice_host"] = host
+    layer.__class__ = adapted_class(type(layer))
+    host.readers.extend(guard_readers(root, path))
+
+
+def _swap_back(layer: Adapted) -> None:
+    host = layer.splice_host
+    for parent in host.readers:
+        release_reader(parent)
+    cls = original_class(layer)
+    del layer._modules[ADAPTERS]
+    del layer.__dict__["splice_host"]
+    layer.__class__ = cls  # type: ignore[assignment]
+    if "_old_forward" in layer.__dict__:
+        layer.__dict__["_old_forward"] = cls.forward.__get__(layer)
+    if host.instance_forward is not None:
+        layer.__dict__["forward"] = host.instance_forward

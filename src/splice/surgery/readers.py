@@ -1,0 +1,119 @@
+"""Parents that read a layer's weights instead of calling it, and so would step around what is put on it.
+
+torch's fused transformer encoder takes `linear1.weight` itself in eval mode, and `nn.MultiheadAttention` never calls
+its `out_proj`. While a layer below such a parent is adapted, the parent is guarded: the fused path is switched off by
+the parent's own switch, and attention is shown the adapted weight. The last adapter to leave takes the guard with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+GUARD = "splice_guard"
+
+
+def guard_readers(root: nn.Module, path: str) -> list[nn.Module]:
+    """Guard every parent of the layer at `path` that reads weights; returns those parents, for `release_reader`."""
+    guarded = []
+    module = root
+    for name in path.split("."):
+        if isinstance(module, _READERS):
+            _guard(module)
+            guarded.append(module)
+        module = cast(nn.Module, getattr(module, name))
+    return guarded
+
+
+def release_reader(parent: nn.Module) -> None:
+    """One adapted layer below `parent` is gone; with the last one the parent is what it was."""
+    guard = parent.__dict__[GUARD]
+    guard["users"] -= 1
+    if guard["users"]:
+        return
+    del parent.__dict__[GUARD]
+    if isinstance(parent, _ShowsAdaptedWeights):
+        parent.__class__ = type(parent).__mro__[2]
+    else:
+        setattr(parent, _SWITCH[guard["class"]], guard["was"])
+
+
+def _guard(parent: nn.Module) -> None:
+    guard = parent.__dict__.get(GUARD)
+    if guard is None:
+        cls = next(c for c in _READERS if isinstance(parent, c))
+        guard = parent.__dict__[GUARD] = {"users": 0, "class": cls, "was": None}
+        if cls is nn.MultiheadAttention:
+            parent.__class__ = _shown_class(type(parent))
+        else:
+            guard["was"] = getattr(parent, _SWITCH[cls])
+            setattr(parent, _SWITCH[cls], False)
+    guard["users"] += 1
+
+
+# The attribute by which each class decides, at every call, whether it may take the fused path.
+_SWITCH: dict[type[nn.Module], str] = {
+    nn.TransformerEncoderLayer: "activation_relu_or_gelu",
+    nn.TransformerEncoder: "use_nested_tensor",
+}
+_READERS: tuple[type[nn.Module], ...] = (*_SWITCH, nn.MultiheadAttention)
+_shown_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+class _ShowsAdaptedWeights:
+    """Mixed into an attention whose `out_proj` is adapted: during a call, `out_proj.weight` is the adapted weight."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            for child in cast(nn.Module, self).children():
+                if "splice_host" in child.__dict__:
+                    stack.enter_context(adapted_weight_shown(child))
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _new_shown, (type(self).__mro__[2],), self.__dict__
+
+
+def _shown_class(cls: type[nn.Module]) -> type[nn.Module]:
+    if cls not in _shown_classes:
+        _shown_classes[cls] = type(f"Adapted{cls.__name__}", (_ShowsAdaptedWeights, cls), {})
+    return _shown_classes[cls]
+
+
+def _new_shown(cls: type[nn.Module]) -> nn.Module:
+    shown = _shown_class(cls)
+    return shown.__new__(shown)
+
+
+@contextmanager
+def adapted_weight_shown(layer: Any) -> Iterator[None]:
+    """Inside, `layer.weight` and `layer.bias` read as the weights that the selected adapters amount to."""
+    host = layer.splice_host
+    choice = host.selection.current()
+    if choice.rows is not None:
+        raise ValueError(f"{host.path}: its weight is read by its parent, so rows cannot have adapters of their own")
+    host.reached = True
+    shown: dict[str, torch.Tensor] = {}
+    for name in choice.names:
+        adapter = host.layers.get(name)
+        if adapter is None or name in host.merged:
+            continue
+        weight = shown.get("weight", layer.weight)
+        delta = adapter.delta_weight(weight)
+        if delta is None:
+            raise NotImplementedError(f"{host.path}: adapter {name!r} cannot be applied to a weight that is only read")
+        shown["weight"] = (weight + delta).to(weight.dtype)
+        bias = adapter.trained_bias if adapter.trained_bias is not None else shown.get("bias", layer.bias)
+        delta_bias = adapter.delta_bias()
+        if bias is not None:
+            shown["bias"] = bias if delta_bias is None else (bias + delta_bias).to(bias.dtype)
+    layer.__dict__.update(shown)
+    try:
+        yield
+    finally:
+        for name in shown:
+            del layer.__dict__[name]

@@ -1,0 +1,89 @@
+"""Which adapters take effect now. One `Selection` is shared by all adapted layers of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+BASE = "__base__"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One adapter name for every row of a batch; `BASE` means no adapter.
+
+    In beam search each row is repeated, so a batch may hold a multiple of these rows.
+    """
+
+    names: tuple[str, ...]
+    beams: int = 1
+
+    def groups(self, batch: int, device: torch.device) -> list[tuple[str, torch.Tensor]]:
+        """(adapter name, indices of its rows) for a batch of this size, without the rows of the bare base.
+
+        Raises:
+            ValueError: the batch has another number of rows.
+        """
+        if batch not in (len(self.names), len(self.names) * self.beams):
+            raise ValueError(f"`adapter_names` names {len(self.names)} rows, and the input has {batch}")
+        repeats = batch // len(self.names)
+        return [(name, torch.tensor(rows, device=device)) for name, rows in _rows_by_name(self.names, repeats)]
+
+
+@lru_cache(maxsize=256)
+def _rows_by_name(names: tuple[str, ...], repeats: int) -> list[tuple[str, list[int]]]:
+    found: dict[str, list[int]] = {}
+    for row in range(len(names) * repeats):
+        found.setdefault(names[row // repeats], []).append(row)
+    found.pop(BASE, None)
+    return list(found.items())
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one call uses: the same adapters for the whole batch, in order, or one for each row."""
+
+    names: tuple[str, ...] = ()
+    rows: Rows | None = None
+
+
+NOTHING = Choice()
+
+# A call may bring its own choice. It belongs to one selection and one thread, so no other call sees it.
+_of_this_call: ContextVar[tuple[Selection, Choice] | None] = ContextVar("splice_choice", default=None)
+
+
+class Selection:
+    """The active adapters of a model, and whether adapters are enabled at all."""
+
+    def __init__(self) -> None:
+        self.active: tuple[str, ...] = ()
+        self.enabled = True
+        self._shared = NOTHING
+
+    def set(self, names: Sequence[str]) -> None:
+        self.active = tuple(names)
+        self._shared = Choice(self.active) if self.enabled else NOTHING
+
+    def enable(self, enabled: bool) -> None:
+        self.enabled = enabled
+        self.set(self.active)
+
+    def current(self) -> Choice:
+        """What the running call uses."""
+        own = _of_this_call.get()
+        return own[1] if own is not None and own[0] is self else self._shared
+
+    @contextmanager
+    def for_this_call(self, choice: Choice) -> Iterator[None]:
+        """Inside, calls made by this thread use `choice`."""
+        token = _of_this_call.set((self, choice))
+        try:
+            yield
+        finally:
+            _of_this_call.reset(token)

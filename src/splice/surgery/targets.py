@@ -1,0 +1,172 @@
+"""Which modules a config selects. A selection is a new value; the config is never changed here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+
+from splice.config import PeftConfig, TargetRule, TaskType
+from splice.errors import NoMatchingPeftModuleError
+from splice.methods.registry import Method
+from splice.weights.layers import LayerKind, kind_of
+
+ALL_LINEAR = "all-linear"
+NO_TARGETS = "dummy-target-modules"
+
+
+def value_for(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
+    """The value of the first key of `pattern` that matches the module at `path`, else `default`.
+
+    A key is a regular expression for the end of the path, from a dot on; `^` anchors it to the whole path.
+    """
+    for key, value in pattern.items():
+        if _tail_pattern(key).match(path):
+            return value
+    return default
+
+
+@lru_cache(maxsize=1024)
+def _tail_pattern(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({key})$")
+
+
+class TargetMatcher:
+    """Decides for one module path after the other whether a rule selects it.
+
+    Lists of names are looked up by the last component of a path, so that a decision costs the same for two names
+    as for six hundred.
+    """
+
+    def __init__(self, rule: TargetRule) -> None:
+        self.rule = rule
+        self.selects = _name_test(rule.target_modules)
+        self.excludes = _name_test(rule.exclude_modules)
+        self.saved = [re.compile(rf"(^|.*\.){entry}($|\..*)") for entry in rule.modules_to_save or ()]
+        layers = rule.layers_to_transform
+        self.layers = {layers} if isinstance(layers, int) else set(layers or ())
+        patterns = [rule.layers_pattern] if isinstance(rule.layers_pattern, str) else rule.layers_pattern or []
+        self.layer_index = [re.compile(rf"(^|.*?\.){p}\.(?P<index>\d+)\.") for p in patterns if p] or [
+            re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
+        ]
+
+    def is_excluded(self, path: str) -> bool:
+        return self.excludes(path) or any(pattern.match(path) for pattern in self.saved)
+
+    def is_selected(self, path: str) -> bool:
+        if not self.selects(path):
+            return False
+        named_in_full = not isinstance(self.rule.target_modules, str) and path in (self.rule.target_modules or ())
+        return not self.layers or named_in_full or self._layer_is_selected(path)
+
+    def __call__(self, path: str) -> bool:
+        return self.is_selected(path) and not self.is_excluded(path)
+
+    def _layer_is_selected(self, path: str) -> bool:
+        found = next((m for m in (pattern.match(path) for pattern in self.layer_index) if m), None)
+        return found is not None and int(found["index"]) in self.layers
+
+
+def _name_test(names: Iterable[str] | str | None) -> Any:
+    if names is None:
+        return lambda path: False
+    if isinstance(names, str):
+        full_match = re.compile(names).fullmatch
+        return lambda path: full_match(path) is not None
+    by_last: dict[str, list[str]] = {}
+    for name in names:
+        by_last.setdefault(name.rpartition(".")[2], []).append(name)
+
+    def matches(path: str) -> bool:
+        entries = by_last.get(path.rpartition(".")[2], ())
+        return any(path == entry or path.endswith("." + entry) for entry in entries)
+
+    return matches
+
+
+def resolved_rule(
+    method: Method, config: PeftConfig, network: nn.Module, modules: Mapping[str, nn.Module]
+) -> TargetRule:
+    """The rule of `config` with default targets filled in and "all-linear" spelled out.
+
+    Raises:
+        ValueError: the config names no targets and there are no defaults for this `model_type`.
+    """
+    import dataclasses
+
+    rule = config.target_rule()
+    if rule.target_modules is None and method.layers:
+        model_type = model_type_of(network)
+        if model_type not in method.default_targets:
+            raise ValueError(
+                f"Please specify `target_modules` in `peft_config`: {method.name.value} has no default for "
+                f"model_type {model_type!r}."
+            )
+        targets = method.default_targets[model_type]
+        return dataclasses.replace(rule, target_modules=targets if isinstance(targets, str) else set(targets))
+    if isinstance(rule.target_modules, str) and rule.target_modules.lower() == ALL_LINEAR:
+        return dataclasses.replace(rule, target_modules=_all_linear(config, network, modules))
+    return rule
+
+
+def model_type_of(network: nn.Module) -> str:
+    """`config.model_type` of a transformers model, "custom" for any other."""
+    config = getattr(network, "config", None)
+    if isinstance(config, dict):
+        return str(config.get("model_type", "custom"))
+    return str(getattr(config, "model_type", "custom"))
+
+
+def _all_linear(config: PeftConfig, network: Any, modules: Mapping[str, nn.Module]) -> set[str]:
+    kinds = (LayerKind.LINEAR, LayerKind.TRANSPOSED_LINEAR)
+    names = {path for path, module in modules.items() if kind_of(module) in kinds}
+    head = network.get_output_embeddings() if _is_pretrained(network) else None
+    if head is not None:
+        return {path for path in names if modules[path] is not head}
+    if config.task_type == TaskType.SEQ_CLS:
+        last = {path.rpartition(".")[2] for path in names}
+        head_name = next((name for name in ("score", "classifier") if name in last), None)
+        names = {path for path in names if path.rpartition(".")[2] != head_name}
+    return names
+
+
+def _is_pretrained(network: nn.Module) -> bool:
+    return any(cls.__name__ == "PreTrainedModel" for cls in type(network).__mro__)
+
+
+def select(rule: TargetRule, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The modules that `rule` selects, in the order of the model.
+
+    Raises:
+        NoMatchingPeftModuleError: there is none, and the message says why.
+    """
+    if rule.target_modules == NO_TARGETS:
+        return {}
+    matcher = TargetMatcher(rule)
+    selected = {path: module for path, module in modules.items() if path and matcher.is_selected(path)}
+    kept = {path: module for path, module in selected.items() if not matcher.is_excluded(path)}
+    if not kept:
+        raise NoMatchingPeftModuleError(_nothing_matched(rule, bool(selected)))
+    return kept
+
+
+def _nothing_matched(rule: TargetRule, all_excluded: bool) -> str:
+    if all_excluded:
+        return (
+            "All modules were excluded: every module that `target_modules` selects is also named in `exclude_modules` "
+            f"({rule.exclude_modules}) or `modules_to_save` ({rule.modules_to_save}). Check these three fields."
+        )
+    if not rule.target_modules:
+        return "No `target_modules` passed and no `target_parameters` either: there is nothing to adapt."
+    named = rule.target_modules if isinstance(rule.target_modules, str) else sorted(rule.target_modules)
+    text = f"Target modules {named} not found in the base model. Please check the target modules and try again."
+    if rule.layers_to_transform is not None:
+        text += f" Note: `layers_to_transform` is {rule.layers_to_transform}."
+    if rule.layers_pattern is not None:
+        text += f" Note: `layers_pattern` is {rule.layers_pattern}."
+    if rule.modules_to_save:
+        text += f" Modules below `modules_to_save` ({rule.modules_to_save}) are saved whole and never targets."
+    return text

@@ -1,0 +1,331 @@
+"""The network with its adapters: attaching, selecting, freezing and taking off. What `PeftModel.base_model` is."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from splice.config import PeftConfig
+from splice.loading.commit import Built
+from splice.methods.layer import AdapterLayer
+from splice.methods.registry import Method, method_named
+from splice.surgery.adapted import Adapted, Host, attach, detach
+from splice.surgery.selection import BASE, Rows, Selection
+from splice.surgery.whole import WholeModule
+
+TUNER = "splice_tuner"
+
+
+class Tuner(nn.Module):
+    """Holds a network and everything that is known about its adapters.
+
+    Making one changes nothing in the network; `commit` does.
+
+    Attributes:
+        model: the network.
+        peft_config: the configs, by adapter name, in the order they were added.
+        selection: which adapters take effect.
+        adapted: the adapted layers by path, in the order they were first adapted.
+        placed: for each adapter its adapter layers, by path.
+        merged: adapters that are in the base weights now.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.peft_config: dict[str, PeftConfig] = {}
+        self.selection = Selection()
+        # Plain dicts, so that nothing here is registered as a submodule a second time.
+        self.adapted: dict[str, Adapted] = {}
+        self.placed: dict[str, dict[str, AdapterLayer]] = {}
+        self.merged: list[str] = []
+        self._trainable: set[str] = set()
+        self._unfrozen: list[nn.Parameter] = []
+
+    @classmethod
+    def of(cls, network: nn.Module) -> Tuner:
+        """The tuner of a network that carries adapters already, else a new one."""
+        existing = network.__dict__.get(TUNER)
+        return existing[0] if existing else cls(network)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":  # not there before __init__, as while unpickling
+                raise
+            return getattr(self.model, name)
+
+    # -- attaching
+
+    def commit(self, name: str, config: PeftConfig, built: Sequence[Built], freeze_base: bool) -> None:
+        """Attach a finished adapter. If anything cuts this short, also a KeyboardInterrupt, it is undone."""
+        try:
+            for item in built:
+                path, base = item.placement.path, item.placement.base
+                attach(base, path, name, item.layer, self.selection, self.model)
+                self.adapted[path] = cast(Adapted, base)
+            self.placed[name] = {item.placement.path: item.layer for item in built}
+            self.peft_config[name] = config
+            self.model.__dict__[TUNER] = (self,)
+            self.model.__dict__["peft_config"] = self.peft_config
+            if freeze_base:
+                self._freeze_base()
+        except BaseException:
+            self._discard(name, [item.placement.path for item in built], [item.placement.base for item in built])
+            raise
+
+    def _discard(self, name: str, paths: Iterable[str], bases: Iterable[nn.Module]) -> None:
+        for path, base in zip(list(paths), list(bases)):
+            detach(base, name)
+            if not isinstance(base, Adapted):
+                self.adapted.pop(path, None)
+        self.placed.pop(name, None)
+        self.peft_config.pop(name, None)
+        self._trainable.discard(name)
+        if not self.peft_config:
+            self.restore_base()
+
+    def _freeze_base(self) -> None:
+        adapters = {id(p) for layers in self.placed.values() for layer in layers.values() for p in layer.parameters()}
+        for parameter in self.model.parameters():
+            if parameter.requires_grad and id(parameter) not in adapters:
+                self._unfrozen.append(parameter)
+                parameter.requires_grad = False
+
+    def restore_base(self) -> None:
+        """Give the network back the flags it had, and forget that it carried adapters."""
+        for parameter in self._unfrozen:
+            parameter.requires_grad = True
+        self._unfrozen.clear()
+        self.model.__dict__.pop(TUNER, None)
+        self.model.__dict__.pop("peft_config", None)
+
+    # -- selecting
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self.selection.active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        names = self.selection.active
+        return names[0] if len(names) == 1 else list(names)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make these adapters the active ones, in this order; their outputs add up.
+
+        Activated adapters become trainable, all others are frozen; with `inference_mode` all are frozen.
+
+        Raises:
+            ValueError: there is no such adapter, or two of them replace the same module.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self.check_known(names)
+        self._check_one_copy(names)
+        if self.merged:
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
+            self.unmerge_adapter()
+        self.selection.set(names)
+        self.train_only([] if inference_mode else names)
+
+    def check_known(self, names: Iterable[str]) -> None:
+        unknown = [name for name in names if name not in self.peft_config]
+        if unknown:
+            raise ValueError(f"Adapter {unknown[0]!r} not found; there are {list(self.peft_config)}.")
+
+    def _check_one_copy(self, names: Sequence[str]) -> None:
+        if len(names) < 2:
+            return
+        owner: dict[str, str] = {}
+        for name in names:
+            for path, layer in self.placed[name].items():
+                if isinstance(layer, WholeModule) and owner.setdefault(path, name) != name:
+                    raise ValueError(
+                        f"Only one adapter can be set at a time for modules_to_save: {owner[path]!r} and {name!r} "
+                        f"both replace {path!r}."
+                    )
+
+    def train_only(self, names: Sequence[str]) -> None:
+        """Make the tensors of these adapters trainable, and those of all others not."""
+        for name in self._trainable.difference(names):
+            self.set_requires_grad(name, False)
+        for name in names:
+            self.set_requires_grad(name, True)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Whether the tensors of these adapters are trained; which adapters are active does not change."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name in names:
+            (self._trainable.add if requires_grad else self._trainable.discard)(name)
+            for layer in self.placed[name].values():
+                for parameter in layer.parameters():
+                    if parameter.is_leaf and parameter.is_floating_point():
+                        parameter.requires_grad = requires_grad
+
+    def enable_adapter_layers(self) -> None:
+        """Let the active adapters take effect again; they become trainable."""
+        self.selection.enable(True)
+        self.train_only(self.selection.active)
+
+    def disable_adapter_layers(self) -> None:
+        """Let no adapter take effect, as if there were none. Merged weights are unmerged."""
+        if self.merged:
+            self.unmerge_adapter()
+        self.selection.enable(False)
+        self.train_only([])
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside, the network computes what it did without adapters."""
+        was_enabled = self.selection.enabled
+        self.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            if was_enabled:
+                self.enable_adapter_layers()
+
+    # -- merging and taking off
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Add the adapters (the active ones, if none are named) to the base weights; see `merging/merge.py`."""
+        from splice.merging.merge import merge
+
+        merge(self, adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Give every merged layer back the very parameters it had before."""
+        from splice.merging.merge import unmerge
+
+        unmerge(self)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter off and forget it.
+
+        Raises:
+            ValueError: there is no such adapter, or it is merged.
+        """
+        self.check_known([adapter_name])
+        layers = self.placed[adapter_name]
+        if adapter_name in self.merged:
+            raise ValueError(f"Adapter {adapter_name!r} is merged; call `unmerge_adapter()` before deleting it.")
+        was_active = adapter_name in self.selection.active
+        self._discard(adapter_name, layers, [cast(nn.Module, self.adapted[path]) for path in layers])
+        if was_active:
+            self._activate_after_deletion(adapter_name)
+
+    def _activate_after_deletion(self, deleted: str) -> None:
+        remaining = [name for name in self.selection.active if name != deleted]
+        if not remaining and self.peft_config:
+            remaining = [min(self.peft_config)]
+            warnings.warn(
+                f"Adapter {deleted!r} was active and is deleted now; {remaining[0]!r} is active instead.", stacklevel=4
+            )
+            self.set_requires_grad(remaining)
+        self.selection.set(remaining)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """The network with the adapters in its weights and nothing else left of them. This object is done with."""
+        from splice.merging.merge import merge_and_unload
+
+        return merge_and_unload(self, progressbar, safe_merge, adapter_names)
+
+    def unload(self) -> nn.Module:
+        """The network as it was before the first adapter came, trained heads and biases included."""
+        from splice.merging.merge import unload
+
+        return unload(self)
+
+    # -- reporting
+
+    @property
+    def prefix(self) -> str:
+        return self.method.prefix
+
+    @property
+    def method(self) -> Method:
+        config = next(iter(self.peft_config.values()))
+        return method_named(config.peft_type, "the first adapter")
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        return [path for path, layer in self.adapted.items() if not is_whole(layer)]
+
+    def unused_layers(self) -> list[str]:
+        """Paths of layers that carry an active adapter and that no call has reached since it was put there."""
+        return [path for path in self.active_paths() if not self.adapted[path].splice_host.reached]
+
+    def active_paths(self) -> list[str]:
+        """Paths of all layers that carry an active adapter."""
+        active = self.selection.active
+        return [p for p, layer in self.adapted.items() if any(name in layer.splice_host.layers for name in active)]
+
+    def rows(self, adapter_names: Sequence[str], beams: int, training: bool) -> Rows:
+        """One adapter for each row of a batch, checked.
+
+        Raises:
+            ValueError: a name is unknown, adapters are merged, or the model is in training mode.
+        """
+        if not isinstance(adapter_names, (list, tuple)):
+            raise TypeError(f"adapter_names must be a list or a tuple of names, got {type(adapter_names).__name__}")
+        if training:
+            raise ValueError(
+                "Cannot pass `adapter_names` when the model is in training mode; call `model.eval()` first."
+            )
+        if self.merged:
+            raise ValueError(
+                f"Cannot pass `adapter_names` when adapters are merged ({self.merged}); unmerge them first."
+            )
+        unknown = sorted(set(adapter_names) - set(self.peft_config) - {BASE})
+        if unknown:
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; "
+                f"there are {list(self.peft_config)}."
+            )
+        return Rows(tuple(adapter_names), beams)
+
+    def reference_names(self) -> dict[str, str]:
+        """Name of a tensor in this module -> its name in the reference, where the two differ."""
+        names: dict[str, str] = {}
+        for path, layer in self.adapted.items():
+            prefix = f"model.{path}."
+            infix = base_infix(layer.splice_host)
+            taken = set()
+            for adapter_name, adapter in layer.splice_host.layers.items():
+                inside = f"{prefix}adapters.{adapter_name}."
+                for suffix, _ in adapter.named_slots():
+                    name = prefix + adapter.memory_name(suffix, adapter_name)
+                    names[inside + adapter.attribute_of(suffix)] = name
+                    taken.add(name)
+            for name, _ in own_names(cast(nn.Module, layer)):
+                spelled = f"{prefix}{infix}{name}"
+                names[prefix + name] = f"{prefix}original_module.{name}" if spelled in taken else spelled
+        return {ours: theirs for ours, theirs in names.items() if ours != theirs}
+
+
+def own_names(layer: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name of every parameter and buffer of the base layer, also those that `state_dict` leaves out."""
+    for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
+        if not name.startswith("adapters."):
+            yield name, tensor
+
+
+def base_infix(host: Host) -> str:
+    """How the reference spells the base's own tensors on an adapted layer."""
+    return next((layer.base_infix for layer in host.layers.values() if layer.base_infix), "")
+
+
+def is_whole(layer: Adapted) -> bool:
+    """Whether the layer only carries copies of itself, or biases, and no method's tensors."""
+    return all(adapter.base_infix != "base_layer." for adapter in layer.splice_host.layers.values())

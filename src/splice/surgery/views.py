@@ -1,0 +1,160 @@
+"""What scripts and other libraries read on an adapted layer, in the reference's words.
+
+`layer.lora_A["default"].weight`, `layer.scaling["default"]`, `layer.base_layer` and their like are views: they hold
+nothing, so they can never disagree with the adapter layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from splice.methods.layer import AdapterLayer
+    from splice.surgery.adapted import Host
+
+
+class NamedView(nn.Module):
+    """One attribute of every adapter layer of a layer that has it, by adapter name: `layer.lora_A`.
+
+    It is a module, so that dotted names (`lora_A.default.weight`) lead through it to the tensor itself.
+    """
+
+    def __init__(self, host: Host, attribute: str) -> None:
+        super().__init__()
+        self.__dict__.update(_host=host, _attribute=attribute)
+
+    def _found(self) -> dict[str, Any]:
+        return {
+            name: getattr(layer, self._attribute)
+            for name, layer in self._host.layers.items()
+            if has_attribute(layer, self._attribute)
+        }
+
+    def __getitem__(self, name: str) -> Any:
+        return self._found()[name]
+
+    def __getattr__(self, name: str) -> Any:
+        found = self.__dict__["_host"].layers.get(name)
+        if found is None:
+            raise AttributeError(f"no adapter {name!r} has {self.__dict__['_attribute']!r} here")
+        return getattr(found, self.__dict__["_attribute"])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._found()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found())
+
+    def __len__(self) -> int:
+        return len(self._found())
+
+    def keys(self) -> list[str]:
+        return list(self._found())
+
+    def values(self) -> list[Any]:
+        return list(self._found().values())
+
+    def items(self) -> list[tuple[str, Any]]:
+        return list(self._found().items())
+
+
+def has_attribute(layer: AdapterLayer, name: str) -> bool:
+    """Whether the adapter layer has a tensor, a holder of tensors or a number of this name."""
+    return name in layer._parameters or name in layer._modules or name in layer.__dict__
+
+
+class View:
+    """A read-only attribute that gives way to anything of the same name on the object itself."""
+
+    def __init__(self, read: Callable[[Any], Any]) -> None:
+        self.read = read
+
+    def __get__(self, layer: Any, owner: type) -> Any:
+        return self if layer is None else self.read(layer)
+
+
+def view_of(attribute: str) -> View:
+    """The view `layer.<attribute>[<adapter name>]`; an AttributeError where no adapter has it."""
+
+    def read(layer: Any) -> NamedView:
+        host = layer.splice_host
+        if not any(has_attribute(adapter, attribute) for adapter in host.layers.values()):
+            raise AttributeError(f"{type(layer).__name__!r} object has no attribute {attribute!r}")
+        return NamedView(host, attribute)
+
+    return View(read)
+
+
+def publish(cls: type, adapter: AdapterLayer) -> None:
+    """Give the adapted class `cls` a view for every tensor of this kind of adapter layer."""
+    for name in (*adapter._parameters, *adapter._modules):
+        if name != "trained_bias" and name not in cls.__dict__:
+            setattr(cls, name, view_of(name))
+
+
+def _numbers(attribute: str) -> View:
+    return View(
+        lambda layer: {
+            name: getattr(adapter, attribute)
+            for name, adapter in layer.splice_host.layers.items()
+            if has_attribute(adapter, attribute)
+        }
+    )
+
+
+def _active(layer: Any) -> list[str]:
+    return [name for name in layer.splice_host.selection.active if name in layer.splice_host.layers]
+
+
+def _active_one(layer: Any) -> str | list[str]:
+    names = _active(layer)
+    return names[0] if len(names) == 1 else names
+
+
+class AdaptedViews:
+    """The attributes and methods that the reference's layers have, on an adapted layer."""
+
+    splice_host: Host
+
+    scaling = _numbers("scale")
+    r = _numbers("r")
+    lora_alpha = _numbers("lora_alpha")
+    merged_adapters = View(lambda layer: list(layer.splice_host.merged))
+    merged = View(lambda layer: bool(layer.splice_host.merged))
+    active_adapters = View(_active)
+    active_adapter = View(_active_one)
+    disable_adapters = View(lambda layer: not layer.splice_host.selection.enabled)
+    base_layer = View(lambda layer: layer.get_base_layer())
+    original_module = View(lambda layer: layer.get_base_layer())
+
+    def get_base_layer(self) -> nn.Module:
+        """The layer without adapters: the same tensors, seen through the class that the layer had."""
+        from splice.surgery.adapted import original_class
+
+        cls = original_class(cast(nn.Module, self))
+        bare = cls.__new__(cls)
+        object.__setattr__(bare, "__dict__", self.__dict__)
+        return bare
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set the scale of one adapter to `scale` times what its config says; an unknown name is ignored."""
+        layer = self.splice_host.layers.get(adapter)
+        if layer is not None and has_attribute(layer, "initial_scale"):
+            layer.scale = scale * layer.initial_scale  # type: ignore[assignment,operator]
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scale of the active adapters."""
+        for layer in self._active_scaled():
+            layer.scale = layer.scale * scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scale of the active adapters by `scale`, or set it back to what their configs say."""
+        for layer in self._active_scaled():
+            layer.scale = layer.initial_scale if scale is None else layer.scale / scale
+
+    def _active_scaled(self) -> Sequence[Any]:
+        layers = self.splice_host.layers
+        return [layers[name] for name in _active(self) if has_attribute(layers[name], "initial_scale")]

@@ -1,0 +1,131 @@
+"""What an adapter keeps as a whole: copies of modules (`modules_to_save`) and trained biases."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from splice.config import PeftConfig
+from splice.methods.layer import AdapterLayer, Forward
+
+
+class WholeModule(AdapterLayer):
+    """A trained copy of a module, used in its place while the adapter is selected.
+
+    The copy is made around the tensors it is given: nothing is copied only to be overwritten.
+    """
+
+    base_infix: ClassVar[str] = "original_module."
+    module: nn.Module
+
+    def __init__(self, base: nn.Module, config: PeftConfig, path: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        nn.Module.__init__(self)
+        self.trained_bias = None
+        own = dict(own_tensors(base))
+        memo: dict[int, Any] = {}
+        for name, tensor in tensors.items():
+            is_parameter = isinstance(own[name], nn.Parameter)
+            memo[id(own[name])] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+        self.module = bare_copy(base, memo)
+
+    @classmethod
+    def slots(cls, base: nn.Module, config: Any, path: str) -> dict[str, tuple[int, ...]]:
+        if isinstance(base, (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)):
+            raise TypeError(f"modules_to_save cannot be applied to {path!r}: a {type(base).__name__} has no forward")
+        return {name: tuple(tensor.shape) for name, tensor in own_tensors(base)}
+
+    @classmethod
+    def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: Any) -> None:
+        own = dict(own_tensors(base))
+        for name, tensor in tensors.items():
+            tensor.copy_(own[name].detach())
+
+    def around(self, x: Any, inner: Forward) -> Any:
+        return self.module(x)
+
+    def wrapped(self, inner: Forward) -> Forward:
+        return self.module
+
+    def named_slots(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from own_tensors(self.module)
+
+    def attribute_of(self, suffix: str) -> str:
+        return f"module.{suffix}"
+
+    @classmethod
+    def memory_name(cls, suffix: str, adapter_name: str) -> str:
+        return f"modules_to_save.{adapter_name}.{suffix}"
+
+
+class BiasOnly(AdapterLayer):
+    """A trained bias on a module that is no target otherwise (`bias="all"`)."""
+
+    base_infix: ClassVar[str] = ""
+
+    @classmethod
+    def slots(cls, base: nn.Module, config: Any, path: str) -> dict[str, tuple[int, ...]]:
+        bias = base._parameters["bias"]
+        assert bias is not None
+        return {"bias": tuple(bias.shape)}
+
+    @classmethod
+    def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: Any) -> None:
+        copy_bias(tensors["bias"], base)
+
+    def wrapped(self, inner: Forward) -> Forward:
+        return inner  # the host calls it with the trained bias in place
+
+    def named_slots(self) -> Iterator[tuple[str, torch.Tensor]]:
+        assert self.trained_bias is not None
+        yield "bias", self.trained_bias
+
+    def attribute_of(self, suffix: str) -> str:
+        return "trained_bias"
+
+    @classmethod
+    def memory_name(cls, suffix: str, adapter_name: str) -> str:
+        return suffix
+
+
+def copy_bias(tensor: torch.Tensor, base: nn.Module) -> None:
+    """Start a trained bias from the base's own."""
+    bias = base._parameters["bias"]
+    assert bias is not None
+    tensor.copy_(bias.detach())
+
+
+def own_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and persistent buffers of `module` and below, without what adapters added: its `state_dict`, live."""
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            yield prefix + name, parameter
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name not in module._non_persistent_buffers_set:
+            yield prefix + name, buffer
+    for name, child in bare_children(module):
+        yield from own_tensors(child, f"{prefix}{name}.")
+
+
+def bare_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The children of `module` that were there before any adapter."""
+    adapted = "splice_host" in module.__dict__
+    for name, child in module._modules.items():
+        if child is not None and not (adapted and name == "adapters"):
+            yield name, child
+
+
+def bare_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy of `module` as it is without adapters and without hooks of accelerate, which stay on the original."""
+    from splice.surgery.adapted import original_class
+
+    cls = original_class(module)
+    clone = cls.__new__(cls)
+    left_out = {"splice_host", "_hf_hook", "_old_forward"} | ({"forward"} if "_hf_hook" in module.__dict__ else set())
+    state = {k: v for k, v in module.__dict__.items() if k not in left_out}
+    state["_modules"] = dict(bare_children(module))
+    clone.__dict__.update(copy.deepcopy(state, memo))
+    return clone

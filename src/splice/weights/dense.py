@@ -1,0 +1,49 @@
+"""Access to a base weight that is stored as an ordinary tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from splice.weights.layers import LayerKind, kind_of
+
+
+def device_of(layer: nn.Module) -> torch.device:
+    """Where the computation of `layer` happens: the device for what is put on it.
+
+    A layer whose weights accelerate keeps elsewhere (on `meta` between calls) computes on its hook's device.
+    """
+    hook = layer.__dict__.get("_hf_hook")
+    if hook is not None and getattr(hook, "execution_device", None) is not None:
+        return torch.device(hook.execution_device)
+    tensor = next(_own_tensors(layer), None)
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+def dtype_of(layer: nn.Module) -> torch.dtype:
+    """The floating dtype `layer` computes in; float32 where its weight is stored as integers."""
+    for tensor in _own_tensors(layer):
+        if tensor.is_floating_point():
+            return tensor.dtype
+    return torch.float32
+
+
+def in_stored_layout(layer: nn.Module, delta: torch.Tensor) -> torch.Tensor:
+    """`delta` in the layout of `layer.weight`: (out, in) deltas are transposed for transposed linear layers."""
+    return delta.T if kind_of(layer) is LayerKind.TRANSPOSED_LINEAR else delta
+
+
+def added(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """A new tensor `weight + delta`, summed in the wider dtype and rounded once to the dtype of `weight`."""
+    wide = torch.promote_types(weight.dtype, delta.dtype)
+    return (weight.detach().to(wide) + delta.to(device=weight.device, dtype=wide)).to(weight.dtype)
+
+
+def _own_tensors(layer: nn.Module) -> Iterator[torch.Tensor]:
+    yield from (p for p in layer._parameters.values() if p is not None)
+    yield from (b for b in layer._buffers.values() if b is not None)
+    for name, child in layer.named_children():
+        if name != "adapters":
+            yield from child.parameters()
