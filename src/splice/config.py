@@ -95,6 +95,7 @@ class TargetRule:
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
+    target_parameters: list[str] | None = None
 
 
 @dataclass

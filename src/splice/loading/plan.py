@@ -18,7 +18,7 @@ from splice.loading.header import Entry
 from splice.loading.keys import Key
 from splice.methods.layer import AdapterLayer
 from splice.methods.registry import Method
-from splice.surgery.targets import resolved_rule, select
+from splice.surgery.targets import resolved_rule, select, select_parameters
 from splice.surgery.whole import BiasOnly, WholeModule, own_tensors
 from splice.weights.dense import dtype_of
 
@@ -133,6 +133,10 @@ def lay_out(network: nn.Module, config: PeftConfig, method: Method, heads: Seque
     placements = [
         _placement(path, base, method.layer_for(base, path), config) for path, base in select(rule, modules).items()
     ]
+    if rule.target_parameters and method.parameters_layer is not None:
+        adapted = {p.path: p for p in placements}
+        owners = select_parameters(rule, modules, adapted)
+        placements += [_placement(path, modules[path], method.parameters_layer, config) for path in owners]
     placements += [_placement(path, base, WholeModule, config) for path, base in _saved_whole(rule, modules)]
     biases = config.trained_biases()
     return Plan(_with_biases(placements, modules, biases), rule, _written_twice(placements, biases))

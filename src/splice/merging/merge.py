@@ -16,7 +16,7 @@ from torch import nn
 
 from splice.methods.layer import AdapterLayer
 from splice.surgery.adapted import Adapted, detach
-from splice.surgery.whole import BiasOnly, WholeModule
+from splice.surgery.whole import WholeModule
 from splice.weights.dense import added, in_stored_layout
 
 if TYPE_CHECKING:
@@ -78,13 +78,14 @@ def check_mergeable(layers: Iterable[Adapted], names: Iterable[str]) -> None:
         host = layer.splice_host
         for name in names:
             adapter = host.layers.get(name)
-            if adapter is None or isinstance(adapter, (WholeModule, BiasOnly)):
+            if adapter is None:
                 continue
             what = f"{host.path}: adapter {name!r}"
             if not adapter.mergeable:
                 raise NotImplementedError(f"{what} cannot be merged: its update is no change of the layer's weight")
-            if adapter.delta_bias() is not None and cast(Any, layer)._parameters.get("bias") is None:
-                raise RuntimeError(f"{what} has a bias and the base layer has none to merge it into")
+            lacking = [n for n in adapter.changed_names if layer._parameters.get(n) is None]
+            if lacking:
+                raise RuntimeError(f"{what} changes the {lacking[0]}, and the base layer has none to merge it into")
 
 
 @torch.no_grad()
@@ -97,32 +98,21 @@ def merged_tensors(layer: Adapted, names: Iterable[str], safe: bool) -> Merged:
         adapter = host.layers[name]
         if isinstance(adapter, WholeModule):  # its copy goes on computing; `merge_and_unload` puts it in place
             continue
-        tensors.update(_with_adapter(cast(Any, layer), adapter, tensors, f"{host.path}: adapter {name!r}"))
+        tensors.update(_with_adapter(layer, adapter, tensors))
         if safe:
             _check_finite(tensors, host.path, name)
     return Merged(layer, [n for n in present if not isinstance(host.layers[n], WholeModule)], tensors)
 
 
-def _with_adapter(
-    layer: nn.Module, adapter: AdapterLayer, so_far: dict[str, torch.Tensor], what: str
-) -> dict[str, torch.Tensor]:
+def _with_adapter(layer: Adapted, adapter: AdapterLayer, so_far: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    own = {name: tensor for name, tensor in layer._parameters.items() if tensor is not None}
     result: dict[str, torch.Tensor] = {}
-    bias = adapter.trained_bias.detach() if adapter.trained_bias is not None else so_far.get("bias")
     if adapter.trained_bias is not None:
-        assert layer._parameters["bias"] is not None
-        result["bias"] = adapter.trained_bias.detach().to(layer._parameters["bias"].dtype).clone()
-    if isinstance(adapter, BiasOnly):
-        return result
-    weight = so_far.get("weight", layer._parameters["weight"])
-    assert weight is not None
-    delta = adapter.delta_weight(weight.detach())
-    assert delta is not None, what  # `check_mergeable` has asked
-    result["weight"] = added(weight, in_stored_layout(layer, delta))
-    delta_bias = adapter.delta_bias()
-    if delta_bias is not None:
-        own = bias if bias is not None else layer._parameters["bias"]
-        assert own is not None, what
-        result["bias"] = added(own, delta_bias)
+        result["bias"] = adapter.trained_bias.detach().to(own["bias"].dtype).clone()
+    current = {**own, **so_far, **result}
+    for name, delta in adapter.deltas(current).items():
+        stored = in_stored_layout(layer, delta) if name == "weight" and adapter.linear_layout else delta
+        result[name] = added(current[name], stored)
     return result
 
 

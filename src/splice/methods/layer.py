@@ -44,11 +44,14 @@ class AdapterLayer(nn.Module):
     """
 
     # How the reference spells the tensors of the base layer once this is on it (`base_layer.weight`).
-    base_infix: ClassVar[str] = "base_layer."
+    base_infix: str = "base_layer."
     # True where `inner` is called with the very input `x`: then its output may be computed once for several adapters.
     keeps_input: ClassVar[bool] = True
-    # Whether `delta_weight` gives the whole update.
+    # Whether `deltas` gives the whole update, and whether its `weight` is (out, in) however the base stores it.
     mergeable: bool = False
+    linear_layout: ClassVar[bool] = True
+    # Whether `shown` gives anything: asked at every call.
+    shows: bool = False
 
     def __init__(self, base: nn.Module, config: PeftConfig, path: str, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
@@ -56,6 +59,8 @@ class AdapterLayer(nn.Module):
         self.register_parameter("trained_bias", None)
         for name, tensor in tensors.items():
             self._hold(name, tensor)
+        if self.trained_bias is not None:
+            self.shows = True
         self.prepare(base, config, path)
 
     @classmethod
@@ -91,6 +96,21 @@ class AdapterLayer(nn.Module):
     def delta_bias(self) -> torch.Tensor | None:
         """What merging adds to the base bias; None for nothing."""
         return None
+
+    @property
+    def changed_names(self) -> tuple[str, ...]:
+        """The base tensors that merging changes."""
+        return ("weight",) if self.delta_bias() is None else ("weight", "bias")
+
+    def deltas(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What merging adds to each of `changed_names`, given these tensors of the base."""
+        weight, bias = self.delta_weight(tensors["weight"]), self.delta_bias()
+        found = {"weight": weight, "bias": bias}
+        return {name: delta for name, delta in found.items() if delta is not None}
+
+    def shown(self, base: nn.Module) -> dict[str, torch.Tensor]:
+        """Tensors that take the place of the base's own of the same name while `base` computes."""
+        return {} if self.trained_bias is None else {"bias": self.trained_bias}
 
     def named_slots(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor under its suffix in the checkpoint."""

@@ -22,6 +22,7 @@ from splice.config import PeftConfig, PeftType, TargetRule
 from splice.errors import UnsupportedFeatureError
 from splice.methods.default_targets import LORA_TARGETS
 from splice.methods.layer import Additive, Slots
+from splice.methods.lora_parameters import LoraParameters
 from splice.methods.registry import Method, register
 from splice.surgery.targets import value_for
 from splice.weights.layers import LayerKind, features
@@ -97,6 +98,7 @@ class LoraConfig(PeftConfig):
             self.layers_to_transform,
             self.layers_pattern,
             self.modules_to_save,
+            self.target_parameters,
         )
 
     def trained_biases(self) -> str:
@@ -134,7 +136,6 @@ _NOT_HONOURED = (
     "alora_invocation_tokens",
     "monteclora_config",
     "layer_replication",
-    "target_parameters",
     "use_bdlora",
     "arrow_config",
     "kasa_config",
@@ -152,6 +153,8 @@ def _check(config: LoraConfig) -> None:
             raise ValueError(f"the alpha of {name!r} should be a number but the value passed is {value!r}")
     if config.bias not in ("none", "all", "lora_only"):
         raise NotImplementedError(f"bias={config.bias!r} is not one of 'none', 'all', 'lora_only'")
+    if config.target_parameters and (config.lora_dropout or config.fan_in_fan_out or config.lora_bias):
+        raise ValueError("`target_parameters` does not work with lora_dropout, fan_in_fan_out or lora_bias.")
     asked = {name: getattr(config, name) for name in _NOT_HONOURED if getattr(config, name) not in (None, False, [])}
     if config.init_lora_weights not in _PLAIN_INITS:
         asked["init_lora_weights"] = config.init_lora_weights
@@ -337,6 +340,7 @@ METHOD = register(
                 LayerKind.CONV3D: LoraConv,
             }
         ),
+        parameters_layer=LoraParameters,
         default_targets=LORA_TARGETS,
         check=_check,
         paper="arXiv 2106.09685",

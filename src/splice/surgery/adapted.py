@@ -102,18 +102,20 @@ class Adapted(AdaptedViews, nn.Module):
         return run(*args, **kwargs)
 
     def _outside(self, layer: AdapterLayer, inner: Forward) -> Forward:
-        if layer.trained_bias is not None:
-            inner = self._with_bias(layer.trained_bias, inner)
-        return layer.wrapped(inner)
+        return layer.wrapped(self._showing(layer, inner) if layer.shows else inner)
 
-    def _with_bias(self, bias: torch.Tensor, inner: Forward) -> Forward:
+    def _showing(self, layer: AdapterLayer, inner: Forward) -> Forward:
         def run(*args: Any, **kwargs: Any) -> Any:
             # An entry in the instance's dict is found before the parameter of the same name, which stays untouched.
-            self.__dict__["bias"] = bias
+            own, shown = self.__dict__, layer.shown(self)
+            before = {name: own[name] for name in shown if name in own}
+            own.update(shown)
             try:
                 return inner(*args, **kwargs)
             finally:
-                del self.__dict__["bias"]
+                for name in shown:
+                    del own[name]
+                own.update(before)
 
         return run
 
@@ -133,7 +135,7 @@ class Adapted(AdaptedViews, nn.Module):
             if layer is None:
                 continue
             base_rows = y[index]
-            reuse = layer.keeps_input and layer.trained_bias is None
+            reuse = layer.keeps_input and not layer.shows
             inner: Forward = (lambda _, kept=base_rows: kept) if reuse else run
             y[index] = self._outside(layer, inner)(x[index]).to(y.dtype)
         return y

@@ -102,15 +102,11 @@ def adapted_weight_shown(layer: Any) -> Iterator[None]:
         adapter = host.layers.get(name)
         if adapter is None or name in host.merged:
             continue
-        weight = shown.get("weight", layer.weight)
-        delta = adapter.delta_weight(weight)
-        if delta is None:
+        if not adapter.mergeable:
             raise NotImplementedError(f"{host.path}: adapter {name!r} cannot be applied to a weight that is only read")
-        shown["weight"] = (weight + delta).to(weight.dtype)
-        bias = adapter.trained_bias if adapter.trained_bias is not None else shown.get("bias", layer.bias)
-        delta_bias = adapter.delta_bias()
-        if bias is not None:
-            shown["bias"] = bias if delta_bias is None else (bias + delta_bias).to(bias.dtype)
+        current = {"weight": layer.weight, "bias": layer.bias, **shown, **adapter.shown(layer)}
+        summed = {n: (current[n] + delta).to(current[n].dtype) for n, delta in adapter.deltas(current).items()}
+        shown.update({**adapter.shown(layer), **summed})
     layer.__dict__.update(shown)
     try:
         yield

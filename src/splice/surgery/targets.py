@@ -101,6 +101,8 @@ def resolved_rule(
     if rule.target_modules is None and method.layers:
         model_type = model_type_of(network)
         if model_type not in method.default_targets:
+            if rule.target_parameters:
+                return rule
             raise ValueError(
                 f"Please specify `target_modules` in `peft_config`: {method.name.value} has no default for "
                 f"model_type {model_type!r}."
@@ -148,9 +150,42 @@ def select(rule: TargetRule, modules: Mapping[str, nn.Module]) -> dict[str, nn.M
     matcher = TargetMatcher(rule)
     selected = {path: module for path, module in modules.items() if path and matcher.is_selected(path)}
     kept = {path: module for path, module in selected.items() if not matcher.is_excluded(path)}
-    if not kept:
+    if not kept and not rule.target_parameters:
         raise NoMatchingPeftModuleError(_nothing_matched(rule, bool(selected)))
     return kept
+
+
+def select_parameters(rule: TargetRule, modules: Mapping[str, nn.Module], adapted: Mapping[str, Any]) -> list[str]:
+    """Paths of the modules that own a parameter which `rule` selects, in the order of the model.
+
+    Raises:
+        NoMatchingPeftModuleError: neither a module nor a parameter is selected.
+        ValueError: a selected parameter is on the model itself, or on a module that is a target as a whole.
+    """
+    entries = rule.target_parameters or []
+    found = [path for path, module in modules.items() if matching_parameters(module, path, entries)]
+    for path in found:
+        if not path:
+            raise ValueError(
+                "target_parameters: a parameter of the model itself, outside of any module, cannot be adapted"
+            )
+        if path in adapted:
+            raise ValueError(
+                f"{path!r} is selected by target_modules and one of its parameters by target_parameters. Choose one; "
+                "pass `target_modules=[]` to keep the default targets out."
+            )
+    if entries and not found and not adapted:
+        raise NoMatchingPeftModuleError(f"Target parameters {sorted(entries)} not found in the base model.")
+    return found
+
+
+def matching_parameters(module: nn.Module, path: str, entries: Iterable[str]) -> list[str]:
+    """Names of the parameters registered on `module` itself that `entries` select, in the order of registration."""
+    tails = tuple("." + entry for entry in entries)
+    full = [
+        (name, f".{path}.{name}" if path else f".{name}") for name, p in module._parameters.items() if p is not None
+    ]
+    return [name for name, spelled in full if tails and spelled.endswith(tails)]
 
 
 def _nothing_matched(rule: TargetRule, all_excluded: bool) -> str:

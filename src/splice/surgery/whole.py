@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +19,8 @@ class WholeModule(AdapterLayer):
     The copy is made around the tensors it is given: nothing is copied only to be overwritten.
     """
 
-    base_infix: ClassVar[str] = "original_module."
+    base_infix = "original_module."
+    mergeable = True
     module: nn.Module
 
     def __init__(self, base: nn.Module, config: PeftConfig, path: str, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -50,6 +51,13 @@ class WholeModule(AdapterLayer):
     def wrapped(self, inner: Forward) -> Forward:
         return self.module
 
+    def deltas(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {}  # the copy goes on computing while its adapter is merged
+
+    @property
+    def changed_names(self) -> tuple[str, ...]:
+        return ()
+
     def named_slots(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield from own_tensors(self.module)
 
@@ -64,7 +72,8 @@ class WholeModule(AdapterLayer):
 class BiasOnly(AdapterLayer):
     """A trained bias on a module that is no target otherwise (`bias="all"`)."""
 
-    base_infix: ClassVar[str] = ""
+    base_infix = ""
+    mergeable = True
 
     @classmethod
     def slots(cls, base: nn.Module, config: Any, path: str) -> dict[str, tuple[int, ...]]:
@@ -78,6 +87,13 @@ class BiasOnly(AdapterLayer):
 
     def wrapped(self, inner: Forward) -> Forward:
         return inner  # the host calls it with the trained bias in place
+
+    def deltas(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {}
+
+    @property
+    def changed_names(self) -> tuple[str, ...]:
+        return ()
 
     def named_slots(self) -> Iterator[tuple[str, torch.Tensor]]:
         assert self.trained_bias is not None
