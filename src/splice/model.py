@@ -169,7 +169,7 @@ class PeftModel(nn.Module):
     def _after_load(self, loaded: Loaded, is_trainable: bool) -> None:
         self.load_report = loaded.report
         self._unused_checked = False
-        if not is_trainable:
+        if not is_trainable and (self.training or self.base_model.any_training()):
             self.eval()
 
     # -- creating, saving

@@ -15,7 +15,7 @@ from torch import nn
 
 from splice.config import CONFIG_NAME, PeftConfig
 from splice.errors import PeftWarning
-from splice.loading.keys import PREFIX, Key
+from splice.loading.keys import PREFIX, format_key
 from splice.loading.source import BIN_NAME, SAFETENSORS_NAME
 from splice.surgery.tuner import Tuner
 
@@ -93,7 +93,7 @@ def get_peft_model_state_dict(
     result = {}
     for path, layer in tuner.placed[adapter_name].items():
         for suffix, tensor in layer.named_slots():
-            key = str(Key(path, suffix))
+            key = format_key(path, suffix)
             value = tensor
             if state_dict is not None:
                 spelled = (

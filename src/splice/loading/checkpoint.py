@@ -5,8 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import pickle
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -21,25 +20,26 @@ DTYPES: Mapping[str, torch.dtype] = {
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
+# Buffers that one system call fills at most (IOV_MAX of Linux and macOS).
+_IOV_MAX = 1024
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-class TensorReader(Protocol):
-    """Gives out tensors that share memory with nothing else."""
-
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor of this name, on the CPU and as it was stored."""
-        ...
 
 
 class Weights(Protocol):
     """The tensors of a checkpoint: what there is, known before anything is read."""
 
-    place: str
-    entries: Mapping[str, Entry]
+    @property
+    def place(self) -> str:
+        """Where they are, for messages."""
+        ...
 
-    def reader(self) -> Iterator[TensorReader]:
-        """Context manager inside which tensors can be read."""
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """Dtype and shape of every tensor."""
+        ...
+
+    def read(self, names: Sequence[str]) -> list[torch.Tensor]:
+        """These tensors, on the CPU and as they were stored, each in memory that it shares with nothing."""
         ...
 
 
@@ -53,37 +53,45 @@ class SafetensorsFile:
         self.entries = header.entries
         self.metadata = header.metadata
 
-    @contextmanager
-    def reader(self) -> Iterator[_FileReader]:
-        descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    def read(self, names: Sequence[str]) -> list[torch.Tensor]:
+        entries = [self.entries[name] for name in names]
+        tensors = [torch.empty(entry.shape, dtype=DTYPES[entry.dtype]) for entry in entries]
+        in_file_order = sorted(range(len(names)), key=lambda i: entries[i].offset)
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            yield _FileReader(descriptor, self)
+            for run in _runs(in_file_order, entries):
+                self._fill([tensors[i] for i in run], entries[run[0]].offset, descriptor)
         finally:
             os.close(descriptor)
+        return tensors
 
-
-class _FileReader:
-    def __init__(self, descriptor: int, file: SafetensorsFile) -> None:
-        self.descriptor = descriptor
-        self.file = file
-
-    def read(self, name: str) -> torch.Tensor:
-        entry = self.file.entries[name]
-        tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-        if entry.size:
-            # Straight from the file into the tensor's own memory, which no intermediate buffer ever holds twice.
-            target = memoryview((ctypes.c_char * entry.size).from_address(tensor.data_ptr())).cast("B")
-            self._fill(target, entry.offset, name)
-        return tensor
-
-    def _fill(self, target: memoryview, offset: int, name: str) -> None:
-        done = 0
-        os.lseek(self.descriptor, offset, os.SEEK_SET)
-        while done < len(target):
-            count = os.readv(self.descriptor, [target[done:]])
+    def _fill(self, tensors: Sequence[torch.Tensor], offset: int, descriptor: int) -> None:
+        """Read a run of tensors that lie behind one another, straight into their own memory."""
+        targets = [memoryview((ctypes.c_char * t.nbytes).from_address(t.data_ptr())).cast("B") for t in tensors]
+        while targets:
+            count = os.preadv(descriptor, targets, offset)
             if count == 0:
-                raise CheckpointError(f"{self.file.path} was cut off while it was read, at tensor {name!r}")
-            done += count
+                raise CheckpointError(f"{self.path} was cut off while it was read")
+            offset += count
+            while targets and count >= len(targets[0]):
+                count -= len(targets.pop(0))
+            if targets and count:
+                targets[0] = targets[0][count:]
+
+
+def _runs(order: Sequence[int], entries: Sequence[Entry]) -> Iterator[list[int]]:
+    """Indices of entries that lie behind one another in the file, as many as one system call takes."""
+    run: list[int] = []
+    for index in order:
+        if not entries[index].size:
+            continue
+        last = entries[run[-1]] if run else None
+        if last is not None and (last.offset + last.size != entries[index].offset or len(run) == _IOV_MAX):
+            yield run
+            run = []
+        run.append(index)
+    if run:
+        yield run
 
 
 class TensorsInMemory:
@@ -98,14 +106,12 @@ class TensorsInMemory:
             for name, t in tensors.items()
         }
 
-    @contextmanager
-    def reader(self) -> Iterator[TensorsInMemory]:
-        yield self
+    def read(self, names: Sequence[str]) -> list[torch.Tensor]:
+        return [self._owned(self.tensors[name].detach()) for name in names]
 
-    def read(self, name: str) -> torch.Tensor:
-        tensor = self.tensors[name].detach()
-        owns_memory = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-        return tensor if self.hand_over and owns_memory and tensor.is_contiguous() else tensor.clone()
+    def _owned(self, tensor: torch.Tensor) -> torch.Tensor:
+        owns_memory = tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.is_contiguous()
+        return tensor if self.hand_over and owns_memory else tensor.clone()
 
 
 def open_weights(path: Path) -> Weights:
@@ -116,8 +122,8 @@ def open_weights(path: Path) -> Weights:
         pickle.UnpicklingError: a `.bin` file holds anything but tensors; nothing in it has been run.
     """
     if path.suffix == ".safetensors":
-        return SafetensorsFile(path)  # type: ignore[return-value]
-    return TensorsInMemory(_unpickle(path), str(path), hand_over=True)  # type: ignore[return-value]
+        return SafetensorsFile(path)
+    return TensorsInMemory(_unpickle(path), str(path), hand_over=True)
 
 
 def _unpickle(path: Path) -> dict[str, torch.Tensor]:

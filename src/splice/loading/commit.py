@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from splice.config import PeftConfig
 from splice.loading.checkpoint import Weights
+from splice.loading.header import Entry
 from splice.loading.plan import Placement, Plan
 from splice.methods.layer import AdapterLayer
 from splice.surgery.whole import WholeModule, copy_bias
 from splice.weights.dense import device_of
+
+_BATCH_BYTES = 8_000_000
 
 
 @dataclass(frozen=True)
@@ -28,22 +31,48 @@ def build_loaded(plan: Plan, config: PeftConfig, weights: Weights, autocast: boo
 
     Slots that the checkpoint has nothing for (only with `strict=False`) are initialised as those of a new adapter.
     """
-    built = []
-    with weights.reader() as reader:  # type: ignore[attr-defined]
-        for placement in plan.placements:
-            device = device_of(placement.base)
-            tensors, empty = {}, {}
-            for suffix, shape in placement.slots.items():
-                dtype, name = placement.dtype(suffix, autocast), plan.sources.get(placement.key(suffix))
-                if name is None:
-                    empty[suffix] = shape
-                else:
-                    tensors[suffix] = reader.read(name).to(device=device, dtype=dtype)
-            if empty:
-                fresh = new_tensors(placement, config, autocast)
-                tensors.update({suffix: fresh[suffix] for suffix in empty})
-            built.append(_build(placement, config, tensors))
+    built: list[Built] = []
+    for batch in _batches(plan.placements, weights.entries, plan.sources):
+        names = [plan.sources[p.key(s)] for p in batch for s in p.slots if p.key(s) in plan.sources]
+        read = dict(zip(names, weights.read(names)))
+        built += [_build_loaded(p, plan.sources, read, config, autocast) for p in batch]
     return built
+
+
+def _batches(
+    placements: Sequence[Placement], entries: Mapping[str, Entry], sources: Mapping[str, str]
+) -> Iterator[list[Placement]]:
+    """Placements whose tensors are read in one go: few calls, and little memory beside the result if they are cast."""
+    batch: list[Placement] = []
+    size = 0
+    for placement in placements:
+        batch.append(placement)
+        keys = (placement.key(suffix) for suffix in placement.slots)
+        size += sum(entries[sources[key]].size for key in keys if key in sources)
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _build_loaded(
+    placement: Placement, sources: Mapping[str, str], read: dict[str, torch.Tensor], config: PeftConfig, autocast: bool
+) -> Built:
+    device = device_of(placement.base)
+    tensors = {}
+    for suffix in placement.slots:
+        name = sources.get(placement.key(suffix))
+        if name is not None:
+            tensors[suffix] = _moved(read.pop(name), device, placement.dtype(suffix, autocast))
+    if len(tensors) < len(placement.slots):
+        fresh = new_tensors(placement, config, autocast)
+        tensors = {suffix: tensors.get(suffix, fresh[suffix]) for suffix in placement.slots}
+    return _build(placement, config, tensors)
+
+
+def _moved(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    return tensor if tensor.dtype is dtype and tensor.device == device else tensor.to(device=device, dtype=dtype)
 
 
 def build_new(plan: Plan, config: PeftConfig, autocast: bool) -> list[Built]:

@@ -27,7 +27,12 @@ class Key:
     suffix: str
 
     def __str__(self) -> str:
-        return f"{PREFIX}{self.path}.{self.suffix}"
+        return format_key(self.path, self.suffix)
+
+
+def format_key(path: str, suffix: str) -> str:
+    """The key of the tensor `suffix` on the target at `path`."""
+    return f"{PREFIX}{path}.{suffix}"
 
 
 def parse_key(key: str, names: Collection[str]) -> Key | None:

@@ -15,11 +15,11 @@ from torch import nn
 from splice.config import PeftConfig, TargetRule
 from splice.loading.checkpoint import DTYPES
 from splice.loading.header import Entry
-from splice.loading.keys import Key
+from splice.loading.keys import format_key
 from splice.methods.layer import AdapterLayer
 from splice.methods.registry import Method
 from splice.surgery.targets import resolved_rule, select, select_parameters
-from splice.surgery.whole import BiasOnly, WholeModule, own_tensors
+from splice.surgery.whole import BiasOnly, WholeModule, own_tensors, walk_bare
 from splice.weights.dense import dtype_of
 
 HALVES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
@@ -42,7 +42,7 @@ class Placement:
     slots: Mapping[str, tuple[int, ...]]
 
     def key(self, suffix: str) -> str:
-        return str(Key(self.path, suffix))
+        return format_key(self.path, suffix)
 
     def dtype(self, suffix: str, autocast: bool) -> torch.dtype:
         """The dtype of a tensor in memory: copies keep the original's, an adapter takes its base layer's.
@@ -90,28 +90,6 @@ class Plan:
                 yield placement.key(suffix), shape
 
 
-def walk_bare(network: nn.Module) -> dict[str, nn.Module]:
-    """Every module of the base model by path, each once; what adapters added is not entered.
-
-    So the cost does not depend on how many adapters there are.
-    """
-    found: dict[str, nn.Module] = {}
-    seen: set[int] = set()
-
-    def walk(module: nn.Module, path: str) -> None:
-        if id(module) in seen:
-            return
-        seen.add(id(module))
-        found[path] = module
-        skip = "adapters" if "splice_host" in module.__dict__ else None
-        for name, child in module._modules.items():
-            if child is not None and name != skip:
-                walk(child, f"{path}.{name}" if path else name)
-
-    walk(network, "")
-    return found
-
-
 def lay_out(network: nn.Module, config: PeftConfig, method: Method, heads: Sequence[str] = ()) -> Plan:
     """The adapter layers that `config` asks for on `network`: the plan of a new, still empty adapter.
 
@@ -148,7 +126,7 @@ def _written_twice(placements: Sequence[Placement], biases: str) -> frozenset[st
         return frozenset()
     whole = [(p.path, suffix) for p in placements if p.layer_class is WholeModule for suffix in p.slots]
     return frozenset(
-        str(Key(path, f"{where}.{suffix}"))
+        format_key(path, f"{where}.{suffix}")
         for path, suffix in whole
         if suffix.rpartition(".")[2] == "bias"
         for where in ("modules_to_save", "original_module")

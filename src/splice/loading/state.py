@@ -37,8 +37,8 @@ def load_peft_weights(
     source = Source.from_options(model_id, hub_kwargs.get("subfolder"), hub_kwargs)
     weights = open_weights(Path(source.weights()))
     names = renamed(weights.entries, key_mapping) if key_mapping else {name: name for name in weights.entries}
-    with weights.reader() as reader:  # type: ignore[attr-defined]
-        return {name: reader.read(own).to(device or "cpu") for name, own in names.items()}
+    tensors = weights.read(list(names.values()))
+    return {name: tensor.to(device or "cpu") for name, tensor in zip(names, tensors)}
 
 
 def set_peft_model_state_dict(
@@ -72,5 +72,5 @@ def set_peft_model_state_dict(
     options = LoadOptions(
         adapter_name, False, True, False, None, strict=False, extra={"ignore_mismatched_sizes": ignore_mismatched_sizes}
     )
-    checkpoint = Checkpoint(tuner.peft_config[adapter_name], given, names)  # type: ignore[arg-type]
+    checkpoint = Checkpoint(tuner.peft_config[adapter_name], given, names)
     return load_into(tuner, checkpoint, options).result

@@ -17,7 +17,30 @@ from splice.config import PeftConfig
 Forward = Callable[..., Any]
 
 
-class Slots(nn.Module):
+_PRISTINE = dict(nn.Module().__dict__)
+_EMPTIED = tuple((name, type(value)) for name, value in _PRISTINE.items() if isinstance(value, (dict, set)))
+_PLAIN = frozenset({int, float, bool, str, tuple})
+
+
+class LightModule(nn.Module):
+    """A module that is made in a fifth of the time.
+
+    A load makes hundreds of them, and would spend most of its time in `nn.Module.__init__` and `__setattr__`: the first
+    sets a dozen attributes one by one, the second looks for the name in three registries even where a number is set.
+    """
+
+    def __init__(self) -> None:
+        self.__dict__.update(_PRISTINE)
+        self.__dict__.update([(name, kind()) for name, kind in _EMPTIED])
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if type(value) in _PLAIN:
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+
+class Slots(LightModule):
     """A holder of tensors; nested holders make dotted names. It computes nothing.
 
     `bias` exists as None until it is held, so that code may ask for it as of any linear layer.
@@ -28,10 +51,19 @@ class Slots(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_parameter("bias", None)
+        self._parameters["bias"] = None
+
+    def named_slots(self, front: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor held here and below, its name behind `front`."""
+        for name, parameter in self._parameters.items():
+            if parameter is not None:
+                yield front + name, parameter
+        for name, child in self._modules.items():
+            assert isinstance(child, Slots)
+            yield from child.named_slots(f"{front}{name}.")
 
 
-class AdapterLayer(nn.Module):
+class AdapterLayer(LightModule):
     """Tensors and mathematics of one adapter on one target.
 
     Its state-dict names are the suffixes that stand in the checkpoint (`lora_A.weight`).
@@ -50,13 +82,13 @@ class AdapterLayer(nn.Module):
     # Whether `deltas` gives the whole update, and whether its `weight` is (out, in) however the base stores it.
     mergeable: bool = False
     linear_layout: ClassVar[bool] = True
+    trained_bias: nn.Parameter | None
     # Whether `shown` gives anything: asked at every call.
     shows: bool = False
 
     def __init__(self, base: nn.Module, config: PeftConfig, path: str, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
-        self.trained_bias: nn.Parameter | None
-        self.register_parameter("trained_bias", None)
+        self._parameters["trained_bias"] = None
         for name, tensor in tensors.items():
             self._hold(name, tensor)
         if self.trained_bias is not None:
@@ -114,8 +146,12 @@ class AdapterLayer(nn.Module):
 
     def named_slots(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor under its suffix in the checkpoint."""
-        for name, tensor in self.named_parameters():
-            yield ("base_layer.bias" if name == "trained_bias" else name), tensor
+        for name, parameter in self._parameters.items():
+            if parameter is not None:
+                yield ("base_layer.bias" if name == "trained_bias" else name), parameter
+        for name, child in self._modules.items():
+            assert isinstance(child, Slots)
+            yield from child.named_slots(f"{name}.")
 
     def attribute_of(self, suffix: str) -> str:
         """The dotted attribute of this layer that holds the tensor with this suffix."""
@@ -128,6 +164,11 @@ class AdapterLayer(nn.Module):
             return suffix
         first, dot, rest = suffix.partition(".")
         return f"{first}.{adapter_name}{dot}{rest}"
+
+    def train(self, mode: bool = True) -> AdapterLayer:
+        """Only this layer has a mode; its holders of tensors have none."""
+        self.__dict__["training"] = mode
+        return self
 
     def _hold(self, name: str, tensor: torch.Tensor) -> None:
         *parents, leaf = self.attribute_of(name).split(".")

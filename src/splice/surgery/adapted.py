@@ -7,14 +7,14 @@ Wrapping the layer in another module instead would rename every parameter below 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from splice.methods.layer import AdapterLayer, Forward
+from splice.methods.layer import AdapterLayer, Forward, LightModule
 from splice.surgery.readers import guard_readers, release_reader
 from splice.surgery.selection import Rows, Selection
 from splice.surgery.views import AdaptedViews, publish
@@ -22,7 +22,7 @@ from splice.surgery.views import AdaptedViews, publish
 ADAPTERS = "adapters"
 
 
-class AdapterDict(nn.Module):
+class AdapterDict(LightModule):
     """The adapter layers of one adapted layer, by adapter name.
 
     Any string is a name here (`nn.ModuleDict` refuses dots and the names of its own methods). The train/eval mode is
@@ -173,11 +173,16 @@ def original_class(layer: nn.Module) -> type[nn.Module]:
 
 
 def attach(
-    layer: nn.Module, path: str, name: str, adapter: AdapterLayer, selection: Selection, root: nn.Module
+    layer: nn.Module,
+    path: str,
+    name: str,
+    adapter: AdapterLayer,
+    selection: Selection,
+    readers: Mapping[str, nn.Module],
 ) -> Host:
     """Put `adapter` on `layer` under `name`. Nothing here can fail once the plan has been checked."""
     if not isinstance(layer, Adapted):
-        _swap(layer, path, selection, root)
+        _swap(layer, path, selection, readers)
     assert isinstance(layer, Adapted)
     layer.adapters.put(name, adapter)
     publish(type(layer), adapter)
@@ -193,7 +198,7 @@ def detach(layer: nn.Module, name: str) -> None:
         _swap_back(layer)
 
 
-def _swap(layer: nn.Module, path: str, selection: Selection, root: nn.Module) -> None:
+def _swap(layer: nn.Module, path: str, selection: Selection, readers: Mapping[str, nn.Module]) -> None:
     adapters = AdapterDict()
     adapters.training = layer.training
     host = Host(path, selection, adapters._modules)
@@ -206,7 +211,7 @@ def _swap(layer: nn.Module, path: str, selection: Selection, root: nn.Module) ->
     layer._modules[ADAPTERS] = adapters
     layer.__dict__["splice_host"] = host
     layer.__class__ = adapted_class(type(layer))
-    host.readers.extend(guard_readers(root, path))
+    host.readers.extend(guard_readers(readers, path))
 
 
 def _swap_back(layer: Adapted) -> None:

@@ -7,7 +7,7 @@ the parent's own switch, and attention is shown the adapted weight. The last ada
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
@@ -17,15 +17,16 @@ from torch import nn
 GUARD = "splice_guard"
 
 
-def guard_readers(root: nn.Module, path: str) -> list[nn.Module]:
-    """Guard every parent of the layer at `path` that reads weights; returns those parents, for `release_reader`."""
-    guarded = []
-    module = root
-    for name in path.split("."):
-        if isinstance(module, _READERS):
-            _guard(module)
-            guarded.append(module)
-        module = cast(nn.Module, getattr(module, name))
+def weight_readers(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Those of `modules` that read weights of the layers below them, by path."""
+    return {path: module for path, module in modules.items() if isinstance(module, _READERS)}
+
+
+def guard_readers(readers: Mapping[str, nn.Module], path: str) -> list[nn.Module]:
+    """Guard those of `readers` that the layer at `path` is below; returns them, for `release_reader`."""
+    guarded = [module for above, module in readers.items() if not above or path.startswith(above + ".")]
+    for module in guarded:
+        _guard(module)
     return guarded
 
 

@@ -15,8 +15,9 @@ from splice.loading.commit import Built
 from splice.methods.layer import AdapterLayer
 from splice.methods.registry import Method, method_named
 from splice.surgery.adapted import Adapted, Host, attach, detach
+from splice.surgery.readers import weight_readers
 from splice.surgery.selection import BASE, Rows, Selection
-from splice.surgery.whole import WholeModule
+from splice.surgery.whole import WholeModule, walk_bare
 
 TUNER = "splice_tuner"
 
@@ -68,17 +69,19 @@ class Tuner(nn.Module):
 
     def commit(self, name: str, config: PeftConfig, built: Sequence[Built], freeze_base: bool) -> None:
         """Attach a finished adapter. If anything cuts this short, also a KeyboardInterrupt, it is undone."""
+        modules = walk_bare(self.model)
+        readers = weight_readers(modules)
         try:
             for item in built:
                 path, base = item.placement.path, item.placement.base
-                attach(base, path, name, item.layer, self.selection, self.model)
+                attach(base, path, name, item.layer, self.selection, readers)
                 self.adapted[path] = cast(Adapted, base)
             self.placed[name] = {item.placement.path: item.layer for item in built}
             self.peft_config[name] = config
             self.model.__dict__[TUNER] = (self,)
             self.model.__dict__["peft_config"] = self.peft_config
             if freeze_base:
-                self._freeze_base()
+                self._freeze(modules.values())
         except BaseException:
             self._discard(name, [item.placement.path for item in built], [item.placement.base for item in built])
             raise
@@ -94,12 +97,12 @@ class Tuner(nn.Module):
         if not self.peft_config:
             self.restore_base()
 
-    def _freeze_base(self) -> None:
-        adapters = {id(p) for layers in self.placed.values() for layer in layers.values() for p in layer.parameters()}
-        for parameter in self.model.parameters():
-            if parameter.requires_grad and id(parameter) not in adapters:
-                self._unfrozen.append(parameter)
-                parameter.requires_grad = False
+    def _freeze(self, modules: Iterable[nn.Module]) -> None:
+        for module in modules:
+            for parameter in module._parameters.values():
+                if parameter is not None and parameter.requires_grad:
+                    self._unfrozen.append(parameter)
+                    parameter.requires_grad = False
 
     def restore_base(self) -> None:
         """Give the network back the flags it had, and forget that it carried adapters."""
@@ -167,9 +170,9 @@ class Tuner(nn.Module):
         for name in names:
             (self._trainable.add if requires_grad else self._trainable.discard)(name)
             for layer in self.placed[name].values():
-                for parameter in layer.parameters():
-                    if parameter.is_leaf and parameter.is_floating_point():
-                        parameter.requires_grad = requires_grad
+                for _, tensor in layer.named_slots():
+                    if tensor.is_leaf and tensor.is_floating_point():
+                        tensor.requires_grad = requires_grad
 
     def enable_adapter_layers(self) -> None:
         """Let the active adapters take effect again; they become trainable."""
@@ -193,6 +196,10 @@ class Tuner(nn.Module):
         finally:
             if was_enabled:
                 self.enable_adapter_layers()
+
+    def any_training(self) -> bool:
+        """Whether any module of the network is in training mode."""
+        return any(module.training for module in walk_bare(self.model).values())
 
     # -- merging and taking off
 

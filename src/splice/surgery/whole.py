@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from splice.config import PeftConfig
-from splice.methods.layer import AdapterLayer, Forward
+from splice.methods.layer import AdapterLayer, Forward, LightModule
 
 
 class WholeModule(AdapterLayer):
@@ -24,8 +24,8 @@ class WholeModule(AdapterLayer):
     module: nn.Module
 
     def __init__(self, base: nn.Module, config: PeftConfig, path: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        nn.Module.__init__(self)
-        self.trained_bias = None
+        LightModule.__init__(self)
+        self._parameters["trained_bias"] = None
         own = dict(own_tensors(base))
         memo: dict[int, Any] = {}
         for name, tensor in tensors.items():
@@ -44,6 +44,11 @@ class WholeModule(AdapterLayer):
         own = dict(own_tensors(base))
         for name, tensor in tensors.items():
             tensor.copy_(own[name].detach())
+
+    def train(self, mode: bool = True) -> WholeModule:
+        self.__dict__["training"] = mode
+        self.module.train(mode)
+        return self
 
     def around(self, x: Any, inner: Forward) -> Any:
         return self.module(x)
@@ -132,6 +137,28 @@ def bare_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, child in module._modules.items():
         if child is not None and not (adapted and name == "adapters"):
             yield name, child
+
+
+def walk_bare(network: nn.Module) -> dict[str, nn.Module]:
+    """Every module of the base model by path, each once; what adapters added is not entered.
+
+    So the cost does not depend on how many adapters there are.
+    """
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+
+    def walk(module: nn.Module, path: str) -> None:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        found[path] = module
+        skip = "adapters" if "splice_host" in module.__dict__ else None
+        for name, child in module._modules.items():
+            if child is not None and name != skip:
+                walk(child, f"{path}.{name}" if path else name)
+
+    walk(network, "")
+    return found
 
 
 def bare_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
