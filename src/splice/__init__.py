@@ -30,6 +30,7 @@ _PUBLIC = {
         "UnsupportedFeatureError",
     ],
     "splice.methods.lora": ["LoraConfig", "LoraRuntimeConfig"],
+    "splice.prompts.prompt_tuning": ["PromptTuningConfig", "PromptTuningInit"],
     "splice.loading.report": ["LoadReport"],
     "splice.saving": ["get_peft_model_state_dict"],
     "splice.loading.state": ["load_peft_weights", "set_peft_model_state_dict"],

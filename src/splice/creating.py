@@ -50,10 +50,9 @@ def new_adapter(
 
 def write_back(config: PeftConfig, plan: Plan) -> None:
     """What the config left open is filled in, as users of the reference read it: default targets, "all-linear", heads."""
-    for name in ("target_modules", "modules_to_save"):
-        resolved = getattr(plan.rule, name)
-        if resolved is not None and resolved != getattr(config, name):
-            setattr(config, name, resolved)
+    for name, value in plan.resolved.items():
+        if value is not None and value != getattr(config, name):
+            setattr(config, name, value)
 
 
 def check_together(tuner: Tuner, config: PeftConfig) -> None:

@@ -15,8 +15,9 @@ from torch import nn
 
 from splice.config import CONFIG_NAME, PeftConfig
 from splice.errors import PeftWarning
-from splice.loading.keys import PREFIX, format_key
+from splice.loading.keys import PREFIX
 from splice.loading.source import BIN_NAME, SAFETENSORS_NAME
+from splice.surgery.adapted import original_class
 from splice.surgery.tuner import Tuner
 
 if TYPE_CHECKING:
@@ -61,9 +62,9 @@ def config_text(config: PeftConfig, network: nn.Module) -> str:
     name = config.base_model_name_or_path
     if name is None:
         name = network.__dict__.get("name_or_path") or None
-    mapping = None
+    mapping, cls = None, original_class(network)
     if config.task_type is None:
-        mapping = {"base_model_class": type(network).__name__, "parent_library": type(network).__module__}
+        mapping = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
     return copy_config(config, base_model_name_or_path=name).to_json(mapping)
 
 
@@ -93,7 +94,7 @@ def get_peft_model_state_dict(
     result = {}
     for path, layer in tuner.placed[adapter_name].items():
         for suffix, tensor in layer.named_slots():
-            key = format_key(path, suffix)
+            key = layer.key(path, suffix)
             value = tensor
             if state_dict is not None:
                 spelled = (

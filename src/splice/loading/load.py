@@ -28,6 +28,7 @@ from splice.loading.plan import Plan, fit, lay_out
 from splice.loading.report import LoadReport, grouped, mismatch_error
 from splice.loading.source import Source
 from splice.methods.registry import Method, method_named
+from splice.surgery.adapted import original_class
 from splice.surgery.tuner import Tuner
 from splice.surgery.whole import walk_bare
 
@@ -132,6 +133,8 @@ def load_new(
     check_together(tuner, config)
     method = method_named(config.peft_type, "the config")
     plan = fit(lay_out(tuner.model, config, method, heads), checkpoint.entries)
+    if method.network_layer is not None:  # sizes of the base that later steps read in the config
+        vars(config).update(plan.resolved)
     settle(plan, tuner.model, checkpoint, config, method, options)
     plan.sources = {key: checkpoint.names[name] for key, name in plan.sources.items()}
     built = build_loaded(plan, config, checkpoint.weights, options.autocast)
@@ -192,7 +195,7 @@ def _bases(config: PeftConfig, network: nn.Module) -> str:
     """Which base the adapter names, and what was given."""
     given = network.__dict__.get("name_or_path") or "no name"
     named = config.base_model_name_or_path or "no base model"
-    return f"The adapter names {named!r} as its base; given was a {type(network).__name__} ({given})."
+    return f"The adapter names {named!r} as its base; given was a {original_class(network).__name__} ({given})."
 
 
 def report(plan: Plan, built: Sequence[Built], options: LoadOptions) -> Loaded:

@@ -19,10 +19,7 @@ from splice.loading.keys import format_key
 from splice.methods.layer import AdapterLayer
 from splice.methods.registry import Method
 from splice.surgery.targets import resolved_rule, select, select_parameters
-from splice.surgery.whole import BiasOnly, WholeModule, own_tensors, walk_bare
-from splice.weights.dense import dtype_of
-
-HALVES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
+from splice.surgery.whole import BiasOnly, WholeModule, walk_bare
 
 
 @dataclass(frozen=True)
@@ -42,19 +39,11 @@ class Placement:
     slots: Mapping[str, tuple[int, ...]]
 
     def key(self, suffix: str) -> str:
-        return format_key(self.path, suffix)
+        return self.layer_class.key(self.path, suffix)
 
     def dtype(self, suffix: str, autocast: bool) -> torch.dtype:
-        """The dtype of a tensor in memory: copies keep the original's, an adapter takes its base layer's.
-
-        With `autocast` half-precision adapters are held in float32.
-        """
-        if self.layer_class is WholeModule:
-            return dict(own_tensors(self.base))[suffix].dtype
-        own = dtype_of(self.base)
-        if suffix in ("bias", "base_layer.bias"):
-            return own
-        return torch.float32 if own in HALVES and (autocast or own.itemsize == 1) else own
+        """The dtype of a tensor in memory; with `autocast` half-precision adapters are held in float32."""
+        return self.layer_class.held_dtype(self.base, suffix, autocast)
 
 
 @dataclass
@@ -64,6 +53,7 @@ class Plan:
     Attributes:
         placements: the adapter layers to build, in the order of the model.
         rule: the rule they were selected by, with defaults and "all-linear" spelled out.
+        resolved: fields that the config leaves open, filled in.
         redundant: names that the reference writes a second time, and that nothing has to be done with.
         sources: key of a slot -> name of the tensor in the checkpoint, for every tensor that has its place.
         missing: keys of slots that the checkpoint has no tensor for.
@@ -73,6 +63,7 @@ class Plan:
 
     placements: list[Placement]
     rule: TargetRule
+    resolved: dict[str, Any] = field(default_factory=dict)
     redundant: frozenset[str] = frozenset()
     sources: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
@@ -104,6 +95,9 @@ def lay_out(network: nn.Module, config: PeftConfig, method: Method, heads: Seque
         ValueError: the config cannot be applied to a layer that it selects.
     """
     method.check(config)
+    if method.network_layer is not None:
+        whole_network = _placement("", network, method.network_layer, config)
+        return Plan([whole_network], config.target_rule(), method.network_layer.resolved(network, config))
     modules = walk_bare(network)
     rule = resolved_rule(method, config, network, modules)
     if heads:
@@ -117,7 +111,8 @@ def lay_out(network: nn.Module, config: PeftConfig, method: Method, heads: Seque
         placements += [_placement(path, modules[path], method.parameters_layer, config) for path in owners]
     placements += [_placement(path, base, WholeModule, config) for path, base in _saved_whole(rule, modules)]
     biases = config.trained_biases()
-    return Plan(_with_biases(placements, modules, biases), rule, _written_twice(placements, biases))
+    resolved = {"target_modules": rule.target_modules, "modules_to_save": rule.modules_to_save}
+    return Plan(_with_biases(placements, modules, biases), rule, resolved, _written_twice(placements, biases))
 
 
 def _written_twice(placements: Sequence[Placement], biases: str) -> frozenset[str]:

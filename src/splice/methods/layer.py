@@ -13,8 +13,11 @@ import torch
 from torch import nn
 
 from splice.config import PeftConfig
+from splice.loading.keys import format_key
+from splice.weights.dense import dtype_of
 
 Forward = Callable[..., Any]
+HALVES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
 
 
 _PRISTINE = dict(nn.Module().__dict__)
@@ -103,6 +106,24 @@ class AdapterLayer(LightModule):
             ValueError: the config cannot be applied to this layer.
         """
         raise NotImplementedError
+
+    @classmethod
+    def resolved(cls, base: nn.Module, config: Any) -> dict[str, Any]:
+        """Fields that the config leaves open and this base decides."""
+        return {}
+
+    @classmethod
+    def key(cls, path: str, suffix: str) -> str:
+        """The name of a tensor in the checkpoint."""
+        return format_key(path, suffix)
+
+    @classmethod
+    def held_dtype(cls, base: nn.Module, suffix: str, autocast: bool) -> torch.dtype:
+        """The dtype of a tensor in memory: the base's, or float32 for half-precision bases with `autocast`."""
+        own = dtype_of(base)
+        if suffix in ("bias", "base_layer.bias"):
+            return own
+        return torch.float32 if own in HALVES and (autocast or own.itemsize == 1) else own
 
     def prepare(self, base: nn.Module, config: Any, path: str) -> None:
         """Work out what does not change between calls."""

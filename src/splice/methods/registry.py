@@ -35,6 +35,7 @@ class Method:
         tensor_names: the first components of its tensors' names (`lora_A`).
         layers: the adapter layer for each kind of base layer it supports; empty for prompt learning.
         parameters_layer: the adapter layer for bare parameters of a module; None where it cannot be put on them.
+        network_layer: the adapter layer for the network as a whole, of methods that act on its call.
         default_targets: modules to target by `config.model_type`, where the config names none.
         check: raises where a config asks for something that is wrong or not supported, before anything is read.
         paper: where the method is described.
@@ -46,6 +47,7 @@ class Method:
     tensor_names: frozenset[str]
     layers: Mapping[LayerKind, type[AdapterLayer]] = field(default_factory=lambda: MappingProxyType({}))
     parameters_layer: type[AdapterLayer] | None = None
+    network_layer: type[AdapterLayer] | None = None
     default_targets: Mapping[str, list[str] | str] = field(default_factory=lambda: MappingProxyType({}))
     check: Callable[[Any], None] = _nothing_to_check
     paper: str = ""

@@ -7,8 +7,10 @@ Wrapping the layer in another module instead would rename every parameter below 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -159,8 +161,17 @@ _generated: dict[type[nn.Module], type[nn.Module]] = {}
 def adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The subclass of `cls` that its adapted instances have."""
     if cls not in _generated:
-        _generated[cls] = type(f"Adapted{cls.__name__}", (Adapted, cls), {"__module__": cls.__module__})
+        members = {"__module__": cls.__module__, "forward": _forward_like(cls)}
+        _generated[cls] = type(f"Adapted{cls.__name__}", (Adapted, cls), members)
     return _generated[cls]
+
+
+def _forward_like(cls: type[nn.Module]) -> Any:
+    """`Adapted.forward` with the signature of the base's own: much code decides by it what it may pass."""
+    own = Adapted.forward
+    forward = FunctionType(own.__code__, own.__globals__, own.__name__, own.__defaults__, own.__closure__)
+    forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+    return forward
 
 
 def original_class(layer: nn.Module) -> type[nn.Module]:

@@ -306,7 +306,7 @@ class Tuner(nn.Module):
         """Name of a tensor in this module -> its name in the reference, where the two differ."""
         names: dict[str, str] = {}
         for path, layer in self.adapted.items():
-            prefix = f"model.{path}."
+            prefix = f"model.{path}." if path else "model."
             infix = base_infix(layer.splice_host)
             taken = set()
             for adapter_name, adapter in layer.splice_host.layers.items():

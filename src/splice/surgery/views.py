@@ -117,7 +117,7 @@ def _active_one(layer: Any) -> str | list[str]:
 class AdaptedViews:
     """The attributes and methods that the reference's layers have, on an adapted layer."""
 
-    splice_host: Host
+    splice_host: Any
 
     scaling = _numbers("scale")
     r = _numbers("r")

@@ -40,6 +40,10 @@ class WholeModule(AdapterLayer):
         return {name: tuple(tensor.shape) for name, tensor in own_tensors(base)}
 
     @classmethod
+    def held_dtype(cls, base: nn.Module, suffix: str, autocast: bool) -> torch.dtype:
+        return dict(own_tensors(base))[suffix].dtype
+
+    @classmethod
     def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: Any) -> None:
         own = dict(own_tensors(base))
         for name, tensor in tensors.items():
