@@ -53,6 +53,7 @@ class PeftModel(nn.Module):
     ) -> None:
         self._wrap(model)
         tuner = self.base_model
+        tuner.check_new(adapter_name)
         _, built = new_adapter(tuner, peft_config, self.heads, autocast_adapter_dtype, low_cpu_mem_usage)
         tuner.commit(adapter_name, peft_config, built, freeze_base=True)
         tuner.selection.set([adapter_name])
@@ -187,8 +188,7 @@ class PeftModel(nn.Module):
             ValueError: the name is taken, the method is another one, or the config cannot be applied.
         """
         tuner = self.base_model
-        if adapter_name in tuner.peft_config:
-            raise ValueError(f"Adapter with name {adapter_name!r} already exists.")
+        tuner.check_new(adapter_name)
         first = not tuner.peft_config
         _, built = new_adapter(tuner, peft_config, self.heads, autocast_adapter_dtype, low_cpu_mem_usage)
         tuner.commit(adapter_name, peft_config, built, freeze_base=first)
@@ -211,7 +211,8 @@ class PeftModel(nn.Module):
             save_directory: made if needed; files in it that are not the adapter's are left alone.
             safe_serialization: write safetensors; otherwise `.bin`.
             selected_adapters: names of the adapters to save; all, if None.
-            save_embedding_layers: True is not supported yet; "auto" and False save none.
+            save_embedding_layers: "auto" adds the base's embeddings where they are targets; False never does; True is not
+                supported yet.
             is_main_process: whether this process writes. The others take part in gathering the tensors.
             path_initial_model_for_weight_conversion: not supported yet.
             **kwargs: `state_dict`, a full state dict of this model to take the tensors from (trainers gather it).
@@ -225,7 +226,15 @@ class PeftModel(nn.Module):
             raise NotImplementedError("path_initial_model_for_weight_conversion is not supported yet")
         if save_embedding_layers is True:
             raise NotImplementedError("save_embedding_layers=True is not supported yet")
-        save(self, save_directory, safe_serialization, selected_adapters, is_main_process, kwargs.get("state_dict"))
+        save(
+            self,
+            save_directory,
+            safe_serialization,
+            selected_adapters,
+            save_embedding_layers,
+            is_main_process,
+            kwargs.get("state_dict"),
+        )
 
     # -- what is active
 
@@ -316,21 +325,25 @@ class PeftModel(nn.Module):
             adapter_names: one adapter name for each row; "__base__" for none.
             **kwargs: passed on.
         """
-        return self._call(self.get_base_model().__call__, adapter_names, 1, *args, **kwargs)
+        return self._call(self.get_base_model().__call__, adapter_names, False, *args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Call the base model's `generate`; `adapter_names` as in `forward`."""
-        beams = int(kwargs.get("num_beams") or 1)
         base: Any = self.get_base_model()
-        return self._call(base.generate, adapter_names, beams, *args, **kwargs)
+        return self._call(base.generate, adapter_names, True, *args, **kwargs)
 
     def _call(
-        self, function: Callable[..., Any], adapter_names: Sequence[str] | None, beams: int, *args: Any, **kwargs: Any
+        self,
+        function: Callable[..., Any],
+        adapter_names: Sequence[str] | None,
+        may_repeat: bool,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         if adapter_names is None or not self.base_model.selection.enabled:
             context: Any = nullcontext()
         else:
-            rows = self.base_model.rows(adapter_names, beams, self.training)
+            rows = self.base_model.rows(adapter_names, may_repeat, self.training)
             context = self.base_model.selection.for_this_call(Choice(rows=rows))
         with context:
             result = function(*args, **kwargs)
@@ -379,9 +392,10 @@ class PeftModel(nn.Module):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         state = super().state_dict(*args, **kwargs)
-        for ours, theirs in self._reference_names(prefix).items():
-            if ours in state:
-                state[theirs] = state.pop(ours)
+        names = self._reference_names(prefix)
+        # In one pass: one tensor's name in the reference may be another one's here.
+        renamed = [(names.get(name, name), state.pop(name)) for name in list(state)]
+        state.update(renamed)
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

@@ -15,7 +15,8 @@ from torch import nn
 
 from splice.config import CONFIG_NAME, PeftConfig
 from splice.errors import PeftWarning
-from splice.loading.keys import PREFIX
+from splice.loading.keys import PREFIX, format_key
+from splice.loading.plan import EMBEDDING_NAMES
 from splice.loading.source import BIN_NAME, SAFETENSORS_NAME
 from splice.surgery.adapted import original_class
 from splice.surgery.tuner import Tuner
@@ -33,6 +34,7 @@ def save(
     save_directory: str | os.PathLike[str],
     safe_serialization: bool,
     selected_adapters: list[str] | None,
+    save_embedding_layers: str | bool,
     is_main_process: bool,
     state_dict: Mapping[str, torch.Tensor] | None,
 ) -> None:
@@ -47,7 +49,7 @@ def save(
             f"Adapters {unknown} cannot be saved: the model has {list(model.peft_config)}, given were {names}"
         )
     for name in names:
-        tensors = get_peft_model_state_dict(model, state_dict, name)
+        tensors = get_peft_model_state_dict(model, state_dict, name, save_embedding_layers=save_embedding_layers)
         _warn_of_shards(tensors, state_dict is None)
         if is_main_process:
             place = folder if name == "default" else folder / name
@@ -82,7 +84,7 @@ def get_peft_model_state_dict(
         state_dict: a full state dict of `model` to take the tensors from, with its own or the reference's names.
         adapter_name: which adapter.
         unwrap_compiled: look inside a compiled model.
-        save_embedding_layers: accepted for compatibility.
+        save_embedding_layers: "auto" adds the base's embeddings where they are targets; False never does.
 
     Raises:
         KeyError: there is no such adapter, or `state_dict` lacks one of its tensors.
@@ -103,7 +105,25 @@ def get_peft_model_state_dict(
                 )
                 value = _first(state_dict, spelled, key)
             result[key if prefix else key.removeprefix(PREFIX)] = value
+    if save_embedding_layers == "auto":
+        result.update(_targeted_embeddings(tuner, adapter_name))
     return result
+
+
+def _targeted_embeddings(tuner: Tuner, adapter_name: str) -> dict[str, torch.Tensor]:
+    """The base's own embeddings, where the adapter's targets name them: the reference writes them beside the adapter."""
+    targets = tuner.peft_config[adapter_name].target_rule().target_modules
+    named = [] if isinstance(targets, str) else [name for name in EMBEDDING_NAMES if name in (targets or ())]
+    found = {}
+    for path, layer in tuner.placed[adapter_name].items():
+        weight = tuner.adapted[path]._parameters.get("weight")
+        if path.rpartition(".")[2] in named and layer.base_infix == "base_layer." and weight is not None:
+            found[format_key(path, "base_layer.weight")] = weight.detach()
+    if found:
+        warnings.warn(
+            f"Setting `save_embedding_layers` to `True` as embedding layers are targets: {sorted(found)}", stacklevel=4
+        )
+    return found
 
 
 def tuner_of(model: Any) -> tuple[Tuner, str]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from splice.methods.layer import AdapterLayer
 from splice.surgery.adapted import Adapted, original_class
-from splice.surgery.tuner import Tuner
+from splice.surgery.tuner import Tuner, is_whole
 
 Irregular = Literal["irregular"]
 
@@ -78,7 +78,7 @@ def _status_of(path: str, layer: Adapted) -> LayerStatus:
         name=f"model.{path}",
         module_type=f"{kind}.{original_class(module).__name__}",
         enabled=host.selection.enabled,
-        active_adapters=[name for name in host.selection.active if name in host.layers],
+        active_adapters=[n for n in host.selection.active if n in host.layers or not is_whole(layer)],
         merged_adapters=list(host.merged),
         requires_grad={name: _agreed(p.requires_grad for p in a.parameters()) for name, a in host.layers.items()},
         available_adapters=sorted(host.layers),
@@ -114,13 +114,17 @@ def get_model_status(model: nn.Module) -> ModelStatus:
         total_params=sum(p.numel() for p in parameters),
         num_adapter_layers=len(layers),
         enabled=tuner.selection.enabled,
-        active_adapters=tuner.active_adapters,
+        active_adapters=_same([layer.active_adapters for layer in layers]),
         merged_adapters=list(tuner.merged),
         requires_grad={n: _agreed(_flags(layers, n)) for n in names},
         available_adapters=names,
         devices={n: sorted({d for layer in layers for d in layer.devices.get(n, ())}) for n in names},
         quantization_backend=None,
     )
+
+
+def _same(values: list[list[str]]) -> list[str] | Irregular:
+    return values[0] if all(value == values[0] for value in values) else "irregular"
 
 
 def _flags(layers: Iterable[LayerStatus], name: str) -> Iterable[Any]:

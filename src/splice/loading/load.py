@@ -14,11 +14,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from splice.config import PeftConfig, copy_config, parse_config
-from splice.creating import check_together
-from splice.errors import PeftWarning
+from splice.creating import check_together, write_back
+from splice.errors import AdapterMismatchError, PeftWarning
 from splice.loading.checkpoint import Weights, open_weights
 from splice.loading.commit import Built, build_loaded
 from splice.loading.header import Entry
@@ -87,10 +88,8 @@ def open_checkpoint(
 
     Raises:
         CheckpointError: it cannot be found or read.
-        ValueError: the adapter name is empty, or `config` is no PeftConfig.
+        ValueError: `config` is no PeftConfig.
     """
-    if not isinstance(options.adapter_name, str) or not options.adapter_name:
-        raise ValueError(f"adapter_name must be a non-empty string, got {options.adapter_name!r}")
     if config is not None and not isinstance(config, PeftConfig):
         raise ValueError(f"The input config must be a PeftConfig, got {type(config).__name__}")
     source = Source.from_options(model_id, options.extra.get("subfolder"), options.extra)
@@ -123,19 +122,15 @@ def load_new(
     tuner: Tuner, checkpoint: Checkpoint, options: LoadOptions, heads: Sequence[str], freeze_base: bool
 ) -> Loaded:
     """Load a checkpoint as a new adapter of the network. On any failure the network is as it was."""
-    if options.adapter_name in tuner.peft_config:
-        raise ValueError(
-            f"the model has an adapter {options.adapter_name!r} already. Choose another adapter_name, or load into the "
-            "present one with `model.load_adapter`."
-        )
+    tuner.check_new(options.adapter_name)
     config = copy_config(checkpoint.config, inference_mode=not options.is_trainable)
     _set_runtime(config, options)
     check_together(tuner, config)
     method = method_named(config.peft_type, "the config")
     plan = fit(lay_out(tuner.model, config, method, heads), checkpoint.entries)
-    if method.network_layer is not None:  # sizes of the base that later steps read in the config
-        vars(config).update(plan.resolved)
     settle(plan, tuner.model, checkpoint, config, method, options)
+    check_base_copies(plan, checkpoint)
+    write_back(config, plan)
     plan.sources = {key: checkpoint.names[name] for key, name in plan.sources.items()}
     built = build_loaded(plan, config, checkpoint.weights, options.autocast)
     tuner.commit(options.adapter_name, config, built, freeze_base)
@@ -160,6 +155,23 @@ def _set_runtime(config: Any, options: LoadOptions) -> None:
         config.runtime_config = replace(config.runtime_config, ephemeral_gpu_offload=True)
     else:
         warnings.warn("Ephemeral GPU offloading is not supported by this method; it is ignored.", stacklevel=4)
+
+
+def check_base_copies(plan: Plan, checkpoint: Checkpoint) -> None:
+    """Weights of the base that a checkpoint repeats must be those of this base: a load never changes the base.
+
+    Raises:
+        AdapterMismatchError: they differ.
+    """
+    for key, weight in plan.base_copies.items():
+        (stored,) = checkpoint.weights.read([checkpoint.names[key]])
+        if weight.device.type != "meta" and not torch.equal(stored.to(weight), weight.detach()):
+            raise AdapterMismatchError(
+                f"the checkpoint at {checkpoint.weights.place} holds weights of its base model ({key}), and they differ "
+                "from those of the given model: the base was trained too, or it is another one. The model is unchanged. "
+                "Load them into the base model yourself, then load the adapter.",
+                mismatched=[key],
+            )
 
 
 def settle(

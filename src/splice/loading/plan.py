@@ -21,6 +21,9 @@ from splice.methods.registry import Method
 from splice.surgery.targets import resolved_rule, select, select_parameters
 from splice.surgery.whole import BiasOnly, WholeModule, walk_bare
 
+# What the reference calls embeddings when it decides whether to save the base's own.
+EMBEDDING_NAMES = ("embed_tokens", "lm_head")
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -54,6 +57,7 @@ class Plan:
         placements: the adapter layers to build, in the order of the model.
         rule: the rule they were selected by, with defaults and "all-linear" spelled out.
         resolved: fields that the config leaves open, filled in.
+        base_copies: keys under which a checkpoint repeats weights of the base, and those weights.
         redundant: names that the reference writes a second time, and that nothing has to be done with.
         sources: key of a slot -> name of the tensor in the checkpoint, for every tensor that has its place.
         missing: keys of slots that the checkpoint has no tensor for.
@@ -65,6 +69,7 @@ class Plan:
     rule: TargetRule
     resolved: dict[str, Any] = field(default_factory=dict)
     redundant: frozenset[str] = frozenset()
+    base_copies: dict[str, torch.Tensor] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
@@ -111,8 +116,21 @@ def lay_out(network: nn.Module, config: PeftConfig, method: Method, heads: Seque
         placements += [_placement(path, modules[path], method.parameters_layer, config) for path in owners]
     placements += [_placement(path, base, WholeModule, config) for path, base in _saved_whole(rule, modules)]
     biases = config.trained_biases()
-    resolved = {"target_modules": rule.target_modules, "modules_to_save": rule.modules_to_save}
-    return Plan(_with_biases(placements, modules, biases), rule, resolved, _written_twice(placements, biases))
+    resolved: dict[str, Any] = {"target_modules": rule.target_modules, "modules_to_save": rule.modules_to_save}
+    for placement in placements:
+        resolved.update(placement.layer_class.resolved(placement.base, config))
+    placements = _with_biases(placements, modules, biases)
+    return Plan(placements, rule, resolved, _written_twice(placements, biases), _base_copies(placements))
+
+
+def _base_copies(placements: Sequence[Placement]) -> dict[str, torch.Tensor]:
+    """Where embeddings are targets, a checkpoint may hold the base's own embeddings beside the adapter."""
+    found: dict[str, torch.Tensor] = {}
+    for placement in placements:
+        weight = placement.base._parameters.get("weight")
+        if placement.path.rpartition(".")[2] in EMBEDDING_NAMES and weight is not None:
+            found[format_key(placement.path, "base_layer.weight")] = weight
+    return found
 
 
 def _written_twice(placements: Sequence[Placement], biases: str) -> frozenset[str]:
@@ -180,7 +198,12 @@ def fit(plan: Plan, entries: Mapping[str, Entry]) -> Plan:
                 plan.mismatched.append((key, f"dtype {entry.dtype}", "a floating-point dtype"))
             else:
                 plan.sources[key] = key
-    plan.unexpected = [name for name in entries if name not in taken and name not in plan.redundant]
+    plan.base_copies = {key: weight for key, weight in plan.base_copies.items() if key in entries}
+    for key, weight in plan.base_copies.items():
+        if entries[key].shape != tuple(weight.shape):
+            plan.mismatched.append((key, _shape_text(entries[key].shape), _shape_text(weight.shape)))
+    known = taken | plan.redundant | plan.base_copies.keys()
+    plan.unexpected = [name for name in entries if name not in known]
     return plan
 
 

@@ -68,6 +68,7 @@ def add_weighted_adapter(
     """
     if name in tuner.peft_config:
         return
+    tuner.check_new(name)
     if len(adapters) == 1:
         combination = Combination("linear")
     _check(tuner, adapters, weights, combination)

@@ -25,7 +25,7 @@ from splice.methods.layer import Additive, Slots
 from splice.methods.lora_parameters import LoraParameters
 from splice.methods.registry import Method, register
 from splice.surgery.targets import value_for
-from splice.weights.layers import LayerKind, features
+from splice.weights.layers import LayerKind, features, kind_of
 
 
 @dataclass
@@ -208,6 +208,11 @@ class LoraLinear(LoraLayer):
         bias: dict[str, tuple[int, ...]] = {"lora_B.bias": (size_out,)} if config.lora_bias else {}
         return {"lora_A.weight": (r, size_in), "lora_B.weight": (size_out, r), **bias}
 
+    @classmethod
+    def resolved(cls, base: nn.Module, config: LoraConfig) -> dict[str, Any]:
+        # The layout follows from the layer; the field is kept as the reference writes it.
+        return {"fan_in_fan_out": kind_of(base) is LayerKind.TRANSPOSED_LINEAR}
+
     def prepare(self, base: nn.Module, config: LoraConfig, path: str) -> None:
         super().prepare(base, config, path)
         # Kept as a tuple: each look-up of a child module by name would cost as much as a tenth of a small product.
@@ -278,6 +283,10 @@ class LoraConv(LoraLinear):
 
     The first one takes kernel, stride, padding and dilation of the base, and never its groups.
     """
+
+    @classmethod
+    def resolved(cls, base: nn.Module, config: LoraConfig) -> dict[str, Any]:
+        return {}
 
     @classmethod
     def slots(cls, base: Any, config: LoraConfig, path: str) -> dict[str, tuple[int, ...]]:

@@ -70,17 +70,13 @@ _SIZES = {
 }
 
 
-def sizes_of(network: Any, config: PromptLearningConfig) -> dict[str, int]:
+def sizes_of(network: Any, config: PromptLearningConfig) -> dict[str, Any]:
     """The sizes that `config` leaves open, read from the base model's config.
 
     Raises:
         ValueError: the base model's config does not say one of them.
     """
-    base = (
-        network.config.to_dict()
-        if isinstance(network.config, object) and not isinstance(network.config, dict)
-        else network.config
-    )
+    base = network.config.to_dict()
     base = base.get("text_config") or base
     found = {"num_transformer_submodules": config.num_transformer_submodules or 1}
     for field, names in _SIZES.items():

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from splice.methods.layer import AdapterLayer, Forward, LightModule
-from splice.surgery.readers import guard_readers, release_reader
+from splice.surgery.readers import SHOWING, guard_readers, release_reader
 from splice.surgery.selection import Rows, Selection
 from splice.surgery.views import AdaptedViews, publish
 
@@ -50,6 +50,20 @@ class AdapterDict(LightModule):
     def __len__(self) -> int:
         return len(self._modules)
 
+    def _load_from_state_dict(  # type: ignore[override]
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: Any,
+        unexpected: list[str],
+        *rest: Any,
+    ) -> None:
+        # torch takes what stands before the first dot for a child's name; here a name may have dots itself.
+        known = tuple(f"{prefix}{name}." for name in self._modules)
+        unexpected.extend(key for key in state_dict if key.startswith(prefix) and not key.startswith(known))
+
     def put(self, name: str, layer: AdapterLayer) -> None:
         if layer.training is not self.training:
             layer.train(self.training)
@@ -67,6 +81,7 @@ class Host:
         path: where it is in the base model.
         selection: shared by all adapted layers of the model.
         layers: its adapter layers by name (the very dict inside its `AdapterDict`).
+        shows: whether some adapter layer shows tensors in place of the base's.
         reached: whether a call has come by since it was adapted.
         merged: adapters that are in its weights now, in the order they were merged.
         originals: the base parameters as they were before the first merge, by name.
@@ -77,6 +92,7 @@ class Host:
     path: str
     selection: Selection
     layers: dict[str, AdapterLayer]
+    shows: bool = False
     reached: bool = False
     merged: list[str] = field(default_factory=list)
     originals: dict[str, nn.Parameter] = field(default_factory=dict)
@@ -93,6 +109,12 @@ class Adapted(AdaptedViews, nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         host = self.splice_host
         host.reached = True
+        if host.shows and not torch.compiler.is_compiling():
+            with SHOWING:
+                return self._forward_selected(host, *args, **kwargs)
+        return self._forward_selected(host, *args, **kwargs)
+
+    def _forward_selected(self, host: Host, *args: Any, **kwargs: Any) -> Any:
         choice = host.selection.current()
         run: Forward = super().forward if host.instance_forward is None else host.instance_forward
         if choice.rows is not None:
@@ -196,6 +218,7 @@ def attach(
         _swap(layer, path, selection, readers)
     assert isinstance(layer, Adapted)
     layer.adapters.put(name, adapter)
+    layer.splice_host.shows |= adapter.shows
     publish(type(layer), adapter)
     return layer.splice_host
 
@@ -205,6 +228,7 @@ def detach(layer: nn.Module, name: str) -> None:
     if not isinstance(layer, Adapted):
         return
     layer.adapters.drop(name)
+    layer.splice_host.shows = any(adapter.shows for adapter in layer.splice_host.layers.values())
     if not layer.splice_host.layers:
         _swap_back(layer)
 

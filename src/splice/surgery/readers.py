@@ -7,6 +7,7 @@ the parent's own switch, and attention is shown the adapted weight. The last ada
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
@@ -15,6 +16,8 @@ import torch
 from torch import nn
 
 GUARD = "splice_guard"
+# Held while a layer's tensors read as others than its own: another thread may call the same layer with another selection.
+SHOWING = threading.RLock()
 
 
 def weight_readers(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -70,6 +73,7 @@ class _ShowsAdaptedWeights:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:
+            stack.enter_context(SHOWING)
             for child in cast(nn.Module, self).children():
                 if "splice_host" in child.__dict__:
                     stack.enter_context(adapted_weight_shown(child))

@@ -17,11 +17,12 @@ BASE = "__base__"
 class Rows:
     """One adapter name for every row of a batch; `BASE` means no adapter.
 
-    In beam search each row is repeated, so a batch may hold a multiple of these rows.
+    While generating, each row may be repeated (beams, several sequences for one prompt), so a batch may hold a multiple
+    of these rows; an encoder still gets each row once.
     """
 
     names: tuple[str, ...]
-    beams: int = 1
+    may_repeat: bool = False
 
     def groups(self, batch: int, device: torch.device) -> list[tuple[str, torch.Tensor]]:
         """(adapter name, indices of its rows) for a batch of this size, without the rows of the bare base.
@@ -29,7 +30,7 @@ class Rows:
         Raises:
             ValueError: the batch has another number of rows.
         """
-        if batch not in (len(self.names), len(self.names) * self.beams):
+        if batch != len(self.names) and (not self.may_repeat or batch % len(self.names)):
             raise ValueError(f"`adapter_names` names {len(self.names)} rows, and the input has {batch}")
         repeats = batch // len(self.names)
         return [(name, torch.tensor(rows, device=device)) for name, rows in _rows_by_name(self.names, repeats)]

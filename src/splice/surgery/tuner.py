@@ -140,6 +140,20 @@ class Tuner(nn.Module):
         self.selection.set(names)
         self.train_only([] if inference_mode else names)
 
+    def check_new(self, name: str) -> None:
+        """Raise where no adapter can be called `name`.
+
+        Raises:
+            ValueError: it is empty, taken, or the name for "no adapter".
+        """
+        if not isinstance(name, str) or not name or name == BASE:
+            raise ValueError(f"an adapter's name is a non-empty string other than {BASE!r}; got {name!r}")
+        if name in self.peft_config:
+            raise ValueError(
+                f"Adapter with name {name!r} already exists. Choose another name, or load new weights into it with "
+                "`model.load_adapter`."
+            )
+
     def check_known(self, names: Iterable[str]) -> None:
         unknown = [name for name in names if name not in self.peft_config]
         if unknown:
@@ -278,7 +292,7 @@ class Tuner(nn.Module):
         active = self.selection.active
         return [p for p, layer in self.adapted.items() if any(name in layer.splice_host.layers for name in active)]
 
-    def rows(self, adapter_names: Sequence[str], beams: int, training: bool) -> Rows:
+    def rows(self, adapter_names: Sequence[str], may_repeat: bool, training: bool) -> Rows:
         """One adapter for each row of a batch, checked.
 
         Raises:
@@ -300,7 +314,7 @@ class Tuner(nn.Module):
                 f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; "
                 f"there are {list(self.peft_config)}."
             )
-        return Rows(tuple(adapter_names), beams)
+        return Rows(tuple(adapter_names), may_repeat)
 
     def reference_names(self) -> dict[str, str]:
         """Name of a tensor in this module -> its name in the reference, where the two differ."""

@@ -6,7 +6,9 @@ nothing, so they can never disagree with the adapter layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
@@ -67,13 +69,32 @@ def has_attribute(layer: AdapterLayer, name: str) -> bool:
 
 
 class View:
-    """A read-only attribute that gives way to anything of the same name on the object itself."""
+    """A read-only attribute that gives way to anything of the same name on the object or on its own class."""
 
     def __init__(self, read: Callable[[Any], Any]) -> None:
         self.read = read
+        self.name = ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
 
     def __get__(self, layer: Any, owner: type) -> Any:
-        return self if layer is None else self.read(layer)
+        from splice.surgery.adapted import original_class
+
+        if layer is None:
+            return self
+        for cls in original_class(layer).__mro__:
+            if self.name in cls.__dict__:
+                own = cls.__dict__[self.name]
+                return own.__get__(layer, owner) if isinstance(own, (FunctionType, property)) else own
+        return self.read(layer)
+
+
+def method_view(function: Callable[..., Any]) -> Any:
+    """A method that gives way like a `View`."""
+    view = View(lambda layer: partial(function, layer))
+    view.__doc__ = function.__doc__
+    return view
 
 
 def view_of(attribute: str) -> View:
@@ -92,7 +113,9 @@ def publish(cls: type, adapter: AdapterLayer) -> None:
     """Give the adapted class `cls` a view for every tensor of this kind of adapter layer."""
     for name in (*adapter._parameters, *adapter._modules):
         if name != "trained_bias" and name not in cls.__dict__:
-            setattr(cls, name, view_of(name))
+            view = view_of(name)
+            view.name = name
+            setattr(cls, name, view)
 
 
 def _numbers(attribute: str) -> View:
@@ -106,7 +129,7 @@ def _numbers(attribute: str) -> View:
 
 
 def _active(layer: Any) -> list[str]:
-    return [name for name in layer.splice_host.selection.active if name in layer.splice_host.layers]
+    return list(layer.splice_host.selection.active)
 
 
 def _active_one(layer: Any) -> str | list[str]:
@@ -130,6 +153,7 @@ class AdaptedViews:
     base_layer = View(lambda layer: layer.get_base_layer())
     original_module = View(lambda layer: layer.get_base_layer())
 
+    @method_view
     def get_base_layer(self) -> nn.Module:
         """The layer without adapters: the same tensors, seen through the class that the layer had."""
         from splice.surgery.adapted import original_class
@@ -139,22 +163,27 @@ class AdaptedViews:
         object.__setattr__(bare, "__dict__", self.__dict__)
         return bare
 
+    @method_view
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the scale of one adapter to `scale` times what its config says; an unknown name is ignored."""
         layer = self.splice_host.layers.get(adapter)
         if layer is not None and has_attribute(layer, "initial_scale"):
             layer.scale = scale * layer.initial_scale  # type: ignore[assignment,operator]
 
+    @method_view
     def scale_layer(self, scale: float) -> None:
         """Multiply the scale of the active adapters."""
-        for layer in self._active_scaled():
+        for layer in _active_scaled(self):
             layer.scale = layer.scale * scale
 
+    @method_view
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scale of the active adapters by `scale`, or set it back to what their configs say."""
-        for layer in self._active_scaled():
+        for layer in _active_scaled(self):
             layer.scale = layer.initial_scale if scale is None else layer.scale / scale
 
-    def _active_scaled(self) -> Sequence[Any]:
-        layers = self.splice_host.layers
-        return [layers[name] for name in _active(self) if has_attribute(layers[name], "initial_scale")]
+
+def _active_scaled(layer: Any) -> list[Any]:
+    layers = layer.splice_host.layers
+    active = [layers[name] for name in _active(layer) if name in layers]
+    return [adapter for adapter in active if has_attribute(adapter, "initial_scale")]
