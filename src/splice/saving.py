@@ -20,6 +20,7 @@ from splice.loading.plan import EMBEDDING_NAMES
 from splice.loading.source import BIN_NAME, SAFETENSORS_NAME
 from splice.surgery.adapted import original_class
 from splice.surgery.tuner import Tuner
+from splice.weights.layers import ADAPTERS
 
 if TYPE_CHECKING:
     from splice.model import PeftModel
@@ -101,7 +102,7 @@ def get_peft_model_state_dict(
             if state_dict is not None:
                 spelled = (
                     f"{prefix}{path}.{layer.memory_name(suffix, adapter_name)}",
-                    f"{prefix}{path}.adapters.{adapter_name}.{layer.attribute_of(suffix)}",
+                    f"{prefix}{path}.{ADAPTERS}.{adapter_name}.{layer.attribute_of(suffix)}",
                 )
                 value = _first(state_dict, spelled, key)
             result[key if prefix else key.removeprefix(PREFIX)] = value

@@ -20,8 +20,7 @@ from splice.methods.layer import AdapterLayer, Forward, LightModule
 from splice.surgery.readers import SHOWING, guard_readers, release_reader
 from splice.surgery.selection import Rows, Selection
 from splice.surgery.views import AdaptedViews, publish
-
-ADAPTERS = "adapters"
+from splice.weights.layers import ADAPTERS
 
 
 class AdapterDict(LightModule):
@@ -104,7 +103,7 @@ class Adapted(AdaptedViews, nn.Module):
     """Mixed into the class of an adapted layer: composes the selected adapter layers around the base's forward."""
 
     splice_host: Host
-    adapters: AdapterDict
+    splice_adapters: AdapterDict
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         host = self.splice_host
@@ -217,7 +216,7 @@ def attach(
     if not isinstance(layer, Adapted):
         _swap(layer, path, selection, readers)
     assert isinstance(layer, Adapted)
-    layer.adapters.put(name, adapter)
+    layer.splice_adapters.put(name, adapter)
     layer.splice_host.shows |= adapter.shows
     publish(type(layer), adapter)
     return layer.splice_host
@@ -227,8 +226,9 @@ def detach(layer: nn.Module, name: str) -> None:
     """Take the adapter off; with its last adapter the layer becomes exactly what it was."""
     if not isinstance(layer, Adapted):
         return
-    layer.adapters.drop(name)
-    layer.splice_host.shows = any(adapter.shows for adapter in layer.splice_host.layers.values())
+    dropped = layer.splice_adapters.drop(name)
+    if dropped is not None and dropped.shows:
+        layer.splice_host.shows = any(adapter.shows for adapter in layer.splice_host.layers.values())
     if not layer.splice_host.layers:
         _swap_back(layer)
 

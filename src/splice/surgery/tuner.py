@@ -18,6 +18,7 @@ from splice.surgery.adapted import Adapted, Host, attach, detach
 from splice.surgery.readers import weight_readers
 from splice.surgery.selection import BASE, Rows, Selection
 from splice.surgery.whole import WholeModule, walk_bare
+from splice.weights.layers import ADAPTERS
 
 TUNER = "splice_tuner"
 
@@ -147,7 +148,7 @@ class Tuner(nn.Module):
             ValueError: it is empty, taken, or the name for "no adapter".
         """
         if not isinstance(name, str) or not name or name == BASE:
-            raise ValueError(f"an adapter's name is a non-empty string other than {BASE!r}; got {name!r}")
+            raise ValueError(f"adapter_name must be a non-empty string other than {BASE!r}, got {name!r}")
         if name in self.peft_config:
             raise ValueError(
                 f"Adapter with name {name!r} already exists. Choose another name, or load new weights into it with "
@@ -324,7 +325,7 @@ class Tuner(nn.Module):
             infix = base_infix(layer.splice_host)
             taken = set()
             for adapter_name, adapter in layer.splice_host.layers.items():
-                inside = f"{prefix}adapters.{adapter_name}."
+                inside = f"{prefix}{ADAPTERS}.{adapter_name}."
                 for suffix, _ in adapter.named_slots():
                     name = prefix + adapter.memory_name(suffix, adapter_name)
                     names[inside + adapter.attribute_of(suffix)] = name
@@ -338,7 +339,7 @@ class Tuner(nn.Module):
 def own_names(layer: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Name of every parameter and buffer of the base layer, also those that `state_dict` leaves out."""
     for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
-        if not name.startswith("adapters."):
+        if not name.startswith(f"{ADAPTERS}."):
             yield name, tensor
 
 

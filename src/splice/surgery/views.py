@@ -83,6 +83,9 @@ class View:
 
         if layer is None:
             return self
+        for tensors in (layer._parameters, layer._buffers, layer._modules):
+            if self.name in tensors:
+                return tensors[self.name]
         for cls in original_class(layer).__mro__:
             if self.name in cls.__dict__:
                 own = cls.__dict__[self.name]
@@ -142,6 +145,7 @@ class AdaptedViews:
 
     splice_host: Any
 
+    adapters = View(lambda layer: layer.splice_adapters)
     scaling = _numbers("scale")
     r = _numbers("r")
     lora_alpha = _numbers("lora_alpha")

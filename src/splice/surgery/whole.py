@@ -11,6 +11,7 @@ from torch import nn
 
 from splice.config import PeftConfig
 from splice.methods.layer import AdapterLayer, Forward, LightModule
+from splice.weights.layers import ADAPTERS
 
 
 class WholeModule(AdapterLayer):
@@ -139,7 +140,7 @@ def bare_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The children of `module` that were there before any adapter."""
     adapted = "splice_host" in module.__dict__
     for name, child in module._modules.items():
-        if child is not None and not (adapted and name == "adapters"):
+        if child is not None and not (adapted and name == ADAPTERS):
             yield name, child
 
 
@@ -156,7 +157,7 @@ def walk_bare(network: nn.Module) -> dict[str, nn.Module]:
             return
         seen.add(id(module))
         found[path] = module
-        skip = "adapters" if "splice_host" in module.__dict__ else None
+        skip = ADAPTERS if "splice_host" in module.__dict__ else None
         for name, child in module._modules.items():
             if child is not None and name != skip:
                 walk(child, f"{path}.{name}" if path else name)

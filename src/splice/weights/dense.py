@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from splice.weights.layers import LayerKind, kind_of
+from splice.weights.layers import ADAPTERS, LayerKind, kind_of
 
 
 def device_of(layer: nn.Module) -> torch.device:
@@ -45,5 +45,5 @@ def _own_tensors(layer: nn.Module) -> Iterator[torch.Tensor]:
     yield from (p for p in layer._parameters.values() if p is not None)
     yield from (b for b in layer._buffers.values() if b is not None)
     for name, child in layer.named_children():
-        if name != "adapters":
+        if name != ADAPTERS:
             yield from child.parameters()

@@ -1,0 +1,75 @@
+"""What un-merged adapters add to a forward: for one decode step, and for a batch in which every row has its own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.measure import Settings, alternate, one_thread, timed
+from benchmarks.models import LIBRARIES, LLAMA_TARGETS, REFERENCE, SPLICE, linears, llama, load, write_checkpoint
+from benchmarks.report import Row, row
+
+Call = Callable[[], torch.Tensor]
+_BASE = "base"
+_REPEATS = 4
+
+
+def decode_rows(settings: Settings) -> Iterator[Row]:
+    """One token through a stack of small adapted linears: what is left is the cost of getting to the adapter at all."""
+    count, width = settings.pick(64, 4), 128
+    base = linears(count, width, settings.device)
+    checkpoint = write_checkpoint(base, settings.folder / "decode", [str(i) for i in range(count)], rank=16)
+    x = torch.randn(1, 1, width, device=settings.device)
+    calls: dict[str, Call] = {_BASE: partial(base, x)}
+    for library in LIBRARIES:
+        calls[library] = partial(load(library, copy.deepcopy(base), checkpoint), x)
+    with one_thread():
+        added = _added(calls, settings.device, rounds=settings.pick(200, 3))
+    reference, ours = (added[library] / count * 1e6 for library in LIBRARIES)
+    yield row(f"decode step, added by each adapted linear ({width}x{width})", reference, ours, "us").at_least(2)
+
+
+def mixed_rows(settings: Settings) -> Iterator[Row]:
+    """One token for each row, each row with an adapter of its own."""
+    count = settings.pick(32, 4)
+    base = llama(settings.pick(4, 1), 512, settings.device)
+    checkpoint = write_checkpoint(base, settings.folder / "mixed", LLAMA_TARGETS, rank=16)
+    names = [f"adapter-{number}" for number in range(count)]
+    ids = torch.arange(count, device=settings.device).unsqueeze(1)
+    calls: dict[str, Call] = {_BASE: partial(_logits, base, ids)}
+    for library in LIBRARIES:
+        model = _with_adapters(library, base, checkpoint, names)
+        calls[library] = partial(_logits, model, ids, adapter_names=names)
+    added = _added(calls, settings.device, rounds=settings.pick(50, 3))
+    what = f"mixed batch, {count} rows, {count} adapters, added in all"
+    yield row(what, added[REFERENCE] * 1e3, added[SPLICE] * 1e3, "ms").at_least(4)
+
+
+def _with_adapters(library: str, base: nn.Module, checkpoint: Path, names: list[str]) -> nn.Module:
+    model: Any = load(library, copy.deepcopy(base), checkpoint, adapter_name=names[0])
+    for name in names[1:]:
+        model.load_adapter(checkpoint, adapter_name=name)
+    return model  # type: ignore[no-any-return]
+
+
+def _logits(model: nn.Module, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    logits: torch.Tensor = model(input_ids=ids, use_cache=False, **options).logits
+    return logits
+
+
+@torch.inference_mode()
+def _added(calls: Mapping[str, Call], device: torch.device, rounds: int) -> dict[str, float]:
+    """Seconds that each library adds to the base's own.
+
+    Raises:
+        AssertionError: the libraries disagree. What computes something else may be as fast as it likes.
+    """
+    torch.testing.assert_close(calls[SPLICE](), calls[REFERENCE](), rtol=1e-4, atol=1e-4)
+    samples = alternate({name: partial(timed, call, device, _REPEATS) for name, call in calls.items()}, rounds)
+    return {library: samples[library].median - samples[_BASE].median for library in LIBRARIES}

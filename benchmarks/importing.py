@@ -1,0 +1,35 @@
+"""What importing the library costs a program that has torch already."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+
+from benchmarks.measure import Settings, alternate
+from benchmarks.models import LIBRARIES, REFERENCE, SPLICE
+from benchmarks.report import Row, row
+
+# splice imports a public name when it is first asked for, so every one of them is asked for.
+_SCRIPT = """
+import time, torch
+start = time.perf_counter()
+import {library}
+for name in {library}.__all__:
+    getattr({library}, name)
+print(time.perf_counter() - start)
+"""
+
+
+def rows(settings: Settings) -> Iterator[Row]:
+    """Import the library and every public name, in processes of their own."""
+    candidates = {library: partial(_import, library) for library in LIBRARIES}
+    samples = alternate(candidates, rounds=settings.pick(7, 1))
+    what = "import beyond torch, all public names"
+    yield row(what, samples[REFERENCE].median * 1e3, samples[SPLICE].median * 1e3, "ms").at_most(150)
+
+
+def _import(library: str) -> float:
+    script = _SCRIPT.format(library=library)
+    return float(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout)

@@ -1,0 +1,58 @@
+"""The two libraries, the base models they are measured on, and the checkpoints they load."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+# Import names. Neither is imported before it is used: a process that measures one does not hold the other.
+REFERENCE = "peft"
+SPLICE = "splice"
+LIBRARIES = (REFERENCE, SPLICE)
+
+LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def llama(layers: int, hidden: int, device: torch.device) -> nn.Module:
+    """A Llama of transformers with random weights, in the proportions of the 7B model but for its small vocabulary."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=hidden * 43 // 16,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
+        vocab_size=256,
+        max_position_embeddings=128,
+    )
+    model: nn.Module = LlamaForCausalLM(config)
+    return model.eval().to(device)
+
+
+def linears(count: int, width: int, device: torch.device) -> nn.Module:
+    """Nothing but square linear layers, one after the other."""
+    return nn.Sequential(*(nn.Linear(width, width) for _ in range(count))).eval().to(device)
+
+
+def write_checkpoint(base: nn.Module, folder: Path, targets: Sequence[str], rank: int) -> Path:
+    """Have the reference write a LoRA checkpoint for a copy of `base`; no tensor of it is zero, as after training."""
+    reference = import_module(REFERENCE)
+    config = reference.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets))
+    model = reference.get_peft_model(copy.deepcopy(base), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.02)
+    model.save_pretrained(folder)
+    return folder
+
+
+def load(library: str, base: nn.Module, checkpoint: Path, **options: Any) -> Any:
+    """`PeftModel.from_pretrained` of one of the libraries."""
+    return import_module(library).PeftModel.from_pretrained(base, checkpoint, **options)

@@ -1,0 +1,1 @@
+"""The tests of splice; they need the reference (peft), transformers and accelerate."""

@@ -1,0 +1,163 @@
+"""What it means that two models, or two checkpoints, are the same."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import splice
+from splice.surgery.adapted import ADAPTERS
+from tests.bases import Base, run
+
+# Far below what any mistake in the mathematics makes of these models (their outputs are about 1).
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same checkpoints on the same base model, loaded by the reference and by splice."""
+
+    base: Base
+    reference: Any
+    ours: Any
+    rows: int = 3
+
+    def each(self, function: Callable[[Any], Any]) -> None:
+        """Do the same with both."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            function(self.reference)
+        function(self.ours)
+
+    def outputs(self, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs = self.base.inputs(self.rows)
+        return run(self.reference, inputs, **options), run(self.ours, inputs, **options)
+
+    def assert_equal(self, **options: Any) -> torch.Tensor:
+        """Both give the same output; returns splice's."""
+        reference, ours = self.outputs(**options)
+        assert_close(ours, reference)
+        return ours
+
+
+def load_both(base: Base, folder: Path, *more: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Pair:
+    """Load `folder` as "default", and the others as "second", "third"."""
+    loaded = [_load(library, base.build(dtype), folder, more, options) for library in (peft, splice)]
+    return Pair(base, *loaded)
+
+
+def _load(library: Any, network: nn.Module, folder: Path, more: tuple[Path, ...], options: dict[str, Any]) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if library is peft else "error")
+        model = library.PeftModel.from_pretrained(network, str(folder), **options)
+        for name, extra in zip(("second", "third"), more):
+            model.load_adapter(str(extra), adapter_name=name, **options)
+    return model
+
+
+def assert_close(ours: torch.Tensor, expected: torch.Tensor, factor: float = 1.0) -> None:
+    """Equal in dtype, and in value up to rounding."""
+    tolerance = TOLERANCE.get(expected.dtype, 0.0) * factor
+    torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
+
+
+def differ(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two outputs differ by more than rounding explains."""
+    return a.shape != b.shape or bool((a - b).abs().max() > 100 * TOLERANCE[torch.float32])
+
+
+@dataclass(frozen=True)
+class Described:
+    """A tensor without its values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool | None = None
+
+
+def parameters_of(model: nn.Module) -> dict[str, Described]:
+    """Every parameter of a model by the name that `named_parameters` gives it."""
+    return {n: Described(tuple(p.shape), p.dtype, p.requires_grad) for n, p in model.named_parameters()}
+
+
+def base_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of the base model by their own names, without those of adapters that are on it."""
+    return {n: p for n, p in network.named_parameters() if ADAPTERS not in n.split(".")}
+
+
+def in_base_terms(name: str) -> str:
+    """The name without what tells that its layer carries an adapter."""
+    return name.replace("base_layer.", "").replace("original_module.", "")
+
+
+def trainable_names(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint."""
+    file = folder / "adapter_model.safetensors"
+    return load_file(file) if file.exists() else torch.load(folder / "adapter_model.bin", weights_only=True)
+
+
+def assert_same_tensors(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """The same names, and under each the same bytes."""
+    assert set(ours) == set(expected)
+    for name, tensor in expected.items():
+        assert ours[name].dtype == tensor.dtype, name
+        assert torch.equal(ours[name], tensor), name
+
+
+def config_in(folder: Path) -> dict[str, Any]:
+    """The fields of a checkpoint's config; lists that stand for sets are sorted."""
+    fields = json.loads((folder / "adapter_config.json").read_text())
+    return {name: _sorted(value) for name, value in fields.items()}
+
+
+def _sorted(value: Any) -> Any:
+    # The reference names a head once more at every save.
+    return sorted(set(value), key=str) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A base model as it was: its classes, its very parameters, their bytes, and its names."""
+
+    classes: dict[str, type]
+    parameters: dict[str, tuple[int, torch.Tensor, bool]]
+    state_keys: list[str]
+    attributes: dict[str, set[str]]
+    training: dict[str, bool]
+
+    @classmethod
+    def of(cls, network: nn.Module) -> Snapshot:
+        return cls(
+            {name: type(module) for name, module in network.named_modules()},
+            {n: (id(p), p.detach().clone(), p.requires_grad) for n, p in network.named_parameters()},
+            list(network.state_dict()),
+            {name: set(module.__dict__) for name, module in network.named_modules()},
+            {name: module.training for name, module in network.named_modules()},
+        )
+
+    def assert_same(self, network: nn.Module, same_objects: bool = True) -> None:
+        """`network` is what it was; with `same_objects` down to the identity of its parameters."""
+        now = Snapshot.of(network)
+        assert now.classes == self.classes
+        assert now.state_keys == self.state_keys
+        assert now.attributes == self.attributes
+        assert list(now.parameters) == list(self.parameters)
+        for name, (identity, value, flag) in self.parameters.items():
+            now_identity, now_value, now_flag = now.parameters[name]
+            assert torch.equal(now_value, value), name
+            assert now_value.dtype == value.dtype, name
+            assert now_flag == flag, name
+            assert not same_objects or now_identity == identity, name

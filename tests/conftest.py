@@ -1,0 +1,101 @@
+"""Fixtures that all tests share: checkpoints written by the reference, and models loaded from them by both libraries."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+import splice
+from tests.bases import Base, generator
+
+torch.set_num_threads(1)
+
+
+def perturb(tensors: Mapping[str, torch.Tensor], seed: int) -> None:
+    """Move every value of an adapter a little away from where it starts, so that nothing in it is zero."""
+    source = generator(seed)
+    with torch.no_grad():
+        for name in sorted(tensors):
+            tensor = tensors[name]
+            if tensor.is_floating_point():
+                tensor.add_((torch.randn(tensor.shape, generator=source) * 0.2).to(tensor.dtype))
+
+
+def write_checkpoint(
+    folder: Path,
+    base: Base | Callable[[], Any],
+    config: Mapping[str, Any],
+    seed: int = 0,
+    safe_serialization: bool = True,
+    dtype: torch.dtype | None = None,
+    save_embedding_layers: str | bool = False,
+) -> Path:
+    """Make an adapter with the reference, and let the reference save it into `folder`.
+
+    Args:
+        folder: where to.
+        base: the base model, or a function that makes it.
+        config: fields of the config, `peft_type` among them.
+        seed: another seed gives other values.
+        safe_serialization: safetensors; otherwise `.bin`.
+        dtype: of the base model and so of the adapter; as they are, if None.
+        save_embedding_layers: whether the reference adds the base's own embeddings; "auto" is its default.
+    """
+    network = base.build() if isinstance(base, Base) else base()
+    if dtype is not None:
+        network = network.to(dtype)
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        fields = {"peft_type": "LORA", **config}
+        model = peft.get_peft_model(network, peft.get_peft_config(fields), autocast_adapter_dtype=dtype is None)
+        perturb(peft.get_peft_model_state_dict(model, save_embedding_layers=False), seed)
+        model.save_pretrained(
+            str(folder), safe_serialization=safe_serialization, save_embedding_layers=save_embedding_layers
+        )
+    return folder
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Callable[..., Path]:
+    """Writes an adapter with the reference: `checkpoint(base, config, seed=0, name="adapter")` gives its folder.
+
+    Every call with the same arguments writes the same bytes. The folder is the test's own and may be changed.
+    """
+
+    def write(base: Base | Callable[[], Any], config: Mapping[str, Any], *, name: str = "adapter", **options: Any) -> Path:
+        return write_checkpoint(tmp_path / name, base, config, **options)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def shared_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """As `checkpoint`, written once for all tests that ask for the same one: they must not change it."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    written: dict[str, Path] = {}
+
+    def write(base: Base, config: Mapping[str, Any], **options: Any) -> Path:
+        key = repr((base.name, sorted(config.items(), key=repr), sorted(options.items(), key=repr)))
+        if key not in written:
+            written[key] = write_checkpoint(root / str(len(written)), base, config, **options)
+        return written[key]
+
+    return write
+
+
+@pytest.fixture(params=[peft, splice], ids=["reference", "splice"])
+def library(request: pytest.FixtureRequest) -> Any:
+    """Each of the two libraries, for what must hold of both."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,122 @@
+"""One row for every method: the configs that tests load it with. A new method is a new row here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from splice.config import PeftType
+from splice.methods.registry import Method, all_methods
+from tests import bases
+from tests.bases import Base
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Configs of one method.
+
+    Attributes:
+        config: fields of a plain adapter; the targets come from the base model.
+        options: fields that change what the adapter computes, each under a name for the test's id.
+        small: fields of an adapter of the same method that differs in size, to stand beside the first.
+        not_on: names of base models where an option cannot be used, because the reference refuses it.
+        reference_mixes: whether the reference supports `adapter_names` for it.
+        reference_scales: whether the reference's layers have `set_scale` and its like.
+    """
+
+    config: Mapping[str, Any]
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    small: Mapping[str, Any] = field(default_factory=dict)
+    not_on: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    reference_mixes: bool = False
+    reference_scales: bool = False
+
+
+SAMPLES: dict[PeftType, Sample] = {
+    PeftType.LORA: Sample(
+        config={"r": 4, "lora_alpha": 6},
+        small={"r": 4, "lora_alpha": 8, "use_rslora": True},
+        options={
+            "rslora": {"use_rslora": True, "lora_alpha": 5},
+            "patterns": {"rank_pattern": {"first|q_proj": 8}, "alpha_pattern": {"second": 3, "^.*v_proj": 9}},
+            "lora_bias": {"lora_bias": True},
+            "bias_all": {"bias": "all"},
+            "bias_of_targets": {"bias": "lora_only"},
+            "other_orientation": {"fan_in_fan_out": True},
+            "uninitialised": {"init_lora_weights": False},
+            "gaussian": {"init_lora_weights": "gaussian"},
+        },
+        not_on={
+            "lora_bias": frozenset({"embedding", "embedding_padding", "mixed", "llama_tied"}),
+        },
+        reference_mixes=True,
+        reference_scales=True,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method on a base model, with one of the method's options or none."""
+
+    method: Method
+    base: Base
+    option: str = ""
+
+    @property
+    def sample(self) -> Sample:
+        return SAMPLES[self.method.name]
+
+    def config(self, **changes: Any) -> dict[str, Any]:
+        """Fields for `get_peft_config` of either library."""
+        return {
+            "peft_type": self.method.name.value,
+            "task_type": self.base.task,
+            "target_modules": list(self.base.targets),
+            **self.sample.config,
+            **self.sample.options.get(self.option, {}),
+            **changes,
+        }
+
+    @property
+    def trains_biases(self) -> bool:
+        """Whether the adapter brings biases of the base: splice keeps the originals beside them."""
+        return self.config().get("bias", "none") != "none"
+
+    def with_head(self, **changes: Any) -> dict[str, Any]:
+        """`config` of an adapter that saves the head whole as well.
+
+        Not together with trained biases: the reference then writes the head's biases three times.
+        """
+        return self.config(**({} if self.trains_biases else {"modules_to_save": [self.base.head]}), **changes)
+
+    def other_config(self, **changes: Any) -> dict[str, Any]:
+        """Fields of a second adapter for the same model: of other sizes, and on the first target alone."""
+        own = {**self.sample.config, **self.sample.small, "target_modules": [self.base.targets[0]]}
+        return {"peft_type": self.method.name.value, "task_type": self.base.task, **own, **changes}
+
+    def __str__(self) -> str:
+        return "-".join(filter(None, (self.method.name.value, self.base.name, self.option)))
+
+
+def supports(method: Method, base: Base) -> bool:
+    return bool(base.kinds) and base.kinds <= set(method.layers)
+
+
+def plain_cases(*chosen: Base) -> list[Case]:
+    """Every method on each of the base models (all of them, if none are named) that it can be put on."""
+    return [Case(m, b) for m in all_methods().values() for b in chosen or bases.ALL if supports(m, b)]
+
+
+def kind_cases() -> list[Case]:
+    """Every method on every kind of layer that it supports."""
+    return plain_cases(*bases.BY_KIND.values())
+
+
+def option_cases(*chosen: Base) -> Iterator[Case]:
+    """Every method with each of its options, on each of the base models that takes it."""
+    for case in plain_cases(*chosen):
+        for option in case.sample.options:
+            if case.base.name not in case.sample.not_on.get(option, ()):
+                yield Case(case.method, case.base, option)

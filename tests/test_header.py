@@ -1,0 +1,323 @@
+"""The reader of safetensors files reads what the reference implementation reads, and refuses whatever that refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from splice.errors import CheckpointError
+from splice.loading.checkpoint import DTYPES, open_weights
+from splice.loading.header import MAX_HEADER, read_header
+from tests.broken import raw_bytes
+
+Content = tuple[dict[str, tuple[str, tuple[int, ...], bytes]], dict[str, str]]
+
+
+def file_of(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
+    """The bytes of a safetensors file; `header` is its text, or what is written as JSON."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def entry(begin: int, end: int, shape: Any = (1,), dtype: Any = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+def ours(path: Path) -> Content:
+    weights: Any = open_weights(path)
+    tensors = weights.read(list(weights.entries))
+    found = {}
+    for (name, own), tensor in zip(weights.entries.items(), tensors):
+        assert tensor.dtype is DTYPES[own.dtype]
+        assert tuple(tensor.shape) == own.shape
+        found[name] = (own.dtype, own.shape, raw_bytes(tensor))
+    return found, weights.metadata
+
+
+def theirs(path: Path) -> Content:
+    found = {}
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            part = file.get_slice(name)
+            found[name] = (part.get_dtype(), tuple(part.get_shape()), raw_bytes(file.get_tensor(name)))
+        return found, dict(file.metadata() or {})
+
+
+def agree(path: Path) -> bool:
+    """Both read the same, or splice refuses with its own error; returns whether it read the file."""
+    try:
+        content = ours(path)
+    except CheckpointError:
+        return False
+    assert content == theirs(path)
+    return True
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("header") / "adapter_model.safetensors"
+
+
+quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+names = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(lambda name: name != "__metadata__")
+shapes = st.lists(st.integers(0, 4), max_size=4).map(tuple)
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> torch.Tensor:
+    dtype = DTYPES[draw(st.sampled_from(sorted(DTYPES)))]
+    shape = draw(shapes)
+    size = math.prod(shape) * dtype.itemsize
+    raw = draw(st.binary(min_size=size, max_size=size))
+    if dtype is torch.bool:
+        raw = bytes(byte & 1 for byte in raw)
+    return torch.frombuffer(bytearray(raw), dtype=dtype).reshape(shape) if size else torch.empty(shape, dtype=dtype)
+
+
+valid_files = st.builds(
+    save, st.dictionaries(names, tensors(), max_size=5), st.none() | st.dictionaries(names, st.text(max_size=5), max_size=2)
+)
+
+
+# -- what is valid is read
+
+
+@quick
+@given(content=valid_files)
+def test_a_valid_file_is_read_as_safetensors_reads_it(content: bytes, file: Path) -> None:
+    file.write_bytes(content)
+    assert agree(file)
+
+
+def test_the_places_of_the_tensors_are_right(file: Path) -> None:
+    expected = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(4, dtype=torch.int8)}
+    content = save(expected)
+    file.write_bytes(content)
+    for name, own in read_header(file).entries.items():
+        assert content[own.offset : own.offset + own.size] == raw_bytes(expected[name])
+
+
+def test_only_some_tensors_in_any_order(file: Path) -> None:
+    expected = {f"t{i}": torch.full((i,), float(i)) for i in range(9)}
+    file.write_bytes(save(expected))
+    wanted = ["t7", "t0", "t3", "t4"]
+    for name, tensor in zip(wanted, open_weights(file).read(wanted)):
+        assert torch.equal(tensor, expected[name])
+
+
+def test_more_tensors_than_one_system_call_takes(file: Path) -> None:
+    expected = {f"t{i}": torch.tensor([float(i), -1.0]) for i in range(2500)}
+    file.write_bytes(save(expected))
+    for name, tensor in zip(expected, open_weights(file).read(list(expected))):
+        assert torch.equal(tensor, expected[name])
+
+
+def test_metadata(file: Path) -> None:
+    file.write_bytes(save({"a": torch.ones(1)}, {"format": "pt", "by": "someone"}))
+    assert read_header(file).metadata == {"format": "pt", "by": "someone"}
+
+
+def test_a_file_without_tensors(file: Path) -> None:
+    file.write_bytes(save({}))
+    assert read_header(file).entries == {}
+
+
+def test_reading_a_header_reads_no_tensor(file: Path) -> None:
+    """A file of 4 GiB with a hole in it is opened at once."""
+    size = 2**32
+    with open(file, "wb") as out:
+        out.write(file_of({"big": entry(0, size, [size // 4])}))
+        out.truncate(out.tell() + size)
+    assert read_header(file).entries["big"].shape == (size // 4,)
+    file.unlink()
+
+
+# -- what is damaged is refused
+
+
+@quick
+@given(content=valid_files, data=st.data())
+def test_a_damaged_file_is_refused_or_read_alike(content: bytes, data: st.DataObject, file: Path) -> None:
+    damaged = bytearray(content)
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(damaged) - 1)) if damaged else 0
+        how = data.draw(st.sampled_from(["flip", "cut", "insert", "delete"]))
+        if how == "cut":
+            del damaged[at:]
+        elif how == "insert":
+            damaged[at:at] = data.draw(st.binary(max_size=4))
+        elif damaged and how == "delete":
+            del damaged[at]
+        elif damaged:
+            damaged[at] ^= 1 << data.draw(st.integers(0, 7))
+    file.write_bytes(damaged)
+    agree(file)
+
+
+@quick
+@given(content=valid_files, length=st.integers(0, 400))
+def test_a_truncated_file_is_refused(content: bytes, length: int, file: Path) -> None:
+    file.write_bytes(content[: min(length, len(content) - 1)])
+    with pytest.raises(CheckpointError):
+        ours(file)
+
+
+@quick
+@given(content=st.binary(max_size=200), text=st.binary(max_size=60))
+def test_random_bytes_are_refused_or_read_alike(content: bytes, text: bytes, file: Path) -> None:
+    for each in (content, file_of(text, content)):
+        file.write_bytes(each)
+        agree(file)
+
+
+numbers = st.integers(-1, 40) | st.sampled_from([2**31, 2**32, 2**40, 2**63, 2**64, 2**70, -(2**63)])
+odd_values = numbers | st.none() | st.booleans() | st.floats() | st.text(max_size=3) | st.just([]) | st.just({})
+
+
+@quick
+@given(
+    header=st.dictionaries(
+        names | st.just("__metadata__"),
+        st.fixed_dictionaries(
+            {
+                "dtype": st.sampled_from(["F32", "F16", "U8", "F4", "C64", "f32"]) | odd_values,
+                "shape": st.lists(numbers, max_size=3) | st.lists(odd_values, max_size=2) | odd_values,
+                "data_offsets": st.lists(numbers, min_size=2, max_size=2) | st.lists(odd_values, max_size=3) | odd_values,
+            },
+            optional={"extra": odd_values},
+        )
+        | odd_values,
+        max_size=2,
+    ),
+    data=st.binary(max_size=40),
+)
+def test_any_header_is_refused_or_read_alike(header: dict[str, Any], data: bytes, file: Path) -> None:
+    file.write_bytes(file_of(header, data))
+    agree(file)
+
+
+ONE = entry(0, 4)
+DAMAGED: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "damaged: its header does not fit its 0 bytes"),
+    "seven bytes": (b"\x08\0\0\0\0\0\0", "does not fit its 7 bytes"),
+    "cut off in the header": (file_of({"a": ONE}, b"1234")[:20], "cut off"),
+    "cut off in the tensors": (file_of({"a": ONE}, b"123"), "describes 66 bytes and the file has 65"),
+    "bytes behind the tensors": (file_of({"a": ONE}, b"12345"), "describes 66 bytes and the file has 67"),
+    "no tensor but bytes": (file_of({}, b"12345"), "the file has"),
+    "overlap": (file_of({"a": ONE, "b": entry(2, 6)}, b"123456"), "overlap or leave gaps at byte"),
+    "same place": (file_of({"a": ONE, "b": ONE}, b"1234"), "overlap or leave gaps"),
+    "gap": (file_of({"a": ONE, "b": entry(8, 12)}, b"1" * 12), "overlap or leave gaps"),
+    "gap in front": (file_of({"a": entry(4, 8)}, b"1" * 8), "overlap or leave gaps"),
+    "offsets reversed": (file_of({"a": entry(4, 0)}, b"1234"), "needs 4 bytes and has -4"),
+    "offsets beyond the end": (file_of({"a": entry(0, 400, [100])}, b"1234"), "the file has"),
+    "negative offset": (file_of({"a": entry(-4, 0)}, b""), "entry for 'a'"),
+    "one offset": (file_of({"a": {**ONE, "data_offsets": [0]}}, b"1234"), "entry for 'a'"),
+    "shape too large for its bytes": (file_of({"a": entry(0, 4, [2])}, b"1234"), "needs 8 bytes and has 4"),
+    "shape overflow": (file_of({"a": entry(0, 0, [2**33, 2**31])}), "needs"),
+    "shape overflow to the right size": (file_of({"a": entry(0, 4, [2**32, 2**32 + 1])}, b"1234"), "needs"),
+    "shape beyond 64 bits and no element": (file_of({"a": entry(0, 0, [0, 2**70])}), "'a'"),
+    "shape product beyond 64 bits and no element": (file_of({"a": entry(0, 0, [2**40, 2**40, 0])}), "'a'"),
+    "negative shape": (file_of({"a": entry(0, 4, [-1, -1])}, b"1234"), "entry for 'a'"),
+    "fraction in the shape": (file_of({"a": entry(0, 4, [1.0])}, b"1234"), "entry for 'a'"),
+    "true in the shape": (file_of({"a": entry(0, 4, [True])}, b"1234"), "entry for 'a'"),
+    "null in the shape": (file_of({"a": entry(0, 4, None)}, b"1234"), "entry for 'a'"),
+    "string for a shape": (file_of({"a": entry(0, 4, "")}, b"1234"), "entry for 'a'"),
+    "object for a shape": (file_of({"a": entry(0, 4, {})}, b"1234"), "entry for 'a'"),
+    "unknown dtype": (file_of({"a": entry(0, 4, [1], "F7")}, b"1234"), "unknown dtype 'F7'; known are"),
+    "lower-case dtype": (file_of({"a": entry(0, 4, [1], "f32")}, b"1234"), "unknown dtype 'f32'"),
+    "dtype null": (file_of({"a": entry(0, 4, [1], None)}, b"1234"), "dtype None"),
+    "dtype a list": (file_of({"a": entry(0, 4, [1], ["F32"])}, b"1234"), "'a'"),
+    "dtype an object": (file_of({"a": entry(0, 4, [1], {"F32": 1})}, b"1234"), "'a'"),
+    "an entry that is a number": (file_of({"a": 3}), "entry for 'a' is 3"),
+    "an entry that is null": (file_of({"a": None}), "entry for 'a' is None"),
+    "no dtype": (file_of({"a": {"shape": [1], "data_offsets": [0, 4]}}, b"1234"), "entry for 'a'"),
+    "a name twice": (file_of(b'{"a":%b,"a":%b}' % ((json.dumps(ONE).encode(),) * 2), b"1234"), "names ['a'] twice"),
+    "a field twice": (file_of(b'{"a":{"dtype":"F32","dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b"1234"), "twice"),
+    "metadata twice": (file_of(b'{"__metadata__":{},"__metadata__":{}}'), "twice"),
+    "bad UTF-8": (file_of(b'{"\xff\xfe":1}'), "header is not valid JSON ('utf-8' codec"),
+    "not JSON": (file_of(b"{'a': 1}"), "header is not valid JSON"),
+    "half of a JSON": (file_of(b'{"a": '), "header is not valid JSON"),
+    "nothing for a header": (file_of(b""), "header is not valid JSON"),
+    "a JSON list": (file_of([1, 2]), "header is no JSON object"),
+    "a JSON string": (file_of(b'"text"'), "header is no JSON object"),
+    "blanks before the header": (file_of(b" {}"), "header"),
+    "half of a character in a name": (file_of(b'{"\\ud800":%b}' % json.dumps(ONE).encode(), b"1234"), "header"),
+    "NaN, which JSON lacks": (file_of(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"x":NaN}}', b"1234"), "header"),
+    "a minus before zero": (file_of(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[-0,4]}}', b"1234"), "'a'"),
+    "a number of five thousand digits": (file_of(b'{"a":' + b"9" * 5000 + b"}"), "header"),
+    "deeply nested": (file_of(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"), "header is not valid JSON"),
+    "metadata a list": (file_of({"__metadata__": ["x"]}), "metadata of the header must map names to strings"),
+    "metadata an empty list": (file_of({"__metadata__": []}), "metadata of the header must map names to strings"),
+    "metadata false": (file_of({"__metadata__": False}), "metadata of the header must map names to strings"),
+    "metadata with a number": (file_of({"__metadata__": {"x": 1}}), "metadata of the header must map names to strings"),
+    "header of 1 GiB": (file_of(b"{}", length=2**30), "header does not fit"),
+    "header of 2**60 bytes": (file_of(b"{}", length=2**60), "header does not fit"),
+    "header longer than allowed": (file_of(b"{}", length=MAX_HEADER + 1), "header does not fit"),
+    "Git LFS pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+        "a Git LFS pointer, not the file itself: fetch it with `git lfs pull`",
+    ),
+    "web page": (b"<!DOCTYPE html><html><head><title>404</title></head></html>", "damaged"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_a_damaged_file_is_refused_with_its_reason(what: str, file: Path) -> None:
+    content, message = DAMAGED[what]
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        ours(file)
+    assert str(file) in str(caught.value)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_safetensors_refuses_it_too(what: str, file: Path) -> None:
+    """So that no row of the table asks for more than the format does."""
+    file.write_bytes(DAMAGED[what][0])
+    with pytest.raises((SafetensorError, UnicodeDecodeError)):
+        theirs(file)
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_a_pickle_under_the_name_of_a_safetensors_file(legacy: bool, file: Path) -> None:
+    torch.save({"a": torch.ones(1)}, file, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(CheckpointError, match=r"a PyTorch pickle .* rename it to adapter_model\.bin"):
+        open_weights(file)
+
+
+def test_a_plain_pickle_under_the_name_of_a_safetensors_file(file: Path) -> None:
+    file.write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(CheckpointError, match="damaged"):
+        open_weights(file)
+
+
+def test_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is a folder, not a file"):
+        read_header(tmp_path)
+
+
+def test_a_file_that_shrinks_between_header_and_tensors(file: Path) -> None:
+    content = save({"a": torch.arange(1000.0)})
+    file.write_bytes(content)
+    weights = open_weights(file)
+    file.write_bytes(content[:-100])
+    with pytest.raises(CheckpointError, match="cut off while it was read"):
+        weights.read(["a"])
+
+
+def test_a_header_of_half_a_gigabyte_that_is_not_there_costs_nothing(file: Path) -> None:
+    """The length is checked against the file before a byte of the header is asked for."""
+    file.write_bytes(file_of(b"{}", length=MAX_HEADER))
+    with pytest.raises(CheckpointError, match="does not fit its 10 bytes"):
+        read_header(file)
