@@ -2,6 +2,7 @@
 
 The plain nets have two layers of one kind, `first` and `second`, and a linear `head`; so a test can adapt one, both or
 neither, whatever the kind. The others are real transformers models, made from their configs and so without a download.
+None has dropout of its own, so that a model in training mode computes what it does in eval mode.
 """
 
 from __future__ import annotations
@@ -261,7 +262,7 @@ def _gpt2() -> nn.Module:
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=VOCABULARY, n_positions=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None,
-            pad_token_id=0, initializer_range=0.2,
+            pad_token_id=0, initializer_range=0.2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         )
     )  # fmt: skip
 
@@ -272,7 +273,8 @@ def _bert() -> nn.Module:
     return BertForSequenceClassification(
         BertConfig(
             vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
-            max_position_embeddings=64, num_labels=3, initializer_range=0.2,
+            max_position_embeddings=64, num_labels=3, initializer_range=0.2, hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
         )
     )  # fmt: skip
 
@@ -283,7 +285,7 @@ def _t5() -> nn.Module:
     return T5ForConditionalGeneration(
         T5Config(
             vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0,
-            pad_token_id=0, eos_token_id=None, initializer_factor=1.0,
+            pad_token_id=0, eos_token_id=None, initializer_factor=1.0, dropout_rate=0.0,
         )
     )  # fmt: skip
 

@@ -107,7 +107,7 @@ def train_further(skill: str) -> None:
 def main() -> None:
     """Show the loading, the skills, their accuracy, and further training, in this order."""
     silence_transformers()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
     print("Load one base and three adapters")
     model = load_all()

@@ -17,6 +17,7 @@ from splice.status import LayerStatus, ModelStatus, get_layer_status, get_model_
 from splice.surgery.first_call import warn_if_unused
 from splice.surgery.selection import Choice
 from splice.surgery.tuner import Tuner
+from splice.surgery.undo import Undo
 
 
 class PeftModel(nn.Module):
@@ -54,10 +55,15 @@ class PeftModel(nn.Module):
         self._wrap(model)
         tuner = self.base_model
         tuner.check_new(adapter_name)
-        _, built = new_adapter(tuner, peft_config, self.heads, autocast_adapter_dtype, low_cpu_mem_usage)
-        tuner.commit(adapter_name, peft_config, built, freeze_base=True)
-        tuner.selection.set([adapter_name])
-        tuner.set_requires_grad(adapter_name, not peft_config.inference_mode)
+        undo = Undo(tuner)
+        try:
+            _, built = new_adapter(tuner, peft_config, self.heads, autocast_adapter_dtype, low_cpu_mem_usage)
+            tuner.commit(adapter_name, peft_config, built, freeze_base=True)
+            tuner.selection.set([adapter_name])
+            tuner.set_requires_grad(adapter_name, not peft_config.inference_mode)
+        except BaseException:
+            undo.run()
+            raise
 
     def _wrap(self, model: nn.Module) -> None:
         """Become the facade of `model`, which is not changed."""
@@ -125,10 +131,16 @@ class PeftModel(nn.Module):
         checkpoint = open_checkpoint(model_id, config, options, mapping)
         peft_model: PeftModel = object.__new__(class_for(checkpoint.config, cls))
         peft_model._wrap(model)
-        loaded = load_new(peft_model.base_model, checkpoint, options, peft_model.heads, freeze_base=True)
-        peft_model.base_model.selection.set([adapter_name])
-        peft_model._after_load(loaded, is_trainable)
-        return peft_model
+        tuner = peft_model.base_model
+        undo = Undo(tuner)
+        try:
+            loaded = load_new(tuner, checkpoint, options, peft_model.heads, freeze_base=True)
+            tuner.selection.set([adapter_name])
+            peft_model._after_load(loaded, is_trainable)
+            return peft_model
+        except BaseException:
+            undo.run()
+            raise
 
     def load_adapter(
         self,
@@ -158,14 +170,19 @@ class PeftModel(nn.Module):
             adapter_name, is_trainable, autocast_adapter_dtype, ephemeral_gpu_offload, key_mapping, strict, kwargs
         )
         tuner = self.base_model
-        if adapter_name in tuner.peft_config:
-            checkpoint = open_checkpoint(model_id, tuner.peft_config[adapter_name], options, key_mapping)
-            loaded = load_into(tuner, checkpoint, options)
-        else:
-            checkpoint = open_checkpoint(model_id, None, options, key_mapping)
-            loaded = load_new(tuner, checkpoint, options, self.heads, freeze_base=not tuner.peft_config)
-        self._after_load(loaded, is_trainable)
-        return loaded.result
+        checkpoint = open_checkpoint(model_id, tuner.peft_config.get(adapter_name), options, key_mapping)
+        undo, before = Undo(tuner), (self.load_report, self._unused_checked, self.training)
+        try:
+            if adapter_name in tuner.peft_config:
+                loaded = load_into(tuner, checkpoint, options, undo)
+            else:
+                loaded = load_new(tuner, checkpoint, options, self.heads, freeze_base=not tuner.peft_config)
+            self._after_load(loaded, is_trainable)
+            return loaded.result
+        except BaseException:
+            undo.run()
+            self.load_report, self._unused_checked, self.training = before
+            raise
 
     def _after_load(self, loaded: Loaded, is_trainable: bool) -> None:
         self.load_report = loaded.report
@@ -189,9 +206,13 @@ class PeftModel(nn.Module):
         """
         tuner = self.base_model
         tuner.check_new(adapter_name)
-        first = not tuner.peft_config
-        _, built = new_adapter(tuner, peft_config, self.heads, autocast_adapter_dtype, low_cpu_mem_usage)
-        tuner.commit(adapter_name, peft_config, built, freeze_base=first)
+        first, undo = not tuner.peft_config, Undo(tuner)
+        try:
+            _, built = new_adapter(tuner, peft_config, self.heads, autocast_adapter_dtype, low_cpu_mem_usage)
+            tuner.commit(adapter_name, peft_config, built, freeze_base=first)
+        except BaseException:
+            undo.run()
+            raise
 
     def save_pretrained(
         self,

@@ -31,6 +31,7 @@ from splice.loading.source import Source
 from splice.methods.registry import Method, method_named
 from splice.surgery.adapted import original_class
 from splice.surgery.tuner import Tuner
+from splice.surgery.undo import Undo
 from splice.surgery.whole import walk_bare
 
 logger = logging.getLogger("splice")
@@ -121,7 +122,7 @@ def _without_collections() -> Iterator[None]:
 def load_new(
     tuner: Tuner, checkpoint: Checkpoint, options: LoadOptions, heads: Sequence[str], freeze_base: bool
 ) -> Loaded:
-    """Load a checkpoint as a new adapter of the network. On any failure the network is as it was."""
+    """Load a checkpoint as a new adapter of the network. What fails, fails before the network is touched."""
     tuner.check_new(options.adapter_name)
     config = copy_config(checkpoint.config, inference_mode=not options.is_trainable)
     _set_runtime(config, options)
@@ -225,7 +226,7 @@ def report(plan: Plan, built: Sequence[Built], options: LoadOptions) -> Loaded:
     return Loaded(LoadResult(list(plan.missing), list(plan.unexpected)), line)
 
 
-def load_into(tuner: Tuner, checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
+def load_into(tuner: Tuner, checkpoint: Checkpoint, options: LoadOptions, undo: Undo) -> Loaded:
     """Load weights over those of an adapter that is there. The tensors stay the same objects.
 
     Everything is read and checked before the first value changes.
@@ -239,12 +240,21 @@ def load_into(tuner: Tuner, checkpoint: Checkpoint, options: LoadOptions) -> Loa
     plan.sources = {key: checkpoint.names[own] for key, own in plan.sources.items()}
     values = build_loaded(plan, checkpoint.config, checkpoint.weights, options.autocast)
     present = [Built(item.placement, tuner.placed[name][item.placement.path]) for item in values]
+    pairs = []
     for new, old in zip(values, present):
         targets = dict(old.layer.named_slots())
         for suffix, tensor in new.layer.named_slots():
             if new.placement.key(suffix) in plan.sources:
-                targets[suffix].data.copy_(tensor.data)
+                pairs.append((targets[suffix].data, tensor.data))
+    before = [target.clone() for target, _ in pairs]
+    undo.also(lambda: _overwrite([(target, old) for (target, _), old in zip(pairs, before)]))
+    _overwrite(pairs)
     return report(plan, present, options)
+
+
+def _overwrite(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for target, value in pairs:
+        target.copy_(value)
 
 
 def plan_of_present(tuner: Tuner, name: str) -> Plan:

@@ -114,7 +114,9 @@ def lay_out(network: nn.Module, config: PeftConfig, method: Method, heads: Seque
         adapted = {p.path: p for p in placements}
         owners = select_parameters(rule, modules, adapted)
         placements += [_placement(path, modules[path], method.parameters_layer, config) for path in owners]
-    placements += [_placement(path, base, WholeModule, config) for path, base in _saved_whole(rule, modules)]
+    whole = _saved_whole(rule, modules)
+    _check_apart(whole, placements)
+    placements += [_placement(path, base, WholeModule, config) for path, base in whole]
     biases = config.trained_biases()
     resolved: dict[str, Any] = {"target_modules": rule.target_modules, "modules_to_save": rule.modules_to_save}
     for placement in placements:
@@ -159,6 +161,17 @@ def _saved_whole(rule: TargetRule, modules: Mapping[str, nn.Module]) -> list[tup
         if path and path.endswith(entries) and not inside:
             found.append((path, module))
     return found
+
+
+def _check_apart(whole: Sequence[tuple[str, nn.Module]], targets: Sequence[Placement]) -> None:
+    """A module that is saved whole cannot be, or hold, a target of the same adapter."""
+    for path, module in whole:
+        inside = [p.path for p in targets if p.path == path or p.path.startswith(path + ".")]
+        if inside:
+            raise TypeError(
+                f"modules_to_save cannot be applied to {path!r} (a {type(module).__name__}): {inside[0]!r} is a target of the "
+                "same adapter. Its names are plain suffixes; write them out as far as they are meant."
+            )
 
 
 def _with_biases(placements: list[Placement], modules: Mapping[str, nn.Module], bias: str) -> list[Placement]:

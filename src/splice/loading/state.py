@@ -15,6 +15,7 @@ from splice.loading.keys import PREFIX, renamed
 from splice.loading.load import Checkpoint, LoadOptions, LoadResult, load_into
 from splice.loading.source import Source
 from splice.saving import tuner_of
+from splice.surgery.undo import Undo
 
 
 def load_peft_weights(
@@ -73,4 +74,9 @@ def set_peft_model_state_dict(
         adapter_name, False, True, False, None, strict=False, extra={"ignore_mismatched_sizes": ignore_mismatched_sizes}
     )
     checkpoint = Checkpoint(tuner.peft_config[adapter_name], given, names)
-    return load_into(tuner, checkpoint, options).result
+    undo = Undo(tuner)
+    try:
+        return load_into(tuner, checkpoint, options, undo).result
+    except BaseException:
+        undo.run()
+        raise

@@ -17,6 +17,7 @@ from splice.methods.layer import AdapterLayer
 from splice.weights.layers import LayerKind, kind_of
 
 _METHODS: dict[PeftType, Method] = {}
+_searched: list[str] = []
 _PACKAGES = ("splice.methods", "splice.prompts")
 
 
@@ -82,8 +83,9 @@ def register(method: Method) -> Method:
 
 def all_methods() -> Mapping[PeftType, Method]:
     """Every method that is known, in the order of the files' names."""
-    if not _METHODS:
-        for package in _PACKAGES:
+    for package in _PACKAGES:
+        if package not in _searched:
+            _searched.append(package)
             for module in pkgutil.iter_modules(importlib.import_module(package).__path__, package + "."):
                 importlib.import_module(module.name)
     return MappingProxyType(_METHODS)

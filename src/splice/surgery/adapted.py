@@ -17,10 +17,12 @@ import torch
 from torch import nn
 
 from splice.methods.layer import AdapterLayer, Forward, LightModule
-from splice.surgery.readers import SHOWING, guard_readers, release_reader
+from splice.surgery.readers import SHOWING, guard_reader, readers_above, release_reader
 from splice.surgery.selection import Rows, Selection
 from splice.surgery.views import AdaptedViews, publish
 from splice.weights.layers import ADAPTERS
+
+HOST = "splice_host"
 
 
 class AdapterDict(LightModule):
@@ -84,7 +86,8 @@ class Host:
         reached: whether a call has come by since it was adapted.
         merged: adapters that are in its weights now, in the order they were merged.
         originals: the base parameters as they were before the first merge, by name.
-        instance_forward: a `forward` that had been set on the object itself; it goes on being the base's.
+        own_forward: a forward that stood on the object itself (accelerate's hooks, patches); it goes on being the base's.
+        own_forward_name: under which name it stood there.
         readers: parents that read the layer's weights and are guarded while it is adapted.
     """
 
@@ -95,7 +98,8 @@ class Host:
     reached: bool = False
     merged: list[str] = field(default_factory=list)
     originals: dict[str, nn.Parameter] = field(default_factory=dict)
-    instance_forward: Forward | None = None
+    own_forward: Forward | None = None
+    own_forward_name: str = ""
     readers: list[nn.Module] = field(default_factory=list)
 
 
@@ -115,7 +119,7 @@ class Adapted(AdaptedViews, nn.Module):
 
     def _forward_selected(self, host: Host, *args: Any, **kwargs: Any) -> Any:
         choice = host.selection.current()
-        run: Forward = super().forward if host.instance_forward is None else host.instance_forward
+        run: Forward = super().forward if host.own_forward is None else host.own_forward
         if choice.rows is not None:
             return self._forward_rows(run, choice.rows, *args, **kwargs)
         for name in choice.names:
@@ -223,41 +227,41 @@ def attach(
 
 
 def detach(layer: nn.Module, name: str) -> None:
-    """Take the adapter off; with its last adapter the layer becomes exactly what it was."""
-    if not isinstance(layer, Adapted):
-        return
-    dropped = layer.splice_adapters.drop(name)
-    if dropped is not None and dropped.shows:
-        layer.splice_host.shows = any(adapter.shows for adapter in layer.splice_host.layers.values())
-    if not layer.splice_host.layers:
-        _swap_back(layer)
+    """Take the adapter off; with its last adapter the layer becomes exactly what it was.
+
+    Also of a layer whose `attach` was interrupted at any point.
+    """
+    host, adapters = layer.__dict__.get(HOST), layer._modules.get(ADAPTERS)
+    if isinstance(adapters, AdapterDict):
+        dropped = adapters.drop(name)
+        if dropped is not None and dropped.shows and host is not None:
+            host.shows = any(adapter.shows for adapter in host.layers.values())
+    if host is not None and not host.layers:
+        _swap_back(layer, host)
 
 
 def _swap(layer: nn.Module, path: str, selection: Selection, readers: Mapping[str, nn.Module]) -> None:
     adapters = AdapterDict()
     adapters.training = layer.training
-    host = Host(path, selection, adapters._modules)
-    # accelerate's hooks call `_old_forward`, other patches are called by the object: both sit below the adapters.
-    if "_old_forward" in layer.__dict__:
-        cls = adapted_class(type(layer))
-        layer.__dict__["_old_forward"] = cls.forward.__get__(layer)
-    elif "forward" in layer.__dict__:
-        host.instance_forward = layer.__dict__.pop("forward")
+    cls = adapted_class(type(layer))
+    host = Host(path, selection, adapters._modules, readers=readers_above(readers, path))
+    layer.__dict__[HOST] = host
     layer._modules[ADAPTERS] = adapters
-    layer.__dict__["splice_host"] = host
-    layer.__class__ = adapted_class(type(layer))
-    host.readers.extend(guard_readers(readers, path))
-
-
-def _swap_back(layer: Adapted) -> None:
-    host = layer.splice_host
-    for parent in host.readers:
-        release_reader(parent)
-    cls = original_class(layer)
-    del layer._modules[ADAPTERS]
-    del layer.__dict__["splice_host"]
+    # accelerate's hooks call `_old_forward`, other patches are called by the object: both sit below the adapters.
+    host.own_forward_name = next((n for n in ("_old_forward", "forward") if n in layer.__dict__), "")
+    if host.own_forward_name:
+        host.own_forward = layer.__dict__[host.own_forward_name]
+        layer.__dict__[host.own_forward_name] = cls.forward.__get__(layer)
     layer.__class__ = cls  # type: ignore[assignment]
-    if "_old_forward" in layer.__dict__:
-        layer.__dict__["_old_forward"] = cls.forward.__get__(layer)
-    if host.instance_forward is not None:
-        layer.__dict__["forward"] = host.instance_forward
+    for parent in host.readers:
+        guard_reader(parent, path)
+
+
+def _swap_back(layer: nn.Module, host: Host) -> None:
+    for parent in host.readers:
+        release_reader(parent, host.path)
+    layer.__class__ = original_class(layer)
+    if host.own_forward is not None:
+        layer.__dict__[host.own_forward_name] = host.own_forward
+    layer._modules.pop(ADAPTERS, None)
+    del layer.__dict__[HOST]

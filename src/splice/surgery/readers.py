@@ -25,38 +25,38 @@ def weight_readers(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     return {path: module for path, module in modules.items() if isinstance(module, _READERS)}
 
 
-def guard_readers(readers: Mapping[str, nn.Module], path: str) -> list[nn.Module]:
-    """Guard those of `readers` that the layer at `path` is below; returns them, for `release_reader`."""
-    guarded = [module for above, module in readers.items() if not above or path.startswith(above + ".")]
-    for module in guarded:
-        _guard(module)
-    return guarded
+def readers_above(readers: Mapping[str, nn.Module], path: str) -> list[nn.Module]:
+    """Those of `readers` that the layer at `path` is below."""
+    return [module for above, module in readers.items() if not above or path.startswith(above + ".")]
 
 
-def release_reader(parent: nn.Module) -> None:
-    """One adapted layer below `parent` is gone; with the last one the parent is what it was."""
-    guard = parent.__dict__[GUARD]
-    guard["users"] -= 1
-    if guard["users"]:
-        return
-    del parent.__dict__[GUARD]
-    if isinstance(parent, _ShowsAdaptedWeights):
-        parent.__class__ = type(parent).__mro__[2]
-    else:
-        setattr(parent, _SWITCH[guard["class"]], guard["was"])
-
-
-def _guard(parent: nn.Module) -> None:
+def guard_reader(parent: nn.Module, path: str) -> None:
+    """Keep `parent` from stepping around the layer at `path`, until it is released."""
     guard = parent.__dict__.get(GUARD)
     if guard is None:
         cls = next(c for c in _READERS if isinstance(parent, c))
-        guard = parent.__dict__[GUARD] = {"users": 0, "class": cls, "was": None}
-        if cls is nn.MultiheadAttention:
-            parent.__class__ = _shown_class(type(parent))
-        else:
-            guard["was"] = getattr(parent, _SWITCH[cls])
-            setattr(parent, _SWITCH[cls], False)
-    guard["users"] += 1
+        was = getattr(parent, _SWITCH[cls]) if cls in _SWITCH else None
+        guard = parent.__dict__[GUARD] = {"users": set(), "class": cls, "was": was}
+    guard["users"].add(path)
+    if guard["class"] in _SWITCH:
+        setattr(parent, _SWITCH[guard["class"]], False)
+    elif not isinstance(parent, _ShowsAdaptedWeights):
+        parent.__class__ = _shown_class(type(parent))
+
+
+def release_reader(parent: nn.Module, path: str) -> None:
+    """The layer at `path` is adapted no longer; with the last one the parent is what it was."""
+    guard = parent.__dict__.get(GUARD)
+    if guard is None:
+        return
+    guard["users"].discard(path)
+    if guard["users"]:
+        return
+    if guard["class"] in _SWITCH:
+        setattr(parent, _SWITCH[guard["class"]], guard["was"])
+    elif isinstance(parent, _ShowsAdaptedWeights):
+        parent.__class__ = type(parent).__mro__[2]
+    del parent.__dict__[GUARD]
 
 
 # The attribute by which each class decides, at every call, whether it may take the fused path.

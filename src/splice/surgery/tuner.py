@@ -69,33 +69,31 @@ class Tuner(nn.Module):
     # -- attaching
 
     def commit(self, name: str, config: PeftConfig, built: Sequence[Built], freeze_base: bool) -> None:
-        """Attach a finished adapter. If anything cuts this short, also a KeyboardInterrupt, it is undone."""
+        """Attach a finished adapter. A caller that is cut short in the middle takes it back with `Undo`."""
         modules = walk_bare(self.model)
         readers = weight_readers(modules)
-        try:
-            for item in built:
-                path, base = item.placement.path, item.placement.base
-                attach(base, path, name, item.layer, self.selection, readers)
-                self.adapted[path] = cast(Adapted, base)
-            self.placed[name] = {item.placement.path: item.layer for item in built}
-            self.peft_config[name] = config
-            self.model.__dict__[TUNER] = (self,)
-            self.model.__dict__["peft_config"] = self.peft_config
-            if freeze_base:
-                self._freeze(modules.values())
-        except BaseException:
-            self._discard(name, [item.placement.path for item in built], [item.placement.base for item in built])
-            raise
+        self.placed[name] = {item.placement.path: item.layer for item in built}
+        self.peft_config[name] = config
+        self.model.__dict__[TUNER] = (self,)
+        self.model.__dict__["peft_config"] = self.peft_config
+        for item in built:
+            path, base = item.placement.path, item.placement.base
+            attach(base, path, name, item.layer, self.selection, readers)
+            self.adapted[path] = cast(Adapted, base)
+        if freeze_base:
+            self._freeze(modules.values())
 
-    def _discard(self, name: str, paths: Iterable[str], bases: Iterable[nn.Module]) -> None:
-        for path, base in zip(list(paths), list(bases)):
+    def discard(self, name: str) -> None:
+        """Take an adapter off, finished or half attached, and forget it."""
+        for path in self.placed[name]:
+            base = self.adapted.get(path) or self.model.get_submodule(path)
             detach(base, name)
             if not isinstance(base, Adapted):
                 self.adapted.pop(path, None)
-        self.placed.pop(name, None)
+        del self.placed[name]
         self.peft_config.pop(name, None)
         self._trainable.discard(name)
-        if not self.peft_config:
+        if not self.placed:
             self.restore_base()
 
     def _freeze(self, modules: Iterable[nn.Module]) -> None:
@@ -237,11 +235,10 @@ class Tuner(nn.Module):
             ValueError: there is no such adapter, or it is merged.
         """
         self.check_known([adapter_name])
-        layers = self.placed[adapter_name]
         if adapter_name in self.merged:
             raise ValueError(f"Adapter {adapter_name!r} is merged; call `unmerge_adapter()` before deleting it.")
         was_active = adapter_name in self.selection.active
-        self._discard(adapter_name, layers, [cast(nn.Module, self.adapted[path]) for path in layers])
+        self.discard(adapter_name)
         if was_active:
             self._activate_after_deletion(adapter_name)
 

@@ -1,0 +1,41 @@
+"""Taking back what an operation has done to a network when it fails, or is interrupted, before its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from splice.surgery.tuner import Tuner
+from splice.surgery.whole import walk_bare
+
+
+class Undo:
+    """Remembers how a network is; `run` makes it so again.
+
+    Use it as `undo = Undo(tuner)`, then `try: ...; return result` / `except BaseException: undo.run(); raise`: whatever
+    cuts the operation short before its result is handed out, also a KeyboardInterrupt, leaves no trace.
+    """
+
+    def __init__(self, tuner: Tuner) -> None:
+        self.tuner = tuner
+        self.names = set(tuner.placed)
+        self.active, self.enabled = tuner.selection.active, tuner.selection.enabled
+        self.training = [module for module in walk_bare(tuner.model).values() if module.training]
+        self.steps: list[Callable[[], None]] = []
+
+    def also(self, step: Callable[[], None]) -> None:
+        """Take `step` too, before the rest."""
+        self.steps.append(step)
+
+    def run(self) -> None:
+        for step in self.steps:
+            step()
+        for name in set(self.tuner.placed) - self.names:
+            self.tuner.discard(name)
+        self.tuner.selection.enabled = self.enabled
+        self.tuner.selection.set(self.active)
+        for module in walk_bare(self.tuner.model).values():
+            module.training = False
+        for module in self.training:
+            module.training = True
+        for layer in self.tuner.adapted.values():
+            layer.splice_adapters.train(layer.training)

@@ -1,0 +1,304 @@
+"""What scripts and other libraries read and set on an adapted layer, in the reference's words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import splice
+from tests import bases
+from tests.bases import run
+from tests.comparing import Pair, assert_close, differ, load_both
+from tests.samples import SAMPLES, Case, kind_cases, plain_cases
+
+every = pytest.mark.parametrize("case", [*kind_cases(), *plain_cases(bases.MIXED, *bases.TRANSFORMERS)], ids=str)
+kinds = pytest.mark.parametrize("case", kind_cases(), ids=str)
+
+
+def two_of_each(case: Case, shared_checkpoint: Any, **options: Any) -> Pair:
+    first = shared_checkpoint(case.base, case.config(modules_to_save=[case.base.head]))
+    return load_both(case.base, first, shared_checkpoint(case.base, case.other_config(), seed=1), **options)
+
+
+def layers(pair: Pair) -> list[tuple[str, Any, Any]]:
+    """(path, the reference's layer, ours) for every target."""
+    return [
+        (path, *(model.get_base_model().get_submodule(path) for model in (pair.reference, pair.ours)))
+        for path in pair.ours.targeted_module_names
+    ]
+
+
+# -- tensors
+
+
+@every
+def test_every_name_of_the_reference_leads_to_the_live_tensor(case: Case, shared_checkpoint: Any) -> None:
+    """`model.get_parameter("...lora_A.default.weight")` and its like, for every parameter that the reference has."""
+    pair = two_of_each(case, shared_checkpoint)
+    ours = dict(pair.ours.named_parameters())
+    for name, tensor in pair.reference.named_parameters():
+        found = pair.ours
+        for part in name.split("."):
+            found = found[int(part)] if part.isdigit() else getattr(found, part)
+        assert found is ours[name], name
+        assert torch.equal(found, tensor), name
+
+
+@kinds
+def test_tensors_by_attribute_and_adapter_name(case: Case, shared_checkpoint: Any) -> None:
+    """`layer.lora_A["default"]` and its like: live, and with the dict methods that scripts use."""
+    pair = two_of_each(case, shared_checkpoint)
+    for path, theirs, ours in layers(pair):
+        adapter = pair.ours.base_model.placed["default"][path]
+        for attribute in {suffix.partition(".")[0] for suffix, _ in adapter.named_slots()}:
+            view, reference = getattr(ours, attribute), getattr(theirs, attribute)
+            assert "default" in view
+            assert "nobody" not in view
+            assert set(view.keys()) == set(reference.keys()) == set(view)
+            assert len(view) == len(reference) == len(view.values()) == len(view.items())
+            assert view["default"] is getattr(adapter, attribute)
+            with pytest.raises(KeyError):
+                view["nobody"]
+            value = view["default"]
+            tensor = value if isinstance(value, torch.Tensor) else value.weight
+            assert tensor is dict(adapter.named_parameters())[next(n for n in _names(adapter) if n.startswith(attribute))]
+
+
+def _names(adapter: nn.Module) -> list[str]:
+    return [name for name, _ in adapter.named_parameters()]
+
+
+@kinds
+def test_what_is_written_through_a_view_takes_effect(case: Case, shared_checkpoint: Any) -> None:
+    pair = two_of_each(case, shared_checkpoint)
+    before = pair.assert_equal()
+    suffix, _ = next(pair.ours.base_model.placed["default"]["first"].named_slots())
+    for model in (pair.reference, pair.ours):
+        value = getattr(model.get_base_model().first, suffix.partition(".")[0])["default"]
+        with torch.no_grad():
+            (value if isinstance(value, torch.Tensor) else value.weight).mul_(2)
+    assert differ(pair.assert_equal(), before)
+
+
+@kinds
+def test_attributes_that_only_other_methods_have(case: Case, shared_checkpoint: Any) -> None:
+    """An AttributeError, as on any module, so that `hasattr` tells the truth; also on a layer without that tensor."""
+    pair = two_of_each(case, shared_checkpoint)
+    for name in ("hada_w1_a", "no_such_thing"):
+        assert not hasattr(pair.ours.get_base_model().first, name)
+        with pytest.raises(AttributeError, match=name):
+            getattr(pair.ours.get_base_model().first, name)
+
+
+# -- numbers and state
+
+
+@kinds
+def test_numbers(case: Case, shared_checkpoint: Any) -> None:
+    pair = two_of_each(case, shared_checkpoint)
+    for path, theirs, ours in layers(pair):
+        for name in ("scaling", "r", "lora_alpha"):
+            if hasattr(theirs, name):
+                assert dict(getattr(ours, name)) == dict(getattr(theirs, name)), (path, name)
+
+
+@kinds
+def test_state(case: Case, shared_checkpoint: Any) -> None:
+    """Which adapters are active, merged, disabled: after every change the same as in the reference."""
+    pair = two_of_each(case, shared_checkpoint)
+    for change in (
+        lambda model: None,
+        lambda model: model.set_adapter("second"),
+        lambda model: model.base_model.set_adapter(["second", "default"]),
+        lambda model: model.base_model.disable_adapter_layers(),
+        lambda model: model.base_model.enable_adapter_layers(),
+        lambda model: model.merge_adapter(),
+        lambda model: model.unmerge_adapter(),
+        lambda model: model.merge_adapter(["second"]),
+        lambda model: model.unmerge_adapter(),
+        lambda model: model.delete_adapter("default"),
+    ):
+        pair.each(change)
+        for path, theirs, ours in layers(pair):
+            for name in ("active_adapters", "merged", "merged_adapters", "disable_adapters"):
+                assert getattr(ours, name) == getattr(theirs, name), (path, name)
+            # A name or a list of them: the reference keeps it as it was last set.
+            assert _listed(ours.active_adapter) == _listed(theirs.active_adapter), path
+
+
+def _listed(names: str | list[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
+@kinds
+def test_views_hold_nothing(case: Case, shared_checkpoint: Any) -> None:
+    """They are not part of the module: no name in `state_dict`, no child, nothing in the instance."""
+    pair = two_of_each(case, shared_checkpoint)
+    layer = pair.ours.get_base_model().first
+    before = list(layer.state_dict()), [name for name, _ in layer.named_modules()], set(vars(layer))
+    for name in ("scaling", "r", "base_layer", "merged", "active_adapters", "original_module"):
+        getattr(layer, name)
+    assert (list(layer.state_dict()), [name for name, _ in layer.named_modules()], set(vars(layer))) == before
+
+
+# -- the base layer
+
+
+@kinds
+def test_the_base_layer(case: Case, shared_checkpoint: Any) -> None:
+    """Of the class it had; calling it gives what the base gives; its tensors are the adapted layer's own."""
+    fresh = case.base.build()
+    pair = two_of_each(case, shared_checkpoint)
+    inputs: dict[str, torch.Tensor] = {}
+    fresh.first.register_forward_hook(lambda m, args, y: inputs.update(x=args[0], y=y))
+    run(fresh, case.base.inputs(3))
+    layer = pair.ours.get_base_model().first
+    for base in (layer.base_layer, layer.get_base_layer()):
+        assert type(base) is type(fresh.first)
+        assert torch.equal(base(inputs["x"]), inputs["y"])
+        assert differ(layer(inputs["x"]), inputs["y"])
+        assert base.weight is layer.weight
+        assert list(base.state_dict()) == list(fresh.first.state_dict())
+        assert len(list(base.parameters())) == len(list(fresh.first.parameters()))
+        with torch.no_grad():
+            base.weight.add_(1)
+            assert torch.equal(layer.weight, fresh.first.weight + 1)
+            base.weight.sub_(1)
+        assert repr(base).startswith(type(fresh.first).__name__)
+
+
+@kinds
+def test_an_attribute_set_on_the_base_layer_is_set_on_the_layer(case: Case, shared_checkpoint: Any) -> None:
+    """They are one object: a new weight goes into the model, as through the reference's `base_layer`."""
+    pair = two_of_each(case, shared_checkpoint)
+    before = pair.assert_equal()
+    for model in (pair.reference, pair.ours):
+        layer = model.get_base_model().first
+        layer.base_layer.weight = nn.Parameter(layer.base_layer.weight * 2)
+    assert differ(pair.assert_equal(), before)
+
+
+@kinds
+def test_the_base_layer_of_a_merged_layer_has_the_merged_weight(case: Case, shared_checkpoint: Any) -> None:
+    pair = two_of_each(case, shared_checkpoint)
+    pair.each(lambda model: model.merge_adapter())
+    for _, theirs, ours in layers(pair):
+        assert_close(ours.base_layer.weight.detach(), theirs.base_layer.weight.detach())
+        assert_close(ours.weight.detach(), theirs.weight.detach())
+
+
+@every
+def test_the_layer_is_still_one_of_its_kind(case: Case, shared_checkpoint: Any) -> None:
+    fresh = case.base.build()
+    pair = two_of_each(case, shared_checkpoint)
+    for path, _, ours in layers(pair):
+        original = fresh.get_submodule(path)
+        assert isinstance(ours, type(original))
+        assert type(original).__name__ in type(ours).__name__
+        if type(original).__repr__ is nn.Module.__repr__:
+            assert "default" in repr(ours)
+        for name in ("in_features", "out_features", "num_embeddings", "embedding_dim", "kernel_size", "groups", "nf"):
+            assert getattr(ours, name, None) == getattr(original, name, None)
+        assert torch.equal(ours.weight, original.weight)
+
+
+# -- a module saved whole
+
+
+@every
+def test_a_copy_and_its_original(case: Case, shared_checkpoint: Any) -> None:
+    pair = two_of_each(case, shared_checkpoint)
+    theirs, ours = (model.get_base_model().get_submodule(case.base.head) for model in (pair.reference, pair.ours))
+    original = case.base.build().get_submodule(case.base.head)
+    assert type(ours.original_module) is type(original)
+    assert type(ours.modules_to_save["default"]) is type(original)
+    for name, tensor in original.state_dict().items():
+        assert torch.equal(ours.original_module.state_dict()[name], tensor)
+        assert torch.equal(ours.modules_to_save["default"].state_dict()[name], theirs.modules_to_save["default"].state_dict()[name])
+    x = torch.randn(2, original.weight.shape[-1])
+    assert torch.equal(ours.original_module(x), original(x))
+    assert_close(ours(x).detach(), theirs(x).detach())
+    assert differ(ours(x), original(x))
+    assert ("second" in ours.modules_to_save) == ("second" in theirs.modules_to_save)
+
+
+# -- scales
+
+
+SCALED = [case for case in kind_cases() if SAMPLES[case.method.name].reference_scales]
+
+
+@pytest.mark.parametrize("case", SCALED, ids=str)
+def test_scales(case: Case, shared_checkpoint: Any) -> None:
+    """`set_scale`, `scale_layer` and `unscale_layer` change the output as in the reference."""
+    pair = two_of_each(case, shared_checkpoint)
+    pair.each(lambda model: model.base_model.set_adapter(["default", "second"]))
+    before = pair.assert_equal()
+
+    def on_each_layer(change: Any) -> torch.Tensor:
+        for _, theirs, ours in layers(pair):
+            change(theirs)
+            change(ours)
+            assert dict(ours.scaling) == pytest.approx(dict(theirs.scaling))
+        return pair.assert_equal()
+
+    assert differ(on_each_layer(lambda layer: layer.set_scale("default", 2.5)), before)
+    on_each_layer(lambda layer: layer.set_scale("nobody", 7.0))
+    on_each_layer(lambda layer: layer.scale_layer(0.5))
+    on_each_layer(lambda layer: layer.scale_layer(3.0))
+    on_each_layer(lambda layer: layer.scale_layer(1))
+    on_each_layer(lambda layer: layer.unscale_layer(3.0))
+    on_each_layer(lambda layer: layer.unscale_layer())
+    on_each_layer(lambda layer: layer.set_scale("second", 0))
+    pair.each(lambda model: model.set_adapter("second"))
+    assert torch.equal(run(pair.ours, case.base.inputs(3)), run(case.base.build(), case.base.inputs(3))) == (
+        not differ(run(pair.reference, case.base.inputs(3)), run(case.base.build(), case.base.inputs(3)))
+    )
+
+
+@pytest.mark.parametrize("case", SCALED, ids=str)
+def test_a_scale_belongs_to_one_adapter_on_one_layer(case: Case, shared_checkpoint: Any) -> None:
+    pair = two_of_each(case, shared_checkpoint)
+    first, second = (pair.ours.get_base_model().get_submodule(path) for path in ("first", "second"))
+    before = dict(first.scaling), dict(second.scaling)
+    first.set_scale("default", 5.0)
+    assert dict(second.scaling) == before[1]
+    assert first.scaling["second"] == before[0]["second"]
+    assert first.scaling["default"] == before[0]["default"] * 5
+
+
+@pytest.mark.parametrize("case", SCALED[:1], ids=str)
+def test_a_scale_set_through_the_dict(case: Case, shared_checkpoint: Any) -> None:
+    """Scripts write `layer.scaling["default"] = x`: it takes effect."""
+    pair = two_of_each(case, shared_checkpoint)
+    before = pair.assert_equal()
+    for _, theirs, ours in layers(pair):
+        theirs.scaling["default"] = 0.25
+        ours.scaling["default"] = 0.25
+        assert ours.scaling["default"] == 0.25
+    assert differ(pair.assert_equal(), before)
+
+
+# -- finding adapted layers
+
+
+def test_layers_are_found_by_what_they_have(library: Any, shared_checkpoint: Any) -> None:
+    """The usual loop of scripts over a model's modules."""
+    case = plain_cases(bases.LLAMA)[0]
+    model = library.PeftModel.from_pretrained(case.base.build(), str(shared_checkpoint(case.base, case.config())))
+    found = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]
+    assert sorted(name.removeprefix("base_model.model.") for name in found) == sorted(model.targeted_module_names)
+
+
+def test_the_network_knows_its_adapters(shared_checkpoint: Any) -> None:
+    case = plain_cases(bases.LLAMA)[0]
+    for library in (peft, splice):
+        network = case.base.build()
+        model = library.PeftModel.from_pretrained(network, str(shared_checkpoint(case.base, case.config())))
+        assert network.peft_config is model.peft_config
+        assert model.get_base_model() is network
+        assert model.base_model.model is network
