@@ -145,6 +145,35 @@ class EncoderNet(nn.Module):
         return self.head(self.encoder(x, src_key_padding_mask=mask))
 
 
+class Experts(nn.Module):
+    """Stacked experts: three-dimensional parameters and a plain one, in a module without layers."""
+
+    def __init__(self, count: int = 3) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(count, 10, 6) / 3)
+        self.down = nn.Parameter(torch.randn(count, 6, 10) / 3)
+        self.gate = nn.Parameter(torch.randn(count, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        share = (x @ self.gate.T).softmax(-1)
+        hidden = torch.tanh(torch.einsum("eoi,...i->...eo", self.up, x))
+        return torch.einsum("eoi,...ei,...e->...o", self.down, hidden, share)
+
+
+class ExpertsNet(nn.Module):
+    """Two blocks of experts and a linear head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Experts(), Experts()])
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x.mean(1))
+
+
 def conv1d_of_transformers(size_in: int, size_out: int) -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
@@ -216,9 +245,8 @@ CIRCULAR = _plain(
     _floats(4, 5, 5),
 )
 MIXED = Base("mixed", MixedNet, _ids, frozenset({LayerKind.LINEAR, LayerKind.EMBEDDING}), ("embed", "up", "down"))
-ENCODER = Base(
-    "torch_encoder", EncoderNet, _floats(5, 8), frozenset({LayerKind.LINEAR}), ("linear1", "linear2")
-)
+ENCODER = Base("torch_encoder", EncoderNet, _floats(5, 8), frozenset({LayerKind.LINEAR}), ("linear1", "linear2"))
+EXPERTS = Base("experts", ExpertsNet, _floats(5, 6), frozenset(), ())
 
 # One net for every kind of layer: a test over kinds is a test over this table.
 BY_KIND: dict[LayerKind, Base] = {
@@ -307,12 +335,8 @@ GPT2 = Base(
     "gpt2", _gpt2, _decoder_inputs, frozenset({LayerKind.TRANSPOSED_LINEAR}), ("c_attn", "c_fc"), "lm_head",
     "CAUSAL_LM", True,
 )  # fmt: skip
-BERT = Base(
-    "bert", _bert, _decoder_inputs, frozenset({LayerKind.LINEAR}), ("query", "value"), "classifier", "SEQ_CLS"
-)
-T5 = Base(
-    "t5", _t5, _t5_inputs, frozenset({LayerKind.LINEAR}), ("q", "v"), "lm_head", "SEQ_2_SEQ_LM", True
-)
+BERT = Base("bert", _bert, _decoder_inputs, frozenset({LayerKind.LINEAR}), ("query", "value"), "classifier", "SEQ_CLS")
+T5 = Base("t5", _t5, _t5_inputs, frozenset({LayerKind.LINEAR}), ("q", "v"), "lm_head", "SEQ_2_SEQ_LM", True)
 
 TRANSFORMERS = (LLAMA, GPT2, BERT, T5)
 # ENCODER is left out: there the reference has no effect in eval mode.

@@ -239,7 +239,11 @@ def assert_unchanged(before: Mapping[str, Any], model: nn.Module) -> None:
     """The model is what it was when `before` was taken."""
     after = picture(model)
     gone, new = sorted(set(before) - set(after)), sorted(set(after) - set(before))
-    changed = [f"{key}: {before[key]!r:.200} -> {after[key]!r:.200}" for key in before if key in after and before[key] != after[key]]
+    changed = [
+        f"{key}: {before[key]!r:.200} -> {after[key]!r:.200}"
+        for key in before
+        if key in after and before[key] != after[key]
+    ]
     assert not (gone or new or changed), f"gone {gone[:5]}, new {new[:5]}, changed {changed[:5]}"
 
 
@@ -276,7 +280,9 @@ def at_line(number: int, happen: Callable[[], None], only: str = PACKAGE) -> Ite
         if event == "line":
             if count == number:
                 count += 1
-                places.append(f"{frame.f_code.co_filename.removeprefix(PACKAGE)}:{frame.f_lineno} {frame.f_code.co_name}")
+                places.append(
+                    f"{frame.f_code.co_filename.removeprefix(PACKAGE)}:{frame.f_lineno} {frame.f_code.co_name}"
+                )
                 happen()
             count += 1
         return trace

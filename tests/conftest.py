@@ -69,7 +69,9 @@ def checkpoint(tmp_path: Path) -> Callable[..., Path]:
     Every call with the same arguments writes the same bytes. The folder is the test's own and may be changed.
     """
 
-    def write(base: Base | Callable[[], Any], config: Mapping[str, Any], *, name: str = "adapter", **options: Any) -> Path:
+    def write(
+        base: Base | Callable[[], Any], config: Mapping[str, Any], *, name: str = "adapter", **options: Any
+    ) -> Path:
         return write_checkpoint(tmp_path / name, base, config, **options)
 
     return write

@@ -53,6 +53,7 @@ SAMPLES: dict[PeftType, Sample] = {
         reference_mixes=True,
         reference_scales=True,
     ),
+    PeftType.PROMPT_TUNING: Sample(config={"num_virtual_tokens": 4}, small={"num_virtual_tokens": 2}),
 }
 
 
@@ -70,10 +71,11 @@ class Case:
 
     def config(self, **changes: Any) -> dict[str, Any]:
         """Fields for `get_peft_config` of either library."""
+        targets = {"target_modules": list(self.base.targets)} if self.method.layers else {}
         return {
             "peft_type": self.method.name.value,
             "task_type": self.base.task,
-            "target_modules": list(self.base.targets),
+            **targets,
             **self.sample.config,
             **self.sample.options.get(self.option, {}),
             **changes,
@@ -93,7 +95,8 @@ class Case:
 
     def other_config(self, **changes: Any) -> dict[str, Any]:
         """Fields of a second adapter for the same model: of other sizes, and on the first target alone."""
-        own = {**self.sample.config, **self.sample.small, "target_modules": [self.base.targets[0]]}
+        targets = {"target_modules": [self.base.targets[0]]} if self.method.layers else {}
+        own = {**self.sample.config, **self.sample.small, **targets}
         return {"peft_type": self.method.name.value, "task_type": self.base.task, **own, **changes}
 
     def __str__(self) -> str:
@@ -102,6 +105,16 @@ class Case:
 
 def supports(method: Method, base: Base) -> bool:
     return bool(base.kinds) and base.kinds <= set(method.layers)
+
+
+def network_cases(*chosen: Base) -> list[Case]:
+    """Every method that acts on the call of the network as a whole, on each of the base models."""
+    return [Case(m, b) for m in all_methods().values() if m.network_layer is not None for b in chosen]
+
+
+def parameter_cases(*chosen: Base) -> list[Case]:
+    """Every method that can be put on bare parameters, on each of the base models."""
+    return [Case(m, b) for m in all_methods().values() if m.parameters_layer is not None for b in chosen]
 
 
 def plain_cases(*chosen: Base) -> list[Case]:

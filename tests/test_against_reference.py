@@ -429,9 +429,7 @@ EVENTS = (
 @pytest.mark.parametrize("trainable", [(False, False), (True, False), (True, True)], ids=str)
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.__name__)
 @pytest.mark.parametrize("case", plain_cases(bases.LINEAR, bases.LLAMA), ids=str)
-def test_flags_after(
-    case: Case, event: Any, trainable: tuple[bool, bool], shared_checkpoint: Any
-) -> None:
+def test_flags_after(case: Case, event: Any, trainable: tuple[bool, bool], shared_checkpoint: Any) -> None:
     folders = {
         "full": str(shared_checkpoint(case.base, case.config(modules_to_save=[case.base.head]))),
         "small": str(shared_checkpoint(case.base, case.other_config(), seed=1)),
@@ -549,7 +547,22 @@ def test_a_checkpoint_with_the_embeddings_of_the_base(case: Case, shared_checkpo
     assert any("base_layer.weight" in name for name in tensors_in(folder))
     pair = load_both(case.base, folder)
     pair.assert_equal()
-    assert torch.equal(pair.ours.get_base_model().model.embed_tokens.weight, case.base.build().model.embed_tokens.weight)
+    assert torch.equal(
+        pair.ours.get_base_model().model.embed_tokens.weight, case.base.build().model.embed_tokens.weight
+    )
+
+
+@pytest.mark.parametrize("case", plain_cases(bases.TIED, bases.LLAMA), ids=str)
+def test_which_embeddings_are_saved_with_the_adapter(case: Case, shared_checkpoint: Any, tmp_path: Path) -> None:
+    """By default, those of the base that are targets, as the reference does; none if told so."""
+    pair = load_both(case.base, shared_checkpoint(case.base, case.config()))
+    for number, options in enumerate(({}, {"save_embedding_layers": False})):
+        folders = [tmp_path / f"{library}{number}" for library in ("peft", "splice")]
+        for model, folder in zip((pair.reference, pair.ours), folders):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model.save_pretrained(str(folder), **options)
+        assert_same_tensors(tensors_in(folders[1]), tensors_in(folders[0]))
 
 
 # -- task classes, attributes

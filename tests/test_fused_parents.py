@@ -200,7 +200,11 @@ def test_merged_in_place(base: Base, targets: list[str], method: Any, checkpoint
     assert torch.equal(run(model, base.inputs(3)), before)
 
 
-@pytest.mark.parametrize("copied_by", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"])
+def _pickled(model: nn.Module) -> Any:
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("copied_by", [copy.deepcopy, _pickled], ids=["copy", "pickle"])
 @methods
 @every
 def test_copied(base: Base, targets: list[str], method: Any, copied_by: Any, checkpoint: Any) -> None:

@@ -87,7 +87,9 @@ def tensors(draw: st.DrawFn) -> torch.Tensor:
 
 
 valid_files = st.builds(
-    save, st.dictionaries(names, tensors(), max_size=5), st.none() | st.dictionaries(names, st.text(max_size=5), max_size=2)
+    save,
+    st.dictionaries(names, tensors(), max_size=5),
+    st.none() | st.dictionaries(names, st.text(max_size=5), min_size=1, max_size=2),
 )
 
 
@@ -194,7 +196,9 @@ odd_values = numbers | st.none() | st.booleans() | st.floats() | st.text(max_siz
             {
                 "dtype": st.sampled_from(["F32", "F16", "U8", "F4", "C64", "f32"]) | odd_values,
                 "shape": st.lists(numbers, max_size=3) | st.lists(odd_values, max_size=2) | odd_values,
-                "data_offsets": st.lists(numbers, min_size=2, max_size=2) | st.lists(odd_values, max_size=3) | odd_values,
+                "data_offsets": st.lists(numbers, min_size=2, max_size=2)
+                | st.lists(odd_values, max_size=3)
+                | odd_values,
             },
             optional={"extra": odd_values},
         )
@@ -209,86 +213,91 @@ def test_any_header_is_refused_or_read_alike(header: dict[str, Any], data: bytes
 
 
 ONE = entry(0, 4)
-DAMAGED: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "damaged: its header does not fit its 0 bytes"),
-    "seven bytes": (b"\x08\0\0\0\0\0\0", "does not fit its 7 bytes"),
-    "cut off in the header": (file_of({"a": ONE}, b"1234")[:20], "cut off"),
-    "cut off in the tensors": (file_of({"a": ONE}, b"123"), "describes 66 bytes and the file has 65"),
-    "bytes behind the tensors": (file_of({"a": ONE}, b"12345"), "describes 66 bytes and the file has 67"),
-    "no tensor but bytes": (file_of({}, b"12345"), "the file has"),
-    "overlap": (file_of({"a": ONE, "b": entry(2, 6)}, b"123456"), "overlap or leave gaps at byte"),
-    "same place": (file_of({"a": ONE, "b": ONE}, b"1234"), "overlap or leave gaps"),
-    "gap": (file_of({"a": ONE, "b": entry(8, 12)}, b"1" * 12), "overlap or leave gaps"),
-    "gap in front": (file_of({"a": entry(4, 8)}, b"1" * 8), "overlap or leave gaps"),
-    "offsets reversed": (file_of({"a": entry(4, 0)}, b"1234"), "needs 4 bytes and has -4"),
-    "offsets beyond the end": (file_of({"a": entry(0, 400, [100])}, b"1234"), "the file has"),
-    "negative offset": (file_of({"a": entry(-4, 0)}, b""), "entry for 'a'"),
-    "one offset": (file_of({"a": {**ONE, "data_offsets": [0]}}, b"1234"), "entry for 'a'"),
-    "shape too large for its bytes": (file_of({"a": entry(0, 4, [2])}, b"1234"), "needs 8 bytes and has 4"),
-    "shape overflow": (file_of({"a": entry(0, 0, [2**33, 2**31])}), "needs"),
-    "shape overflow to the right size": (file_of({"a": entry(0, 4, [2**32, 2**32 + 1])}, b"1234"), "needs"),
-    "shape beyond 64 bits and no element": (file_of({"a": entry(0, 0, [0, 2**70])}), "'a'"),
-    "shape product beyond 64 bits and no element": (file_of({"a": entry(0, 0, [2**40, 2**40, 0])}), "'a'"),
-    "negative shape": (file_of({"a": entry(0, 4, [-1, -1])}, b"1234"), "entry for 'a'"),
-    "fraction in the shape": (file_of({"a": entry(0, 4, [1.0])}, b"1234"), "entry for 'a'"),
-    "true in the shape": (file_of({"a": entry(0, 4, [True])}, b"1234"), "entry for 'a'"),
-    "null in the shape": (file_of({"a": entry(0, 4, None)}, b"1234"), "entry for 'a'"),
-    "string for a shape": (file_of({"a": entry(0, 4, "")}, b"1234"), "entry for 'a'"),
-    "object for a shape": (file_of({"a": entry(0, 4, {})}, b"1234"), "entry for 'a'"),
-    "unknown dtype": (file_of({"a": entry(0, 4, [1], "F7")}, b"1234"), "unknown dtype 'F7'; known are"),
-    "lower-case dtype": (file_of({"a": entry(0, 4, [1], "f32")}, b"1234"), "unknown dtype 'f32'"),
-    "dtype null": (file_of({"a": entry(0, 4, [1], None)}, b"1234"), "dtype None"),
-    "dtype a list": (file_of({"a": entry(0, 4, [1], ["F32"])}, b"1234"), "'a'"),
-    "dtype an object": (file_of({"a": entry(0, 4, [1], {"F32": 1})}, b"1234"), "'a'"),
-    "an entry that is a number": (file_of({"a": 3}), "entry for 'a' is 3"),
-    "an entry that is null": (file_of({"a": None}), "entry for 'a' is None"),
-    "no dtype": (file_of({"a": {"shape": [1], "data_offsets": [0, 4]}}, b"1234"), "entry for 'a'"),
-    "a name twice": (file_of(b'{"a":%b,"a":%b}' % ((json.dumps(ONE).encode(),) * 2), b"1234"), "names ['a'] twice"),
-    "a field twice": (file_of(b'{"a":{"dtype":"F32","dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b"1234"), "twice"),
-    "metadata twice": (file_of(b'{"__metadata__":{},"__metadata__":{}}'), "twice"),
-    "bad UTF-8": (file_of(b'{"\xff\xfe":1}'), "header is not valid JSON ('utf-8' codec"),
-    "not JSON": (file_of(b"{'a': 1}"), "header is not valid JSON"),
-    "half of a JSON": (file_of(b'{"a": '), "header is not valid JSON"),
-    "nothing for a header": (file_of(b""), "header is not valid JSON"),
-    "a JSON list": (file_of([1, 2]), "header is no JSON object"),
-    "a JSON string": (file_of(b'"text"'), "header is no JSON object"),
-    "blanks before the header": (file_of(b" {}"), "header"),
-    "half of a character in a name": (file_of(b'{"\\ud800":%b}' % json.dumps(ONE).encode(), b"1234"), "header"),
-    "NaN, which JSON lacks": (file_of(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"x":NaN}}', b"1234"), "header"),
-    "a minus before zero": (file_of(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[-0,4]}}', b"1234"), "'a'"),
-    "a number of five thousand digits": (file_of(b'{"a":' + b"9" * 5000 + b"}"), "header"),
-    "deeply nested": (file_of(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"), "header is not valid JSON"),
-    "metadata a list": (file_of({"__metadata__": ["x"]}), "metadata of the header must map names to strings"),
-    "metadata an empty list": (file_of({"__metadata__": []}), "metadata of the header must map names to strings"),
-    "metadata false": (file_of({"__metadata__": False}), "metadata of the header must map names to strings"),
-    "metadata with a number": (file_of({"__metadata__": {"x": 1}}), "metadata of the header must map names to strings"),
-    "header of 1 GiB": (file_of(b"{}", length=2**30), "header does not fit"),
-    "header of 2**60 bytes": (file_of(b"{}", length=2**60), "header does not fit"),
-    "header longer than allowed": (file_of(b"{}", length=MAX_HEADER + 1), "header does not fit"),
-    "Git LFS pointer": (
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
-        "a Git LFS pointer, not the file itself: fetch it with `git lfs pull`",
-    ),
-    "web page": (b"<!DOCTYPE html><html><head><title>404</title></head></html>", "damaged"),
+DAMAGED: dict[str, bytes] = {
+    "empty": b"",
+    "seven bytes": b"\x08\0\0\0\0\0\0",
+    "cut off in the header": file_of({"a": ONE}, b"1234")[:20],
+    "cut off in the tensors": file_of({"a": ONE}, b"123"),
+    "bytes behind the tensors": file_of({"a": ONE}, b"12345"),
+    "no tensor but bytes": file_of({}, b"12345"),
+    "overlap": file_of({"a": ONE, "b": entry(2, 6)}, b"123456"),
+    "same place": file_of({"a": ONE, "b": ONE}, b"1234"),
+    "gap": file_of({"a": ONE, "b": entry(8, 12)}, b"1" * 12),
+    "gap in front": file_of({"a": entry(4, 8)}, b"1" * 8),
+    "offsets reversed": file_of({"a": entry(4, 0)}, b"1234"),
+    "offsets beyond the end": file_of({"a": entry(0, 400, [100])}, b"1234"),
+    "negative offset": file_of({"a": entry(-4, 0)}, b""),
+    "one offset": file_of({"a": {**ONE, "data_offsets": [0]}}, b"1234"),
+    "shape too large for its bytes": file_of({"a": entry(0, 4, [2])}, b"1234"),
+    "shape overflow": file_of({"a": entry(0, 0, [2**33, 2**31])}),
+    "shape overflow to the right size": file_of({"a": entry(0, 4, [2**32, 2**32 + 1])}, b"1234"),
+    "shape beyond 64 bits and no element": file_of({"a": entry(0, 0, [0, 2**70])}),
+    "shape product beyond 64 bits and no element": file_of({"a": entry(0, 0, [2**40, 2**40, 0])}),
+    "negative shape": file_of({"a": entry(0, 4, [-1, -1])}, b"1234"),
+    "fraction in the shape": file_of({"a": entry(0, 4, [1.0])}, b"1234"),
+    "true in the shape": file_of({"a": entry(0, 4, [True])}, b"1234"),
+    "null in the shape": file_of({"a": entry(0, 4, None)}, b"1234"),
+    "string for a shape": file_of({"a": entry(0, 4, "")}, b"1234"),
+    "object for a shape": file_of({"a": entry(0, 4, {})}, b"1234"),
+    "unknown dtype": file_of({"a": entry(0, 4, [1], "F7")}, b"1234"),
+    "lower-case dtype": file_of({"a": entry(0, 4, [1], "f32")}, b"1234"),
+    "dtype null": file_of({"a": entry(0, 4, [1], None)}, b"1234"),
+    "dtype a list": file_of({"a": entry(0, 4, [1], ["F32"])}, b"1234"),
+    "dtype an object": file_of({"a": entry(0, 4, [1], {"F32": 1})}, b"1234"),
+    "an entry that is a number": file_of({"a": 3}),
+    "an entry that is null": file_of({"a": None}),
+    "no dtype": file_of({"a": {"shape": [1], "data_offsets": [0, 4]}}, b"1234"),
+    "a field twice": file_of(b'{"a":{"dtype":"F32","dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b"1234"),
+    "metadata twice": file_of(b'{"__metadata__":{},"__metadata__":{}}'),
+    "bad UTF-8": file_of(b'{"\xff\xfe":1}'),
+    "not JSON": file_of(b"{'a': 1}"),
+    "half of a JSON": file_of(b'{"a": '),
+    "nothing for a header": file_of(b""),
+    "a JSON list": file_of([1, 2]),
+    "a JSON string": file_of(b'"text"'),
+    "half of a character in a name": file_of(b'{"\\ud800":%b}' % json.dumps(ONE).encode(), b"1234"),
+    "NaN, which JSON lacks": file_of(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"x":NaN}}', b"1234"),
+    "a minus before zero": file_of(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[-0,4]}}', b"1234"),
+    "a number of five thousand digits": file_of(b'{"a":' + b"9" * 5000 + b"}"),
+    "deeply nested": file_of(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
+    "metadata a list": file_of({"__metadata__": ["x"]}),
+    "metadata an empty list": file_of({"__metadata__": []}),
+    "metadata false": file_of({"__metadata__": False}),
+    "metadata with a number": file_of({"__metadata__": {"x": 1}}),
+    "header of 1 GiB": file_of(b"{}", length=2**30),
+    "header of 2**60 bytes": file_of(b"{}", length=2**60),
+    "header longer than allowed": file_of(b"{}", length=MAX_HEADER + 1),
+    "web page": b"<!DOCTYPE html><html><head><title>404</title></head></html>",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("what", DAMAGED)
-def test_a_damaged_file_is_refused_with_its_reason(what: str, file: Path) -> None:
-    content, message = DAMAGED[what]
-    file.write_bytes(content)
-    with pytest.raises(CheckpointError) as caught:
+def test_a_damaged_file_is_refused(what: str, file: Path) -> None:
+    file.write_bytes(DAMAGED[what])
+    with pytest.raises(CheckpointError, match="damaged, at [0-9]+ bytes") as caught:
         ours(file)
     assert str(file) in str(caught.value)
-    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("what", DAMAGED)
 def test_safetensors_refuses_it_too(what: str, file: Path) -> None:
     """So that no row of the table asks for more than the format does."""
-    file.write_bytes(DAMAGED[what][0])
+    file.write_bytes(DAMAGED[what])
     with pytest.raises((SafetensorError, UnicodeDecodeError)):
         theirs(file)
+
+
+def test_a_name_twice_is_refused(file: Path) -> None:
+    """safetensors takes the last one."""
+    file.write_bytes(file_of(b'{"a":%b,"a":%b}' % ((json.dumps(ONE).encode(),) * 2), b"1234"))
+    with pytest.raises(CheckpointError, match=r"names \['a'\] twice"):
+        ours(file)
+
+
+def test_a_git_lfs_pointer(file: Path) -> None:
+    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(CheckpointError, match="a Git LFS pointer, not the file itself: fetch it with `git lfs pull`"):
+        ours(file)
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
@@ -321,5 +330,5 @@ def test_a_file_that_shrinks_between_header_and_tensors(file: Path) -> None:
 def test_a_header_of_half_a_gigabyte_that_is_not_there_costs_nothing(file: Path) -> None:
     """The length is checked against the file before a byte of the header is asked for."""
     file.write_bytes(file_of(b"{}", length=MAX_HEADER))
-    with pytest.raises(CheckpointError, match="does not fit its 10 bytes"):
+    with pytest.raises(CheckpointError, match="damaged, at 10 bytes"):
         read_header(file)

@@ -432,7 +432,9 @@ def test_the_name_of_no_adapter_is_refused(shared_checkpoint: Any) -> None:
         loaded(case, shared_checkpoint, adapter_name="__base__")
 
 
-@pytest.mark.parametrize("names", [("fir", "first"), ("a", "a.a"), ("default", "default.1"), ("x", "lora_A.x")], ids=str)
+@pytest.mark.parametrize(
+    "names", [("fir", "first"), ("a", "a.a"), ("default", "default.1"), ("x", "lora_A.x")], ids=str
+)
 def test_names_that_contain_each_other(names: tuple[str, str], shared_checkpoint: Any, tmp_path: Path) -> None:
     """Each is saved, frozen, thawed and deleted without the other."""
     case = plain_cases(bases.LINEAR)[0]

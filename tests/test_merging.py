@@ -137,7 +137,9 @@ def test_merged_and_unloaded_is_a_plain_model(case: Case, shared_checkpoint: Any
         assert_close(run(fresh, case.base.inputs(3)), output, factor=3)
 
 
-@pytest.mark.parametrize("case", list(option_cases(bases.LINEAR, bases.TRANSPOSED, bases.EMBEDDING, bases.CONV2D)), ids=str)
+@pytest.mark.parametrize(
+    "case", list(option_cases(bases.LINEAR, bases.TRANSPOSED, bases.EMBEDDING, bases.CONV2D)), ids=str
+)
 def test_merging_with_every_option(case: Case, shared_checkpoint: Any) -> None:
     model = splice.PeftModel.from_pretrained(case.base.build(), shared_checkpoint(case.base, case.config()))
     if not is_mergeable(model):
@@ -342,9 +344,7 @@ def test_unmerging_what_is_not_merged_warns(case: Case, library: Any, shared_che
 
 @linear
 def test_names_as_a_string_are_refused(case: Case, library: Any, shared_checkpoint: Any) -> None:
-    model = library.PeftModel.from_pretrained(
-        case.base.build(), str(shared_checkpoint(case.base, case.config()))
-    )
+    model = library.PeftModel.from_pretrained(case.base.build(), str(shared_checkpoint(case.base, case.config())))
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(TypeError, match="list of strings"):
             merge(adapter_names="default")
@@ -352,9 +352,7 @@ def test_names_as_a_string_are_refused(case: Case, library: Any, shared_checkpoi
 
 @linear
 def test_unknown_names_are_left_out(case: Case, library: Any, shared_checkpoint: Any) -> None:
-    model = library.PeftModel.from_pretrained(
-        case.base.build(), str(shared_checkpoint(case.base, case.config()))
-    )
+    model = library.PeftModel.from_pretrained(case.base.build(), str(shared_checkpoint(case.base, case.config())))
     before = run(model, case.base.inputs(3))
     model.merge_adapter(adapter_names=["nobody"])
     assert not model.get_base_model().first.merged
@@ -405,9 +403,7 @@ def test_an_update_with_a_bias_needs_a_bias_to_go_into(case: Case, shared_checkp
 
 @linear
 def test_deleting_a_merged_adapter_is_refused(case: Case, library: Any, shared_checkpoint: Any) -> None:
-    model = library.PeftModel.from_pretrained(
-        case.base.build(), str(shared_checkpoint(case.base, case.config()))
-    )
+    model = library.PeftModel.from_pretrained(case.base.build(), str(shared_checkpoint(case.base, case.config())))
     model.merge_adapter()
     with pytest.raises(ValueError, match="merged"):
         model.delete_adapter("default")
@@ -418,9 +414,7 @@ def test_deleting_a_merged_adapter_is_refused(case: Case, library: Any, shared_c
 
 @linear
 def test_activating_unmerges(case: Case, library: Any, shared_checkpoint: Any) -> None:
-    model = library.PeftModel.from_pretrained(
-        case.base.build(), str(shared_checkpoint(case.base, case.config()))
-    )
+    model = library.PeftModel.from_pretrained(case.base.build(), str(shared_checkpoint(case.base, case.config())))
     model.load_adapter(str(shared_checkpoint(case.base, case.other_config(), seed=1)), adapter_name="second")
     model.set_adapter("second")
     second = run(model, case.base.inputs(3))

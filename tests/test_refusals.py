@@ -18,7 +18,19 @@ import splice
 from splice.errors import AdapterMismatchError, PeftWarning, UnsupportedFeatureError
 from splice.methods.lora import _NOT_HONOURED
 from tests import broken
-from tests.broken import Interrupted, Parts, at_line, by_reference, interrupt, lines_of, llama, load, output, parts, unchanged
+from tests.broken import (
+    Interrupted,
+    Parts,
+    at_line,
+    by_reference,
+    interrupt,
+    lines_of,
+    llama,
+    load,
+    output,
+    parts,
+    unchanged,
+)
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 
@@ -139,7 +151,9 @@ def test_nothing_large_is_allocated_for_a_huge_rank(tmp_path: Path, monkeypatch:
     folder = _config(r=100_000_000)(parts()).write(tmp_path)
     sizes: list[int] = []
     real = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: sizes.append(real(*a, **{**k, "device": "meta"}).numel()) or real(*a, **k))
+    monkeypatch.setattr(
+        torch, "empty", lambda *a, **k: sizes.append(real(*a, **{**k, "device": "meta"}).numel()) or real(*a, **k)
+    )
     with pytest.raises(AdapterMismatchError):
         load(folder)
     assert max(sizes, default=0) < 10_000
@@ -205,7 +219,11 @@ def test_initialisations_that_change_the_base_are_refused(init: str, tmp_path: P
         ({"peft_type": "SUPERLORA"}, KeyError, "unknown peft_type 'SUPERLORA'"),
         ({"peft_type": 3}, ValueError, "must be a string"),
         ({"task_type": "PREDICT_LOTTERY"}, ValueError, "Invalid task type: 'PREDICT_LOTTERY'"),
-        ({"target_modules": ["wq", "wv"]}, splice.NoMatchingPeftModuleError, r"\['wq', 'wv'\] not found in the base model"),
+        (
+            {"target_modules": ["wq", "wv"]},
+            splice.NoMatchingPeftModuleError,
+            r"\['wq', 'wv'\] not found in the base model",
+        ),
         ({"bias": "some"}, NotImplementedError, "bias='some'"),
     ],
     ids=str,
@@ -354,7 +372,9 @@ def test_sizes_that_differ_can_be_ignored(tmp_path: Path) -> None:
 
 def test_unknown_fields_warn_and_say_what_is_switched_on(tmp_path: Path) -> None:
     folder = _config(use_quantum=True, quantum_off=False, peft_version="99.0")(parts()).write(tmp_path)
-    with pytest.warns(PeftWarning, match=r"\['quantum_off', 'use_quantum'\].*99.0.*\{'use_quantum': True\} are switched on"):
+    with pytest.warns(
+        PeftWarning, match=r"\['quantum_off', 'use_quantum'\].*99.0.*\{'use_quantum': True\} are switched on"
+    ):
         model = splice.PeftModel.from_pretrained(llama(), folder)
     assert model.load_report.placed == 8
 
@@ -374,7 +394,9 @@ def test_an_interrupt_at_any_line_leaves_the_model_as_it_was(beside: bool, tmp_p
         model.load_adapter(folder, "new", is_trainable=True) if beside else load(folder, model, is_trainable=True)
 
     total = lines_of(run)
-    model.delete_adapter("new") if beside else splice.get_layer_status(model) and model.__dict__["splice_tuner"][0].unload()
+    model.delete_adapter("new") if beside else splice.get_layer_status(model) and model.__dict__["splice_tuner"][
+        0
+    ].unload()
     before = broken.picture(model)
     for number in range(0, total, 97):
         try:

@@ -285,9 +285,7 @@ def test_messages_say_what_was_looked_for(method: Method) -> None:
     assert "nothing" in text
     assert "not found" in text
     if "layers_to_transform" in fields_of(method):
-        text = _refusal(
-            bases.MIXED, method, target_modules=["up"], layers_to_transform=[7], layers_pattern="layers"
-        )
+        text = _refusal(bases.MIXED, method, target_modules=["up"], layers_to_transform=[7], layers_pattern="layers")
         assert "[7]" in text
         assert "layers_pattern" in text
     if "exclude_modules" in fields_of(method):

@@ -169,8 +169,8 @@ def _check_apart(whole: Sequence[tuple[str, nn.Module]], targets: Sequence[Place
         inside = [p.path for p in targets if p.path == path or p.path.startswith(path + ".")]
         if inside:
             raise TypeError(
-                f"modules_to_save cannot be applied to {path!r} (a {type(module).__name__}): {inside[0]!r} is a target of the "
-                "same adapter. Its names are plain suffixes; write them out as far as they are meant."
+                f"modules_to_save cannot be applied to {path!r} (a {type(module).__name__}): {inside[0]!r} is a target of "
+                "the same adapter. Its names are plain suffixes; write them out as far as they are meant."
             )
 
 

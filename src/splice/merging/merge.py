@@ -83,6 +83,8 @@ def check_mergeable(layers: Iterable[Adapted], names: Iterable[str]) -> None:
             what = f"{host.path}: adapter {name!r}"
             if not adapter.mergeable:
                 raise NotImplementedError(f"{what} cannot be merged: its update is no change of the layer's weight")
+            if any(p is not None and p.is_meta for p in layer._parameters.values()):
+                raise NotImplementedError(f"{what} cannot be merged while the layer's weights are offloaded")
             lacking = [n for n in adapter.changed_names if layer._parameters.get(n) is None]
             if lacking:
                 raise RuntimeError(f"{what} changes the {lacking[0]}, and the base layer has none to merge it into")

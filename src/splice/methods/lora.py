@@ -165,6 +165,12 @@ def _check(config: LoraConfig) -> None:
         )
 
 
+OFFLOADED = (
+    "the adapter's tensors are on the meta device: they were left empty (low_cpu_mem_usage), or offloaded by hooks that came "
+    "after the adapter. Dispatch or offload the base model first, then load the adapter."
+)
+
+
 class LoraLayer(Additive):
     """What LoRA on every kind of layer shares."""
 
@@ -219,8 +225,10 @@ class LoraLinear(LoraLayer):
         self._factors: tuple[Any, Any] = (self.lora_A, self.lora_B)
 
     def cast_input(self, x: torch.Tensor) -> torch.Tensor:
-        dtype = self._factors[0].weight.dtype
-        return x if x.dtype is dtype else x.to(dtype)
+        weight = self._factors[0].weight
+        if weight.is_meta:
+            raise RuntimeError(OFFLOADED)
+        return x if x.dtype is weight.dtype else x.to(weight.dtype)
 
     def delta(self, x: torch.Tensor) -> torch.Tensor:
         a, b = self._factors

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -87,7 +87,6 @@ class Host:
         merged: adapters that are in its weights now, in the order they were merged.
         originals: the base parameters as they were before the first merge, by name.
         own_forward: a forward that stood on the object itself (accelerate's hooks, patches); it goes on being the base's.
-        own_forward_name: under which name it stood there.
         readers: parents that read the layer's weights and are guarded while it is adapted.
     """
 
@@ -99,7 +98,6 @@ class Host:
     merged: list[str] = field(default_factory=list)
     originals: dict[str, nn.Parameter] = field(default_factory=dict)
     own_forward: Forward | None = None
-    own_forward_name: str = ""
     readers: list[nn.Module] = field(default_factory=list)
 
 
@@ -248,10 +246,10 @@ def _swap(layer: nn.Module, path: str, selection: Selection, readers: Mapping[st
     layer.__dict__[HOST] = host
     layer._modules[ADAPTERS] = adapters
     # accelerate's hooks call `_old_forward`, other patches are called by the object: both sit below the adapters.
-    host.own_forward_name = next((n for n in ("_old_forward", "forward") if n in layer.__dict__), "")
-    if host.own_forward_name:
-        host.own_forward = layer.__dict__[host.own_forward_name]
-        layer.__dict__[host.own_forward_name] = cls.forward.__get__(layer)
+    name = next((name for name in ("_old_forward", "forward") if name in layer.__dict__), None)
+    if name is not None:
+        host.own_forward = layer.__dict__[name]
+        layer.__dict__[name] = cls.forward.__get__(layer)
     layer.__class__ = cls  # type: ignore[assignment]
     for parent in host.readers:
         guard_reader(parent, path)
@@ -260,8 +258,12 @@ def _swap(layer: nn.Module, path: str, selection: Selection, readers: Mapping[st
 def _swap_back(layer: nn.Module, host: Host) -> None:
     for parent in host.readers:
         release_reader(parent, host.path)
-    layer.__class__ = original_class(layer)
-    if host.own_forward is not None:
-        layer.__dict__[host.own_forward_name] = host.own_forward
+    adapted, cls = type(layer), original_class(layer)
+    layer.__class__ = cls
+    # A hook may have come or gone in the meantime; wherever our forward was left, the base's own takes its place.
+    for name in ("_old_forward", "forward"):
+        standing = layer.__dict__.get(name)
+        if isinstance(standing, MethodType) and standing.__func__ is adapted.__dict__.get("forward"):
+            layer.__dict__[name] = host.own_forward or cls.forward.__get__(layer)
     layer._modules.pop(ADAPTERS, None)
     del layer.__dict__[HOST]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -56,6 +57,7 @@ class Choice:
 NOTHING = Choice()
 
 # A call may bring its own choice. It belongs to one selection and one thread, so no other call sees it.
+_COUNTING = threading.Lock()
 _of_this_call: ContextVar[tuple[Selection, Choice] | None] = ContextVar("splice_choice", default=None)
 
 
@@ -66,6 +68,9 @@ class Selection:
         self.active: tuple[str, ...] = ()
         self.enabled = True
         self._shared = NOTHING
+        # Calls in progress that brought a choice of their own. While there are none, nobody looks for one: a plain number
+        # is what compiled graphs can guard on.
+        self._own_choices = 0
 
     def set(self, names: Sequence[str]) -> None:
         self.active = tuple(names)
@@ -77,14 +82,22 @@ class Selection:
 
     def current(self) -> Choice:
         """What the running call uses."""
+        if not self._own_choices:
+            return self._shared
         own = _of_this_call.get()
         return own[1] if own is not None and own[0] is self else self._shared
 
     @contextmanager
     def for_this_call(self, choice: Choice) -> Iterator[None]:
         """Inside, calls made by this thread use `choice`."""
+        self._count(1)
         token = _of_this_call.set((self, choice))
         try:
             yield
         finally:
             _of_this_call.reset(token)
+            self._count(-1)
+
+    def _count(self, change: int) -> None:
+        with _COUNTING:
+            self._own_choices += change

@@ -6,12 +6,15 @@ nothing, so they can never disagree with the adapter layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from functools import partial
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
+
+from splice.surgery.selection import NOTHING
+from splice.surgery.whole import bare_children
 
 if TYPE_CHECKING:
     from splice.methods.layer import AdapterLayer
@@ -121,14 +124,46 @@ def publish(cls: type, adapter: AdapterLayer) -> None:
             setattr(cls, name, view)
 
 
+class NumbersView(MutableMapping[str, Any]):
+    """One number of every adapter layer of a layer that has it: `layer.scaling["default"]`, also to set it."""
+
+    def __init__(self, host: Host, attribute: str) -> None:
+        self._attribute = attribute
+        self._layers = {n: layer for n, layer in host.layers.items() if has_attribute(layer, attribute)}
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self._layers[name], self._attribute)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        setattr(self._layers[name], self._attribute, value)
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError(f"{self._attribute} of adapter {name!r} goes with the adapter: use `delete_adapter`")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
 def _numbers(attribute: str) -> View:
-    return View(
-        lambda layer: {
-            name: getattr(adapter, attribute)
-            for name, adapter in layer.splice_host.layers.items()
-            if has_attribute(adapter, attribute)
-        }
-    )
+    return View(lambda layer: NumbersView(layer.splice_host, attribute))
+
+
+def _copies(layer: Any) -> NamedView:
+    host = layer.splice_host
+    if not any(has_attribute(adapter, "module") for adapter in host.layers.values()):
+        raise AttributeError(f"{type(layer).__name__!r} object has no attribute 'modules_to_save'")
+    return NamedView(host, "module")
+
+
+def _without_adapters(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    with layer.splice_host.selection.for_this_call(NOTHING):
+        return layer.forward(*args, **kwargs)
 
 
 def _active(layer: Any) -> list[str]:
@@ -155,6 +190,7 @@ class AdaptedViews:
     active_adapter = View(_active_one)
     disable_adapters = View(lambda layer: not layer.splice_host.selection.enabled)
     base_layer = View(lambda layer: layer.get_base_layer())
+    modules_to_save = View(_copies)
     original_module = View(lambda layer: layer.get_base_layer())
 
     @method_view
@@ -162,9 +198,14 @@ class AdaptedViews:
         """The layer without adapters: the same tensors, seen through the class that the layer had."""
         from splice.surgery.adapted import original_class
 
-        cls = original_class(cast(nn.Module, self))
+        layer = cast(nn.Module, self)
+        cls = original_class(layer)
         bare = cls.__new__(cls)
-        object.__setattr__(bare, "__dict__", self.__dict__)
+        state = {name: value for name, value in layer.__dict__.items() if name != "splice_host"}
+        state["_modules"] = dict(bare_children(layer))
+        if "forward" in state:  # a hook stands on the object, and goes on being called
+            state["forward"] = partial(_without_adapters, layer)
+        bare.__dict__.update(state)
         return bare
 
     @method_view
