@@ -103,6 +103,25 @@ class EmbeddingNet(nn.Module):
         return self.head(torch.tanh(self.first(x) + self.second(x)).mean(1))
 
 
+class ScaledEmbedding(nn.Embedding):
+    """Multiplies what it looks up, as those of Gemma and BART do."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.embed_scale = 3.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.embed_scale
+
+
+class ScaledEmbeddingNet(EmbeddingNet):
+    """Its first embedding has a scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = ScaledEmbedding(VOCABULARY, 6)
+
+
 class MixedNet(nn.Module):
     """An embedding, linear layers and a norm: what most models are made of."""
 
@@ -208,6 +227,7 @@ TRANSPOSED = _plain(
 EMBEDDING = _plain("embedding", EmbeddingNet, LayerKind.EMBEDDING, _ids)
 PADDED = _plain("embedding_padding", lambda: EmbeddingNet(padding_idx=3), LayerKind.EMBEDDING, _ids)
 CLIPPED = _plain("embedding_max_norm", lambda: EmbeddingNet(max_norm=1.0), LayerKind.EMBEDDING, _ids)
+SCALED = _plain("embedding_scale", ScaledEmbeddingNet, LayerKind.EMBEDDING, _ids)
 CONV1D = _plain(
     "conv1d",
     lambda: Net(nn.Conv1d(4, 6, 3, padding=1), nn.Conv1d(6, 4, 2, stride=2), 4, channels=1),
@@ -238,6 +258,12 @@ DILATED = _plain(
     LayerKind.CONV2D,
     _floats(4, 8, 8),
 )
+SAME = _plain(
+    "conv2d_same",
+    lambda: Net(nn.Conv2d(4, 6, 3, padding="same"), nn.Conv2d(6, 4, (1, 3), padding=(0, 1)), 4, channels=1),
+    LayerKind.CONV2D,
+    _floats(4, 5, 5),
+)
 CIRCULAR = _plain(
     "conv2d_circular",
     lambda: Net(nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), nn.Conv2d(6, 4, 1), 4, channels=1),
@@ -258,7 +284,7 @@ BY_KIND: dict[LayerKind, Base] = {
     LayerKind.CONV3D: CONV3D,
 }
 # The same kinds with options that change what the layer computes.
-SPECIAL = (NO_BIAS, PADDED, CIRCULAR, GROUPED)
+SPECIAL = (NO_BIAS, PADDED, SCALED, SAME, CIRCULAR, GROUPED)
 
 
 # -- transformers

@@ -48,7 +48,7 @@ SAMPLES: dict[PeftType, Sample] = {
             "gaussian": {"init_lora_weights": "gaussian"},
         },
         not_on={
-            "lora_bias": frozenset({"embedding", "embedding_padding", "mixed", "llama_tied"}),
+            "lora_bias": frozenset({"embedding", "embedding_padding", "embedding_scale", "mixed", "llama_tied"}),
         },
         reference_mixes=True,
         reference_scales=True,

@@ -39,8 +39,7 @@ transformers_only = pytest.mark.parametrize("case", plain_cases(*bases.TRANSFORM
 
 
 def test_every_method_has_a_sample() -> None:
-    """Of those that are put on layers; the others act on a whole network's call and have tests of their own."""
-    assert set(SAMPLES) == {name for name, method in all_methods().items() if method.layers}
+    assert set(SAMPLES) == set(all_methods())
 
 
 def test_every_kind_of_layer_has_a_base() -> None:
@@ -56,6 +55,18 @@ def test_the_output_is_the_same(case: Case, shared_checkpoint: Any) -> None:
     pair = load_both(case.base, shared_checkpoint(case.base, case.config()))
     output = pair.assert_equal()
     assert differ(output, run(case.base.build(), case.base.inputs(3)))
+
+
+@pytest.mark.parametrize("case", plain_cases(bases.CLIPPED), ids=str)
+def test_an_embedding_that_clips_its_rows(case: Case, shared_checkpoint: Any) -> None:
+    """A look-up with `max_norm` shortens the rows it reads, in place: in the adapter as well, and the same ones."""
+    pair = load_both(case.base, shared_checkpoint(case.base, case.config()))
+    for _ in range(2):
+        output = pair.assert_equal()
+    assert differ(output, run(case.base.build(), case.base.inputs(3)))
+    theirs = dict(pair.reference.named_parameters())
+    for name, parameter in pair.ours.named_parameters():
+        assert_close(parameter.detach(), theirs[name].detach())
 
 
 @every
@@ -258,6 +269,21 @@ def test_a_new_adapter_has_the_same_tensors(case: Case, tmp_path: Path) -> None:
     ]
     assert described[1] == described[0]
     assert config_in(tmp_path / "splice") == config_in(tmp_path / "peft")
+
+
+@pytest.mark.parametrize("case", plain_cases(bases.LLAMA, bases.BERT), ids=str)
+def test_a_config_given_to_get_peft_model_is_kept_and_completed(case: Case) -> None:
+    """Callers read the resolved values from the object that they passed in."""
+    for changes in ({"target_modules": None}, {"target_modules": "all-linear"}, {}):
+        found = []
+        for library in (peft, splice):
+            config = library.get_peft_config(case.config(**changes))
+            model = library.get_peft_model(case.base.build(), config)
+            assert model.peft_config["default"] is config
+            found.append(
+                (set(config.target_modules), set(config.modules_to_save or ()), config.base_model_name_or_path)
+            )
+        assert found[1] == found[0]
 
 
 @every

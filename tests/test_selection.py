@@ -158,6 +158,43 @@ def test_gradients_of_mixed_rows_reach_each_adapter(shared_checkpoint: Any) -> N
                 assert_close(mixed[key], parameter.grad, factor=3)
 
 
+class Squashed(nn.Linear):
+    """A layer that needs its own output for its backward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(super().forward(x))
+
+
+class Passing(nn.Linear):
+    """A layer that gives back the very tensor it was given."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+@pytest.mark.parametrize("layer", [Squashed, Passing])
+def test_rows_do_not_write_into_what_the_base_layer_gave(layer: type[nn.Linear], checkpoint: Any) -> None:
+    """Its output may be needed by its backward, or be the caller's own tensor."""
+    case = plain_cases(bases.LINEAR)[0]
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return bases.Net(layer(6, 6), nn.Linear(6, 4), 4).eval()
+
+    folder = checkpoint(build, case.config(target_modules=["first"]))
+    model = splice.PeftModel.from_pretrained(build(), folder, is_trainable=True).eval()
+    x = torch.randn(3, 5, 6, requires_grad=True)
+    before = x.detach().clone()
+    run(model, {"x": x.detach()}, adapter_names=["default", BASE, "default"])
+    assert torch.equal(x, before)
+    model(x=x, adapter_names=["default", BASE, "default"]).square().sum().backward()
+    mixed = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    model(x=x[[0, 2]]).square().sum().backward()
+    for found, parameter in zip(mixed, (p for p in model.parameters() if p.requires_grad)):
+        assert_close(found, parameter.grad, factor=10)
+
+
 # -- what cannot be mixed
 
 

@@ -225,9 +225,24 @@ def test_a_copy_and_its_original(case: Case, shared_checkpoint: Any) -> None:
 
 
 SCALED = [case for case in kind_cases() if SAMPLES[case.method.name].reference_scales]
+# The reference's `scale_layer` leaves embeddings out.
+COMPARED = [case for case in SCALED if case.base is not bases.EMBEDDING]
 
 
 @pytest.mark.parametrize("case", SCALED, ids=str)
+def test_scale_layer_multiplies_the_scale_of_the_active_adapters(case: Case, shared_checkpoint: Any) -> None:
+    pair = two_of_each(case, shared_checkpoint)
+    layer = pair.ours.get_base_model().first
+    before = dict(layer.scaling)
+    layer.scale_layer(3.0)
+    assert layer.scaling == {**before, "default": before["default"] * 3}
+    layer.unscale_layer(1.5)
+    assert layer.scaling == {**before, "default": before["default"] * 2}
+    layer.unscale_layer()
+    assert layer.scaling == before
+
+
+@pytest.mark.parametrize("case", COMPARED, ids=str)
 def test_scales(case: Case, shared_checkpoint: Any) -> None:
     """`set_scale`, `scale_layer` and `unscale_layer` change the output as in the reference."""
     pair = two_of_each(case, shared_checkpoint)

@@ -134,9 +134,9 @@ class PeftModel(nn.Module):
         tuner = peft_model.base_model
         undo = Undo(tuner)
         try:
-            loaded = load_new(tuner, checkpoint, options, peft_model.heads, freeze_base=True)
+            loaded = load_new(tuner, checkpoint, options, peft_model.heads, True, undo.modules)
             tuner.selection.set([adapter_name])
-            peft_model._after_load(loaded, is_trainable)
+            peft_model._after_load(loaded, is_trainable, undo.modules)
             return peft_model
         except BaseException:
             undo.run()
@@ -176,19 +176,20 @@ class PeftModel(nn.Module):
             if adapter_name in tuner.peft_config:
                 loaded = load_into(tuner, checkpoint, options, undo)
             else:
-                loaded = load_new(tuner, checkpoint, options, self.heads, freeze_base=not tuner.peft_config)
-            self._after_load(loaded, is_trainable)
+                loaded = load_new(tuner, checkpoint, options, self.heads, not tuner.peft_config, undo.modules)
+            self._after_load(loaded, is_trainable, undo.modules)
             return loaded.result
         except BaseException:
             undo.run()
             self.load_report, self._unused_checked, self.training = before
             raise
 
-    def _after_load(self, loaded: Loaded, is_trainable: bool) -> None:
+    def _after_load(self, loaded: Loaded, is_trainable: bool, modules: Mapping[str, nn.Module]) -> None:
         self.load_report = loaded.report
         self._unused_checked = False
-        if not is_trainable and (self.training or self.base_model.any_training()):
-            self.eval()
+        if not is_trainable:
+            self.base_model.eval_network(modules.values())
+            self.training = False
 
     # -- creating, saving
 
@@ -428,8 +429,7 @@ class PeftModel(nn.Module):
         return result
 
     def _reference_names(self, prefix: str) -> dict[str, str]:
-        front = f"{prefix}base_model."
-        return {front + ours: front + theirs for ours, theirs in self.base_model.reference_names().items()}
+        return {prefix + ours: prefix + theirs for ours, theirs in self.base_model.reference_names().items()}
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -101,8 +101,8 @@ def get_peft_model_state_dict(
             value = tensor
             if state_dict is not None:
                 spelled = (
-                    f"{prefix}{path}.{layer.memory_name(suffix, adapter_name)}",
-                    f"{prefix}{path}.{ADAPTERS}.{adapter_name}.{layer.attribute_of(suffix)}",
+                    layer.full_memory_name(path, suffix, adapter_name),
+                    format_key(path, f"{ADAPTERS}.{adapter_name}.{layer.attribute_of(suffix)}"),
                 )
                 value = _first(state_dict, spelled, key)
             result[key if prefix else key.removeprefix(PREFIX)] = value
@@ -140,6 +140,9 @@ def _first(state_dict: Mapping[str, torch.Tensor], names: tuple[str, ...], key: 
     for name in names:
         if name in state_dict:
             return state_dict[name]
+    for name in names:  # of a network without its PeftModel
+        if name.removeprefix(PREFIX) in state_dict:
+            return state_dict[name.removeprefix(PREFIX)]
     raise KeyError(f"the given state_dict has none of {names}, so {key} cannot be saved")
 
 

@@ -7,7 +7,7 @@ import os
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -67,16 +67,22 @@ class SafetensorsFile:
 
     def _fill(self, tensors: Sequence[torch.Tensor], offset: int, descriptor: int) -> None:
         """Read a run of tensors that lie behind one another, straight into their own memory."""
-        targets = [memoryview((ctypes.c_char * t.nbytes).from_address(t.data_ptr())).cast("B") for t in tensors]
-        while targets:
+        targets: list[Any] = [(ctypes.c_char * t.nbytes).from_address(t.data_ptr()) for t in tensors]
+        wanted = sum(map(len, targets))
+        while wanted:
             count = os.preadv(descriptor, targets, offset)
             if count == 0:
                 raise CheckpointError(f"{self.path} was cut off while it was read")
-            offset += count
-            while targets and count >= len(targets[0]):
-                count -= len(targets.pop(0))
-            if targets and count:
-                targets[0] = targets[0][count:]
+            offset, wanted = offset + count, wanted - count
+            targets = _behind(targets, count) if wanted else []
+
+
+def _behind(targets: list[Any], count: int) -> list[Any]:
+    """What of the buffers is left to fill after their first `count` bytes: a system call may stop anywhere."""
+    targets = [memoryview(target).cast("B") for target in targets]
+    while count >= len(targets[0]):
+        count -= len(targets.pop(0))
+    return [targets[0][count:], *targets[1:]]
 
 
 def _runs(order: Sequence[int], entries: Sequence[Entry]) -> Iterator[list[int]]:

@@ -33,7 +33,7 @@ def build_loaded(plan: Plan, config: PeftConfig, weights: Weights, autocast: boo
     """
     built: list[Built] = []
     for batch in _batches(plan.placements, weights.entries, plan.sources):
-        names = [plan.sources[p.key(s)] for p in batch for s in p.slots if p.key(s) in plan.sources]
+        names = [plan.sources[key] for p in batch for key in p.keys.values() if key in plan.sources]
         read = dict(zip(names, weights.read(names)))
         built += [_build_loaded(p, plan.sources, read, config, autocast) for p in batch]
     return built
@@ -47,8 +47,7 @@ def _batches(
     size = 0
     for placement in placements:
         batch.append(placement)
-        keys = (placement.key(suffix) for suffix in placement.slots)
-        size += sum(entries[sources[key]].size for key in keys if key in sources)
+        size += sum(entries[sources[key]].size for key in placement.keys.values() if key in sources)
         if size >= _BATCH_BYTES:
             yield batch
             batch, size = [], 0
@@ -61,8 +60,8 @@ def _build_loaded(
 ) -> Built:
     device = device_of(placement.base)
     tensors = {}
-    for suffix in placement.slots:
-        name = sources.get(placement.key(suffix))
+    for suffix, key in placement.keys.items():
+        name = sources.get(key)
         if name is not None:
             tensors[suffix] = _moved(read.pop(name), device, placement.dtype(suffix, autocast))
     if len(tensors) < len(placement.slots):

@@ -32,7 +32,7 @@ class Key:
 
 def format_key(path: str, suffix: str) -> str:
     """The key of the tensor `suffix` on the target at `path`."""
-    return f"{PREFIX}{path}.{suffix}"
+    return f"{PREFIX}{path}.{suffix}" if path else PREFIX + suffix
 
 
 def parse_key(key: str, names: Collection[str]) -> Key | None:

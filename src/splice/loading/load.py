@@ -120,7 +120,12 @@ def _without_collections() -> Iterator[None]:
 
 @_without_collections()
 def load_new(
-    tuner: Tuner, checkpoint: Checkpoint, options: LoadOptions, heads: Sequence[str], freeze_base: bool
+    tuner: Tuner,
+    checkpoint: Checkpoint,
+    options: LoadOptions,
+    heads: Sequence[str],
+    freeze_base: bool,
+    modules: Mapping[str, nn.Module],
 ) -> Loaded:
     """Load a checkpoint as a new adapter of the network. What fails, fails before the network is touched."""
     tuner.check_new(options.adapter_name)
@@ -128,13 +133,13 @@ def load_new(
     _set_runtime(config, options)
     check_together(tuner, config)
     method = method_named(config.peft_type, "the config")
-    plan = fit(lay_out(tuner.model, config, method, heads), checkpoint.entries)
+    plan = fit(lay_out(tuner.model, config, method, heads, modules), checkpoint.entries)
     settle(plan, tuner.model, checkpoint, config, method, options)
     check_base_copies(plan, checkpoint)
     write_back(config, plan)
     plan.sources = {key: checkpoint.names[name] for key, name in plan.sources.items()}
     built = build_loaded(plan, config, checkpoint.weights, options.autocast)
-    tuner.commit(options.adapter_name, config, built, freeze_base)
+    tuner.commit(options.adapter_name, config, built, freeze_base, modules)
     if options.is_trainable:
         tuner.set_requires_grad(options.adapter_name, True)
     elif config.trained_biases() != "none":

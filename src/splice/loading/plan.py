@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,8 +42,13 @@ class Placement:
     layer_class: type[AdapterLayer]
     slots: Mapping[str, tuple[int, ...]]
 
+    @cached_property
+    def keys(self) -> dict[str, str]:
+        """Suffix -> name in the checkpoint."""
+        return {suffix: self.layer_class.key(self.path, suffix) for suffix in self.slots}
+
     def key(self, suffix: str) -> str:
-        return self.layer_class.key(self.path, suffix)
+        return self.keys[suffix]
 
     def dtype(self, suffix: str, autocast: bool) -> torch.dtype:
         """The dtype of a tensor in memory; with `autocast` half-precision adapters are held in float32."""
@@ -86,7 +92,13 @@ class Plan:
                 yield placement.key(suffix), shape
 
 
-def lay_out(network: nn.Module, config: PeftConfig, method: Method, heads: Sequence[str] = ()) -> Plan:
+def lay_out(
+    network: nn.Module,
+    config: PeftConfig,
+    method: Method,
+    heads: Sequence[str] = (),
+    modules: Mapping[str, nn.Module] | None = None,
+) -> Plan:
     """The adapter layers that `config` asks for on `network`: the plan of a new, still empty adapter.
 
     Args:
@@ -94,6 +106,7 @@ def lay_out(network: nn.Module, config: PeftConfig, method: Method, heads: Seque
         config: the adapter's config.
         method: the method of the config.
         heads: names of task heads, which are saved whole beside what the config names.
+        modules: all modules of `network` by path, where the caller has them already.
 
     Raises:
         NoMatchingPeftModuleError: the config selects nothing.
@@ -103,7 +116,8 @@ def lay_out(network: nn.Module, config: PeftConfig, method: Method, heads: Seque
     if method.network_layer is not None:
         whole_network = _placement("", network, method.network_layer, config)
         return Plan([whole_network], config.target_rule(), method.network_layer.resolved(network, config))
-    modules = walk_bare(network)
+    if modules is None:
+        modules = walk_bare(network)
     rule = resolved_rule(method, config, network, modules)
     if heads:
         rule = replace(rule, modules_to_save=list(dict.fromkeys([*(rule.modules_to_save or ()), *heads])))
@@ -199,8 +213,9 @@ def fit(plan: Plan, entries: Mapping[str, Entry]) -> Plan:
     """Fill in where each tensor of the checkpoint goes, and list what does not fit."""
     taken = set()
     for placement in plan.placements:
+        keys = placement.keys
         for suffix, shape in placement.slots.items():
-            key = placement.key(suffix)
+            key = keys[suffix]
             entry = entries.get(key)
             taken.add(key)
             if entry is None:

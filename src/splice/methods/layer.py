@@ -33,8 +33,10 @@ class LightModule(nn.Module):
     """
 
     def __init__(self) -> None:
-        self.__dict__.update(_PRISTINE)
-        self.__dict__.update([(name, kind()) for name, kind in _EMPTIED])
+        state = self.__dict__
+        state.update(_PRISTINE)
+        for name, kind in _EMPTIED:
+            state[name] = kind()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if type(value) in _PLAIN:
@@ -186,6 +188,15 @@ class AdapterLayer(LightModule):
         first, dot, rest = suffix.partition(".")
         return f"{first}.{adapter_name}{dot}{rest}"
 
+    @classmethod
+    def full_memory_name(cls, path: str, suffix: str, adapter_name: str) -> str:
+        """How the reference names the tensor in memory, seen from the PeftModel."""
+        return format_key(path, cls.memory_name(suffix, adapter_name))
+
+    def base_front(self, path: str) -> str:
+        """What the reference puts before the names of the base's own tensors, once this is on it."""
+        return format_key(path, self.base_infix)
+
     def train(self, mode: bool = True) -> AdapterLayer:
         """Only this layer has a mode; its holders of tensors have none."""
         self.__dict__["training"] = mode
@@ -199,7 +210,7 @@ class AdapterLayer(LightModule):
             if child is None:
                 child = holder._modules[parent] = Slots()
             holder = child
-        parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+        parameter = tensor if type(tensor) is nn.Parameter else nn.Parameter(tensor, requires_grad=False)
         holder._parameters[leaf] = parameter
 
 

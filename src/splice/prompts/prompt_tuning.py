@@ -113,8 +113,11 @@ class PromptTuning(AdapterLayer):
         return torch.float32
 
     @classmethod
-    def memory_name(cls, suffix: str, adapter_name: str) -> str:
+    def full_memory_name(cls, path: str, suffix: str, adapter_name: str) -> str:
         return f"prompt_encoder.{adapter_name}.{suffix}"
+
+    def base_front(self, path: str) -> str:
+        return "base_model."
 
     @classmethod
     def initialise(cls, tensors: dict[str, torch.Tensor], base: Any, config: PromptTuningConfig) -> None:

@@ -148,6 +148,7 @@ class Adapted(AdaptedViews, nn.Module):
         """Each row of the batch with its own adapter: the base once for all rows, every adapter for its own."""
         host = self.splice_host
         y = run(*args, **kwargs)
+        written = False
         if not args or not isinstance(args[0], torch.Tensor) or not isinstance(y, torch.Tensor):
             raise TypeError(f"{host.path}: `adapter_names` needs layers that take one tensor and give one tensor")
         x = args[0]
@@ -162,6 +163,8 @@ class Adapted(AdaptedViews, nn.Module):
             base_rows = y[index]
             reuse = layer.keeps_input and not layer.shows
             inner: Forward = (lambda _, kept=base_rows: kept) if reuse else run
+            if not written:  # what the base gave may be its input, or kept for a backward
+                y, written = y.clone(), True
             y[index] = self._outside(layer, inner)(x[index]).to(y.dtype)
         return y
 

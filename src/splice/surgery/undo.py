@@ -9,7 +9,7 @@ from splice.surgery.whole import walk_bare
 
 
 class Undo:
-    """Remembers how a network is; `run` makes it so again.
+    """Remembers how a network is; `run` makes it so again. `modules` are all of its modules by path.
 
     Use it as `undo = Undo(tuner)`, then `try: ...; return result` / `except BaseException: undo.run(); raise`: whatever
     cuts the operation short before its result is handed out, also a KeyboardInterrupt, leaves no trace.
@@ -19,7 +19,9 @@ class Undo:
         self.tuner = tuner
         self.names = set(tuner.placed)
         self.active, self.enabled = tuner.selection.active, tuner.selection.enabled
-        self.training = [module for module in walk_bare(tuner.model).values() if module.training]
+        # Also for the operation itself, which would otherwise walk the network again.
+        self.modules = walk_bare(tuner.model)
+        self.training = [module for module in self.modules.values() if module.training]
         self.steps: list[Callable[[], None]] = []
 
     def also(self, step: Callable[[], None]) -> None:
@@ -33,7 +35,7 @@ class Undo:
             self.tuner.discard(name)
         self.tuner.selection.enabled = self.enabled
         self.tuner.selection.set(self.active)
-        for module in walk_bare(self.tuner.model).values():
+        for module in self.modules.values():
             module.training = False
         for module in self.training:
             module.training = True

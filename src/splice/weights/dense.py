@@ -18,12 +18,16 @@ def device_of(layer: nn.Module) -> torch.device:
     hook = layer.__dict__.get("_hf_hook")
     if hook is not None and getattr(hook, "execution_device", None) is not None:
         return torch.device(hook.execution_device)
-    tensor = next(_own_tensors(layer), None)
+    weight = layer._parameters.get("weight")
+    tensor = weight if weight is not None else next(_own_tensors(layer), None)
     return torch.device("cpu") if tensor is None else tensor.device
 
 
 def dtype_of(layer: nn.Module) -> torch.dtype:
     """The floating dtype `layer` computes in; float32 where its weight is stored as integers."""
+    weight = layer._parameters.get("weight")
+    if weight is not None and weight.is_floating_point():
+        return weight.dtype
     for tensor in _own_tensors(layer):
         if tensor.is_floating_point():
             return tensor.dtype
