@@ -198,8 +198,8 @@ def _take_off(tuner: Tuner, keep_copies_of: list[str]) -> nn.Module:
 
 def _note_untied(network: Any) -> None:
     """A merge may have given one of two tied layers a weight of its own; the model's config must not tie them again."""
-    config = getattr(network, "config", None)
-    if config is None or not getattr(config, "tie_word_embeddings", False):
+    config = network.__dict__.get("config")
+    if config is None or isinstance(config, dict) or not vars(config).get("tie_word_embeddings"):
         return
     inputs, outputs = network.get_input_embeddings(), network.get_output_embeddings()
     if inputs is not None and outputs is not None and inputs.weight is not outputs.weight:

@@ -116,7 +116,7 @@ def resolved_rule(
 
 def model_type_of(network: nn.Module) -> str:
     """`config.model_type` of a transformers model, "custom" for any other."""
-    config = getattr(network, "config", None)
+    config = network.__dict__.get("config")
     if isinstance(config, dict):
         return str(config.get("model_type", "custom"))
     return str(getattr(config, "model_type", "custom"))

@@ -16,7 +16,7 @@ def device_of(layer: nn.Module) -> torch.device:
     A layer whose weights accelerate keeps elsewhere (on `meta` between calls) computes on its hook's device.
     """
     hook = layer.__dict__.get("_hf_hook")
-    if hook is not None and getattr(hook, "execution_device", None) is not None:
+    if hook is not None and vars(hook).get("execution_device") is not None:
         return torch.device(hook.execution_device)
     weight = layer._parameters.get("weight")
     tensor = weight if weight is not None else next(_own_tensors(layer), None)
