@@ -347,7 +347,8 @@ class PeftModel(nn.Module):
             adapter_names: one adapter name for each row; "__base__" for none.
             **kwargs: passed on.
         """
-        return self._call(self.get_base_model().__call__, adapter_names, False, *args, **kwargs)
+        output = self._call(self.get_base_model().__call__, adapter_names, False, *args, **kwargs)
+        return output if self.base_model.loss_term is None else self.base_model.with_loss_terms(output)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Call the base model's `generate`; `adapter_names` as in `forward`."""

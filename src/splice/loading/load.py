@@ -28,6 +28,7 @@ from splice.loading.mend import advice
 from splice.loading.plan import Plan, fit, lay_out
 from splice.loading.report import LoadReport, grouped, mismatch_error
 from splice.loading.source import Source
+from splice.methods.kinds import SharedTensors
 from splice.methods.registry import Method, method_named
 from splice.surgery.adapted import original_class
 from splice.surgery.tuner import Tuner
@@ -223,7 +224,7 @@ def report(plan: Plan, built: Sequence[Built], options: LoadOptions) -> Loaded:
         adapter_name=options.adapter_name,
         placed=len(plan.sources),
         expected=len(tensors),
-        layers=len(built),
+        layers=sum(not isinstance(item.layer, SharedTensors) for item in built),
         nbytes=sum(t.numel() * t.element_size() for t in tensors),
         seconds=time.perf_counter() - options.started,
     )
@@ -268,7 +269,7 @@ def plan_of_present(tuner: Tuner, name: str) -> Plan:
 
     config = tuner.peft_config[name]
     placements = [
-        Placement(path, tuner.adapted[path], type(layer), {s: tuple(t.shape) for s, t in layer.named_slots()})  # type: ignore[arg-type]
+        Placement(path, tuner.adapted.get(path, tuner.model), type(layer), {s: tuple(t.shape) for s, t in layer.named_slots()})  # type: ignore[arg-type]
         for path, layer in tuner.placed[name].items()
     ]
     return Plan(placements, config.target_rule())

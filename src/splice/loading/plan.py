@@ -35,12 +35,14 @@ class Placement:
         base: the base layer.
         layer_class: the adapter layer to be built.
         slots: suffix -> shape of every tensor it needs.
+        stored: whether a checkpoint holds them; others are made again from what the config says.
     """
 
     path: str
     base: nn.Module
     layer_class: type[AdapterLayer]
     slots: Mapping[str, tuple[int, ...]]
+    stored: bool = True
 
     @cached_property
     def keys(self) -> dict[str, str]:
@@ -124,6 +126,9 @@ def lay_out(
     placements = [
         _placement(path, base, method.layer_for(base, path), config) for path, base in select(rule, modules).items()
     ]
+    if method.shared is not None:
+        shapes = method.shared.shapes([(p.path, p.base) for p in placements], config)
+        placements.insert(0, Placement("", network, method.shared, shapes, method.shared.is_stored(config)))
     if rule.target_parameters and method.parameters_layer is not None:
         adapted = {p.path: p for p in placements}
         owners = select_parameters(rule, modules, adapted)
@@ -214,7 +219,7 @@ def fit(plan: Plan, entries: Mapping[str, Entry]) -> Plan:
     taken = set()
     for placement in plan.placements:
         keys = placement.keys
-        for suffix, shape in placement.slots.items():
+        for suffix, shape in placement.slots.items() if placement.stored else ():
             key = keys[suffix]
             entry = entries.get(key)
             taken.add(key)

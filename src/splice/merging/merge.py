@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from splice.methods.layer import AdapterLayer
-from splice.surgery.adapted import Adapted, detach
+from splice.surgery.adapted import Adapted, detach, in_order
 from splice.surgery.whole import WholeModule
-from splice.weights.dense import added, in_stored_layout
+from splice.weights.dense import added, in_linear_layout
 
 if TYPE_CHECKING:
     from splice.surgery.tuner import Tuner
@@ -94,8 +94,12 @@ def check_mergeable(layers: Iterable[Adapted], names: Iterable[str]) -> None:
 def merged_tensors(layer: Adapted, names: Iterable[str], safe: bool) -> Merged:
     """The base tensors of `layer` with the adapters in them, one after the other."""
     host = layer.splice_host
-    present = [name for name in names if name in host.layers]
-    tensors: dict[str, torch.Tensor] = {}
+    new = [name for name in names if name in host.layers]
+    present, tensors = in_order(host.layers, new), {}
+    if present != new or (host.merged and present and host.layers[present[0]].first_outside):
+        # What the input meets first is merged last, also where it was merged before: begin with the originals again.
+        present = in_order(host.layers, [*host.merged, *new])
+        tensors = {name: parameter.detach() for name, parameter in host.originals.items()}
     for name in present:
         adapter = host.layers[name]
         if isinstance(adapter, WholeModule):  # its copy goes on computing; `merge_and_unload` puts it in place
@@ -103,7 +107,7 @@ def merged_tensors(layer: Adapted, names: Iterable[str], safe: bool) -> Merged:
         tensors.update(_with_adapter(layer, adapter, tensors))
         if safe:
             _check_finite(tensors, host.path, name)
-    return Merged(layer, [n for n in present if not isinstance(host.layers[n], WholeModule)], tensors)
+    return Merged(layer, [n for n in new if not isinstance(host.layers[n], WholeModule)], tensors)
 
 
 def _with_adapter(layer: Adapted, adapter: AdapterLayer, so_far: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -112,8 +116,11 @@ def _with_adapter(layer: Adapted, adapter: AdapterLayer, so_far: dict[str, torch
     if adapter.trained_bias is not None:
         result["bias"] = adapter.trained_bias.detach().to(own["bias"].dtype).clone()
     current = {**own, **so_far, **result}
-    for name, delta in adapter.deltas(current).items():
-        stored = in_stored_layout(layer, delta) if name == "weight" and adapter.linear_layout else delta
+    seen = dict(current)
+    if adapter.linear_layout and "weight" in seen:
+        seen["weight"] = in_linear_layout(layer, seen["weight"])
+    for name, delta in adapter.deltas(seen).items():
+        stored = in_linear_layout(layer, delta) if name == "weight" and adapter.linear_layout else delta
         result[name] = added(current[name], stored)
     return result
 

@@ -7,6 +7,7 @@ and its mathematics. Everything else (attaching, selecting, merging, dtypes, dev
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +24,15 @@ HALVES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
 _PRISTINE = dict(nn.Module().__dict__)
 _EMPTIED = tuple((name, type(value)) for name, value in _PRISTINE.items() if isinstance(value, (dict, set)))
 _PLAIN = frozenset({int, float, bool, str, tuple})
+
+
+@dataclass(frozen=True)
+class Factors:
+    """An update of a linear layer that is a plain product: `scale * b a`, with a (r, in) and b (out, r)."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
 
 
 class LightModule(nn.Module):
@@ -84,6 +94,10 @@ class AdapterLayer(LightModule):
     base_infix: str = "base_layer."
     # True where `inner` is called with the very input `x`: then its output may be computed once for several adapters.
     keeps_input: ClassVar[bool] = True
+    # Of several active adapters the first is the innermost; the first that the input meets where this is True.
+    first_outside: ClassVar[bool] = False
+    # Suffixes of tensors that are never trained: they are held as buffers.
+    frozen: ClassVar[frozenset[str]] = frozenset()
     # Whether `deltas` gives the whole update, and whether its `weight` is (out, in) however the base stores it.
     mergeable: bool = False
     linear_layout: ClassVar[bool] = True
@@ -163,6 +177,10 @@ class AdapterLayer(LightModule):
         found = {"weight": weight, "bias": bias}
         return {name: delta for name, delta in found.items() if delta is not None}
 
+    def factors(self) -> Factors | None:
+        """The update as a plain product of the layer's input, where it is one now: then rows are worked out together."""
+        return None
+
     def shown(self, base: nn.Module) -> dict[str, torch.Tensor]:
         """Tensors that take the place of the base's own of the same name while `base` computes."""
         return {} if self.trained_bias is None else {"bias": self.trained_bias}
@@ -172,9 +190,15 @@ class AdapterLayer(LightModule):
         for name, parameter in self._parameters.items():
             if parameter is not None:
                 yield ("base_layer.bias" if name == "trained_bias" else name), parameter
+        for name, buffer in self._buffers.items():
+            if buffer is not None and name not in self._non_persistent_buffers_set:
+                yield name, buffer
         for name, child in self._modules.items():
             assert isinstance(child, Slots)
             yield from child.named_slots(f"{name}.")
+
+    def join(self, shared: AdapterLayer) -> None:
+        """Take what all layers of this adapter share; called once, of methods whose record has `shared`."""
 
     def attribute_of(self, suffix: str) -> str:
         """The dotted attribute of this layer that holds the tensor with this suffix."""
@@ -210,6 +234,9 @@ class AdapterLayer(LightModule):
             if child is None:
                 child = holder._modules[parent] = Slots()
             holder = child
+        if name in self.frozen:
+            holder._buffers[leaf] = tensor
+            return
         parameter = tensor if type(tensor) is nn.Parameter else nn.Parameter(tensor, requires_grad=False)
         holder._parameters[leaf] = parameter
 

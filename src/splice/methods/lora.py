@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from splice.config import PeftConfig, PeftType, TargetRule
 from splice.errors import UnsupportedFeatureError
 from splice.methods.default_targets import LORA_TARGETS
-from splice.methods.layer import Additive, Slots
+from splice.methods.layer import Additive, Factors, Slots
 from splice.methods.lora_parameters import LoraParameters
 from splice.methods.registry import Method, register
 from splice.surgery.targets import value_for
@@ -233,6 +233,11 @@ class LoraLinear(LoraLayer):
     def delta(self, x: torch.Tensor) -> torch.Tensor:
         a, b = self._factors
         return F.linear(F.linear(x, a.weight), b.weight, b.bias)
+
+    def factors(self) -> Factors | None:
+        a, b = self._factors
+        plain = b.bias is None and self.trained_bias is None and not (self.dropout and self.training)
+        return Factors(a.weight, b.weight, self.scale) if plain and type(self) is LoraLinear else None
 
     def delta_weight(self, weight: torch.Tensor) -> torch.Tensor | None:
         a, b = self._factors

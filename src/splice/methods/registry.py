@@ -7,14 +7,19 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from splice.config import PeftConfig, PeftType
 from splice.errors import CheckpointError, UnknownMethodError
+from splice.methods.kinds import SharedTensors
 from splice.methods.layer import AdapterLayer
 from splice.weights.layers import LayerKind, kind_of
+
+if TYPE_CHECKING:
+    from splice.surgery.tuner import Tuner
 
 _METHODS: dict[PeftType, Method] = {}
 _searched: list[str] = []
@@ -37,6 +42,9 @@ class Method:
         layers: the adapter layer for each kind of base layer it supports; empty for prompt learning.
         parameters_layer: the adapter layer for bare parameters of a module; None where it cannot be put on them.
         network_layer: the adapter layer for the network as a whole, of methods that act on its call.
+        shared: what holds the tensors that all layers of an adapter use; None where each layer has its own only.
+        tuner_methods: what training with it needs, by name: called with the tuner first, found on the model.
+        loss_term: what a forward in training adds to the loss, given the tuner and an active adapter's name.
         default_targets: modules to target by `config.model_type`, where the config names none.
         check: raises where a config asks for something that is wrong or not supported, before anything is read.
         paper: where the method is described.
@@ -49,6 +57,9 @@ class Method:
     layers: Mapping[LayerKind, type[AdapterLayer]] = field(default_factory=lambda: MappingProxyType({}))
     parameters_layer: type[AdapterLayer] | None = None
     network_layer: type[AdapterLayer] | None = None
+    shared: type[SharedTensors] | None = None
+    tuner_methods: Mapping[str, Callable[..., Any]] = field(default_factory=lambda: MappingProxyType({}))
+    loss_term: Callable[[Tuner, str], torch.Tensor] | None = None
     default_targets: Mapping[str, list[str] | str] = field(default_factory=lambda: MappingProxyType({}))
     check: Callable[[Any], None] = _nothing_to_check
     paper: str = ""

@@ -8,7 +8,7 @@ Wrapping the layer in another module instead would rename every parameter below 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType, MethodType
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from splice.fleet.rows import add_products, split
 from splice.methods.layer import AdapterLayer, Forward, LightModule
 from splice.surgery.readers import SHOWING, guard_reader, readers_above, release_reader
 from splice.surgery.selection import Rows, Selection
@@ -120,7 +121,7 @@ class Adapted(AdaptedViews, nn.Module):
         run: Forward = super().forward if host.own_forward is None else host.own_forward
         if choice.rows is not None:
             return self._forward_rows(run, choice.rows, *args, **kwargs)
-        for name in choice.names:
+        for name in choice.names if len(choice.names) < 2 else in_order(host.layers, choice.names):
             layer = host.layers.get(name)
             if layer is not None and name not in host.merged:
                 run = self._outside(layer, run)
@@ -156,16 +157,16 @@ class Adapted(AdaptedViews, nn.Module):
             groups = rows.groups(x.shape[0], x.device)
         except ValueError as error:
             raise ValueError(f"{host.path}: {error}") from None
-        for name, index in groups:
-            layer = host.layers.get(name)
-            if layer is None:
-                continue
-            base_rows = y[index]
+        together, single = split(groups, host.layers)
+        if together:
+            y, written = add_products(y, x, together), True
+        for group in single:
+            layer, base_rows = group.layer, y[group.rows]
             reuse = layer.keeps_input and not layer.shows
             inner: Forward = (lambda _, kept=base_rows: kept) if reuse else run
             if not written:  # what the base gave may be its input, or kept for a backward
                 y, written = y.clone(), True
-            y[index] = self._outside(layer, inner)(x[index]).to(y.dtype)
+            y[group.rows] = self._outside(layer, inner)(x[group.rows]).to(y.dtype)
         return y
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -174,6 +175,12 @@ class Adapted(AdaptedViews, nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, (super().extra_repr(), f"adapters={list(self.splice_host.layers)}")))
+
+
+def in_order(layers: Mapping[str, AdapterLayer], names: Sequence[str]) -> list[str]:
+    """Those of the active adapters that are on a layer, the innermost first."""
+    present = [name for name in names if name in layers]
+    return present[::-1] if present and layers[present[0]].first_outside else present
 
 
 def _new_adapted(cls: type[nn.Module]) -> nn.Module:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -13,9 +14,10 @@ from torch import nn
 from splice.config import PeftConfig
 from splice.loading.commit import Built
 from splice.loading.keys import PREFIX
+from splice.methods.kinds import SharedTensors
 from splice.methods.layer import AdapterLayer
 from splice.methods.registry import Method, method_named
-from splice.surgery.adapted import Adapted, Host, attach, detach
+from splice.surgery.adapted import Adapted, AdapterDict, Host, attach, detach
 from splice.surgery.readers import weight_readers
 from splice.surgery.selection import BASE, Rows, Selection
 from splice.surgery.whole import WholeModule, walk_bare
@@ -47,6 +49,9 @@ class Tuner(nn.Module):
         self.adapted: dict[str, Adapted] = {}
         self.placed: dict[str, dict[str, AdapterLayer]] = {}
         self.merged: list[str] = []
+        # What layers of one adapter share, by adapter name.
+        self.splice_shared = AdapterDict()
+        self.loss_term: Callable[[Tuner, str], torch.Tensor] | None = None
         self._trainable: set[str] = set()
         self._places: dict[str, list[tuple[dict[str, nn.Parameter | None], str]]] = {}
         self._unfrozen: list[nn.Parameter] = []
@@ -60,12 +65,27 @@ class Tuner(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
 
+    def with_loss_terms(self, output: Any) -> Any:
+        """The output of a forward, with what the method of adapters in training adds to its loss."""
+        term = self.loss_term
+        # Outputs without labels, and models that give a plain tensor, have no loss.
+        loss = getattr(output, "loss", None) if term is not None and self.training else None
+        if term is not None and loss is not None:
+            for name in self.selection.current().names:
+                if name in self._trainable:
+                    loss = loss + term(self, name)
+            output.loss = loss
+        return output
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             if name == "model":  # not there before __init__, as while unpickling
                 raise
+            found = self.method.tuner_methods.get(name) if self.__dict__.get("peft_config") else None
+            if found is not None:
+                return partial(found, self)
             return getattr(self.model, name)
 
     # -- attaching
@@ -83,18 +103,31 @@ class Tuner(nn.Module):
         readers = weight_readers(modules)
         self.placed[name] = {item.placement.path: item.layer for item in built}
         self.peft_config[name] = config
+        self.loss_term = self.method.loss_term
         self.model.__dict__[TUNER] = (self,)
         self.model.__dict__["peft_config"] = self.peft_config
+        self._share(name, [item.layer for item in built])
         for item in built:
             path, base = item.placement.path, item.placement.base
+            if isinstance(item.layer, SharedTensors):
+                continue
             attach(base, path, name, item.layer, self.selection, readers)
             self.adapted[path] = cast(Adapted, base)
         if freeze_base:
             self._freeze(modules.values())
 
+    def _share(self, name: str, layers: Sequence[AdapterLayer]) -> None:
+        for shared in (layer for layer in layers if isinstance(layer, SharedTensors)):
+            self.splice_shared.put(name, shared)
+            for layer in layers:
+                layer.join(shared)
+
     def discard(self, name: str) -> None:
         """Take an adapter off, finished or half attached, and forget it."""
-        for path in self.placed[name]:
+        self.splice_shared.drop(name)
+        for path, layer in self.placed[name].items():
+            if isinstance(layer, SharedTensors):
+                continue
             base = self.adapted.get(path) or self.model.get_submodule(path)
             detach(base, name)
             if not isinstance(base, Adapted):
@@ -342,6 +375,10 @@ class Tuner(nn.Module):
     def reference_names(self) -> dict[str, str]:
         """Name of a tensor below the PeftModel -> its name in the reference, where the two differ."""
         names: dict[str, str] = {}
+        for adapter_name, shared in self.splice_shared._modules.items():
+            for suffix, _ in shared.named_slots():
+                inside = f"base_model.splice_shared.{adapter_name}.{shared.attribute_of(suffix)}"
+                names[inside] = shared.full_memory_name("", suffix, adapter_name)
         for path, layer in self.adapted.items():
             here = f"{PREFIX}{path}." if path else PREFIX
             host, taken = layer.splice_host, set()

@@ -34,9 +34,9 @@ def dtype_of(layer: nn.Module) -> torch.dtype:
     return torch.float32
 
 
-def in_stored_layout(layer: nn.Module, delta: torch.Tensor) -> torch.Tensor:
-    """`delta` in the layout of `layer.weight`: (out, in) deltas are transposed for transposed linear layers."""
-    return delta.T if kind_of(layer) is LayerKind.TRANSPOSED_LINEAR else delta
+def in_linear_layout(layer: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """A weight as stored by `layer` as (out, in), or the other way round: it is its own inverse."""
+    return weight.T if kind_of(layer) is LayerKind.TRANSPOSED_LINEAR else weight
 
 
 def added(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""Many adapters at once: batches whose rows use different adapters."""
