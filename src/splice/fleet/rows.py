@@ -48,6 +48,8 @@ def add_products(y: torch.Tensor, x: torch.Tensor, parts: Sequence[tuple[Factors
         x: (rows, ..., in).
         parts: factors A (r, in), B (out, r), and the rows that use them.
     """
+    if x.device.type == "cpu":
+        return _add_in_turn(y, x, parts)
     alike: dict[tuple[int, int, torch.dtype], list[tuple[Factors, torch.Tensor]]] = {}
     for part in parts:
         alike.setdefault((part[0].a.shape[0], len(part[1]), part[0].a.dtype), []).append(part)
@@ -56,12 +58,34 @@ def add_products(y: torch.Tensor, x: torch.Tensor, parts: Sequence[tuple[Factors
     return y
 
 
+def _add_in_turn(y: torch.Tensor, x: torch.Tensor, parts: Sequence[tuple[Factors, torch.Tensor]]) -> torch.Tensor:
+    """Rows are sorted by adapter once; then each adapter's factors are read once, where they are.
+
+    On a CPU stacking them would cost more than it saves: that writes, and reads again, all their bytes.
+    """
+    order = torch.cat([rows for _, rows in parts])
+    xs, ys = x.index_select(0, order), y.index_select(0, order)
+    per_row = xs[0].numel() // xs.shape[-1]
+    sizes = [len(rows) * per_row for _, rows in parts]
+    inputs = torch.split(xs.view(-1, xs.shape[-1]).to(parts[0][0].a.dtype), sizes)
+    outputs = torch.split(ys.view(-1, ys.shape[-1]), sizes)
+    added = [_added(out, part, factors) for (factors, _), part, out in zip(parts, inputs, outputs)]
+    return y.index_copy(0, order, torch.cat(added).view(ys.shape))
+
+
+def _added(y: torch.Tensor, x: torch.Tensor, factors: Factors) -> torch.Tensor:
+    a, b, scale = factors
+    hidden = torch.mm(x if x.dtype is a.dtype else x.to(a.dtype), a.t())
+    if hidden.dtype is y.dtype:
+        return torch.addmm(y, hidden, b.t(), alpha=scale)
+    return y + (scale * torch.mm(hidden, b.t())).to(y.dtype)
+
+
 def _add_stacked(y: torch.Tensor, x: torch.Tensor, parts: Sequence[tuple[Factors, torch.Tensor]]) -> torch.Tensor:
-    """Parts of one rank and one number of rows."""
+    """Parts of one rank and one number of rows: two batched products for all of them."""
     count, (first, rows) = len(parts), parts[0]
     index = rows if count == 1 else torch.cat([rows for _, rows in parts])
-    a = torch.stack([factors.a for factors, _ in parts])
-    b = torch.stack([factors.b for factors, _ in parts])
+    a, b = (torch.stack([getattr(factors, name) for factors, _ in parts]) for name in ("a", "b"))
     scales = [factors.scale for factors, _ in parts]
     chosen = x[index].to(a.dtype)
     hidden = torch.bmm(chosen.reshape(count, -1, a.shape[2]), a.transpose(1, 2))

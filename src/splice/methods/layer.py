@@ -7,8 +7,7 @@ and its mathematics. Everything else (attaching, selecting, merging, dtypes, dev
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -26,8 +25,7 @@ _EMPTIED = tuple((name, type(value)) for name, value in _PRISTINE.items() if isi
 _PLAIN = frozenset({int, float, bool, str, tuple})
 
 
-@dataclass(frozen=True)
-class Factors:
+class Factors(NamedTuple):
     """An update of a linear layer that is a plain product: `scale * b a`, with a (r, in) and b (out, r)."""
 
     a: torch.Tensor

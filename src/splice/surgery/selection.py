@@ -6,8 +6,9 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -24,6 +25,7 @@ class Rows:
 
     names: tuple[str, ...]
     may_repeat: bool = False
+    made: dict[Any, list[tuple[str, torch.Tensor]]] = field(default_factory=dict, compare=False, repr=False)
 
     def groups(self, batch: int, device: torch.device) -> list[tuple[str, torch.Tensor]]:
         """(adapter name, indices of its rows) for a batch of this size, without the rows of the bare base.
@@ -33,8 +35,12 @@ class Rows:
         """
         if batch != len(self.names) and (not self.may_repeat or batch % len(self.names)):
             raise ValueError(f"`adapter_names` names {len(self.names)} rows, and the input has {batch}")
-        repeats = batch // len(self.names)
-        return [(name, torch.tensor(rows, device=device)) for name, rows in _rows_by_name(self.names, repeats)]
+        found = self.made.get((batch, device))
+        if found is None:  # every layer of a call asks for the same
+            by_name = _rows_by_name(self.names, batch // len(self.names))
+            found = [(name, torch.tensor(rows, device=device)) for name, rows in by_name]
+            self.made[batch, device] = found
+        return found
 
 
 @lru_cache(maxsize=256)
