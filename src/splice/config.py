@@ -217,17 +217,35 @@ def read_fields(text: bytes, place: str) -> dict[str, Any]:
     """Parse the bytes of a config file into its fields.
 
     Raises:
-        CheckpointError: it is not UTF-8, not JSON, or not a JSON object.
+        CheckpointError: it is a pointer to a file that was not fetched, not UTF-8, not JSON, or not a JSON object.
     """
-    if text.startswith(b"\xef\xbb\xbf"):
-        raise CheckpointError(f"{place} starts with a byte order mark; save it as UTF-8 without one")
+    from splice.loading.foreign import LFS_START, lfs_pointer
+
+    if text.startswith(LFS_START):
+        raise CheckpointError(lfs_pointer(place))
     try:
-        fields = json.loads(text.decode("utf-8"))
+        # Editors of Windows put a byte order mark in front.
+        fields = json.loads(text.decode("utf-8-sig"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{place} is not valid JSON: {error}") from error
     if not isinstance(fields, dict):
         raise CheckpointError(f"{place} holds a JSON {type(fields).__name__}; an adapter config is an object")
     return fields
+
+
+@dataclass(frozen=True)
+class ReadConfig:
+    """A config as it was read.
+
+    Attributes:
+        config: the config.
+        legacy: fields of long ago that still say something, and that no config has.
+        notes: a line for each value that was spelled in another way.
+    """
+
+    config: PeftConfig
+    legacy: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def parse_config(text: bytes, place: str) -> PeftConfig:
@@ -236,18 +254,28 @@ def parse_config(text: bytes, place: str) -> PeftConfig:
     A field that this version knows and cannot honour is the business of the method's own check
     (`Method.check`), which refuses it: there, the effect on the output is known.
     """
+    return read_config(text, place).config
+
+
+def read_config(text: bytes, place: str) -> ReadConfig:
+    """As `parse_config`, with what was understood beyond the fields of today."""
+    from splice.loading.clean import cleaned, legacy
+    from splice.loading.foreign import what_config
     from splice.methods.registry import method_named
 
     fields = read_fields(text, place)
     if "peft_type" not in fields:
-        raise CheckpointError(f"{place} has no 'peft_type': it does not say which kind of adapter this is")
+        what = what_config(fields)
+        raise CheckpointError(f"{place} has no 'peft_type': it does not say which kind of adapter this is.{what}")
     config_class = method_named(fields["peft_type"], place).config
-    known = {f.name for f in dataclasses.fields(config_class) if f.init}
-    unknown = UnknownFields({k: v for k, v in fields.items() if k not in known or k in config_class.runtime_fields})
+    known = {f.name for f in dataclasses.fields(config_class) if f.init} - config_class.runtime_fields
+    old = legacy({k: v for k, v in fields.items() if k not in known})
+    unknown = UnknownFields({k: v for k, v in fields.items() if k not in known and k not in old})
     if unknown.values:
-        warnings.warn(_unknown_fields_message(unknown, config_class, fields, place), PeftWarning, stacklevel=2)
+        warnings.warn(_unknown_fields_message(unknown, config_class, fields, place), PeftWarning, stacklevel=3)
+    values, notes = cleaned({k: v for k, v in fields.items() if k in known}, config_class)
     try:
-        return config_class(**{k: v for k, v in fields.items() if k not in unknown.values})
+        return ReadConfig(config_class(**values), old, tuple(notes))
     except (TypeError, ValueError) as error:
         raise type(error)(f"{place}: {error}") from error
 
