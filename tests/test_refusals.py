@@ -16,7 +16,7 @@ from torch import nn
 
 import splice
 from splice.errors import AdapterMismatchError, PeftWarning, UnsupportedFeatureError
-from splice.methods.lora import _NOT_HONOURED
+from splice.methods.lora_config import NOT_HONOURED
 from tests import broken
 from tests.broken import (
     Interrupted,
@@ -193,7 +193,7 @@ def test_the_proposed_key_mapping_works(tmp_path: Path) -> None:
     assert torch.equal(output(model), output(load(made.write(tmp_path / "straight"))))
 
 
-@pytest.mark.parametrize("name", _NOT_HONOURED)
+@pytest.mark.parametrize("name", NOT_HONOURED)
 def test_what_is_not_supported_is_refused_by_name(name: str, tmp_path: Path) -> None:
     value: Any = True if name.startswith(("use_dora", "ensure")) else [[0, 1]] if name == "layer_replication" else [1]
     folder = _config(**{name: value})(parts()).write(tmp_path)

@@ -21,7 +21,7 @@ from splice.methods.layer import AdapterLayer, Forward
 from splice.surgery.targets import matching_parameters, value_for
 
 if TYPE_CHECKING:
-    from splice.methods.lora import LoraConfig
+    from splice.methods.lora_config import LoraConfig
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,155 @@
+"""The config of LoRA and its relatives, and what is refused of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from splice.config import PeftConfig, PeftType, TargetRule
+from splice.errors import UnsupportedFeatureError
+
+
+@dataclass
+class LoraRuntimeConfig:
+    """Options that live in memory only."""
+
+    ephemeral_gpu_offload: bool = False
+
+
+@dataclass
+class LoraConfig(PeftConfig):
+    """Fields and defaults of the reference, in its order.
+
+    Raises:
+        ValueError: fields contradict each other.
+        TypeError: `target_parameters` is a string.
+    """
+
+    r: int = 8
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    lora_alpha: int = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    use_rslora: bool = False
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | str = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, int] = field(default_factory=dict)
+    megatron_config: dict[str, Any] | None = None
+    megatron_core: str | None = "megatron.core"
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    loftq_config: dict[str, Any] = field(default_factory=dict)
+    eva_config: Any = None
+    corda_config: Any = None
+    lora_ga_config: Any = None
+    use_dora: bool = False
+    velora_config: Any = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: Any = None
+    layer_replication: list[list[int]] | None = None
+    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
+    lora_bias: bool = False
+    target_parameters: list[str] | None = None
+    use_bdlora: Any = None
+    arrow_config: Any = None
+    kasa_config: Any = None
+    ensure_weight_tying: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.LORA
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        if isinstance(self.target_parameters, str):
+            raise TypeError("`target_parameters` is a list of names, got a string")
+        _check_fields_agree(self)
+
+    def target_rule(self) -> TargetRule:
+        return TargetRule(
+            self.target_modules,
+            self.exclude_modules,
+            self.layers_to_transform,
+            self.layers_pattern,
+            self.modules_to_save,
+            self.target_parameters,
+        )
+
+    def trained_biases(self) -> str:
+        return self.bias
+
+
+def _check_fields_agree(config: LoraConfig) -> None:
+    if isinstance(config.target_modules, str):
+        for name in ("layers_to_transform", "layers_pattern"):
+            if getattr(config, name) is not None:
+                raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+    if config.use_dora and config.megatron_config:
+        raise ValueError("`use_dora` does not work with `megatron_config`; drop one of the two.")
+    if config.lora_bias and config.use_dora:
+        raise ValueError("`lora_bias=True` is not supported together with `use_dora=True`.")
+    if config.lora_bias and not isinstance(config.init_lora_weights, bool):
+        raise ValueError(f"`lora_bias=True` needs init_lora_weights True or False, not {config.init_lora_weights!r}.")
+    if config.init_lora_weights == "loftq" and not config.loftq_config:
+        raise ValueError("`loftq_config` must be specified when `init_lora_weights` is 'loftq'.")
+    if config.loftq_config and config.init_lora_weights != "loftq":
+        warnings.warn("`loftq_config` is given but `init_lora_weights` is not 'loftq'; it is ignored.", stacklevel=4)
+        config.loftq_config = {}
+
+
+# Initialisations that leave the base weights alone: an adapter made with one of them loads as plain LoRA.
+_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
+# Fields that change the output when they are set, and that nothing here honours yet.
+NOT_HONOURED = (
+    "megatron_config",
+    "trainable_token_indices",
+    "use_dora",
+    "velora_config",
+    "alora_invocation_tokens",
+    "monteclora_config",
+    "layer_replication",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "ensure_weight_tying",
+)
+
+
+def check(config: LoraConfig) -> None:
+    """Refuse what would compute something else than what was trained."""
+    for name, value in [("r", config.r), *((f"rank_pattern[{k!r}]", v) for k, v in config.rank_pattern.items())]:
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            raise ValueError(f"`{name}` should be a positive integer value but the value passed is {value!r}")
+    for name, value in [("lora_alpha", config.lora_alpha), *config.alpha_pattern.items()]:
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise ValueError(f"the alpha of {name!r} should be a number but the value passed is {value!r}")
+    if config.bias not in ("none", "all", "lora_only"):
+        raise NotImplementedError(f"bias={config.bias!r} is not one of 'none', 'all', 'lora_only'")
+    if config.target_parameters and (config.lora_dropout or config.fan_in_fan_out or config.lora_bias):
+        raise ValueError("`target_parameters` does not work with lora_dropout, fan_in_fan_out or lora_bias.")
+    asked = {name: getattr(config, name) for name in NOT_HONOURED if getattr(config, name) not in (None, False, [])}
+    if config.init_lora_weights not in _PLAIN_INITS:
+        asked["init_lora_weights"] = config.init_lora_weights
+    if asked:
+        raise UnsupportedFeatureError(
+            f"this LoRA asks for {asked}, which changes what the adapter computes and is not supported yet. "
+            "It is refused rather than loaded as plain LoRA."
+        )
+
+
+def with_rank(config: LoraConfig, rank: int, **changes: Any) -> LoraConfig:
+    """A copy of `config` with one rank everywhere and scale 1."""
+    return dataclasses.replace(
+        config, r=rank, lora_alpha=rank, rank_pattern={}, alpha_pattern={}, use_rslora=False, **changes
+    )
