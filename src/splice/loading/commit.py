@@ -76,13 +76,16 @@ def _moved(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> to
 
 def build_new(plan: Plan, config: PeftConfig, autocast: bool) -> list[Built]:
     """Adapter layers with the initial values of the method."""
-    return [_build(p, config, new_tensors(p, config, autocast)) for p in plan.placements]
+    built = [_build(p, config, new_tensors(p, config, autocast)) for p in plan.placements]
+    for item in built:
+        item.layer.begin()
+    return built
 
 
 @torch.no_grad()
 def new_tensors(placement: Placement, config: PeftConfig, autocast: bool) -> dict[str, torch.Tensor]:
     """Tensors for one layer of a new adapter: drawn in float32, then brought to their dtype and device."""
-    whole = placement.layer_class is WholeModule
+    whole = issubclass(placement.layer_class, WholeModule)
     drawn = {
         suffix: torch.empty(shape, dtype=placement.dtype(suffix, autocast) if whole else torch.float32)
         for suffix, shape in placement.slots.items()

@@ -8,19 +8,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from splice.config import PeftConfig, TargetRule
+from splice.config import PeftConfig, TargetRule, copy_config
 from splice.loading.checkpoint import DTYPES
 from splice.loading.header import Entry
 from splice.loading.keys import format_key
 from splice.methods.layer import AdapterLayer
 from splice.methods.registry import Method
-from splice.surgery.targets import resolved_rule, select, select_parameters
+from splice.surgery.targets import default_modules, resolved_rule, select, select_parameters
 from splice.surgery.whole import BiasOnly, WholeModule, walk_bare
+
+if TYPE_CHECKING:
+    from splice.prompts.prompt import PromptLayer
 
 # What the reference calls embeddings when it decides whether to save the base's own.
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
@@ -71,6 +74,7 @@ class Plan:
         missing: keys of slots that the checkpoint has no tensor for.
         unexpected: names of tensors that have no place.
         mismatched: (key, shape or dtype in the checkpoint, shape it must have) of tensors that do not fit.
+        hints: why the checkpoint could not be read in another way, where one was near.
     """
 
     placements: list[Placement]
@@ -82,6 +86,7 @@ class Plan:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[tuple[str, str, str]] = field(default_factory=list)
+    hints: list[str] = field(default_factory=list)
 
     @property
     def fits(self) -> bool:
@@ -100,6 +105,7 @@ def lay_out(
     method: Method,
     heads: Sequence[str] = (),
     modules: Mapping[str, nn.Module] | None = None,
+    new: bool = False,
 ) -> Plan:
     """The adapter layers that `config` asks for on `network`: the plan of a new, still empty adapter.
 
@@ -109,22 +115,22 @@ def lay_out(
         method: the method of the config.
         heads: names of task heads, which are saved whole beside what the config names.
         modules: all modules of `network` by path, where the caller has them already.
+        new: the adapter is made and not loaded; some methods train more tensors than their checkpoints hold.
 
     Raises:
         NoMatchingPeftModuleError: the config selects nothing.
         ValueError: the config cannot be applied to a layer that it selects.
     """
     method.check(config)
-    if method.network_layer is not None:
-        whole_network = _placement("", network, method.network_layer, config)
-        return Plan([whole_network], config.target_rule(), method.network_layer.resolved(network, config))
     if modules is None:
         modules = walk_bare(network)
-    rule = resolved_rule(method, config, network, modules)
-    if heads:
-        rule = replace(rule, modules_to_save=list(dict.fromkeys([*(rule.modules_to_save or ()), *heads])))
+    if method.network_layer is not None:
+        return _lay_out_prompt(network, config, method.network_layer, heads, modules, new)
+    rule = _with_heads(resolved_rule(method, config, network, modules), heads)
+    further = default_modules(method, config, network)
+    config = copy_config(config, **further) if further else config
     placements = [
-        _placement(path, base, method.layer_for(base, path), config) for path, base in select(rule, modules).items()
+        _placement(path, base, method.layer_for(base, path, config), config) for path, base in select(rule, modules).items()
     ]
     if method.shared is not None:
         shapes = method.shared.shapes([(p.path, p.base) for p in placements], config)
@@ -137,11 +143,38 @@ def lay_out(
     _check_apart(whole, placements)
     placements += [_placement(path, base, WholeModule, config) for path, base in whole]
     biases = config.trained_biases()
-    resolved: dict[str, Any] = {"target_modules": rule.target_modules, "modules_to_save": rule.modules_to_save}
+    named = {"target_modules": rule.target_modules, "modules_to_save": rule.modules_to_save}
+    resolved: dict[str, Any] = {**named, **further}
     for placement in placements:
         resolved.update(placement.layer_class.resolved(placement.base, config))
     placements = _with_biases(placements, modules, biases)
     return Plan(placements, rule, resolved, _written_twice(placements, biases), _base_copies(placements))
+
+
+def _with_heads(rule: TargetRule, heads: Sequence[str]) -> TargetRule:
+    saved = list(dict.fromkeys([*(rule.modules_to_save or ()), *heads]))
+    return replace(rule, modules_to_save=saved) if heads else rule
+
+
+def _lay_out_prompt(
+    network: nn.Module,
+    config: PeftConfig,
+    layer_class: type[PromptLayer],
+    heads: Sequence[str],
+    modules: Mapping[str, nn.Module],
+    new: bool,
+) -> Plan:
+    """As `lay_out`, of methods that act on the call of the network as a whole."""
+    rule = _with_heads(config.target_rule(), heads)
+    path = layer_class.place(network, config)
+    if new and not config.inference_mode:
+        layer_class = layer_class.for_training(config)
+    prompt = _placement(path, modules[path], layer_class, config)
+    whole = _saved_whole(rule, modules)
+    _check_apart(whole, [prompt])
+    placements = [prompt, *(_placement(path, base, layer_class.head, config) for path, base in whole)]
+    resolved = {**layer_class.resolved(network, config), "modules_to_save": rule.modules_to_save}
+    return Plan(placements, rule, resolved)
 
 
 def _base_copies(placements: Sequence[Placement]) -> dict[str, torch.Tensor]:

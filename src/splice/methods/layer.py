@@ -33,6 +33,23 @@ class Factors(NamedTuple):
     scale: float
 
 
+OFFLOADED = (
+    "the adapter's tensors are on the meta device: they were left empty (low_cpu_mem_usage), or offloaded by hooks that came "
+    "after the adapter. Dispatch or offload the base model first, then load the adapter."
+)
+
+
+def cast_to(x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """The input `x` in the dtype of `own`, a tensor of an adapter; indices stay as they are.
+
+    Raises:
+        RuntimeError: `own` has no values.
+    """
+    if own.is_meta and not x.is_meta:
+        raise RuntimeError(OFFLOADED)
+    return x if x.dtype is own.dtype or not x.is_floating_point() else x.to(own.dtype)
+
+
 class LightModule(nn.Module):
     """A module that is made in a fifth of the time.
 
@@ -91,7 +108,7 @@ class AdapterLayer(LightModule):
     # How the reference spells the tensors of the base layer once this is on it (`base_layer.weight`).
     base_infix: str = "base_layer."
     # True where `inner` is called with the very input `x`: then its output may be computed once for several adapters.
-    keeps_input: ClassVar[bool] = True
+    keeps_input: bool = True
     # Of several active adapters the first is the innermost; the first that the input meets where this is True.
     first_outside: ClassVar[bool] = False
     # Suffixes of tensors that are never trained: they are held as buffers.
@@ -147,6 +164,9 @@ class AdapterLayer(LightModule):
         """Fill the empty `tensors` of a new adapter in place."""
         raise NotImplementedError
 
+    def begin(self) -> None:
+        """Bring a new adapter's tensors where they start, if that takes more than `initialise` knows of."""
+
     def around(self, x: torch.Tensor, inner: Forward) -> Any:
         """The adapted output for `x`. `inner` is the base layer, or the next adapter layer in."""
         return inner(x)
@@ -155,6 +175,17 @@ class AdapterLayer(LightModule):
         """`around` as a function of the base layer's own arguments."""
         around = self.around
         return lambda x: around(x, inner)
+
+    @classmethod
+    def wrapped_rows(cls, layers: Mapping[str, AdapterLayer], rows: Any, inner: Forward) -> Forward | None:
+        """`wrapped` for a batch with an adapter for each row, of methods for which rows cannot be taken one by one.
+
+        Args:
+            layers: the adapter layers of the base layer, by adapter name.
+            rows: which adapter each row has, a `Rows`.
+            inner: the base layer.
+        """
+        return None
 
     def delta_weight(self, weight: torch.Tensor) -> torch.Tensor | None:
         """What merging adds to the dense `weight`, (out, in) for linear layers; None where it cannot be merged."""
@@ -195,6 +226,10 @@ class AdapterLayer(LightModule):
             assert isinstance(child, Slots)
             yield from child.named_slots(f"{name}.")
 
+    def stored_slots(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What a checkpoint holds of this layer; other than `named_slots` where it is worked out from those."""
+        yield from self.named_slots()
+
     def join(self, shared: AdapterLayer) -> None:
         """Take what all layers of this adapter share; called once, of methods whose record has `shared`."""
 
@@ -218,6 +253,12 @@ class AdapterLayer(LightModule):
     def base_front(self, path: str) -> str:
         """What the reference puts before the names of the base's own tensors, once this is on it."""
         return format_key(path, self.base_infix)
+
+    def set_trained(self, trained: bool) -> None:
+        """Whether the tensors of this layer are trained."""
+        for parameter in self.parameters():
+            if parameter.is_leaf:  # under FSDP there are others
+                parameter.requires_grad = trained
 
     def train(self, mode: bool = True) -> AdapterLayer:
         """Only this layer has a mode; its holders of tensors have none."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import MappingProxyType
 
 from splice.config import PeftType
+from splice.errors import UnsupportedLayerError
 from splice.methods.default_targets import LORA_TARGETS
-from splice.methods.lora_config import LoraConfig, LoraRuntimeConfig, check, with_rank
+from splice.methods.layer import AdapterLayer
+from splice.methods.lora_config import LoraConfig, LoraRuntimeConfig, active_variants, check, with_rank
+from splice.methods.lora_dora import DoraConv, DoraEmbedding, DoraLinear
 from splice.methods.lora_layers import LoraConv, LoraEmbedding, LoraLayer, LoraLinear
 from splice.methods.lora_parameters import LoraParameters
 from splice.methods.registry import Combining, Method, register
@@ -14,22 +18,53 @@ from splice.weights.layers import LayerKind
 
 __all__ = ["METHOD", "LoraConfig", "LoraLayer", "LoraRuntimeConfig", "with_rank"]
 
+_CONVOLUTIONS = (LayerKind.CONV1D, LayerKind.CONV2D, LayerKind.CONV3D)
+_LINEAR = (LayerKind.LINEAR, LayerKind.TRANSPOSED_LINEAR)
+_LAYERS: Mapping[LayerKind, type[AdapterLayer]] = MappingProxyType(
+    {
+        **dict.fromkeys(_LINEAR, LoraLinear),
+        LayerKind.EMBEDDING: LoraEmbedding,
+        **dict.fromkeys(_CONVOLUTIONS, LoraConv),
+    }
+)
+# By the field of the config that asks for it.
+_VARIANTS: Mapping[str, Mapping[LayerKind, type[AdapterLayer]]] = MappingProxyType(
+    {
+        "use_dora": {
+            **dict.fromkeys(_LINEAR, DoraLinear),
+            LayerKind.EMBEDDING: DoraEmbedding,
+            **dict.fromkeys(_CONVOLUTIONS, DoraConv),
+        },
+    }
+)
+
+
+def variant(config: LoraConfig, kind: LayerKind) -> type[AdapterLayer] | None:
+    """The adapter layer of the relative of LoRA that `config` asks for; None for plain LoRA.
+
+    Raises:
+        UnsupportedLayerError: (a ValueError) it cannot be put on such a layer.
+    """
+    asked = active_variants(config)
+    if not asked:
+        return None
+    layers = _VARIANTS[asked[0]]
+    if kind not in layers:
+        raise UnsupportedLayerError(
+            f"`{asked[0]}` cannot be used on a layer of the kind {kind.name}; it can on: "
+            f"{', '.join(k.name for k in layers)}. Leave such layers out of the targets."
+        )
+    return layers[kind]
+
+
 METHOD = register(
     Method(
         name=PeftType.LORA,
         config=LoraConfig,
         prefix="lora_",
-        tensor_names=frozenset({"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"}),
-        layers=MappingProxyType(
-            {
-                LayerKind.LINEAR: LoraLinear,
-                LayerKind.TRANSPOSED_LINEAR: LoraLinear,
-                LayerKind.EMBEDDING: LoraEmbedding,
-                LayerKind.CONV1D: LoraConv,
-                LayerKind.CONV2D: LoraConv,
-                LayerKind.CONV3D: LoraConv,
-            }
-        ),
+        tensor_names=frozenset({"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"}),
+        layers=_LAYERS,
+        variant=variant,
         parameters_layer=LoraParameters,
         default_targets=LORA_TARGETS,
         combining=Combining.FACTORS,

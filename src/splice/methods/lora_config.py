@@ -110,11 +110,12 @@ def _check_fields_agree(config: LoraConfig) -> None:
 
 # Initialisations that leave the base weights alone: an adapter made with one of them loads as plain LoRA.
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
+# Relatives of LoRA, by the fields that ask for them. At most one can be asked for.
+VARIANTS = ("use_dora",)
 # Fields that change the output when they are set, and that nothing here honours yet.
 NOT_HONOURED = (
     "megatron_config",
     "trainable_token_indices",
-    "use_dora",
     "velora_config",
     "alora_invocation_tokens",
     "monteclora_config",
@@ -124,6 +125,11 @@ NOT_HONOURED = (
     "kasa_config",
     "ensure_weight_tying",
 )
+
+
+def active_variants(config: LoraConfig) -> list[str]:
+    """The fields of `VARIANTS` that are set."""
+    return [name for name in VARIANTS if getattr(config, name) not in (None, False, [])]
 
 
 def check(config: LoraConfig) -> None:
@@ -138,6 +144,11 @@ def check(config: LoraConfig) -> None:
         raise NotImplementedError(f"bias={config.bias!r} is not one of 'none', 'all', 'lora_only'")
     if config.target_parameters and (config.lora_dropout or config.fan_in_fan_out or config.lora_bias):
         raise ValueError("`target_parameters` does not work with lora_dropout, fan_in_fan_out or lora_bias.")
+    variants = active_variants(config)
+    if len(variants) > 1:
+        raise ValueError(f"Invalid or unsupported variant combination: {variants}; at most one of them can be used.")
+    if config.target_parameters and variants:
+        raise ValueError(f"`target_parameters` does not work with `{variants[0]}`.")
     asked = {name: getattr(config, name) for name in NOT_HONOURED if getattr(config, name) not in (None, False, [])}
     if config.init_lora_weights not in _PLAIN_INITS:
         asked["init_lora_weights"] = config.init_lora_weights

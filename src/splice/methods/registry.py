@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,13 @@ import torch
 from torch import nn
 
 from splice.config import PeftConfig, PeftType
-from splice.errors import CheckpointError, UnknownMethodError
+from splice.errors import CheckpointError, UnknownMethodError, UnsupportedLayerError
 from splice.methods.kinds import SharedTensors
 from splice.methods.layer import AdapterLayer
 from splice.weights.layers import LayerKind, kind_of
 
 if TYPE_CHECKING:
+    from splice.prompts.prompt import PromptLayer
     from splice.surgery.tuner import Tuner
 
 _METHODS: dict[PeftType, Method] = {}
@@ -28,6 +30,14 @@ _PACKAGES = ("splice.methods", "splice.prompts")
 
 def _nothing_to_check(config: Any) -> None:
     return None
+
+
+class Combining(Enum):
+    """How several adapters of a method become one new adapter (`add_weighted_adapter`)."""
+
+    NONE = "they cannot be combined"
+    FACTORS = "by their low-rank factors, in one of several ways that the caller chooses"
+    SUM = "each tensor is the weighted sum of theirs"
 
 
 @dataclass(frozen=True)
@@ -40,13 +50,19 @@ class Method:
         prefix: what the names of its tensors begin with (`lora_`).
         tensor_names: the first components of its tensors' names (`lora_A`).
         layers: the adapter layer for each kind of base layer it supports; empty for prompt learning.
+        variant: the adapter layer for a kind of base layer, where a config asks for another one than `layers` has; else None.
         parameters_layer: the adapter layer for bare parameters of a module; None where it cannot be put on them.
-        network_layer: the adapter layer for the network as a whole, of methods that act on its call.
+        network_layer: the adapter layer for the network as a whole, of methods that act on its call: prompt learning.
         shared: what holds the tensors that all layers of an adapter use; None where each layer has its own only.
         tuner_methods: what training with it needs, by name: called with the tuner first, found on the model.
+        tuner_views: what is read on a model with it, by name: worked out from the tuner.
         loss_term: what a forward in training adds to the loss, given the tuner and an active adapter's name.
         default_targets: modules to target by `config.model_type`, where the config names none.
+        default_modules: the same for each further field of the config that names modules.
+        combining: how several adapters become one.
+        outdated_names: first components of tensors' names that only earlier versions wrote, and what to do about them.
         check: raises where a config asks for something that is wrong or not supported, before anything is read.
+        check_beside: raises where an adapter with the first config cannot stand beside those with the others, by name.
         paper: where the method is described.
     """
 
@@ -55,29 +71,36 @@ class Method:
     prefix: str
     tensor_names: frozenset[str]
     layers: Mapping[LayerKind, type[AdapterLayer]] = field(default_factory=lambda: MappingProxyType({}))
+    variant: Callable[[Any, LayerKind], type[AdapterLayer] | None] | None = None
     parameters_layer: type[AdapterLayer] | None = None
-    network_layer: type[AdapterLayer] | None = None
+    network_layer: type[PromptLayer] | None = None
     shared: type[SharedTensors] | None = None
     tuner_methods: Mapping[str, Callable[..., Any]] = field(default_factory=lambda: MappingProxyType({}))
+    tuner_views: Mapping[str, Callable[[Tuner], Any]] = field(default_factory=lambda: MappingProxyType({}))
     loss_term: Callable[[Tuner, str], torch.Tensor] | None = None
     default_targets: Mapping[str, list[str] | str] = field(default_factory=lambda: MappingProxyType({}))
+    default_modules: Mapping[str, Mapping[str, list[str]]] = field(default_factory=lambda: MappingProxyType({}))
+    combining: Combining = Combining.NONE
+    outdated_names: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     check: Callable[[Any], None] = _nothing_to_check
+    check_beside: Callable[[Any, Mapping[str, Any]], None] | None = None
     paper: str = ""
 
-    def layer_for(self, base: nn.Module, path: str) -> type[AdapterLayer]:
-        """The adapter layer for `base`.
+    def layer_for(self, base: nn.Module, path: str, config: PeftConfig) -> type[AdapterLayer]:
+        """The adapter layer that an adapter with this config has on `base`.
 
         Raises:
-            ValueError: this method cannot be put on such a layer.
+            UnsupportedLayerError: (a ValueError and a TypeError) this method cannot be put on such a layer.
         """
         kind = kind_of(base)
         if kind is None or kind not in self.layers:
             supported = ", ".join(k.name.title().replace("_", "") for k in self.layers)
-            raise ValueError(
+            raise UnsupportedLayerError(
                 f"Target module {path!r} is a {type(base).__name__}, which {self.name.value} cannot be put on. "
                 f"Supported are: {supported}. Name the layers inside it, or exclude it with `exclude_modules`."
             )
-        return self.layers[kind]
+        variant = None if self.variant is None else self.variant(config, kind)
+        return self.layers[kind] if variant is None else variant
 
 
 def register(method: Method) -> Method:
