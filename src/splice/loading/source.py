@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 
 from splice.config import CONFIG_NAME
 from splice.errors import CheckpointError
+from splice.loading.download import download
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
 BIN_NAME = "adapter_model.bin"
@@ -23,23 +23,23 @@ class Source:
     Attributes:
         location: the folder or Hub id, as the caller gave it.
         subfolder: folder inside it.
-        options: options for `huggingface_hub.hf_hub_download`.
+        options: what the caller passed on; a download takes from it what `huggingface_hub.hf_hub_download` understands.
         commit: the commit of a Hub repository that the first file came from; all others are asked of the same one.
+        unreachable: why the last file could not be asked for, where the Hub could not be reached and the cache lacks it.
     """
 
     location: str
     subfolder: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
     commit: str | None = None
+    unreachable: Exception | None = None
 
     @classmethod
     def from_options(
         cls, location: str | os.PathLike[str], subfolder: str | None, options: Mapping[str, Any]
     ) -> Source:
-        """Keep those of `options` that a download understands; the others are not for us and are ignored."""
-        if options.get("use_auth_token") and not options.get("token"):
-            options = {**options, "token": options["use_auth_token"]}
-        return cls(os.fspath(location), subfolder, {k: v for k, v in options.items() if k in _download_options()})
+        """The source that the arguments of a load name; options that a download does not understand are not for us."""
+        return cls(os.fspath(location), subfolder, dict(options))
 
     @property
     def folder(self) -> Path:
@@ -64,7 +64,9 @@ class Source:
 
         path = self._file(CONFIG_NAME)
         if path is None:
-            raise CheckpointError(f"Can't find '{CONFIG_NAME}' at '{self._shown_place()}'.{self._found_instead()}")
+            raise CheckpointError(f"Can't find '{CONFIG_NAME}' at '{self._shown_place()}'.{self._why_not()}")
+        if path.is_dir():
+            raise CheckpointError(f"{path} is a folder, not a file")
         weights = path.parent / SAFETENSORS_NAME
         return finished_config(path, weights)
 
@@ -78,56 +80,50 @@ class Source:
             path = self._file(name)
             if path is not None:
                 return path
+        if self.unreachable is not None:
+            raise CheckpointError(
+                f"Can't find {SAFETENSORS_NAME} or {BIN_NAME} of '{self._shown_place()}'.{self._why_not()}"
+            ) from self.unreachable
         raise CheckpointError(
             f"'{self._shown_place()}' has an {CONFIG_NAME} but neither {SAFETENSORS_NAME} nor {BIN_NAME}: the adapter's "
-            f"weights are missing.{self._found_instead()}"
+            f"weights are missing.{self._why_not()}"
         )
 
     def _shown_place(self) -> str:
         return str(self.folder) if self.is_local or not self.subfolder else f"{self.location}/{self.subfolder}"
 
+    @property
+    def _on_disk(self) -> bool:
+        return self.is_local or _looks_like_a_path(self.location)
+
     def _file(self, name: str) -> Path | None:
-        if self.is_local or _looks_like_a_path(self.location):
+        if self._on_disk:
             path = self.folder / name
             return path if path.exists() else None
-        return self._download(name)
+        inside = str(PurePosixPath(self.subfolder or "", name))
+        found = download(self.location, inside, self.options, self.commit)
+        self.unreachable = found.unreachable
+        self.commit = self.commit or found.commit
+        return found.path
 
-    def _download(self, name: str) -> Path | None:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import (
-            EntryNotFoundError,
-            HfHubHTTPError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-        )
+    def _why_not(self) -> str:
+        """What is there instead, as a sentence with a space in front."""
+        if self.is_local:
+            return self._found_instead()
+        if self._on_disk:
+            return " There is no such folder."
+        if self.unreachable is not None:
+            return f" It is not in the cache, and the Hub was not asked or cannot be reached: {self.unreachable}"
+        from splice.loading.download import listing
 
-        options = dict(self.options)
-        if self.commit is not None:
-            options["revision"] = self.commit
-        if self.subfolder:
-            options["subfolder"] = str(PurePosixPath(self.subfolder))
-        try:
-            path = Path(hf_hub_download(self.location, name, **options))
-        except LocalEntryNotFoundError as error:
-            # Offline: a file that the cache lacks may still exist on the Hub, so this is only "not found" for the
-            # second of two names.
-            if self.commit is not None:
-                return None
-            raise CheckpointError(
-                f"Can't find '{name}' of '{self.location}' in the cache, and the Hub cannot be reached: {error}"
-            ) from error
-        except EntryNotFoundError:
-            return None
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            raise CheckpointError(f"Can't find '{name}' at '{self._shown_place()}': {error}") from error
-        self.commit = self.commit or _commit_of(path)
-        return path
+        names = listing(self.location, self.options, self.commit)
+        folders = sorted(str(PurePosixPath(n).parent) for n in names if PurePosixPath(n).name == CONFIG_NAME)
+        others = [f for f in folders if f not in (".", self.subfolder)]
+        if others and CONFIG_NAME not in names:
+            return f" There are checkpoints in its subfolders: {', '.join(others[:5])}; pass one as `subfolder`."
+        return f" The repository holds: {', '.join(names[:8])}." if names else ""
 
     def _found_instead(self) -> str:
-        if not self.is_local:
-            if _looks_like_a_path(self.location):
-                return " There is no such folder."
-            return ""
         if not self.folder.is_dir():
             return f" There is no folder {self.subfolder!r} in '{self.location}'."
         inside = sorted(p.parent.relative_to(self.folder).as_posix() for p in self.folder.glob(f"*/{CONFIG_NAME}"))
@@ -142,15 +138,3 @@ def _looks_like_a_path(location: str) -> bool:
     return (
         location.startswith((".", "/", "~", "\\")) or location.count("/") > 1 or (os.sep != "/" and os.sep in location)
     )
-
-
-def _commit_of(path: Path) -> str | None:
-    """The commit of a file in the Hub's cache, which keeps every commit in a folder of its name under `snapshots`."""
-    parts = path.parts
-    return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
-
-
-def _download_options() -> set[str]:
-    from huggingface_hub import hf_hub_download
-
-    return set(inspect.signature(hf_hub_download).parameters) - {"repo_id", "filename", "subfolder"}

@@ -1,0 +1,118 @@
+"""Files of a repository on the Hub, fetched into its cache. `huggingface_hub` is imported when the first one is."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from splice.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Found:
+    """What came of asking for a file.
+
+    Attributes:
+        path: where it lies now; None if the repository does not have it.
+        commit: the commit that it is of.
+        unreachable: the error, where the file is not in the cache and nobody could be asked whether it exists.
+    """
+
+    path: Path | None
+    commit: str | None = None
+    unreachable: Exception | None = None
+
+
+def download(repository: str, name: str, options: Mapping[str, Any], commit: str | None) -> Found:
+    """Fetch one file, or find it in the cache.
+
+    Args:
+        repository: its id on the Hub.
+        name: the file's path in it, with "/".
+        options: arguments for `huggingface_hub.hf_hub_download`; what that does not know is ignored.
+        commit: ask for the file of this commit, whatever revision `options` name.
+
+    Raises:
+        CheckpointError: the repository or the revision is not there or not ours to see, or the transfer failed.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    arguments = _understood(options)
+    if commit is None and arguments.get("local_dir") and not arguments.get("local_files_only"):
+        commit = _commit_now(repository, name, arguments)
+    if commit is not None:
+        arguments["revision"] = commit
+    folder, _, file = name.rpartition("/")
+    try:
+        path = Path(hf_hub_download(repository, file, subfolder=folder or None, **arguments))
+    except LocalEntryNotFoundError as error:  # of both kinds, so it comes first
+        return Found(None, commit, error)
+    except EntryNotFoundError:
+        return Found(None, commit)
+    except Exception as error:
+        # Of which library the error of a broken connection is, depends on the version of huggingface_hub.
+        raise CheckpointError(f"Can't find '{file}' at '{_place(repository, folder)}': {_cause(error)}") from error
+    return Found(path, commit or _commit_of(path, name))
+
+
+def listing(repository: str, options: Mapping[str, Any], commit: str | None) -> list[str]:
+    """The names of the files in a repository; for a message, so nothing if they cannot be had."""
+    from huggingface_hub import HfApi
+
+    arguments = _understood(options)
+    try:
+        api = HfApi(endpoint=arguments.get("endpoint"), token=arguments.get("token"))
+        return sorted(api.list_repo_files(repository, revision=commit or arguments.get("revision")))
+    except Exception:
+        return []
+
+
+def _understood(options: Mapping[str, Any]) -> dict[str, Any]:
+    from huggingface_hub import hf_hub_download
+
+    known = set(inspect.signature(hf_hub_download).parameters) - {"repo_id", "filename", "subfolder"}
+    arguments = {key: value for key, value in options.items() if key in known}
+    if options.get("use_auth_token") and not arguments.get("token"):
+        arguments["token"] = options["use_auth_token"]
+    return arguments
+
+
+def _commit_now(repository: str, name: str, arguments: Mapping[str, Any]) -> str | None:
+    """The commit that a revision stands for: a download into a folder of the caller's does not tell it."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    endpoint = arguments.get("endpoint")
+    url = hf_hub_url(repository, name, revision=arguments.get("revision"), endpoint=endpoint)
+    try:
+        return get_hf_file_metadata(url, token=arguments.get("token")).commit_hash
+    except Exception:
+        return None  # the download itself meets the same trouble, and reports it or finds the file in the folder
+
+
+def _commit_of(path: Path, name: str) -> str | None:
+    """The commit of a file in the Hub's cache, which keeps each one's files under `snapshots/<commit>/`."""
+    root = path.parents[len(PurePosixPath(name).parts) - 1]
+    return root.name if root.parent.name == "snapshots" else None
+
+
+def _place(repository: str, folder: str) -> str:
+    return f"{repository}/{folder}" if folder else repository
+
+
+def _cause(error: Exception) -> str:
+    """What is wrong and what to do about it, before what the Hub's own client says."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        hint = "access to the repository must be asked for on its page, and a token passed as `token=`. "
+    elif isinstance(error, RepositoryNotFoundError):
+        hint = "there is no such repository, or it is private and the token (`token=`) is missing or wrong. "
+    elif isinstance(error, RevisionNotFoundError):
+        hint = "the repository has no such `revision`. "
+    else:
+        hint = ""
+    return f"{hint}({error})" if hint else str(error)

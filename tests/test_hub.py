@@ -1,0 +1,215 @@
+"""The Hub over real HTTP: what is fetched, from which commit, with which token, and what happens when it goes wrong."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import splice
+from tests.broken import BIN, CONFIG, SAFETENSORS, Parts, llama, load, output, parts, unchanged
+from tests.hub import TOKEN, Hub, serving
+
+LORA = "someone/lora"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """A Hub that this process takes for the real one, and an empty cache."""
+    from huggingface_hub import constants
+
+    with serving() as hub:
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        yield hub
+
+
+def files(made: Parts, tmp_path: Path, as_bin: bool = False) -> dict[str, bytes]:
+    folder = made.write(tmp_path / f"written{len(list(tmp_path.iterdir()))}", as_bin=as_bin)
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def plain(seed: int, tmp_path: Path) -> torch.Tensor:
+    """The output with the adapter of this seed, loaded from a folder."""
+    return output(load(parts(seed=seed).write(tmp_path / f"plain{seed}")))
+
+
+def refused(message: str, place: str = LORA, **options: Any) -> None:
+    model = llama()
+    with unchanged(model), pytest.raises(splice.CheckpointError, match=message):
+        load(place, model, **options)
+
+
+# -- which files, of which commit
+
+
+def test_revisions_and_a_subfolder(hub: Hub, tmp_path: Path) -> None:
+    """A branch, a commit's id, a folder inside; and nothing is asked twice."""
+    repository = hub.repository(LORA)
+    first = repository.commit(files(parts(seed=1), tmp_path))
+    inside = {f"in/side/{name}": content for name, content in files(parts(seed=3), tmp_path).items()}
+    repository.commit({**files(parts(seed=2), tmp_path), **inside})
+    repository.commit(files(parts(seed=4), tmp_path), branch="dev")
+    for options, seed in (
+        ({}, 2),
+        ({"revision": "dev"}, 4),
+        ({"revision": first}, 1),
+        ({"subfolder": "in/side"}, 3),
+        ({"subfolder": "in/side/", "revision": "main"}, 3),
+    ):
+        assert torch.equal(output(load(LORA, **options)), plain(seed, tmp_path)), options
+    hub.requests.clear()
+    assert torch.equal(output(load(LORA, revision=first)), plain(1, tmp_path))
+    assert hub.requests == []
+    load(LORA)
+    assert [line.partition(" ")[0] for line in hub.requests] == ["HEAD", "HEAD"]  # one file, and where it lies
+    assert len(splice.load_peft_weights(LORA, revision="dev")) == 8
+    assert splice.PeftConfig.from_pretrained(LORA, subfolder="in/side").r == 4
+
+
+@pytest.mark.parametrize("where", ["cache_dir", "local_dir"])
+def test_config_and_weights_are_of_one_commit(where: str, hub: Hub, tmp_path: Path) -> None:
+    """Somebody pushes a new adapter, of another rank, between the two requests."""
+    repository = hub.repository(LORA)
+    repository.commit(files(parts(seed=1), tmp_path))
+    newer = files(parts(seed=2, r=8), tmp_path)
+
+    def push_before(line: str) -> None:
+        if line == f"HEAD /{LORA}/resolve/main/{SAFETENSORS}" or ".safetensors" in line:
+            hub.before = lambda line: None
+            repository.commit(newer)
+
+    hub.before = push_before
+    # A folder named as those of the cache are must not be mistaken for one.
+    model = load(LORA, **{where: tmp_path / "snapshots" / "mine"})
+    assert len(repository.commits) == 2
+    assert torch.equal(output(model), plain(1, tmp_path))
+    assert load(LORA).peft_config["default"].r == 8
+
+
+def test_weights_given_a_config_are_found_whatever_their_format(hub: Hub, tmp_path: Path) -> None:
+    hub.repository(LORA).commit({BIN: files(parts(seed=1), tmp_path, as_bin=True)[BIN]})
+    config = splice.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    for options in ({}, {"local_files_only": True}):
+        assert torch.equal(output(load(LORA, config=config, **options)), plain(1, tmp_path))
+        assert len(splice.load_peft_weights(LORA, **options)) == 8
+
+
+# -- who may see it
+
+
+def test_a_private_repository(hub: Hub, tmp_path: Path) -> None:
+    hub.repository(LORA, private=True).commit(files(parts(seed=1), tmp_path))
+    refused(f"Can't find '{CONFIG}' at '{LORA}': there is no such repository, or it is private and the token")
+    refused("there is no such repository, or it is private", token="hf_wrong")
+    hub.requests.clear()
+    hub.tokens.clear()
+    assert torch.equal(output(load(LORA, token=TOKEN)), plain(1, tmp_path))
+    for line, token in zip(hub.requests, hub.tokens):
+        assert token == (None if line.startswith("GET /large") else TOKEN), line
+    assert splice.PeftConfig.from_pretrained(LORA, use_auth_token=TOKEN).r == 4
+    refused("there is no such repository", subfolder="elsewhere")
+
+
+# -- without the network
+
+
+def test_the_second_load_needs_no_network(hub: Hub, tmp_path: Path) -> None:
+    hub.repository(LORA).commit({f"in/{n}": c for n, c in files(parts(seed=1), tmp_path).items()})
+    load(LORA, subfolder="in")
+    hub.requests.clear()
+    assert torch.equal(output(load(LORA, subfolder="in", local_files_only=True)), plain(1, tmp_path))
+    assert hub.requests == []
+    refused(f"Can't find '{CONFIG}' at '{LORA}/other'.*not in the cache", subfolder="other", local_files_only=True)
+    assert hub.requests == []
+
+
+_OFFLINE = """
+import socket, sys
+import splice
+from tests.broken import by_reference, load, output
+def refuse(*args): raise SystemExit("the network was used")
+socket.socket.connect = socket.getaddrinfo = refuse
+assert output(load("someone/lora", subfolder="in")).equal(output(load(sys.argv[1])))
+try:
+    by_reference("someone/lora", subfolder="in")
+except Exception as error:
+    print("the reference:", error)
+"""
+
+
+def test_a_process_that_is_offline(hub: Hub, tmp_path: Path) -> None:
+    """By way of the environment alone. The reference does not find the weights of a subfolder that is in the cache."""
+    folder = parts(seed=1).write(tmp_path / "plain")
+    hub.repository(LORA).commit({f"in/{n}": c for n, c in files(parts(seed=1), tmp_path).items()})
+    load(LORA, subfolder="in")
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_ENDPOINT": hub.url}
+    program = [sys.executable, "-W", "ignore", "-c", _OFFLINE, str(folder)]
+    done = subprocess.run(program, env={**os.environ, **offline}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "the reference: Cannot find the requested files in the disk cache" in done.stdout
+
+
+# -- what goes wrong on the way
+
+
+def test_a_connection_that_breaks_is_resumed(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 100)
+    hub.repository(LORA).commit(files(parts(seed=1), tmp_path))
+    hub.break_after = 1000
+    assert torch.equal(output(load(LORA)), plain(1, tmp_path))
+    assert hub.ranges == [None, "bytes=1000-"]
+
+
+def test_a_transfer_that_fails_leaves_nothing_behind(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hub answers, and the place where it keeps large files does not."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.repository(LORA).commit(files(parts(seed=1), tmp_path))
+
+    def gone(line: str) -> None:
+        if line.startswith("GET /large"):
+            raise ConnectionResetError
+
+    hub.before = gone
+    refused(f"Can't find '{SAFETENSORS}' at '{LORA}'")
+    hub.before = lambda line: None
+    assert torch.equal(output(load(LORA)), plain(1, tmp_path))
+
+
+def test_a_repository_of_something_else(hub: Hub, tmp_path: Path) -> None:
+    """What is there is named."""
+    made = files(parts(), tmp_path)
+    hub.repository(LORA).commit({CONFIG: made[CONFIG], "model.safetensors": made[SAFETENSORS]})
+    refused(f"neither {SAFETENSORS} nor {BIN}.*The repository holds: {CONFIG}, model.safetensors")
+    hub.repository("someone/base").commit({"config.json": b"{}"})
+    refused(f"Can't find '{CONFIG}' at 'someone/base'. The repository holds: config.json", "someone/base")
+    hub.repository("someone/many").commit({f"step-{i}/{n}": c for i in (1, 2) for n, c in made.items()})
+    refused("checkpoints in its subfolders: step-1, step-2; pass one as `subfolder`", "someone/many")
+    refused("the repository has no such `revision`", revision="v9")
+
+
+def test_the_hub_is_lost_between_the_two_files(hub: Hub, tmp_path: Path) -> None:
+    """The weights are not called missing where nobody could be asked."""
+    repository = hub.repository(LORA)
+    repository.commit({CONFIG: files(parts(), tmp_path)[CONFIG]})
+    splice.PeftConfig.from_pretrained(LORA)
+    refused(f"Can't find {SAFETENSORS} or {BIN} of '{LORA}'.*not in the cache", local_files_only=True)
+
+
+def test_a_local_folder_asks_nobody(hub: Hub, tmp_path: Path) -> None:
+    model = load(parts(seed=1).write(tmp_path / "a"))
+    model.save_pretrained(tmp_path / "b")
+    assert hub.requests == []
