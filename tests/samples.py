@@ -53,6 +53,20 @@ SAMPLES: dict[PeftType, Sample] = {
         reference_mixes=True,
         reference_scales=True,
     ),
+    PeftType.FOURIERFT: Sample(
+        config={"n_frequency": 12, "scaling": 20.0},
+        small={"n_frequency": 5, "random_loc_seed": 3},
+        options={
+            "pattern": {"n_frequency_pattern": {"first|q_proj": 8, "first": 7}, "random_loc_seed": 1},
+            "bias_of_targets": {"bias": "fourier_only"},
+        },
+    ),
+    PeftType.PREFIX_TUNING: Sample(config={"num_virtual_tokens": 4}, small={"num_virtual_tokens": 2}),
+    PeftType.IA3: Sample(
+        config={"feedforward_modules": r".*(second|c_fc|\bv|v_proj|down|value)"},
+        small={"feedforward_modules": []},
+        options={"outputs_alone": {"feedforward_modules": []}},
+    ),
     PeftType.PROMPT_TUNING: Sample(config={"num_virtual_tokens": 4}, small={"num_virtual_tokens": 2}),
 }
 

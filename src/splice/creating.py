@@ -39,12 +39,12 @@ def new_adapter(
 ) -> tuple[Plan, list[Built]]:
     """Build the layers of a new adapter, attached to nothing yet, and write what was resolved into `config`."""
     check_together(tuner, config)
-    plan = lay_out(tuner.model, config, method_named(config.peft_type, "the config"), heads)
+    plan = lay_out(tuner.model, config, method_named(config.peft_type, "the config"), heads, new=True)
+    write_back(config, plan)
     built = build_new(plan, config, autocast)
     if low_cpu_mem_usage:
         for item in built:
             item.layer.to(torch.device("meta"))
-    write_back(config, plan)
     return plan, built
 
 
@@ -59,17 +59,21 @@ def check_together(tuner: Tuner, config: PeftConfig) -> None:
     """Raise where an adapter with this config cannot stand beside those that are there.
 
     Raises:
-        ValueError: another method, or a second adapter that trains biases of the base.
+        ValueError: another method, a second adapter that trains biases of the base, or what the method's own rule refuses.
     """
+    new = config.trained_biases()
     for name, other in tuner.peft_config.items():
         if other.peft_type != config.peft_type:
             raise ValueError(
                 f"Cannot combine adapters with different peft types: {name!r} is {other.peft_type} and the new one is "
                 f"{config.peft_type}."
             )
-        bias, new = other.trained_biases(), config.trained_biases()
-        if bias != "none" and new != "none":
+        if new != "none" and other.trained_biases() != "none":
             raise ValueError(
-                f"only one adapter of a model can train biases: {name!r} has bias={bias!r} and the new one {new!r}. "
-                "When using multiple adapters, set bias to 'none' for all adapters but one."
+                f"only one adapter of a model can train biases: {name!r} has bias={other.trained_biases()!r} and the new "
+                f"one {new!r}. When using multiple adapters, set bias to 'none' for all adapters but one."
             )
+    if tuner.peft_config:
+        own_rule = tuner.method.check_beside
+        if own_rule is not None:
+            own_rule(config, tuner.peft_config)

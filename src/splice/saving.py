@@ -96,10 +96,11 @@ def get_peft_model_state_dict(
         raise KeyError(f"no adapter {adapter_name!r}; there are {list(tuner.placed)}")
     result = {}
     for path, layer in tuner.placed[adapter_name].items():
-        for suffix, tensor in layer.named_slots():
+        held = {suffix for suffix, _ in layer.named_slots()}
+        for suffix, tensor in layer.stored_slots():
             key = layer.key(path, suffix)
             value = tensor
-            if state_dict is not None:
+            if state_dict is not None and suffix in held:
                 spelled = (
                     layer.full_memory_name(path, suffix, adapter_name),
                     format_key(path, f"{ADAPTERS}.{adapter_name}.{layer.attribute_of(suffix)}"),

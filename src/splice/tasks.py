@@ -1,47 +1,199 @@
-"""What each task class adds: the heads it saves, and the checks of a model that generates."""
+"""What each task class adds: the arguments that its models are called with, the heads it saves, and what generating needs."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from splice.config import PeftConfig, TaskType
 from splice.model import PeftModel
 
 
-class PeftModelForCausalLM(PeftModel):
+class _TaskModel(PeftModel):
+    """Calls the base model by the names of its arguments; what is None is left out."""
+
+    def _forward(self, names: Sequence[str] | None, given: dict[str, Any], more: dict[str, Any]) -> Any:
+        arguments = {name: value for name, value in {**given, **more}.items() if value is not None}
+        if "position_ids" in arguments and self.base_model.selection.current().names:
+            prompt = self.base_model.method.network_layer
+            if prompt is not None and prompt.drops_positions:
+                text = "Position ids are not supported with virtual tokens among the inputs. They are ignored."
+                warnings.warn(text, stacklevel=4)
+        return super().forward(adapter_names=names, **arguments)
+
+
+class _LabelledModel(_TaskModel):
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        task_ids: Tensor | None = None,
+        *,
+        adapter_names: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Call the base model; see `PeftModel.forward` for `adapter_names`.
+
+        With virtual tokens among the embedded inputs (prompt tuning and its like) the output is as many tokens longer, and
+        labels of single tokens get as many times -100 in front.
+        """
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+            "return_dict": return_dict,
+            "task_ids": task_ids,
+        }
+        return self._forward(adapter_names, given, kwargs)
+
+
+class PeftModelForCausalLM(_LabelledModel):
     """A PeftModel of a decoder that continues its input."""
 
     needs: ClassVar[tuple[str, ...]] = ("prepare_inputs_for_generation",)
 
 
-class PeftModelForSeq2SeqLM(PeftModel):
+class PeftModelForSeq2SeqLM(_TaskModel):
     """A PeftModel of an encoder-decoder."""
 
     needs: ClassVar[tuple[str, ...]] = ("prepare_inputs_for_generation",)
 
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        task_ids: Tensor | None = None,
+        *,
+        adapter_names: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Call the base model; see `PeftModel.forward` for `adapter_names`."""
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "inputs_embeds": inputs_embeds,
+            "decoder_input_ids": decoder_input_ids,
+            "decoder_attention_mask": decoder_attention_mask,
+            "decoder_inputs_embeds": decoder_inputs_embeds,
+            "labels": labels,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+            "return_dict": return_dict,
+            "task_ids": task_ids,
+        }
+        return self._forward(adapter_names, given, kwargs)
 
-class PeftModelForSequenceClassification(PeftModel):
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Call the base model's `generate`.
+
+        Virtual tokens in the encoder's input need `input_ids` by that name.
+        """
+        from splice.prompts.embedded import generate_from
+
+        return self._call(generate_from(self.base_model), adapter_names, True, *args, **kwargs)
+
+
+class PeftModelForSequenceClassification(_LabelledModel):
     """A PeftModel that labels sequences; its head is trained, saved and loaded with the adapter."""
 
     heads: ClassVar[tuple[str, ...]] = ("classifier", "score")
 
 
-class PeftModelForTokenClassification(PeftModel):
+class PeftModelForTokenClassification(_LabelledModel):
     """A PeftModel that labels tokens; its head is trained, saved and loaded with the adapter."""
 
     heads: ClassVar[tuple[str, ...]] = ("classifier", "score")
 
 
-class PeftModelForQuestionAnswering(PeftModel):
+class PeftModelForQuestionAnswering(_TaskModel):
     """A PeftModel that marks spans; its head is trained, saved and loaded with the adapter."""
 
     heads: ClassVar[tuple[str, ...]] = ("qa_outputs",)
 
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        task_ids: Tensor | None = None,
+        *,
+        adapter_names: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Call the base model; see `PeftModel.forward` for `adapter_names`.
 
-class PeftModelForFeatureExtraction(PeftModel):
+        With virtual tokens among the embedded inputs, `start_positions` and `end_positions` count from the first of
+        these: adapters are trained so.
+        """
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "start_positions": start_positions,
+            "end_positions": end_positions,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+            "return_dict": return_dict,
+            "task_ids": task_ids,
+        }
+        return self._forward(adapter_names, given, kwargs)
+
+
+class PeftModelForFeatureExtraction(_TaskModel):
     """A PeftModel that gives hidden states."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        task_ids: Tensor | None = None,
+        *,
+        adapter_names: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Call the base model; see `PeftModel.forward` for `adapter_names`."""
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "inputs_embeds": inputs_embeds,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+            "return_dict": return_dict,
+            "task_ids": task_ids,
+        }
+        return self._forward(adapter_names, given, kwargs)
 
 
 TASK_CLASSES: dict[TaskType, type[PeftModel]] = {

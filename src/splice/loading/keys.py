@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 PREFIX = "base_model.model."
-_SHORT_PREFIX = "base_model."
+SHORT_PREFIX = "base_model."
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def renamed(keys: Iterable[str], key_mapping: Mapping[str, str]) -> dict[str, st
     """
     result: dict[str, str] = {}
     for key in keys:
-        prefix = next((p for p in (PREFIX, _SHORT_PREFIX) if key.startswith(p)), None)
+        prefix = next((p for p in (PREFIX, SHORT_PREFIX) if key.startswith(p)), None)
         if prefix is None:
             raise ValueError(f"`key_mapping` needs keys that begin with {PREFIX!r}; got {key!r}")
         rest = key[len(prefix) :]

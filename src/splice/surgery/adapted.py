@@ -18,6 +18,7 @@ from torch import nn
 
 from splice.fleet.rows import add_products, split
 from splice.methods.layer import AdapterLayer, Forward, LightModule
+from splice.surgery.commands import LayerCommands
 from splice.surgery.readers import SHOWING, guard_reader, readers_above, release_reader
 from splice.surgery.selection import Rows, Selection
 from splice.surgery.views import AdaptedViews, publish
@@ -102,7 +103,7 @@ class Host:
     readers: list[nn.Module] = field(default_factory=list)
 
 
-class Adapted(AdaptedViews, nn.Module):
+class Adapted(AdaptedViews, LayerCommands, nn.Module):
     """Mixed into the class of an adapted layer: composes the selected adapter layers around the base's forward."""
 
     splice_host: Host
@@ -148,6 +149,9 @@ class Adapted(AdaptedViews, nn.Module):
     def _forward_rows(self, run: Forward, rows: Rows, *args: Any, **kwargs: Any) -> Any:
         """Each row of the batch with its own adapter: the base once for all rows, every adapter for its own."""
         host = self.splice_host
+        together_only = next(iter(host.layers.values())).wrapped_rows(host.layers, rows, run)
+        if together_only is not None:
+            return together_only(*args, **kwargs)
         y = run(*args, **kwargs)
         written = False
         if not args or not isinstance(args[0], torch.Tensor) or not isinstance(y, torch.Tensor):

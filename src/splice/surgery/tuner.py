@@ -13,7 +13,7 @@ from torch import nn
 
 from splice.config import PeftConfig
 from splice.loading.commit import Built
-from splice.loading.keys import PREFIX
+from splice.loading.keys import PREFIX, SHORT_PREFIX
 from splice.methods.kinds import SharedTensors
 from splice.methods.layer import AdapterLayer
 from splice.methods.registry import Method, method_named
@@ -37,7 +37,6 @@ class Tuner(nn.Module):
         selection: which adapters take effect.
         adapted: the adapted layers by path, in the order they were first adapted.
         placed: for each adapter its adapter layers, by path.
-        merged: adapters that are in the base weights now.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -48,7 +47,6 @@ class Tuner(nn.Module):
         # Plain dicts, so that nothing here is registered as a submodule a second time.
         self.adapted: dict[str, Adapted] = {}
         self.placed: dict[str, dict[str, AdapterLayer]] = {}
-        self.merged: list[str] = []
         # What layers of one adapter share, by adapter name.
         self.splice_shared = AdapterDict()
         self.loss_term: Callable[[Tuner, str], torch.Tensor] | None = None
@@ -83,9 +81,12 @@ class Tuner(nn.Module):
         except AttributeError:
             if name == "model":  # not there before __init__, as while unpickling
                 raise
-            found = self.method.tuner_methods.get(name) if self.__dict__.get("peft_config") else None
-            if found is not None:
-                return partial(found, self)
+            if self.__dict__.get("peft_config"):
+                method = self.method
+                if name in method.tuner_methods:
+                    return partial(method.tuner_methods[name], self)
+                if name in method.tuner_views:
+                    return method.tuner_views[name](self)
             return getattr(self.model, name)
 
     # -- attaching
@@ -157,6 +158,11 @@ class Tuner(nn.Module):
     # -- selecting
 
     @property
+    def merged(self) -> list[str]:
+        """Adapters that are in the base weights now."""
+        return list(self.selection.merged)
+
+    @property
     def active_adapters(self) -> list[str]:
         return list(self.selection.active)
 
@@ -215,6 +221,8 @@ class Tuner(nn.Module):
 
     def train_only(self, names: Sequence[str]) -> None:
         """Make the tensors of these adapters trainable, and those of all others not."""
+        if self.selection.flags_changed:  # on some layer alone: nothing is known of any adapter
+            self._trainable, self.selection.flags_changed = set(self.placed), False
         for name in self._trainable.difference(names):
             self.set_requires_grad(name, False)
         for name in names:
@@ -375,6 +383,9 @@ class Tuner(nn.Module):
     def reference_names(self) -> dict[str, str]:
         """Name of a tensor below the PeftModel -> its name in the reference, where the two differ."""
         names: dict[str, str] = {}
+        if self.peft_config and self.method.network_layer is not None:
+            # Virtual tokens wrap nothing: below the reference's PeftModel comes the network itself.
+            names = {PREFIX + name: SHORT_PREFIX + name for name, _ in own_names(self.model)}
         for adapter_name, shared in self.splice_shared._modules.items():
             for suffix, _ in shared.named_slots():
                 inside = f"base_model.splice_shared.{adapter_name}.{shared.attribute_of(suffix)}"
