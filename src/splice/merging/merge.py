@@ -47,7 +47,21 @@ def merge(tuner: Tuner, adapter_names: list[str] | None, safe_merge: bool) -> No
     worked_out = (merged_tensors(layer, names, safe_merge) for layer in layers)
     for item in list(worked_out) if safe_merge else worked_out:
         put(item)
-    tuner.merged.extend(names)
+    for name in names:  # also those whose layers have nothing to merge
+        tuner.selection.merged.setdefault(name, 0)
+
+
+def merge_layer(layer: Adapted, adapter_names: list[str] | None, safe_merge: bool) -> None:
+    """`merge` on one layer alone."""
+    if isinstance(adapter_names, str):
+        raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}")
+    host = layer.splice_host
+    asked = host.selection.active if adapter_names is None else adapter_names
+    names = [name for name in asked if name in host.layers and name not in host.merged]
+    if host.merged:
+        warnings.warn(f"Already merged adapters: {host.merged}; merging {names} in addition.", stacklevel=4)
+    check_mergeable([layer], names)
+    put(merged_tensors(layer, names, safe_merge))
 
 
 def adapters_to_merge(tuner: Tuner, adapter_names: list[str] | None) -> list[str]:
@@ -139,6 +153,9 @@ def put(item: Merged) -> None:
         host.originals.setdefault(name, old)
         layer._parameters[name] = nn.Parameter(tensor, requires_grad=old.requires_grad)
     host.merged.extend(item.names)
+    counts = host.selection.root.merged
+    for name in item.names:
+        counts[name] = counts.get(name, 0) + 1
 
 
 def unmerge(tuner: Tuner) -> None:
@@ -146,11 +163,21 @@ def unmerge(tuner: Tuner) -> None:
     if not tuner.merged:
         warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
     for layer in tuner.adapted.values():
-        host = layer.splice_host
-        cast(Any, layer)._parameters.update(host.originals)
-        host.originals.clear()
-        host.merged.clear()
-    tuner.merged.clear()
+        unmerge_layer(layer)
+    tuner.selection.merged.clear()
+
+
+def unmerge_layer(layer: Adapted) -> None:
+    """Put back the parameters that merging replaced on one layer."""
+    host = layer.splice_host
+    cast(Any, layer)._parameters.update(host.originals)
+    host.originals.clear()
+    counts = host.selection.root.merged
+    for name in host.merged:
+        counts[name] -= 1
+        if not counts[name]:
+            del counts[name]
+    host.merged.clear()
 
 
 def merge_and_unload(tuner: Tuner, progressbar: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
@@ -197,7 +224,7 @@ def _take_off(tuner: Tuner, keep_copies_of: list[str]) -> nn.Module:
     tuner.adapted.clear()
     tuner.placed.clear()
     tuner.peft_config.clear()
-    tuner.merged.clear()
+    tuner.selection.merged.clear()
     tuner.selection.set([])
     tuner.restore_base()
     return tuner.model

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from splice.surgery.adapted import Host
 
 BASE = "__base__"
 
@@ -77,8 +80,26 @@ class Selection:
         # Calls in progress that brought a choice of their own. While there are none, nobody looks for one: a plain number
         # is what compiled graphs can guard on.
         self._own_choices = 0
+        # Adapters that are in base weights now, and on how many layers.
+        self.merged: dict[str, int] = {}
+        # Layers that were told something of their own, and whether flags of parameters were changed on a layer alone.
+        self._elsewhere: list[Host] = []
+        self.flags_changed = False
+
+    @property
+    def root(self) -> Selection:
+        """The selection of the model."""
+        return self
+
+    def only_here(self, host: Host) -> Selection:
+        """A selection for one layer, which begins as this one and lasts until this one is set."""
+        self._elsewhere.append(host)
+        return LayerSelection(self)
 
     def set(self, names: Sequence[str]) -> None:
+        for host in self._elsewhere:
+            host.selection = self
+        self._elsewhere.clear()
         self.active = tuple(names)
         self._shared = Choice(self.active) if self.enabled else NOTHING
 
@@ -90,12 +111,19 @@ class Selection:
         """What the running call uses."""
         if not self._own_choices:
             return self._shared
+        return self.of_this_call() or self._shared
+
+    def of_this_call(self) -> Choice | None:
+        """What the running call brought."""
         own = _of_this_call.get()
-        return own[1] if own is not None and own[0] is self else self._shared
+        return own[1] if own is not None and own[0] is self else None
+
+    def for_this_call(self, choice: Choice) -> AbstractContextManager[None]:
+        """Inside, calls made by this thread use `choice`."""
+        return self._for_this_call(choice)
 
     @contextmanager
-    def for_this_call(self, choice: Choice) -> Iterator[None]:
-        """Inside, calls made by this thread use `choice`."""
+    def _for_this_call(self, choice: Choice) -> Iterator[None]:
         self._count(1)
         token = _of_this_call.set((self, choice))
         try:
@@ -107,3 +135,26 @@ class Selection:
     def _count(self, change: int) -> None:
         with _COUNTING:
             self._own_choices += change
+
+
+class LayerSelection(Selection):
+    """The selection of one layer that was told something of its own."""
+
+    def __init__(self, model: Selection) -> None:
+        super().__init__()
+        self.model = model
+        self.enabled = model.enabled
+        self.set(model.active)
+
+    @property
+    def root(self) -> Selection:
+        return self.model
+
+    def only_here(self, host: Host) -> Selection:
+        return self
+
+    def current(self) -> Choice:
+        return (self.model.of_this_call() if self.model._own_choices else None) or self._shared
+
+    def for_this_call(self, choice: Choice) -> AbstractContextManager[None]:
+        return self.model.for_this_call(choice)

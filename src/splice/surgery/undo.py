@@ -33,8 +33,10 @@ class Undo:
             step()
         for name in set(self.tuner.placed) - self.names:
             self.tuner.discard(name)
-        self.tuner.selection.enabled = self.enabled
-        self.tuner.selection.set(self.active)
+        selection = self.tuner.selection
+        if (selection.active, selection.enabled) != (self.active, self.enabled):
+            selection.enabled = self.enabled
+            selection.set(self.active)
         for module in self.modules.values():
             module.training = False
         for module in self.training:

@@ -1,0 +1,92 @@
+"""What can be done to one adapted layer alone, in the reference's words: libraries loop over layers and call these.
+
+Most users change the model (`PeftModel.set_adapter`...), where a change costs nothing per layer. A layer that is told
+something of its own gets a selection of its own, until the model is told the next time.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from splice.surgery.views import View, method_view
+
+
+class LayerCommands:
+    """Methods of an adapted layer; each gives way to a method of the same name of the base layer's own class."""
+
+    splice_host: Any
+
+    @method_view
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make these adapters active on this layer, and trainable unless `inference_mode`; others are frozen."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        host = self.splice_host
+        if host.merged:
+            warnings.warn("Adapter cannot be set when the layer is merged. Unmerging it first.", stacklevel=4)
+            unmerge(self)
+        host.selection = host.selection.only_here(host)
+        host.selection.set(names)
+        host.selection.root.flags_changed = True
+        for name, adapter in host.layers.items():
+            adapter.set_trained(name in names and not inference_mode)
+
+    @method_view
+    def enable_adapters(self, enabled: bool) -> None:
+        """Whether adapters take effect on this layer. Enabling makes the active ones trainable, disabling freezes all."""
+        host = self.splice_host
+        if not enabled and host.merged:
+            unmerge(self)
+        host.selection = host.selection.only_here(host)
+        host.selection.enable(enabled)
+        host.selection.root.flags_changed = True
+        for name, adapter in host.layers.items():
+            adapter.set_trained(enabled and name in host.selection.active)
+
+    @method_view
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Whether these adapters are trained on this layer."""
+        self.splice_host.selection.root.flags_changed = True
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            if name in self.splice_host.layers:
+                self.splice_host.layers[name].set_trained(requires_grad)
+
+    @method_view
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take the adapter off this layer; an unknown name is ignored."""
+        from splice.surgery.adapted import detach
+
+        if adapter_name in self.splice_host.merged:
+            raise ValueError(f"Adapter {adapter_name!r} is merged here; call `unmerge()` before deleting it.")
+        if adapter_name in self.splice_host.layers:
+            detach(self, adapter_name)  # type: ignore[arg-type]
+
+    @method_view
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add these adapters (the active ones, if none are named) to this layer's weights."""
+        from splice.merging.merge import merge_layer
+
+        merge_layer(self, adapter_names, safe_merge)  # type: ignore[arg-type]
+
+    @method_view
+    def unmerge(self) -> None:
+        """Give this layer back the very parameters it had before."""
+        if not self.splice_host.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=4)
+        unmerge(self)
+
+    adapter_layer_names = View(lambda layer: _tensor_names(layer))
+    other_param_names = View(lambda layer: ("r", "lora_alpha", "scaling"))
+
+
+def unmerge(layer: Any) -> None:
+    """`unmerge` of a layer, without a warning."""
+    from splice.merging.merge import unmerge_layer
+
+    unmerge_layer(layer)
+
+
+def _tensor_names(layer: Any) -> tuple[str, ...]:
+    found = [name for adapter in layer.splice_host.layers.values() for name, _ in adapter.named_slots()]
+    return tuple(dict.fromkeys(name.partition(".")[0] for name in found))
