@@ -67,6 +67,24 @@ SAMPLES: dict[PeftType, Sample] = {
         small={"feedforward_modules": []},
         options={"outputs_alone": {"feedforward_modules": []}},
     ),
+    PeftType.LOHA: Sample(
+        config={"r": 4, "alpha": 6},
+        small={"r": 2, "alpha": 3},
+        options={
+            "patterns": {"rank_pattern": {"first|q_proj": 2}, "alpha_pattern": {"second": 3}},
+            "effective": {"use_effective_conv2d": True},
+        },
+        reference_scales=True,
+    ),
+    PeftType.LOKR: Sample(
+        config={"r": 2, "alpha": 6, "init_weights": False},
+        small={"r": 8, "alpha": 3, "init_weights": False},
+        options={
+            "effective": {"use_effective_conv2d": True},
+            "both": {"decompose_both": True, "decompose_factor": 2, "r": 1},
+        },
+        reference_scales=True,
+    ),
     PeftType.PROMPT_TUNING: Sample(config={"num_virtual_tokens": 4}, small={"num_virtual_tokens": 2}),
 }
 

@@ -49,15 +49,19 @@ def selected(library: Any, network: nn.Module, fields: dict[str, Any]) -> Any:
     return targets, {status.name for status in model.get_layer_status()} - {f"model.{path}" for path in targets}
 
 
-def _family(error: Exception) -> str:
+def _family(error: Exception) -> list[str]:
+    """What of the errors that people catch it is, the most special one first."""
     known = ("NoMatchingPeftModuleError", "ValueError", "TypeError")
-    return next(name for name in known if name in [cls.__name__ for cls in type(error).__mro__])
+    return [name for name in known if name in [cls.__name__ for cls in type(error).__mro__]]
 
 
 def assert_same_selection(base: Base, method: Method, **fields: Any) -> Any:
     config = {"peft_type": method.name.value, "task_type": base.task, **SAMPLES[method.name].config, **fields}
     reference, ours = (selected(library, base.build(), dict(config)) for library in (peft, splice))
-    assert ours == reference
+    if isinstance(reference, list) and isinstance(ours, list):
+        assert reference[0] in ours
+    else:
+        assert ours == reference
     return ours
 
 

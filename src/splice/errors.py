@@ -28,6 +28,10 @@ class UnknownMethodError(PeftError, KeyError):
         return str(self.args[0])
 
 
+class UnsupportedLayerError(PeftError, ValueError, TypeError):
+    """The method cannot be put on a layer that the config selects. The reference raises either kind, by method."""
+
+
 class UnsupportedFeatureError(PeftError, NotImplementedError):
     """The config asks for something that would change the output and is not implemented."""
 

@@ -26,7 +26,7 @@ class _TaskModel(PeftModel):
 
 
 class _LabelledModel(_TaskModel):
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -69,7 +69,7 @@ class PeftModelForSeq2SeqLM(_TaskModel):
 
     needs: ClassVar[tuple[str, ...]] = ("prepare_inputs_for_generation",)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -129,7 +129,7 @@ class PeftModelForQuestionAnswering(_TaskModel):
 
     heads: ClassVar[tuple[str, ...]] = ("qa_outputs",)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -170,7 +170,7 @@ class PeftModelForQuestionAnswering(_TaskModel):
 class PeftModelForFeatureExtraction(_TaskModel):
     """A PeftModel that gives hidden states."""
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,

@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from splice.config import PeftConfig, copy_config, parse_config
+from splice.config import PeftConfig, ReadConfig, copy_config, read_config
 from splice.creating import check_together, write_back
 from splice.errors import AdapterMismatchError, PeftWarning
 from splice.loading.checkpoint import Weights, open_weights
@@ -25,10 +25,12 @@ from splice.loading.commit import Built, build_loaded
 from splice.loading.header import Entry
 from splice.loading.keys import renamed
 from splice.loading.mend import advice
-from splice.loading.plan import Plan, fit, lay_out
+from splice.loading.plan import Plan, fit
+from splice.loading.published import fitted
 from splice.loading.report import LoadReport, grouped, mismatch_error
 from splice.loading.source import Source
 from splice.methods.kinds import SharedTensors
+from splice.methods.layer import AdapterLayer
 from splice.methods.registry import Method, method_named
 from splice.surgery.adapted import original_class
 from splice.surgery.tuner import Tuner
@@ -66,6 +68,9 @@ class Checkpoint:
     config: PeftConfig
     weights: Weights
     names: Mapping[str, str]
+    # Of the config: fields of long ago, and what of it was read in another way than it is written.
+    legacy: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def entries(self) -> dict[str, Entry]:
@@ -95,12 +100,10 @@ def open_checkpoint(
     if config is not None and not isinstance(config, PeftConfig):
         raise ValueError(f"The input config must be a PeftConfig, got {type(config).__name__}")
     source = Source.from_options(model_id, options.extra.get("subfolder"), options.extra)
-    text = None if config is not None else source.config_text()
-    parsed = config if text is None else parse_config(text, source.config_place)
-    assert parsed is not None
+    read = ReadConfig(config) if config is not None else read_config(source.config_text(), source.config_place)
     weights = open_weights(Path(source.weights()))
     names = renamed(weights.entries, key_mapping) if key_mapping else {name: name for name in weights.entries}
-    return Checkpoint(parsed, weights, names)
+    return Checkpoint(read.config, weights, names, read.legacy, read.notes)
 
 
 @contextmanager
@@ -134,7 +137,8 @@ def load_new(
     _set_runtime(config, options)
     check_together(tuner, config)
     method = method_named(config.peft_type, "the config")
-    plan = fit(lay_out(tuner.model, config, method, heads, modules), checkpoint.entries)
+    found = fitted(tuner.model, checkpoint, config, method, heads, modules)
+    plan, checkpoint, config = found.plan, found.checkpoint, found.config
     settle(plan, tuner.model, checkpoint, config, method, options)
     check_base_copies(plan, checkpoint)
     write_back(config, plan)
@@ -145,7 +149,9 @@ def load_new(
         tuner.set_requires_grad(options.adapter_name, True)
     elif config.trained_biases() != "none":
         _leave_biases_trainable(built)
-    return report(plan, built, options)
+    for line in found.warnings:
+        warnings.warn(f"adapter {options.adapter_name!r}: {line}.", PeftWarning, stacklevel=4)
+    return report(plan, built, options, (*checkpoint.notes, *found.notes))
 
 
 def _leave_biases_trainable(built: Sequence[Built]) -> None:
@@ -202,7 +208,7 @@ def settle(
         return
     if options.strict or plan.mismatched:
         paths = walk_bare(network)
-        hints = advice(plan, checkpoint.entries, config, method, options.adapter_name, paths)
+        hints = [*plan.hints, *advice(plan, checkpoint.entries, config, method, options.adapter_name, paths)]
         raise mismatch_error(plan, checkpoint.weights.place, _bases(config, network), hints)
     for what, keys in (("missing adapter keys", plan.missing), ("unexpected keys", plan.unexpected)):
         if keys:
@@ -217,7 +223,7 @@ def _bases(config: PeftConfig, network: nn.Module) -> str:
     return f"The adapter names {named!r} as its base; given was a {original_class(network).__name__} ({given})."
 
 
-def report(plan: Plan, built: Sequence[Built], options: LoadOptions) -> Loaded:
+def report(plan: Plan, built: Sequence[Built], options: LoadOptions, notes: tuple[str, ...] = ()) -> Loaded:
     """Say what was done."""
     tensors = [tensor for item in built for _, tensor in item.layer.named_slots()]
     line = LoadReport(
@@ -227,6 +233,7 @@ def report(plan: Plan, built: Sequence[Built], options: LoadOptions) -> Loaded:
         layers=sum(not isinstance(item.layer, SharedTensors) for item in built),
         nbytes=sum(t.numel() * t.element_size() for t in tensors),
         seconds=time.perf_counter() - options.started,
+        notes=notes,
     )
     logger.info("%s", line)
     return Loaded(LoadResult(list(plan.missing), list(plan.unexpected)), line)
@@ -269,7 +276,11 @@ def plan_of_present(tuner: Tuner, name: str) -> Plan:
 
     config = tuner.peft_config[name]
     placements = [
-        Placement(path, tuner.adapted.get(path, tuner.model), type(layer), {s: tuple(t.shape) for s, t in layer.named_slots()})  # type: ignore[arg-type]
+        Placement(path, cast(nn.Module, tuner.adapted.get(path, tuner.model)), type(layer), _shapes(layer))
         for path, layer in tuner.placed[name].items()
     ]
     return Plan(placements, config.target_rule())
+
+
+def _shapes(layer: AdapterLayer) -> dict[str, tuple[int, ...]]:
+    return {suffix: tuple(tensor.shape) for suffix, tensor in layer.named_slots()}

@@ -130,7 +130,8 @@ def lay_out(
     further = default_modules(method, config, network)
     config = copy_config(config, **further) if further else config
     placements = [
-        _placement(path, base, method.layer_for(base, path, config), config) for path, base in select(rule, modules).items()
+        _placement(path, base, method.layer_for(base, path, config), config)
+        for path, base in select(rule, modules).items()
     ]
     if method.shared is not None:
         shapes = method.shared.shapes([(p.path, p.base) for p in placements], config)

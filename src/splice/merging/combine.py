@@ -1,4 +1,6 @@
-"""Several LoRA adapters combined into one new adapter.
+"""Several adapters combined into one new adapter.
+
+Of a method whose tensors add up (`Combining.SUM`) each tensor is the weighted sum of theirs. The rest is about LoRA.
 
 With A_i, B_i and scale s_i of adapter i and its weight w_i, D_i = s_i B_i A_i is its update. The exact combinations are
 `cat` and `svd` (of sum w_i D_i, truncated); `linear` and the pruning ones work on the factors, as the reference does.
@@ -15,10 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from splice.config import copy_config
+from splice.config import PeftConfig, copy_config
+from splice.errors import UnsupportedFeatureError
 from splice.loading.commit import Built
 from splice.loading.plan import Placement
-from splice.methods.lora import LoraConfig, LoraLayer, with_rank
+from splice.methods.layer import AdapterLayer
+from splice.methods.lora import LoraLayer, with_rank
+from splice.methods.registry import Combining
 from splice.surgery.whole import WholeModule
 
 if TYPE_CHECKING:
@@ -69,11 +74,16 @@ def add_weighted_adapter(
     if name in tuner.peft_config:
         return
     tuner.check_new(name)
+    if tuner.method.combining is not Combining.FACTORS:
+        _check_summed(tuner, combination)
     if len(adapters) == 1:
         combination = Combination("linear")
     _check(tuner, adapters, weights, combination)
-    rank = _new_rank(tuner, adapters, combination)
-    config = _new_config(tuner, adapters, rank)
+    summed = tuner.method.combining is Combining.SUM
+    rank = 0 if summed else _new_rank(tuner, adapters, combination)
+    config = _united(tuner, adapters)
+    if not summed:  # rsLoRA's scale would be sqrt(rank) here, so the new adapter is a plain one of scale 1
+        config = with_rank(config, rank)  # type: ignore[arg-type]
     built = []
     for path in dict.fromkeys(path for adapter in adapters for path in tuner.placed[adapter]):
         present = [(tuner.placed[a][path], w) for a, w in zip(adapters, weights) if path in tuner.placed[a]]
@@ -99,9 +109,6 @@ def _check(tuner: Tuner, adapters: Sequence[str], weights: Sequence[float], comb
         raise ValueError(
             f"Cannot add weighted adapters that both have a copy of {sorted(copies)[0]!r} (modules_to_save)"
         )
-    kinds = {type(tuner.peft_config[a].target_rule().target_modules) for a in adapters}
-    if len(kinds) > 1:
-        raise ValueError("all adapter configs should use the same type for `target_modules`: all a str, or all a list")
 
 
 def _new_rank(tuner: Tuner, adapters: Sequence[str], combination: Combination) -> int:
@@ -121,19 +128,35 @@ def _new_rank(tuner: Tuner, adapters: Sequence[str], combination: Combination) -
     return ranks[0]
 
 
-def _new_config(tuner: Tuner, adapters: Sequence[str], rank: int) -> LoraConfig:
-    configs: list[Any] = [tuner.peft_config[a] for a in adapters]
-    targets = [config.target_modules for config in configs]
-    if isinstance(targets[0], str):
-        united: Any = "|".join(f"({pattern})" for pattern in dict.fromkeys(targets))
-    else:
-        united = set().union(*targets)
-    # rsLoRA's scale would be sqrt(rank) here, so the new adapter is a plain one of scale 1.
-    return with_rank(copy_config(configs[0]), rank, target_modules=united, inference_mode=True)  # type: ignore[arg-type]
+def _check_summed(tuner: Tuner, combination: Combination) -> None:
+    method = tuner.method
+    if method.combining is Combining.NONE:
+        raise UnsupportedFeatureError(f"adapters of {method.name.value} cannot be combined into a new one")
+    if combination not in (Combination("svd"), Combination("linear")):
+        raise ValueError(
+            f"{combination} is a way to combine low-rank factors; {method.name.value} has none, and its adapters are "
+            "combined by the weighted sum of their tensors. Leave these arguments out."
+        )
+
+
+def _united(tuner: Tuner, adapters: Sequence[str]) -> PeftConfig:
+    """The config of the first adapter, on the layers of all of them."""
+    names = ("target_modules", *tuner.method.default_modules)
+    configs = [tuner.peft_config[a] for a in adapters]
+    united = {name: _union([getattr(config, name) for config in configs], name) for name in names}
+    return copy_config(configs[0], inference_mode=True, **united)
+
+
+def _union(values: Sequence[Any], name: str) -> Any:
+    if len({isinstance(value, str) for value in values}) > 1:
+        raise ValueError(f"all adapter configs should use the same type for `{name}`: all a str, or all a list")
+    if isinstance(values[0], str):
+        return "|".join(f"({pattern})" for pattern in dict.fromkeys(values))
+    return set().union(*(value or () for value in values))
 
 
 def _combined(
-    tuner: Tuner, path: str, present: Sequence[tuple[Any, float]], config: LoraConfig, how: Combination, rank: int
+    tuner: Tuner, path: str, present: Sequence[tuple[Any, float]], config: Any, how: Combination, rank: int
 ) -> Built:
     base: Any = tuner.adapted[path]
     first = present[0][0]
@@ -143,10 +166,31 @@ def _combined(
         return Built(placement, WholeModule(base, config, path, copied))
     cls = type(first)
     slots = cls.slots(base, config, path)
+    if tuner.method.combining is Combining.SUM:
+        return Built(Placement(path, base, cls, slots), cls(base, config, path, _summed(slots, present, path)))
     parts = [_part(layer, weight) for layer, weight in present]
     a, b = _factors(parts, how, rank)
-    tensors = _fitted(slots, cls.names, a, b, first)
+    fresh = {name: torch.zeros(shape) for name, shape in slots.items()}
+    cls.initialise(fresh, base, config)
+    tensors = _fitted(slots, cls.names, a, b, first, fresh)
     return Built(Placement(path, base, cls, slots), cls(base, config, path, tensors))
+
+
+def _summed(
+    slots: dict[str, tuple[int, ...]], present: Sequence[tuple[AdapterLayer, float]], path: str
+) -> dict[str, torch.Tensor]:
+    """Each tensor as the weighted sum of those that the adapters have on this layer."""
+    result: dict[str, torch.Tensor] = {}
+    for layer, weight in present:
+        for name, tensor in layer.named_slots():
+            if tuple(tensor.shape) != slots[name]:
+                raise ValueError(
+                    f"{path}: {name} is {tuple(tensor.shape)} in one of the adapters, and would be {slots[name]}: they "
+                    "act on this layer in different ways, so their sum has no meaning."
+                )
+            part = weight * tensor.detach()
+            result[name] = result[name] + part if name in result else part
+    return result
 
 
 def _part(layer: LoraLayer, weight: float) -> _Part:
@@ -156,15 +200,20 @@ def _part(layer: LoraLayer, weight: float) -> _Part:
 
 
 def _fitted(
-    slots: dict[str, tuple[int, ...]], names: tuple[str, str], a: torch.Tensor, b: torch.Tensor, like: LoraLayer
+    slots: dict[str, tuple[int, ...]],
+    names: tuple[str, str],
+    a: torch.Tensor,
+    b: torch.Tensor,
+    like: LoraLayer,
+    fresh: dict[str, torch.Tensor],
 ) -> dict[str, torch.Tensor]:
-    """The factors in the shapes of the new adapter's slots; ranks that are left over are zero."""
+    """The factors in the shapes of the new adapter's slots; ranks that are left over are zero. The rest is `fresh`."""
     dtype = next(like.parameters()).dtype
     full_a, full_b = a.new_zeros(slots[names[0]]).flatten(1), b.new_zeros(slots[names[1]]).flatten(1)
     full_a[: a.shape[0]] = a
     full_b[:, : b.shape[1]] = b
     made = {names[0]: full_a.reshape(slots[names[0]]), names[1]: full_b.reshape(slots[names[1]])}
-    rest = {name: a.new_zeros(shape) for name, shape in slots.items() if name not in made}
+    rest = {name: tensor.to(a) for name, tensor in fresh.items() if name not in made}
     return {name: tensor.to(dtype) for name, tensor in {**made, **rest}.items()}
 
 

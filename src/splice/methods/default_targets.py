@@ -1,4 +1,4 @@
-"""Which modules LoRA and its relatives target when the config names none, by the base model's `model_type`."""
+"""Which modules a method targets when the config names none, by the base model's `model_type`."""
 
 from __future__ import annotations
 
@@ -29,4 +29,30 @@ _GROUPS: tuple[tuple[str, list[str] | str], ...] = (
 
 LORA_TARGETS: Mapping[str, list[str] | str] = MappingProxyType(
     {model_type: targets for names, targets in _GROUPS for model_type in names.split()}
+)
+
+# Beside its targets, those of them whose input (IA)³ scales: each group ends with these.
+_IA3_GROUPS: tuple[tuple[str, list[str], list[str]], ...] = (
+    ("t5", ["k", "v"], ["wo"]),
+    ("mt5", ["k", "v", "wi_1"], []),
+    ("gpt2 gpt_bigcode", ["c_attn"], ["mlp.c_proj"]),
+    ("bloom", ["query_key_value"], ["mlp.dense_4h_to_h"]),
+    ("bert roberta", ["key", "value"], ["output.dense"]),
+    ("opt", ["q_proj", "k_proj"], ["fc2"]),
+    ("gptj", ["q_proj", "v_proj"], ["fc_out"]),
+    ("gpt_neox RefinedWebModel RefinedWeb falcon", ["query_key_value"], ["dense_4h_to_h"]),
+    ("gpt_neo", ["q_proj", "v_proj"], ["c_proj"]),
+    ("bart phi", ["q_proj", "v_proj"], ["fc2"]),
+    ("llama mistral", ["k_proj", "v_proj"], ["down_proj"]),
+    ("llama4 gemma gemma2 gemma3_text qwen2 qwen3", ["q_proj", "v_proj"], ["down_proj"]),
+    ("mixtral", ["k_proj", "v_proj"], ["w2"]),
+    ("deberta-v2", ["key_proj", "value_proj"], ["output.dense"]),
+    ("deberta", ["in_proj"], ["output.dense"]),
+)
+
+IA3_FEEDFORWARD: Mapping[str, list[str]] = MappingProxyType(
+    {model_type: inputs for names, _, inputs in _IA3_GROUPS for model_type in names.split()}
+)
+IA3_TARGETS: Mapping[str, list[str]] = MappingProxyType(
+    {model_type: outputs + inputs for names, outputs, inputs in _IA3_GROUPS for model_type in names.split()}
 )

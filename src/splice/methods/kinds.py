@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from splice.config import PeftConfig
-from splice.methods.layer import AdapterLayer, Additive, Forward
+from splice.methods.layer import AdapterLayer, Additive, Forward, cast_to
 from splice.weights.layers import LayerKind, kind_of
 
 _CONVOLUTIONS = {LayerKind.CONV1D: F.conv1d, LayerKind.CONV2D: F.conv2d, LayerKind.CONV3D: F.conv3d}
@@ -38,6 +38,8 @@ class WeightDelta(Additive):
 
     def prepare(self, base: nn.Module, config: Any, path: str) -> None:
         self.operation = operation_of(base)
+        # The operation pads with zeros; where the base does not, the update is no change of its weight.
+        self.mergeable = vars(base).get("padding_mode", "zeros") == "zeros"
         weight = base._parameters["weight"]
         assert weight is not None
         linear = kind_of(base) is LayerKind.TRANSPOSED_LINEAR
@@ -53,7 +55,7 @@ class WeightDelta(Additive):
 
     def delta(self, x: torch.Tensor) -> torch.Tensor:
         update = self.dropped(self.update()) if self.training else self.update()
-        return self.operation(x if x.dtype is update.dtype or not x.is_floating_point() else x.to(update.dtype), update)
+        return self.operation(cast_to(x, update), update)
 
     def delta_weight(self, weight: torch.Tensor) -> torch.Tensor | None:
         return self.scale * self.update()
@@ -66,7 +68,7 @@ class InputTransform(AdapterLayer):
     """The kind `base(transform(x))`. Of several, the first active one is the first that the input meets."""
 
     mergeable = True
-    keeps_input: ClassVar[bool] = False
+    keeps_input = False
     first_outside: ClassVar[bool] = True
 
     def transform(self, x: torch.Tensor) -> torch.Tensor:

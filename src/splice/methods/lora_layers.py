@@ -130,7 +130,7 @@ class LoraEmbedding(LoraLayer):
         found = F.embedding(x, self.lora_embedding_A.T, *self.look_up) @ self.lora_embedding_B.T
         return found if self.embed_scale == 1.0 else found * self.embed_scale
 
-    def delta_weight(self, weight: torch.Tensor) -> torch.Tensor:
+    def delta_weight(self, weight: torch.Tensor) -> torch.Tensor | None:
         return self.scale * _product(self.lora_embedding_B, self.lora_embedding_A).T
 
 

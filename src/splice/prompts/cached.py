@@ -61,7 +61,8 @@ class CachedPrompt(PromptLayer):
         if not self.rooms:
             raise ValueError(f"{self.method}: no layer of {type(base).__name__} can take its keys and values")
         if skipped:
-            warnings.warn(f"{self.method}: layers {skipped} have no room for its keys and values, and go without them.", stacklevel=2)
+            text = f"{self.method}: layers {skipped} have no room for its keys and values, and go without them."
+            warnings.warn(text, stacklevel=2)
 
     def virtual_tokens(self, call: Call) -> torch.Tensor:
         return self.table().view(1, self.count, 2 * self.layers, self.heads, -1)

@@ -56,6 +56,7 @@ class PromptLayer(AdapterLayer):
     """
 
     embedding: Slots
+    target: tuple[Any]
     # Whether positions that the caller gives are worked out anew.
     drops_positions: ClassVar[bool] = False
     head: ClassVar[type[WholeModule]] = PromptHead

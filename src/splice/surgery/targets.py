@@ -114,6 +114,25 @@ def resolved_rule(
     return rule
 
 
+def default_modules(method: Method, config: PeftConfig, network: nn.Module) -> dict[str, Any]:
+    """Default values for the other fields that name modules, where `config` leaves them open.
+
+    Raises:
+        ValueError: there are no defaults for this `model_type`.
+    """
+    model_type, found = model_type_of(network), {}
+    for name, defaults in method.default_modules.items():
+        if getattr(config, name) is not None:
+            continue
+        if model_type not in defaults:
+            raise ValueError(
+                f"Please specify `{name}` in `peft_config`: {method.name.value} has no default for model_type "
+                f"{model_type!r}. An empty list means none."
+            )
+        found[name] = set(defaults[model_type])
+    return found
+
+
 def model_type_of(network: nn.Module) -> str:
     """`config.model_type` of a transformers model, "custom" for any other."""
     config = network.__dict__.get("config")

@@ -1,0 +1,156 @@
+"""(IA)³: one trained factor for every output of a layer, or, in feed-forward blocks, for every input.
+
+Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning", arXiv 2205.05638,
+section 3.3: `y = l * base(x)` (the bias included), or `y = base(l * x)`. Several active adapters multiply.
+Which layers scale their input is no part of the checkpoint: it follows from `feedforward_modules` in the config.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from splice.config import PeftType
+from splice.methods.default_targets import IA3_FEEDFORWARD, IA3_TARGETS
+from splice.methods.layer import AdapterLayer, Forward
+from splice.methods.registry import Combining, Method, register
+from splice.methods.targeted import TargetedConfig
+from splice.weights.layers import LayerKind, features, kind_of
+
+
+@dataclass
+class IA3Config(TargetedConfig):
+    """Fields and defaults of the reference, in its order.
+
+    Raises:
+        ValueError: `feedforward_modules` names layers that `target_modules` does not.
+    """
+
+    method: ClassVar[PeftType] = PeftType.IA3
+
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    feedforward_modules: list[str] | set[str] | str | None = None
+    fan_in_fan_out: bool = False
+    modules_to_save: list[str] | None = None
+    init_ia3_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.feedforward_modules, list):
+            self.feedforward_modules = set(self.feedforward_modules)
+        inputs, targets = self.feedforward_modules, self.target_modules
+        if isinstance(inputs, set) and isinstance(targets, set) and not inputs <= targets:
+            raise ValueError(
+                f"`feedforward_modules` should be a subset of `target_modules`; {sorted(inputs - targets)} are no targets."
+            )
+
+
+def scales_input(config: IA3Config, path: str) -> bool:
+    """Whether the adapter scales what goes into the layer at `path`, rather than what comes out."""
+    names = config.feedforward_modules
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    # Plain suffixes, as in the reference: "lin" is the end of "xlin" too.
+    return path.endswith(tuple(names or ()))
+
+
+class IA3Layer(AdapterLayer):
+    """(IA)³ on a linear layer, stored either way round; the vector is (out, 1), or (1, in) where it scales the input."""
+
+    mergeable = True
+    ia3_l: nn.Parameter
+
+    @classmethod
+    def slots(cls, base: nn.Module, config: IA3Config, path: str) -> dict[str, tuple[int, ...]]:
+        size_in, size_out = features(base)
+        return {"ia3_l": (1, size_in) if scales_input(config, path) else (size_out, 1)}
+
+    @classmethod
+    def resolved(cls, base: nn.Module, config: IA3Config) -> dict[str, Any]:
+        return {"fan_in_fan_out": kind_of(base) is LayerKind.TRANSPOSED_LINEAR}
+
+    def prepare(self, base: Any, config: IA3Config, path: str) -> None:
+        self.is_feedforward = scales_input(config, path)
+        self.keeps_input = not self.is_feedforward
+        self.scales_bias = not self.is_feedforward and base._parameters.get("bias") is not None
+
+    @classmethod
+    def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: IA3Config) -> None:
+        (nn.init.ones_ if config.init_ia3_weights else nn.init.normal_)(tensors["ia3_l"])
+
+    def scaled(self, x: torch.Tensor) -> torch.Tensor:
+        """An input or output of the layer with its features scaled, in its own dtype."""
+        return (x * self.ia3_l.flatten()).to(x.dtype)
+
+    def around(self, x: torch.Tensor, inner: Forward) -> Any:
+        return inner(self.scaled(x)) if self.is_feedforward else self.scaled(inner(x))
+
+    @property
+    def changed_names(self) -> tuple[str, ...]:
+        return ("weight", "bias") if self.scales_bias else ("weight",)
+
+    def deltas(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        weight, change = tensors["weight"], self.ia3_l - 1
+        found = {"weight": weight * self.for_weight(change, weight)}
+        return {**found, "bias": tensors["bias"] * change.flatten()} if self.scales_bias else found
+
+    def for_weight(self, vector: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The vector in a shape that multiplies `weight`."""
+        return vector
+
+
+class IA3Conv(IA3Layer):
+    """(IA)³ on a convolution: one factor for every channel, (1, channels, 1, 1)."""
+
+    @classmethod
+    def slots(cls, base: Any, config: IA3Config, path: str) -> dict[str, tuple[int, ...]]:
+        size_in, size_out = features(base)
+        return {"ia3_l": (1, size_in if scales_input(config, path) else size_out, *(1,) * len(base.kernel_size))}
+
+    @classmethod
+    def resolved(cls, base: nn.Module, config: IA3Config) -> dict[str, Any]:
+        return {}
+
+    def prepare(self, base: Any, config: IA3Config, path: str) -> None:
+        super().prepare(base, config, path)
+        self.groups = base.groups
+
+    def scaled(self, x: torch.Tensor) -> torch.Tensor:
+        # Without its first dimension, so that it multiplies an input without a batch as well.
+        return (x * self.ia3_l[0]).to(x.dtype)
+
+    def for_weight(self, vector: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if not self.is_feedforward:
+            return vector.transpose(0, 1)
+        # Each group of outputs reads its own slice of the inputs.
+        slices = vector.reshape(self.groups, -1, *vector.shape[2:])
+        return slices.repeat_interleave(weight.shape[0] // self.groups, dim=0)
+
+
+METHOD = register(
+    Method(
+        name=PeftType.IA3,
+        config=IA3Config,
+        prefix="ia3_",
+        tensor_names=frozenset({"ia3_l"}),
+        layers=MappingProxyType(
+            {
+                LayerKind.LINEAR: IA3Layer,
+                LayerKind.TRANSPOSED_LINEAR: IA3Layer,
+                LayerKind.CONV2D: IA3Conv,
+                LayerKind.CONV3D: IA3Conv,
+            }
+        ),
+        default_targets=IA3_TARGETS,
+        default_modules=MappingProxyType({"feedforward_modules": IA3_FEEDFORWARD}),
+        combining=Combining.SUM,
+        paper="arXiv 2205.05638",
+    )
+)

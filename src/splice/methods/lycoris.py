@@ -1,0 +1,89 @@
+"""What LoHa and LoKr share: both make a whole weight update out of small factors, on linear layers and convolutions.
+
+Yeh et al., "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation", arXiv 2309.14859.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import nn
+
+from splice.methods.kinds import WeightDelta
+from splice.methods.layer import Forward
+from splice.methods.targeted import check_positive
+from splice.surgery.targets import value_for
+from splice.weights.layers import features
+
+if TYPE_CHECKING:
+    from splice.methods.loha import LoHaConfig
+    from splice.methods.lokr import LoKrConfig
+
+    LycorisConfig: TypeAlias = LoHaConfig | LoKrConfig
+
+
+def check(config: LycorisConfig) -> None:
+    """Raise for ranks that are none."""
+    check_positive(r=config.r, **{f"rank_pattern[{key!r}]": rank for key, rank in config.rank_pattern.items()})
+
+
+def rank_of(config: LycorisConfig, path: str) -> int:
+    return int(value_for(config.rank_pattern, path, config.r))
+
+
+def sizes(base: Any) -> tuple[int, int, tuple[int, ...]]:
+    """(in, out, kernel) of the weight; of a convolution, `in` is that of one group. A linear layer has no kernel."""
+    size_in, size_out = features(base)
+    kernel = vars(base).get("kernel_size", ())
+    return (size_in // base.groups if kernel else size_in), size_out, tuple(kernel)
+
+
+def core_shape(config: LycorisConfig, rank: int, kernel: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The shape of the tensor between two factors of a convolution, or None where they are a plain product."""
+    if not config.use_effective_conv2d or math.prod(kernel) == 1:
+        return None
+    return (rank, rank, *kernel) if len(kernel) > 1 else (rank, rank, *kernel, 1)
+
+
+def product(a: torch.Tensor, b: torch.Tensor, core: torch.Tensor | None) -> torch.Tensor:
+    """(out, in) from (out, r) and (r, in); with a core (r, r, *kernel): (out, in, *kernel) from (r, out) and (r, in)."""
+    return a @ b if core is None else torch.einsum("ij...,ip,jq->pq...", core, a, b)
+
+
+class LycorisLayer(WeightDelta):
+    """The scale and the two kinds of dropout of LoHa and LoKr."""
+
+    # Whether what is left of a dropped update is scaled up.
+    dropout_keeps_mean: bool = True
+
+    def prepare(self, base: nn.Module, config: LycorisConfig, path: str) -> None:
+        super().prepare(base, config, path)
+        self.r, alpha = rank_of(config, path), value_for(config.alpha_pattern, path, config.alpha)
+        self.scale = self.initial_scale = alpha / self.r
+        self.rank_dropout, self.module_dropout = config.rank_dropout, config.module_dropout
+
+    def around(self, x: torch.Tensor, inner: Forward) -> torch.Tensor:
+        if self.training and self.module_dropout and not bool(torch.rand(1) > self.module_dropout):
+            y: torch.Tensor = inner(x)
+            return y
+        return super().around(x, inner)
+
+    def dropped(self, update: torch.Tensor) -> torch.Tensor:
+        """`update` without some of its rows. The name is the field's; it drops outputs, not ranks."""
+        if not self.rank_dropout:
+            return update
+        kept = (torch.rand(update.shape[0], device=update.device) > self.rank_dropout).to(update.dtype)
+        if self.dropout_keeps_mean:
+            kept = kept / kept.mean()
+        return update * kept.view(-1, *(1 for _ in update.shape[1:]))
+
+
+def draw(tensors: dict[str, torch.Tensor], zero: tuple[str, ...] = ()) -> None:
+    """Fill new tensors, in their order; those named in `zero` with zeros."""
+    for name, tensor in tensors.items():
+        if name in zero:
+            nn.init.zeros_(tensor)
+        else:
+            nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
