@@ -84,7 +84,7 @@ def test_several_adapters(base: Base, shared_checkpoint: Any) -> None:
     assert torch.equal(run(pair.ours, base.inputs(3)), one)
 
 
-@pytest.mark.parametrize("base", (bases.GROUPED, bases.CIRCULAR), ids=str)
+@pytest.mark.parametrize("base", [bases.GROUPED, bases.CIRCULAR], ids=str)
 def test_what_cannot_be_merged_is_refused(base: Base, shared_checkpoint: Any) -> None:
     model = splice.PeftModel.from_pretrained(base.build(), shared_checkpoint(base, config(base)))
     before = run(model, base.inputs(3))
@@ -93,7 +93,7 @@ def test_what_cannot_be_merged_is_refused(base: Base, shared_checkpoint: Any) ->
     assert torch.equal(run(model, base.inputs(3)), before)
 
 
-@pytest.mark.parametrize("base", (bases.LINEAR, bases.EMBEDDING, bases.CONV2D), ids=str)
+@pytest.mark.parametrize("base", [bases.LINEAR, bases.EMBEDDING, bases.CONV2D], ids=str)
 def test_each_row_with_its_own_adapter(base: Base, shared_checkpoint: Any) -> None:
     """Also beside an adapter of plain LoRA. The reference refuses it."""
     plain = config(base, use_dora=False, lora_alpha=9)

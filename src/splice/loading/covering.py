@@ -114,7 +114,7 @@ def explicit(config: PeftConfig, move: Move, modules: Mapping[str, nn.Module], r
     )
     for name in _PATTERNS:
         if fields.get(name):
-            default = fields[_DEFAULTS[name]] if _DEFAULTS[name] in fields else None
+            default = fields.get(_DEFAULTS[name])
             values = {new: value_for(fields[name], old, default) for old, new in move.to.items()}
             changes[name] = {"^" + re.escape(new): value for new, value in values.items() if value != default}
     if "feedforward_modules" in fields:
