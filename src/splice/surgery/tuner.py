@@ -18,6 +18,7 @@ from splice.methods.kinds import SharedTensors
 from splice.methods.layer import AdapterLayer
 from splice.methods.registry import Method, method_named
 from splice.surgery.adapted import Adapted, AdapterDict, Host, attach, detach
+from splice.surgery.base_changes import BaseChanges
 from splice.surgery.readers import weight_readers
 from splice.surgery.selection import BASE, Rows, Selection
 from splice.surgery.whole import WholeModule, walk_bare
@@ -52,7 +53,7 @@ class Tuner(nn.Module):
         self.loss_term: Callable[[Tuner, str], torch.Tensor] | None = None
         self._trainable: set[str] = set()
         self._places: dict[str, list[tuple[dict[str, nn.Parameter | None], str]]] = {}
-        self._unfrozen: list[nn.Parameter] = []
+        self._base_changes = BaseChanges()
 
     @classmethod
     def of(cls, network: nn.Module) -> Tuner:
@@ -115,7 +116,7 @@ class Tuner(nn.Module):
             attach(base, path, name, item.layer, self.selection, readers)
             self.adapted[path] = cast(Adapted, base)
         if freeze_base:
-            self._freeze(modules.values())
+            self._base_changes.make(self.model, modules)
 
     def _share(self, name: str, layers: Sequence[AdapterLayer]) -> None:
         for shared in (layer for layer in layers if isinstance(layer, SharedTensors)):
@@ -140,18 +141,9 @@ class Tuner(nn.Module):
         if not self.placed:
             self.restore_base()
 
-    def _freeze(self, modules: Iterable[nn.Module]) -> None:
-        for module in modules:
-            for parameter in module._parameters.values():
-                if parameter is not None and parameter.requires_grad:
-                    self._unfrozen.append(parameter)
-                    parameter.requires_grad = False
-
     def restore_base(self) -> None:
         """Give the network back the flags it had, and forget that it carried adapters."""
-        for parameter in self._unfrozen:
-            parameter.requires_grad = True
-        self._unfrozen.clear()
+        self._base_changes.take_back(self.model)
         self.model.__dict__.pop(TUNER, None)
         self.model.__dict__.pop("peft_config", None)
 
