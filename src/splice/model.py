@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from splice.config import PeftConfig
 from splice.creating import new_adapter
-from splice.loading.load import Loaded, LoadOptions, load_into, load_new, open_checkpoint
+from splice.loading.given import checkpoint_from
+from splice.loading.load import Loaded, LoadOptions, load_into, load_new
 from splice.loading.report import LoadReport
 from splice.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from splice.surgery.first_call import warn_if_unused
@@ -43,6 +45,8 @@ class PeftModel(nn.Module):
     # Modules that are always saved whole, and methods that the base model must have, for a task.
     heads: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[tuple[str, ...]] = ()
+    # Whether its adapters may be of several methods.
+    mixes_methods: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -77,6 +81,7 @@ class PeftModel(nn.Module):
             getattr(model, name)
         nn.Module.__init__(self)
         self.base_model = Tuner.of(model)
+        self.base_model.mixes_methods = self.mixes_methods
         self.load_report: LoadReport | None = None
         self._unused_checked = True
 
@@ -86,7 +91,7 @@ class PeftModel(nn.Module):
     def from_pretrained(
         cls,
         model: nn.Module,
-        model_id: str | os.PathLike[str],
+        model_id: str | os.PathLike[str] | None = None,
         adapter_name: str = "default",
         is_trainable: bool = False,
         config: PeftConfig | None = None,
@@ -95,6 +100,7 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = False,
         key_mapping: Mapping[str, str] | None = None,
         strict: bool = True,
+        tensors: Mapping[str, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> PeftModel:
         """Load a trained adapter onto `model`, which is changed in place. If anything fails, it is as it was.
@@ -110,6 +116,8 @@ class PeftModel(nn.Module):
             low_cpu_mem_usage: accepted for compatibility: no load initialises what it is about to overwrite.
             key_mapping: regular expression -> replacement for the checkpoint's names, behind the prefix.
             strict: refuse a checkpoint that does not fit to the last tensor. False: warn and load what fits.
+            tensors: the adapter's tensors under their names in a checkpoint, in place of `model_id`; with `config`. They
+                are copied, and the dict is not changed.
             **kwargs: `subfolder`, `ignore_mismatched_sizes`, `torch_device`, and options of
                 `huggingface_hub.hf_hub_download` (`revision`, `token`, `cache_dir`, `local_files_only`...).
 
@@ -128,7 +136,7 @@ class PeftModel(nn.Module):
             adapter_name, is_trainable, autocast_adapter_dtype, ephemeral_gpu_offload, key_mapping, strict, kwargs
         )
         mapping = key_mapping if key_mapping is not None else getattr(model, "_checkpoint_conversion_mapping", None)
-        checkpoint = open_checkpoint(model_id, config, options, mapping)
+        checkpoint = checkpoint_from(model_id, tensors, config, options, mapping)
         peft_model: PeftModel = object.__new__(class_for(checkpoint.config, cls))
         peft_model._wrap(model)
         tuner = peft_model.base_model
@@ -144,7 +152,7 @@ class PeftModel(nn.Module):
 
     def load_adapter(
         self,
-        model_id: str | os.PathLike[str],
+        model_id: str | os.PathLike[str] | None,
         adapter_name: str,
         is_trainable: bool = False,
         torch_device: str | None = None,
@@ -153,12 +161,15 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = False,
         key_mapping: Mapping[str, str] | None = None,
         strict: bool = True,
+        config: PeftConfig | None = None,
+        tensors: Mapping[str, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Load one more adapter, which does not become active; or new weights into the adapter of that name.
 
-        Arguments as in `from_pretrained`. Weights for an adapter that exists are loaded in place: its config, its flags
-        and its tensors as objects stay (a trainer's optimizer goes on holding them).
+        Arguments as in `from_pretrained`; with `tensors`, `model_id` is None. Weights for an adapter that exists are
+        loaded in place, without a `config`: its own, its flags and its tensors as objects stay (a trainer's optimizer goes
+        on holding them).
 
         Returns:
             `missing_keys` and `unexpected_keys`; both are empty unless `strict=False`.
@@ -170,7 +181,13 @@ class PeftModel(nn.Module):
             adapter_name, is_trainable, autocast_adapter_dtype, ephemeral_gpu_offload, key_mapping, strict, kwargs
         )
         tuner = self.base_model
-        checkpoint = open_checkpoint(model_id, tuner.peft_config.get(adapter_name), options, key_mapping)
+        present = tuner.peft_config.get(adapter_name)
+        if present is not None and config is not None:
+            raise ValueError(
+                f"adapter {adapter_name!r} is there already and keeps its config: leave out `config` to load new weights "
+                "into it, or call `delete_adapter` first"
+            )
+        checkpoint = checkpoint_from(model_id, tensors, present or config, options, key_mapping)
         undo, before = Undo(tuner), (self.load_report, self._unused_checked, self.training)
         try:
             if adapter_name in tuner.peft_config:

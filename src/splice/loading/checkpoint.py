@@ -117,7 +117,7 @@ class TensorsInMemory:
 
     def _owned(self, tensor: torch.Tensor) -> torch.Tensor:
         owns_memory = tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.is_contiguous()
-        return tensor if self.hand_over and owns_memory else tensor.clone()
+        return tensor if self.hand_over and owns_memory else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def open_weights(path: Path) -> Weights:
