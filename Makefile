@@ -15,13 +15,13 @@ test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 
 check: $(INSTALLED)
-	$(BIN)/ruff format --check src tests benchmarks examples
-	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check src tests benchmarks examples peft-shim
+	$(BIN)/ruff check src tests benchmarks examples peft-shim
 	$(BIN)/mypy
 
 format: $(INSTALLED)
-	$(BIN)/ruff format src tests benchmarks examples
-	$(BIN)/ruff check --fix src tests benchmarks examples
+	$(BIN)/ruff format src tests benchmarks examples peft-shim
+	$(BIN)/ruff check --fix src tests benchmarks examples peft-shim
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks

@@ -19,6 +19,8 @@ _PUBLIC = {
         "PeftModelForTokenClassification",
         "get_peft_model",
     ],
+    "splice.mixed": ["PeftMixedModel"],
+    "splice.injecting": ["inject_adapter_in_model"],
     "splice.config": ["PeftConfig", "PeftType", "PromptLearningConfig", "TaskType", "get_peft_config"],
     "splice.errors": [
         "AdapterMismatchError",
@@ -29,9 +31,7 @@ _PUBLIC = {
         "UnknownMethodError",
         "UnsupportedFeatureError",
     ],
-    "splice.methods.fourierft": ["FourierFTConfig"],
-    "splice.methods.lora": ["LoraConfig", "LoraRuntimeConfig"],
-    "splice.prompts.prefix_tuning": ["PrefixTuningConfig"],
+    "splice.methods.lora_config": ["LoraConfig", "LoraRuntimeConfig"],
     "splice.prompts.prompt_tuning": ["PromptTuningConfig", "PromptTuningInit"],
     "splice.loading.report": ["LoadReport"],
     "splice.saving": ["get_peft_model_state_dict"],
@@ -45,9 +45,13 @@ __all__ = sorted(_PLACES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
+    if name in _PLACES:
+        value = getattr(import_module(_PLACES[name]), name)
+    elif name.endswith("Config"):  # every method brings one, and stands in no list
+        value = import_module("splice.methods.registry").config_class(name)
+    else:
         raise AttributeError(f"module 'splice' has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_PLACES[name]), name)
+    globals()[name] = value
     return value
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from splice.config import PeftConfig
+from splice.config import PeftConfig, PeftType
 from splice.loading.commit import Built, build_new
 from splice.loading.plan import Plan, lay_out
 from splice.methods.registry import method_named
@@ -32,6 +32,23 @@ def adopt_base(config: PeftConfig, model: nn.Module, revision: str | None) -> No
                 stacklevel=3,
             )
         config.revision = revision
+
+
+# Methods whose adapters can stand beside those of another one.
+MIXED_TYPES = (PeftType.LORA, PeftType.LOHA, PeftType.LOKR, PeftType.ADALORA, PeftType.OFT, PeftType.SHIRA)
+
+
+def check_mixed(config: PeftConfig) -> None:
+    """Raise where an adapter with this config cannot stand beside those of other methods.
+
+    Raises:
+        ValueError: with the methods that can.
+    """
+    if config.peft_type not in MIXED_TYPES:
+        names = ", ".join(member.value for member in MIXED_TYPES)
+        raise ValueError(
+            f"adapters of {config.peft_type} cannot be mixed with those of other methods; these can: {names}."
+        )
 
 
 def new_adapter(
@@ -62,8 +79,10 @@ def check_together(tuner: Tuner, config: PeftConfig) -> None:
         ValueError: another method, a second adapter that trains biases of the base, or what the method's own rule refuses.
     """
     new = config.trained_biases()
+    if tuner.mixes_methods:
+        check_mixed(config)
     for name, other in tuner.peft_config.items():
-        if other.peft_type != config.peft_type:
+        if other.peft_type != config.peft_type and not tuner.mixes_methods:
             raise ValueError(
                 f"Cannot combine adapters with different peft types: {name!r} is {other.peft_type} and the new one is "
                 f"{config.peft_type}."
@@ -73,7 +92,7 @@ def check_together(tuner: Tuner, config: PeftConfig) -> None:
                 f"only one adapter of a model can train biases: {name!r} has bias={other.trained_biases()!r} and the new "
                 f"one {new!r}. When using multiple adapters, set bias to 'none' for all adapters but one."
             )
-    if tuner.peft_config:
+    if tuner.peft_config and not tuner.mixes_methods:
         own_rule = tuner.method.check_beside
         if own_rule is not None:
             own_rule(config, tuner.peft_config)

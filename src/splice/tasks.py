@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from splice.config import PeftConfig, TaskType
+from splice.mixed import PeftMixedModel
 from splice.model import PeftModel
 
 
@@ -207,7 +208,9 @@ TASK_CLASSES: dict[TaskType, type[PeftModel]] = {
 
 
 def class_for(config: PeftConfig, default: type[PeftModel]) -> type[PeftModel]:
-    """The class of a PeftModel with this config: by its task type, else `default`."""
+    """The class of a PeftModel with this config: by its task type, else `default`. A mixed model is for any task."""
+    if default.mixes_methods:
+        return default
     return default if config.task_type is None else TASK_CLASSES[TaskType(config.task_type)]
 
 
@@ -227,7 +230,7 @@ def get_peft_model(
         peft_config: what to put on it. The object is kept, and resolved values (default targets, the base's name) are
             written into it: callers rely on reading them there.
         adapter_name: the adapter's name in memory.
-        mixed: for adapters of several methods on one model; not supported.
+        mixed: give a PeftMixedModel, whose adapters may be of several methods.
         autocast_adapter_dtype: hold adapters of half-precision bases in float32.
         revision: revision of the base model, recorded in the config.
         low_cpu_mem_usage: leave the new tensors on the meta device, to be loaded.
@@ -238,8 +241,6 @@ def get_peft_model(
     """
     from splice.creating import adopt_base
 
-    if mixed:
-        raise NotImplementedError("mixed=True: adapters of several methods on one model are not supported yet")
     adopt_base(peft_config, model, revision)
-    cls = class_for(peft_config, PeftModel)
+    cls = PeftMixedModel if mixed else class_for(peft_config, PeftModel)
     return cls(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)

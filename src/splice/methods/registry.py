@@ -142,3 +142,15 @@ def method_named(peft_type: Any, place: str) -> Method:
     elif peft_type in list(PeftType):
         text += " The method exists, and this version cannot load it yet."
     raise UnknownMethodError(text)
+
+
+def config_class(name: str) -> type[PeftConfig]:
+    """The config class of this name, whichever method it belongs to.
+
+    Raises:
+        AttributeError: no method has it.
+    """
+    for method in all_methods().values():
+        if method.config.__name__ == name:
+            return method.config
+    raise AttributeError(f"module 'splice' has no attribute {name!r}: no method that is known has such a config")

@@ -19,7 +19,7 @@ from torch import nn
 from splice.fleet.rows import add_products, split
 from splice.methods.layer import AdapterLayer, Forward, LightModule
 from splice.surgery.commands import LayerCommands
-from splice.surgery.readers import SHOWING, guard_reader, readers_above, release_reader
+from splice.surgery.readers import SHOWING, below_guard, guard_reader, readers_above, release_reader, with_guard_of
 from splice.surgery.selection import Rows, Selection
 from splice.surgery.views import AdaptedViews, publish
 from splice.weights.layers import ADAPTERS
@@ -184,7 +184,10 @@ class Adapted(AdaptedViews, LayerCommands, nn.Module):
 def in_order(layers: Mapping[str, AdapterLayer], names: Sequence[str]) -> list[str]:
     """Those of the active adapters that are on a layer, the innermost first."""
     present = [name for name in names if name in layers]
-    return present[::-1] if present and layers[present[0]].first_outside else present
+    flags = {layers[name].first_outside for name in present}
+    if len(flags) > 1:  # of several methods: as they were added
+        return sorted(present, key=list(layers).index)
+    return present[::-1] if True in flags else present
 
 
 def _new_adapted(cls: type[nn.Module]) -> nn.Module:
@@ -234,7 +237,7 @@ def attach(
     assert isinstance(layer, Adapted)
     layer.splice_adapters.put(name, adapter)
     layer.splice_host.shows |= adapter.shows
-    publish(type(layer), adapter)
+    publish(below_guard(type(layer)), adapter)
     return layer.splice_host
 
 
@@ -255,7 +258,7 @@ def detach(layer: nn.Module, name: str) -> None:
 def _swap(layer: nn.Module, path: str, selection: Selection, readers: Mapping[str, nn.Module]) -> None:
     adapters = AdapterDict()
     adapters.training = layer.training
-    cls = adapted_class(type(layer))
+    cls = adapted_class(below_guard(type(layer)))
     host = Host(path, selection, adapters._modules, readers=readers_above(readers, path))
     layer.__dict__[HOST] = host
     layer._modules[ADAPTERS] = adapters
@@ -264,7 +267,7 @@ def _swap(layer: nn.Module, path: str, selection: Selection, readers: Mapping[st
     if name is not None:
         host.own_forward = layer.__dict__[name]
         layer.__dict__[name] = cls.forward.__get__(layer)
-    layer.__class__ = cls  # type: ignore[assignment]
+    layer.__class__ = with_guard_of(layer, cls)  # type: ignore[assignment]
     for parent in host.readers:
         guard_reader(parent, path)
 
@@ -272,8 +275,8 @@ def _swap(layer: nn.Module, path: str, selection: Selection, readers: Mapping[st
 def _swap_back(layer: nn.Module, host: Host) -> None:
     for parent in host.readers:
         release_reader(parent, host.path)
-    adapted, cls = type(layer), original_class(layer)
-    layer.__class__ = cls
+    adapted, cls = below_guard(type(layer)), original_class(layer)
+    layer.__class__ = with_guard_of(layer, cls)
     # A hook may have come or gone in the meantime; wherever our forward was left, the base's own takes its place.
     for name in ("_old_forward", "forward"):
         standing = layer.__dict__.get(name)

@@ -54,6 +54,7 @@ class Tuner(nn.Module):
         self._trainable: set[str] = set()
         self._places: dict[str, list[tuple[dict[str, nn.Parameter | None], str]]] = {}
         self._base_changes = BaseChanges()
+        self.mixes_methods = False
 
     @classmethod
     def of(cls, network: nn.Module) -> Tuner:

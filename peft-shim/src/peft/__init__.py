@@ -1,0 +1,14 @@
+"""splice under the name `peft`."""
+
+from typing import Any
+
+import splice
+
+__version__ = "0.21.2+splice.1"
+__all__ = [*splice.__all__]
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return getattr(splice, name)

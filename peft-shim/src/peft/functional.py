@@ -1,0 +1,3 @@
+"""`peft.functional`."""
+
+from splice.functional import *  # noqa: F403

@@ -1,0 +1,3 @@
+"""`peft.mixed_model`."""
+
+from splice.mixed import PeftMixedModel as PeftMixedModel

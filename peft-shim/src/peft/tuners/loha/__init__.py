@@ -1,0 +1,3 @@
+"""`peft.tuners.loha`."""
+
+from peft.tuners.loha.layer import LoHaLayer as LoHaLayer

@@ -1,0 +1,3 @@
+"""`peft.tuners.lokr`."""
+
+from peft.tuners.lokr.layer import LoKrLayer as LoKrLayer

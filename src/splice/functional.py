@@ -1,0 +1,62 @@
+"""What libraries do to the adapters of a network without a PeftModel around it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from splice.injecting import inject_adapter_in_model as inject_adapter_in_model
+from splice.loading.state import set_peft_model_state_dict as set_peft_model_state_dict
+from splice.methods.layer import HALVES
+from splice.saving import get_peft_model_state_dict as get_peft_model_state_dict
+from splice.saving import tuner_of
+from splice.surgery.whole import WholeModule
+
+__all__ = [
+    "cast_adapter_dtype",
+    "delete_adapter",
+    "get_peft_model_state_dict",
+    "inject_adapter_in_model",
+    "set_adapter",
+    "set_peft_model_state_dict",
+    "set_requires_grad",
+]
+
+
+def set_adapter(
+    model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False, layer_cls: Any = None
+) -> None:
+    """Make these adapters the active ones, and trainable unless `inference_mode`; `layer_cls` is ignored."""
+    tuner_of(model)[0].set_adapter(adapter_name, inference_mode)
+
+
+def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_cls: Any = None) -> list[str] | None:
+    """Take an adapter off; its config stays in `model.peft_config`. `prefix` and `layer_cls` are ignored.
+
+    Returns:
+        The adapters that are active now, or None where there are none.
+    """
+    tuner, _ = tuner_of(model)
+    config = tuner.peft_config[adapter_name]
+    tuner.delete_adapter(adapter_name)
+    tuner.peft_config[adapter_name] = config
+    tuner.model.__dict__["peft_config"] = tuner.peft_config
+    return tuner.active_adapters or None
+
+
+def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+    """Whether the tensors of these adapters are trained."""
+    tuner_of(model)[0].set_requires_grad(adapter_names, requires_grad)
+
+
+def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+    """Hold the half-precision tensors of an adapter in float32. Copies of whole modules stay as they are."""
+    if not autocast_adapter_dtype:
+        return
+    for layer in tuner_of(model)[0].placed[adapter_name].values():
+        for parameter in () if isinstance(layer, WholeModule) else layer.parameters():
+            if parameter.dtype in HALVES:
+                parameter.data = parameter.data.to(torch.float32)

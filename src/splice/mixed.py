@@ -1,0 +1,40 @@
+"""PeftMixedModel: adapters of several methods on one base model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from splice.model import PeftModel
+
+
+class PeftMixedModel(PeftModel):
+    """A base model with adapters that may be of several methods. Several may be active; on one layer they nest.
+
+    What the reference leaves out here is left out: saving, reports, weighted adapters.
+    """
+
+    mixes_methods = True
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make these adapters the active ones."""
+        self.base_model.set_adapter(adapter_name, inference_mode)
+
+    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Take these adapters off."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self.base_model.check_known(names)
+        for name in names:
+            self.base_model.delete_adapter(name)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        raise NotImplementedError("Saving is not supported for PeftMixedModel: its adapters are of several methods.")
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        raise NotImplementedError("Weighted adapters are not supported for PeftMixedModel.")
+
+    def get_layer_status(self) -> Any:
+        raise TypeError("get_layer_status is not supported for PeftMixedModel.")
+
+    def get_model_status(self) -> Any:
+        raise TypeError("get_model_status is not supported for PeftMixedModel.")

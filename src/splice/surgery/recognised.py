@@ -1,0 +1,54 @@
+"""Classes by which other libraries recognise layers that carry adapters: `isinstance(module, BaseTunerLayer)`.
+
+Nothing is an instance of them by inheritance: an adapted layer is of its own class's subclass. They look at what it carries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+from splice.methods.layer import AdapterLayer
+from splice.surgery.adapted import Adapted
+from splice.surgery.tuner import is_whole
+from splice.surgery.whole import WholeModule
+
+
+class _Recognising(type):
+    """The class of classes that decide by themselves what their instances are."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, Adapted) and bool(cast(Any, cls).recognises(instance))
+
+
+class BaseTunerLayer(metaclass=_Recognising):
+    """A layer that carries adapter layers of a method."""
+
+    @staticmethod
+    def recognises(layer: Adapted) -> bool:
+        return not is_whole(layer)
+
+
+class ModulesToSaveWrapper(metaclass=_Recognising):
+    """A module of which some adapter keeps a trained copy."""
+
+    @staticmethod
+    def recognises(layer: Adapted) -> bool:
+        return any(isinstance(adapter, WholeModule) for adapter in layer.splice_host.layers.values())
+
+
+class AuxiliaryTrainingWrapper(metaclass=_Recognising):
+    """A module that carries nothing but what is kept whole."""
+
+    @staticmethod
+    def recognises(layer: Adapted) -> bool:
+        return is_whole(layer)
+
+
+def layer_of(name: str, carries: Callable[[AdapterLayer], bool]) -> type:
+    """A class `name` whose instances are the layers with an adapter layer for which `carries` holds."""
+
+    def recognises(layer: Adapted) -> bool:
+        return any(carries(adapter) for adapter in layer.splice_host.layers.values())
+
+    return _Recognising(name, (), {"recognises": staticmethod(recognises), "__doc__": f"A layer with a {name}."})
