@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-slow check format bench clean
+.PHONY: demo test test-slow check format bench docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/skills/demo.py
@@ -15,16 +15,19 @@ test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 
 check: $(INSTALLED)
-	$(BIN)/ruff format --check src tests benchmarks examples peft-shim
-	$(BIN)/ruff check src tests benchmarks examples peft-shim
+	$(BIN)/ruff format --check src tests benchmarks examples docs peft-shim
+	$(BIN)/ruff check src tests benchmarks examples docs peft-shim
 	$(BIN)/mypy
 
 format: $(INSTALLED)
-	$(BIN)/ruff format src tests benchmarks examples peft-shim
-	$(BIN)/ruff check --fix src tests benchmarks examples peft-shim
+	$(BIN)/ruff format src tests benchmarks examples docs peft-shim
+	$(BIN)/ruff check --fix src tests benchmarks examples docs peft-shim
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks
+
+docs: $(INSTALLED)
+	$(BIN)/python docs/generate.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -16,6 +16,7 @@ from benchmarks.report import Row, header, line, machine, write_json
 
 BENCHMARKS: dict[str, Callable[[Settings], Iterator[Row]]] = {
     "loading": loading.rows,
+    "methods": loading.method_rows,
     "switching": switching.rows,
     "memory": memory.rows,
     "decode": forward.decode_rows,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -43,11 +43,16 @@ def linears(count: int, width: int, device: torch.device) -> nn.Module:
 
 def write_checkpoint(base: nn.Module, folder: Path, targets: Sequence[str], rank: int) -> Path:
     """Have the reference write a LoRA checkpoint for a copy of `base`; no tensor of it is zero, as after training."""
+    fields = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": list(targets)}
+    return write_checkpoint_of(base, folder, fields)
+
+
+def write_checkpoint_of(base: nn.Module, folder: Path, fields: Mapping[str, Any]) -> Path:
+    """The same for any method; `fields` are those of its config."""
     reference = import_module(REFERENCE)
-    config = reference.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets))
-    model = reference.get_peft_model(copy.deepcopy(base), config)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
+    model = reference.get_peft_model(copy.deepcopy(base), reference.get_peft_config(dict(fields)))
+    for parameter in model.parameters():
+        if parameter.requires_grad and not parameter.any():
             nn.init.normal_(parameter, std=0.02)
     model.save_pretrained(folder)
     return folder

@@ -1,0 +1,66 @@
+"""Writes docs/methods.md from the records of the methods: `python docs/generate.py` (`make docs`)."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from pathlib import Path
+
+from splice.methods.registry import Combining, Method, all_methods
+
+_HEAD = """# Methods
+
+One row for every record in `src/splice/methods/` and `src/splice/prompts/`; written by `make docs`. Every method is loaded,
+created, trained and saved, switched, disabled and deleted, and may stand in a batch of mixed rows.
+
+| `peft_type` | what it is | config | on | merges | several active | weighted sums | paper |
+|---|---|---|---|---|---|---|---|
+"""
+
+
+def layers_of(method: Method) -> list[str]:
+    """What it is put on, in words."""
+    names = [kind.name.replace("_", " ").lower() for kind in method.layers]
+    if method.other_layer is not None:
+        names.append("any layer")
+    if method.parameters_layer is not None:
+        names.append("bare parameters")
+    if method.network_layer is not None:
+        names.append("the network's call")
+    return names
+
+
+def merges(method: Method) -> bool:
+    """Whether any of its adapter layers can be merged."""
+    layers = [*method.layers.values(), method.parameters_layer, method.other_layer]
+    return any(layer is not None and layer.mergeable for layer in layers)
+
+
+def row(method: Method) -> str:
+    """One line of the table."""
+    file = next(module for module in sys.modules.values() if vars(module).get("METHOD") is method)
+    text = (inspect.getdoc(file) or "").splitlines()[0]
+    cells = [
+        f"`{method.name.value}`",
+        text.rstrip("."),
+        f"`{method.config.__name__}`",
+        ", ".join(layers_of(method)),
+        _word(merges(method)),
+        _word(not method.exclusive),
+        "" if method.combining is Combining.NONE else method.combining.value,
+        method.paper,
+    ]
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _word(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def page() -> str:
+    """The whole page."""
+    return _HEAD + "\n".join(row(method) for method in all_methods().values()) + "\n"
+
+
+if __name__ == "__main__":
+    (Path(__file__).parent / "methods.md").write_text(page(), encoding="utf-8")

@@ -1,0 +1,51 @@
+"""The pages that are made from the code are up to date, and what they say of the code is true."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from splice.config import PeftConfig
+from splice.methods.registry import Method, all_methods, register
+
+ROOT = Path(__file__).parent.parent
+
+
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_methods_is_what_the_records_say() -> None:
+    written = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert written == generator().page(), "run `make docs`"
+
+
+def test_links_between_the_documents_lead_somewhere() -> None:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("*/*/README.md")]
+    for page in (p for p in pages if ".venv" not in p.parts):
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
+
+
+def test_a_name_is_registered_once() -> None:
+    taken = next(iter(all_methods().values()))
+    with pytest.raises(KeyError, match=f"{taken.name.value} is registered already, by splice"):
+        register(Method(taken.name, PeftConfig, "x_", frozenset()))
+
+
+@pytest.mark.parametrize("method", list(all_methods().values()), ids=lambda m: m.name.value)
+def test_a_record_is_complete(method: Method) -> None:
+    assert method.paper
+    assert method.config().peft_type == method.name
+    assert method.tensor_names or method.other_layer is not None
+    ways = (method.layers, method.other_layer, method.network_layer)
+    assert any(way for way in ways)
