@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from splice.config import PeftConfig, TargetRule, copy_config
+from splice.errors import UnsupportedLayerError
 from splice.loading.checkpoint import DTYPES
 from splice.loading.header import Entry
 from splice.loading.keys import format_key
+from splice.loading.placement import Placement
+from splice.loading.tying import EMBEDDING_NAMES, Repeated, followers, repeated_keys, token_rows, tying
 from splice.methods.layer import AdapterLayer
 from splice.methods.registry import Method
 from splice.surgery.targets import default_modules, resolved_rule, select, select_parameters
@@ -24,40 +26,6 @@ from splice.surgery.whole import BiasOnly, WholeModule, walk_bare
 
 if TYPE_CHECKING:
     from splice.prompts.prompt import PromptLayer
-
-# What the reference calls embeddings when it decides whether to save the base's own.
-EMBEDDING_NAMES = ("embed_tokens", "lm_head")
-
-
-@dataclass(frozen=True)
-class Placement:
-    """One adapter layer to be: on which base layer, of which class, with which tensors.
-
-    Attributes:
-        path: dotted path of the base layer.
-        base: the base layer.
-        layer_class: the adapter layer to be built.
-        slots: suffix -> shape of every tensor it needs.
-        stored: whether a checkpoint holds them; others are made again from what the config says.
-    """
-
-    path: str
-    base: nn.Module
-    layer_class: type[AdapterLayer]
-    slots: Mapping[str, tuple[int, ...]]
-    stored: bool = True
-
-    @cached_property
-    def keys(self) -> dict[str, str]:
-        """Suffix -> name in the checkpoint."""
-        return {suffix: self.layer_class.key(self.path, suffix) for suffix in self.slots}
-
-    def key(self, suffix: str) -> str:
-        return self.keys[suffix]
-
-    def dtype(self, suffix: str, autocast: bool) -> torch.dtype:
-        """The dtype of a tensor in memory; with `autocast` half-precision adapters are held in float32."""
-        return self.layer_class.held_dtype(self.base, suffix, autocast)
 
 
 @dataclass
@@ -70,6 +38,8 @@ class Plan:
         resolved: fields that the config leaves open, filled in.
         base_copies: keys under which a checkpoint repeats weights of the base, and those weights.
         redundant: names that the reference writes a second time, and that nothing has to be done with.
+        followers: adapter layers that share the tensors of others, which `placements` hold.
+        repeated: keys under which a checkpoint may hold a follower's tensors, and those of the tensors they share.
         sources: key of a slot -> name of the tensor in the checkpoint, for every tensor that has its place.
         missing: keys of slots that the checkpoint has no tensor for.
         unexpected: names of tensors that have no place.
@@ -82,6 +52,8 @@ class Plan:
     resolved: dict[str, Any] = field(default_factory=dict)
     redundant: frozenset[str] = frozenset()
     base_copies: dict[str, torch.Tensor] = field(default_factory=dict)
+    followers: list[Placement] = field(default_factory=list)
+    repeated: dict[str, Repeated] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
@@ -129,27 +101,46 @@ def lay_out(
     rule = _with_heads(resolved_rule(method, config, network, modules), heads)
     further = default_modules(method, config, network)
     config = copy_config(config, **further) if further else config
-    placements = [
-        _placement(path, base, method.layer_for(base, path, config), config)
-        for path, base in select(rule, modules).items()
-    ]
+    tied = tying(rule, config, network, modules, new)
+    rule = tied.rule
+    selected = {path: base for path, base in select(rule, modules).items() if path not in tied.left_out}
+    placements = _on_targets(selected, method, config)
     if method.shared is not None:
         shapes = method.shared.shapes([(p.path, p.base) for p in placements], config)
         placements.insert(0, Placement("", network, method.shared, shapes, method.shared.is_stored(config)))
     if rule.target_parameters and method.parameters_layer is not None:
         adapted = {p.path: p for p in placements}
         owners = select_parameters(rule, modules, adapted)
-        placements += [_placement(path, modules[path], method.parameters_layer, config) for path in owners]
+        placements += [Placement.of(path, modules[path], method.parameters_layer, config) for path in owners]
     whole = _saved_whole(rule, modules)
     _check_apart(whole, placements)
-    placements += [_placement(path, base, WholeModule, config) for path, base in whole]
+    placements += [Placement.of(path, base, WholeModule, config) for path, base in whole]
+    placements += token_rows(config, tied.embeddings, modules, placements)
+    following = followers(tied, method, config, placements, modules)
     biases = config.trained_biases()
     named = {"target_modules": rule.target_modules, "modules_to_save": rule.modules_to_save}
     resolved: dict[str, Any] = {**named, **further}
     for placement in placements:
         resolved.update(placement.layer_class.resolved(placement.base, config))
     placements = _with_biases(placements, modules, biases)
-    return Plan(placements, rule, resolved, _written_twice(placements, biases), _base_copies(placements))
+    plan = Plan(placements, rule, resolved, _written_twice(placements, biases), _base_copies(placements))
+    plan.followers, plan.repeated = following, repeated_keys(following, placements)
+    return plan
+
+
+def _on_targets(selected: Mapping[str, nn.Module], method: Method, config: PeftConfig) -> list[Placement]:
+    placements = []
+    for path, base in selected.items():
+        layer_class = method.layer_for(base, path, config)
+        placements.append(Placement.of(path, base, layer_class, config))
+        for below, companion in layer_class.companions(base, path).items():
+            if below in selected:
+                raise UnsupportedLayerError(
+                    f"{below!r} is selected, and so is {path!r}, which adapts it along with itself. Exclude one of them "
+                    "with `exclude_modules`."
+                )
+            placements.append(Placement.of(below, base.get_submodule(below[len(path) + 1 :]), companion, config))
+    return placements
 
 
 def _with_heads(rule: TargetRule, heads: Sequence[str]) -> TargetRule:
@@ -170,10 +161,10 @@ def _lay_out_prompt(
     path = layer_class.place(network, config)
     if new and not config.inference_mode:
         layer_class = layer_class.for_training(config)
-    prompt = _placement(path, modules[path], layer_class, config)
+    prompt = Placement.of(path, modules[path], layer_class, config)
     whole = _saved_whole(rule, modules)
     _check_apart(whole, [prompt])
-    placements = [prompt, *(_placement(path, base, layer_class.head, config) for path, base in whole)]
+    placements = [prompt, *(Placement.of(path, base, layer_class.head, config) for path, base in whole)]
     resolved = {**layer_class.resolved(network, config), "modules_to_save": rule.modules_to_save}
     return Plan(placements, rule, resolved)
 
@@ -199,10 +190,6 @@ def _written_twice(placements: Sequence[Placement], biases: str) -> frozenset[st
         if suffix.rpartition(".")[2] == "bias"
         for where in ("modules_to_save", "original_module")
     )
-
-
-def _placement(path: str, base: nn.Module, layer_class: type[AdapterLayer], config: PeftConfig) -> Placement:
-    return Placement(path, base, layer_class, layer_class.slots(base, config, path))
 
 
 def _saved_whole(rule: TargetRule, modules: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
@@ -244,7 +231,7 @@ def _with_biases(placements: list[Placement], modules: Mapping[str, nn.Module], 
         elif placement is not None:
             result.append(replace(placement, slots={**placement.slots, "base_layer.bias": tuple(own.shape)}))
         elif bias == "all":
-            result.append(_placement(path, module, BiasOnly, PeftConfig()))
+            result.append(Placement.of(path, module, BiasOnly, PeftConfig()))
     return result
 
 
@@ -269,7 +256,12 @@ def fit(plan: Plan, entries: Mapping[str, Entry]) -> Plan:
     for key, weight in plan.base_copies.items():
         if entries[key].shape != tuple(weight.shape):
             plan.mismatched.append((key, _shape_text(entries[key].shape), _shape_text(weight.shape)))
-    known = taken | plan.redundant | plan.base_copies.keys()
+    plan.repeated = {key: of for key, of in plan.repeated.items() if key in entries}
+    for key, of in plan.repeated.items():
+        shape = entries[key].shape[::-1] if of.transposed else entries[key].shape
+        if of.key in plan.sources and shape != entries[of.key].shape:
+            plan.mismatched.append((key, _shape_text(entries[key].shape), f"that of {of.key}"))
+    known = taken | plan.redundant | plan.base_copies.keys() | plan.repeated.keys()
     plan.unexpected = [name for name in entries if name not in known]
     return plan
 

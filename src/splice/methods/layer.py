@@ -7,6 +7,7 @@ and its mathematics. Everything else (attaching, selecting, merging, dtypes, dev
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -119,6 +120,12 @@ class AdapterLayer(LightModule):
     trained_bias: nn.Parameter | None
     # Whether `shown` gives anything: asked at every call.
     shows: bool = False
+    # The path of the layer of the same adapter whose tensors this one shares, where two base layers are tied.
+    leader: str = ""
+    # Own suffix -> suffix of the tensor it is the transpose of, where it shares those of a layer of another class.
+    transposes: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    # The config it was made from, where that is not the adapter's.
+    own_config: PeftConfig | None = None
 
     def __init__(self, base: nn.Module, config: PeftConfig, path: str, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
@@ -137,6 +144,11 @@ class AdapterLayer(LightModule):
             ValueError: the config cannot be applied to this layer.
         """
         raise NotImplementedError
+
+    @classmethod
+    def companions(cls, base: nn.Module, path: str) -> dict[str, type[AdapterLayer]]:
+        """Further layers, by path below `base`, that get an adapter layer of their own wherever `base` gets this one."""
+        return {}
 
     @classmethod
     def resolved(cls, base: nn.Module, config: Any) -> dict[str, Any]:
@@ -205,6 +217,14 @@ class AdapterLayer(LightModule):
         weight, bias = self.delta_weight(tensors["weight"]), self.delta_bias()
         found = {"weight": weight, "bias": bias}
         return {name: delta for name, delta in found.items() if delta is not None}
+
+    def replaced(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What merging puts in the place of these tensors of the base, before anything is added."""
+        return {}
+
+    def conflict(self, other: AdapterLayer) -> str:
+        """Why this one and that of another adapter on the same layer cannot take effect together; empty if they can."""
+        return ""
 
     def factors(self) -> Factors | None:
         """The update as a plain product of the layer's input, where it is one now: then rows are worked out together."""

@@ -9,6 +9,7 @@ from splice.config import PeftType
 from splice.errors import UnsupportedLayerError
 from splice.methods.default_targets import LORA_TARGETS
 from splice.methods.layer import AdapterLayer
+from splice.methods.lora_attention import LoraAttention
 from splice.methods.lora_config import LoraConfig, LoraRuntimeConfig, active_variants, check, with_rank
 from splice.methods.lora_dora import DoraConv, DoraEmbedding, DoraLinear
 from splice.methods.lora_layers import LoraConv, LoraEmbedding, LoraLayer, LoraLinear
@@ -25,6 +26,7 @@ _LAYERS: Mapping[LayerKind, type[AdapterLayer]] = MappingProxyType(
         **dict.fromkeys(_LINEAR, LoraLinear),
         LayerKind.EMBEDDING: LoraEmbedding,
         **dict.fromkeys(_CONVOLUTIONS, LoraConv),
+        LayerKind.ATTENTION: LoraAttention,
     }
 )
 # By the field of the config that asks for it.

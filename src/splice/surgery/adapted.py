@@ -190,6 +190,17 @@ def in_order(layers: Mapping[str, AdapterLayer], names: Sequence[str]) -> list[s
     return present[::-1] if True in flags else present
 
 
+def first_conflict(layers: Mapping[str, AdapterLayer], names: Sequence[str]) -> tuple[str, str, str] | None:
+    """Two of these adapters that cannot take effect together on a layer, and why; None if all can."""
+    present = [name for name in dict.fromkeys(names) if name in layers]
+    for index, two in enumerate(present):
+        for one in present[:index]:
+            why = layers[two].conflict(layers[one])
+            if why:
+                return one, two, why
+    return None
+
+
 def _new_adapted(cls: type[nn.Module]) -> nn.Module:
     adapted = adapted_class(cls)
     return adapted.__new__(adapted)

@@ -55,7 +55,7 @@ def release_reader(parent: nn.Module, path: str) -> None:
     if guard["class"] in _SWITCH:
         setattr(parent, _SWITCH[guard["class"]], guard["was"])
     elif isinstance(parent, _ShowsAdaptedWeights):
-        parent.__class__ = type(parent).__mro__[2]
+        parent.__class__ = below_guard(type(parent))
     del parent.__dict__[GUARD]
 
 
@@ -80,7 +80,11 @@ class _ShowsAdaptedWeights:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _new_shown, (type(self).__mro__[2],), self.__dict__
+        from splice.surgery.adapted import Adapted, original_class
+
+        layer = cast(nn.Module, self)
+        adapted = isinstance(layer, Adapted)
+        return _new_shown, (original_class(layer) if adapted else below_guard(type(layer)), adapted), self.__dict__
 
 
 def _shown_class(cls: type[nn.Module]) -> type[nn.Module]:
@@ -89,9 +93,21 @@ def _shown_class(cls: type[nn.Module]) -> type[nn.Module]:
     return _shown_classes[cls]
 
 
-def _new_shown(cls: type[nn.Module]) -> nn.Module:
-    shown = _shown_class(cls)
+def _new_shown(cls: type[nn.Module], adapted: bool) -> nn.Module:
+    from splice.surgery.adapted import adapted_class
+
+    shown = _shown_class(adapted_class(cls) if adapted else cls)
     return shown.__new__(shown)
+
+
+def below_guard(cls: type[nn.Module]) -> type[nn.Module]:
+    """`cls` without the class that a guard put on top."""
+    return cls.__mro__[2] if issubclass(cls, _ShowsAdaptedWeights) else cls
+
+
+def with_guard_of(layer: nn.Module, cls: type[nn.Module]) -> type[nn.Module]:
+    """`cls`, with the guard's class on top if `layer` has it: attention may be guarded and adapted itself, in this order."""
+    return _shown_class(cls) if isinstance(layer, _ShowsAdaptedWeights) else cls
 
 
 @contextmanager

@@ -20,6 +20,7 @@ class LayerKind(Enum):
     CONV1D = "weight (out, in / groups, k)"
     CONV2D = "weight (out, in / groups, k, k)"
     CONV3D = "weight (out, in / groups, k, k, k)"
+    ATTENTION = "in_proj_weight (3 * dim, dim) and an output projection, torch's own attention"
 
 
 _KINDS: tuple[tuple[type[nn.Module], LayerKind], ...] = (
@@ -28,6 +29,7 @@ _KINDS: tuple[tuple[type[nn.Module], LayerKind], ...] = (
     (nn.Conv1d, LayerKind.CONV1D),
     (nn.Conv2d, LayerKind.CONV2D),
     (nn.Conv3d, LayerKind.CONV3D),
+    (nn.MultiheadAttention, LayerKind.ATTENTION),
 )
 
 
@@ -54,7 +56,7 @@ def kind_of(layer: nn.Module) -> LayerKind | None:
 
 
 def features(layer: Any) -> tuple[int, int]:
-    """(in, out) of a linear layer, (vocabulary, dim) of an embedding, (in, out) channels of a convolution."""
+    """(in, out) of a linear layer or of attention's input projection, (vocabulary, dim), (in, out) channels."""
     kind = kind_of(layer)
     if kind is LayerKind.LINEAR:
         return layer.in_features, layer.out_features
@@ -62,4 +64,6 @@ def features(layer: Any) -> tuple[int, int]:
         return layer.num_embeddings, layer.embedding_dim
     if kind is LayerKind.TRANSPOSED_LINEAR:
         return layer.weight.shape[0], layer.weight.shape[1]
+    if kind is LayerKind.ATTENTION:
+        return layer.embed_dim, 3 * layer.embed_dim
     return layer.in_channels, layer.out_channels
