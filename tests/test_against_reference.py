@@ -142,7 +142,14 @@ def test_generated_tokens(case: Case, shared_checkpoint: Any) -> None:
     for options in ({}, {"num_beams": 2}, {"use_cache": False}):
         ours = bases.generate(pair.ours, case.base, **options)
         assert torch.equal(ours, bases.generate(pair.reference, case.base, **options)), options
-    assert differ(ours.float(), bases.generate(case.base.build(), case.base).float())
+    # Not the tokens: a tiny random model may repeat one of them whatever its adapter does.
+    scores = [_scores_while_generating(model, case.base) for model in (pair.ours, pair.reference, case.base.build())]
+    assert_close(scores[0], scores[1], factor=10)
+    assert differ(scores[0], scores[2])
+
+
+def _scores_while_generating(model: Any, base: bases.Base) -> torch.Tensor:
+    return torch.stack(bases.generate(model, base, output_logits=True, return_dict_in_generate=True).logits)
 
 
 # -- dtypes

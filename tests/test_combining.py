@@ -1,4 +1,7 @@
-"""`add_weighted_adapter`: several LoRA adapters combined into a new one, against the reference and by its own rule."""
+"""`add_weighted_adapter`: several adapters combined into a new one, against the reference and by its own rule.
+
+Most of it is about the low-rank factors of LoRA; the last part about every method whose tensors add up.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,11 @@ import pytest
 import torch
 
 import splice
+from splice.methods.registry import Combining, all_methods
 from tests import bases
 from tests.bases import Base, run
 from tests.comparing import Pair, assert_close, differ, load_both, trainable_names
+from tests.samples import Case, kind_cases, plain_cases
 
 BASES = (bases.LINEAR, bases.TRANSPOSED, bases.EMBEDDING, bases.CONV1D, bases.CONV2D, bases.MIXED, bases.LLAMA)
 over_bases = pytest.mark.parametrize("base", BASES, ids=str)
@@ -209,3 +214,61 @@ def test_a_name_that_is_taken_is_left_alone(shared_checkpoint: Any) -> None:
     before = run(pair.ours, bases.LINEAR.inputs(3))
     pair.each(lambda m: m.add_weighted_adapter(["second", "third"], [1.0, 1.0], "default", combination_type="cat"))
     assert torch.equal(pair.assert_equal(), before)
+
+
+# -- methods whose tensors add up
+
+
+def summed(cases: list[Case]) -> Any:
+    return pytest.mark.parametrize("case", [c for c in cases if c.method.combining is Combining.SUM], ids=str)
+
+
+@summed([*kind_cases(), *plain_cases(bases.LLAMA)])
+def test_the_tensors_are_summed(case: Case, shared_checkpoint: Any, tmp_path: Path) -> None:
+    """A layer that lacks one of the adapters sums those it has."""
+    fewer = case.config(target_modules=[case.base.targets[0]])
+    folders = (shared_checkpoint(case.base, case.config()), shared_checkpoint(case.base, fewer, seed=1))
+    pair = load_both(case.base, *folders)
+    alone, trainable = pair.outputs()[1], trainable_names(pair.ours)
+    pair.each(lambda model: model.add_weighted_adapter(["default", "second"], [0.7, -0.5], "combined"))
+    assert pair.ours.active_adapters == ["default"]
+    assert trainable_names(pair.ours) == trainable
+    pair.each(lambda model: model.set_adapter("combined", inference_mode=True))
+    output = pair.assert_equal()
+    assert differ(output, alone)
+    configs = [dict(vars(model.peft_config["combined"])) for model in (pair.ours, pair.reference)]
+    for name in ("target_modules", *case.method.default_modules):
+        assert configs[0][name] == configs[1][name] or set(configs[0][name]) == set(configs[1][name]), name
+    pair.ours.save_pretrained(tmp_path, selected_adapters=["combined"])
+    again = splice.PeftModel.from_pretrained(case.base.build(), tmp_path / "combined")
+    assert torch.equal(run(again, case.base.inputs(3)), output)
+
+
+@summed(plain_cases(bases.LINEAR))
+def test_names_given_in_two_ways_are_not_united(case: Case, shared_checkpoint: Any, library: Any) -> None:
+    """A list and a regular expression: the new adapter's config could not say what it is put on."""
+    targets = case.config(target_modules="first|second")
+    model = library.PeftModel.from_pretrained(case.base.build(), str(shared_checkpoint(case.base, case.config())))
+    model.load_adapter(str(shared_checkpoint(case.base, targets, seed=1)), adapter_name="second")
+    with pytest.raises(ValueError, match="same type for"):
+        model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "x")
+    assert "x" not in model.peft_config
+
+
+@summed(plain_cases(bases.LINEAR))
+def test_ways_of_combining_factors_are_refused(case: Case, shared_checkpoint: Any) -> None:
+    pair = load_both(case.base, *(shared_checkpoint(case.base, case.config(), seed=seed) for seed in (0, 1)))
+    for options in ({"combination_type": "ties", "density": 0.5}, {"combination_type": "cat"}, {"svd_rank": 3}):
+        with pytest.raises(ValueError, match="weighted sum of their tensors"):
+            pair.ours.add_weighted_adapter(["default", "second"], [1.0, 1.0], "x", **options)
+    assert "x" not in pair.ours.peft_config
+
+
+@pytest.mark.parametrize("method", all_methods().values(), ids=lambda method: method.name.value)
+def test_methods_that_cannot_be_combined_say_so(method: Any, shared_checkpoint: Any) -> None:
+    cases = [case for case in plain_cases(bases.LINEAR) if case.method is method]
+    if method.combining is not Combining.NONE or not cases:
+        pytest.skip("it can be, or it is not on layers")
+    model = splice.PeftModel.from_pretrained(bases.LINEAR.build(), shared_checkpoint(bases.LINEAR, cases[0].config()))
+    with pytest.raises(splice.UnsupportedFeatureError, match="cannot be combined"):
+        model.add_weighted_adapter(["default"], [1.0], "x")

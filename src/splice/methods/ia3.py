@@ -18,7 +18,7 @@ from torch import nn
 
 from splice.config import PeftType
 from splice.methods.default_targets import IA3_FEEDFORWARD, IA3_TARGETS
-from splice.methods.layer import AdapterLayer, Forward
+from splice.methods.layer import AdapterLayer, Forward, cast_to
 from splice.methods.registry import Combining, Method, register
 from splice.methods.targeted import TargetedConfig
 from splice.weights.layers import LayerKind, features, kind_of
@@ -87,7 +87,7 @@ class IA3Layer(AdapterLayer):
 
     def scaled(self, x: torch.Tensor) -> torch.Tensor:
         """An input or output of the layer with its features scaled, in its own dtype."""
-        return (x * self.ia3_l.flatten()).to(x.dtype)
+        return (cast_to(x, self.ia3_l) * self.ia3_l.flatten()).to(x.dtype)
 
     def around(self, x: torch.Tensor, inner: Forward) -> Any:
         return inner(self.scaled(x)) if self.is_feedforward else self.scaled(inner(x))
@@ -124,7 +124,7 @@ class IA3Conv(IA3Layer):
 
     def scaled(self, x: torch.Tensor) -> torch.Tensor:
         # Without its first dimension, so that it multiplies an input without a batch as well.
-        return (x * self.ia3_l[0]).to(x.dtype)
+        return (cast_to(x, self.ia3_l) * self.ia3_l[0]).to(x.dtype)
 
     def for_weight(self, vector: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if not self.is_feedforward:
