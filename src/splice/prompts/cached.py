@@ -31,14 +31,14 @@ class CachedPrompt(PromptLayer):
         if _CACHES.intersection(named_arguments(network)):
             return ""
         # The models that classify keep the cache of their backbone to themselves.
-        path = vars(type(network)).get("base_model_prefix") or getattr(network, "base_model_prefix", "")
+        path: str = getattr(network, "base_model_prefix", "")  # models of transformers have it
         backbone = network._modules.get(path)
         if backbone is None or not _CACHES.intersection(named_arguments(backbone)):
             raise ValueError(
                 f"{type(network).__name__} does not support past key values which are required for {config.peft_type.value}: "
                 "neither its forward nor that of its backbone takes a cache."
             )
-        return str(path)
+        return path
 
     @classmethod
     def resolved(cls, base: nn.Module, config: Any) -> dict[str, Any]:
@@ -74,6 +74,7 @@ class CachedPrompt(PromptLayer):
         self.drop_types(call, unless=TYPED)
         cache = self.cache_in(call)
         past = 0 if cache is None else cache.get_seq_length()
+        kept = cache is not None or call.get("use_cache") is not False
         if past == 0:
             main = main_input(call, _DECODER if self.decodes else _DECODER[3:])
             cache = self.filled(cache, prompt.values(call, main.shape[0]))
@@ -82,7 +83,8 @@ class CachedPrompt(PromptLayer):
         front = "decoder_" if self.decodes else ""
         self.set_mask(call, front + "attention_mask", prompt, length, past)
         self._set_positions(call, front + "position_ids", prompt, length, past or prompt.count)
-        return inner(**call)
+        output = inner(**call)
+        return output if kept else _without(output, cache)
 
     def _set_positions(self, call: Call, name: str, prompt: Prompt, length: int, past: int) -> None:
         given = call.get(name)
@@ -137,6 +139,13 @@ class CachedPrompt(PromptLayer):
         """Layers that recompute themselves are called without the cache: the virtual tokens would be lost in silence."""
         if any(getattr(module, "gradient_checkpointing", False) for module in self.target[0].modules()):
             raise ValueError(_checkpointing_text(self.method))
+
+
+def _without(output: Any, cache: Any) -> Any:
+    """`output` without the cache: `generate` that was told to use none takes up whatever a step returns."""
+    if isinstance(output, tuple):
+        return tuple(part for part in output if part is not cache)
+    return type(output)(**{name: part for name, part in output.items() if part is not cache})
 
 
 def _checkpointing_text(method: str) -> str:
