@@ -38,6 +38,11 @@ class Weights(Protocol):
         """Dtype and shape of every tensor."""
         ...
 
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What stands in the file beside the tensors."""
+        ...
+
     def read(self, names: Sequence[str]) -> list[torch.Tensor]:
         """These tensors, on the CPU and as they were stored, each in memory that it shares with nothing."""
         ...
@@ -105,6 +110,7 @@ class TensorsInMemory:
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], place: str, hand_over: bool = False) -> None:
         self.place = place
+        self.metadata: Mapping[str, str] = {}
         self.tensors = tensors
         self.hand_over = hand_over
         self.entries = {

@@ -22,9 +22,11 @@ from splice.creating import check_together, write_back
 from splice.errors import AdapterMismatchError, PeftWarning
 from splice.loading.checkpoint import Weights, open_weights
 from splice.loading.commit import Built, build_loaded
+from splice.loading.fingerprint import Match
 from splice.loading.header import Entry
 from splice.loading.keys import renamed
 from splice.loading.mend import advice
+from splice.loading.other_base import about_base, compare_base, other_architecture
 from splice.loading.plan import Plan, fit
 from splice.loading.published import fitted
 from splice.loading.report import LoadReport, grouped, mismatch_error
@@ -149,9 +151,10 @@ def load_new(
         tuner.set_requires_grad(options.adapter_name, True)
     elif config.trained_biases() != "none":
         _leave_biases_trainable(built)
-    for line in found.warnings:
+    base = compare_base(tuner, checkpoint.weights, options.adapter_name)
+    for line in (*found.warnings, *about_base(base, _bases(config, tuner.model))):
         warnings.warn(f"adapter {options.adapter_name!r}: {line}.", PeftWarning, stacklevel=4)
-    return report(plan, built, options, (*checkpoint.notes, *found.notes))
+    return report(plan, built, options, (*checkpoint.notes, *found.notes), base.match)
 
 
 def _leave_biases_trainable(built: Sequence[Built]) -> None:
@@ -209,7 +212,8 @@ def settle(
     if options.strict or plan.mismatched:
         paths = walk_bare(network)
         hints = [*plan.hints, *advice(plan, checkpoint.entries, config, method, options.adapter_name, paths)]
-        raise mismatch_error(plan, checkpoint.weights.place, _bases(config, network), hints)
+        bases = _bases(config, network) + other_architecture(checkpoint.weights, network)
+        raise mismatch_error(plan, checkpoint.weights.place, bases, hints)
     for what, keys in (("missing adapter keys", plan.missing), ("unexpected keys", plan.unexpected)):
         if keys:
             text = f"Found {what} while loading the checkpoint: {grouped(keys)}."
@@ -223,7 +227,13 @@ def _bases(config: PeftConfig, network: nn.Module) -> str:
     return f"The adapter names {named!r} as its base; given was a {original_class(network).__name__} ({given})."
 
 
-def report(plan: Plan, built: Sequence[Built], options: LoadOptions, notes: tuple[str, ...] = ()) -> Loaded:
+def report(
+    plan: Plan,
+    built: Sequence[Built],
+    options: LoadOptions,
+    notes: tuple[str, ...] = (),
+    base: Match = Match.UNKNOWN,
+) -> Loaded:
     """Say what was done."""
     tensors = [tensor for item in built for _, tensor in item.layer.named_slots()]
     line = LoadReport(
@@ -234,6 +244,7 @@ def report(plan: Plan, built: Sequence[Built], options: LoadOptions, notes: tupl
         nbytes=sum(t.numel() * t.element_size() for t in tensors),
         seconds=time.perf_counter() - options.started,
         notes=notes,
+        base=base,
     )
     logger.info("%s", line)
     return Loaded(LoadResult(list(plan.missing), list(plan.unexpected)), line)
@@ -262,7 +273,10 @@ def load_into(tuner: Tuner, checkpoint: Checkpoint, options: LoadOptions, undo: 
     before = [target.clone() for target, _ in pairs]
     undo.also(lambda: _overwrite([(target, old) for (target, _), old in zip(pairs, before)]))
     _overwrite(pairs)
-    return report(plan, present, options)
+    base = compare_base(tuner, checkpoint.weights, name)
+    for line in about_base(base, _bases(tuner.peft_config[name], tuner.model)):
+        warnings.warn(f"adapter {name!r}: {line}.", PeftWarning, stacklevel=3)
+    return report(plan, present, options, base=base.match)
 
 
 def _overwrite(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:

@@ -31,6 +31,7 @@ class Unmerged:
     def __init__(self, weights: Weights, enabled: Sequence[bool]) -> None:
         self.weights, self.enabled = weights, enabled
         self.place = weights.place
+        self.metadata = weights.metadata
         self.entries: Mapping[str, Entry] = {
             name: _plain_entry(entry, enabled) if name.endswith(_B) else entry
             for name, entry in weights.entries.items()

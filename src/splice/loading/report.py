@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from splice.errors import AdapterMismatchError
+from splice.loading.fingerprint import Match
 from splice.loading.plan import Plan
 
 _SHOWN = 6
@@ -24,6 +25,7 @@ class LoadReport:
         nbytes: bytes that the adapter's tensors take in memory.
         seconds: from the call to the finished load.
         notes: what the load did beyond placing tensors by their names.
+        base: whether the base is the one that the adapter was saved with.
     """
 
     adapter_name: str
@@ -33,6 +35,7 @@ class LoadReport:
     nbytes: int
     seconds: float
     notes: tuple[str, ...] = field(default=())
+    base: Match = Match.UNKNOWN
 
     def __str__(self) -> str:
         size = f"{self.nbytes / 1e6:.1f} MB" if self.nbytes >= 1e5 else f"{self.nbytes / 1e3:.1f} kB"

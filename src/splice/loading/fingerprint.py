@@ -1,0 +1,224 @@
+"""Which base an adapter was saved with: a few weights of its targets, kept in the metadata of the weights' file.
+
+An adapter on another base of the same shapes loads without a complaint and answers nonsense. The name in the config
+does not tell: it is a path as often as an id, and a fine-tune or another revision may lie under the same one. The
+sampled weights do, and they survive what people do to a base without changing it: another dtype, another device,
+quantising (then nothing is compared), merging an adapter (the weights before it are looked at).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from splice.surgery.adapted import original_class
+from splice.surgery.whole import BiasOnly, WholeModule, own_tensors
+
+if TYPE_CHECKING:
+    from splice.surgery.tuner import Tuner
+
+# Where it stands in the metadata of a safetensors file.
+METADATA_KEY = "splice_base"
+_VERSION = 1
+_SAMPLES = 8
+# More layers than this are thinned out evenly: the header of the file stays small.
+_MAX_LAYERS = 256
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# The smallest step of float16: smaller differences come of a dtype.
+_SMALLEST = 2.0**-24
+
+
+class Match(Enum):
+    """What a fingerprint says about a given base."""
+
+    SAME = "the weights that could be compared are the same, whatever their dtype"
+    OTHER_WEIGHTS = "the same layers with other weights"
+    UNKNOWN = "nothing to compare: no fingerprint, other layers, or weights without plain values"
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Of a base model, as far as one adapter's targets go.
+
+    Attributes:
+        architecture: name of its class.
+        count: how many targets there are.
+        targets: hash of their paths and the shapes of their weights.
+        quantization: class of a quantised target.
+        samples: (layers, 8) in float32, of the targets in the order of their paths; a row of NaN where a weight has no
+            plain values.
+        paths: those of the rows; they are not stored.
+    """
+
+    architecture: str
+    count: int
+    targets: str
+    quantization: str | None
+    samples: torch.Tensor
+    paths: tuple[str, ...] = ()
+
+    def text(self) -> str:
+        """As it stands in the metadata; the same weights give the same text."""
+        values = self.samples.flatten().tolist()
+        fields = {
+            "version": _VERSION,
+            "architecture": self.architecture,
+            "count": self.count,
+            "targets": self.targets,
+            "quantization": self.quantization,
+            "samples": base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode(),
+        }
+        return json.dumps(fields, sort_keys=True, separators=(",", ":"))
+
+    def __str__(self) -> str:
+        quantised = f", quantised as {self.quantization}" if self.quantization else ""
+        return f"a {self.architecture} ({self.count} targets{quantised})"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How a base compares with a fingerprint; `differing` are the paths of the layers that are not the same."""
+
+    match: Match
+    compared: int = 0
+    differing: tuple[str, ...] = ()
+
+
+def read_fingerprint(metadata: Mapping[str, str]) -> Fingerprint | None:
+    """The fingerprint in the metadata of a file; None where there is none, or one that a later version wrote."""
+    text = metadata.get(METADATA_KEY)
+    if text is None:
+        return None
+    try:
+        fields = json.loads(text)
+        if fields["version"] != _VERSION:
+            return None
+        raw = bytearray(base64.b64decode(fields["samples"], validate=True))
+        samples = torch.frombuffer(raw, dtype=torch.float32) if raw else torch.empty(0)
+        return Fingerprint(
+            str(fields["architecture"]), int(fields["count"]), fields["targets"], fields["quantization"],
+            samples.view(-1, _SAMPLES),
+        )  # fmt: skip
+    except (ValueError, KeyError, TypeError, RuntimeError, binascii.Error):
+        return None  # somebody else's entry of that name: it is no part of the adapter
+
+
+def fingerprint_of(tuner: Tuner, adapter_name: str) -> Fingerprint:
+    """Look at the base layers below an adapter that is on the model.
+
+    Modules that are saved whole do not count: the base has random ones in their place more often than not.
+    """
+    saved_whole = tuple(tuner.peft_config[adapter_name].target_rule().modules_to_save or ())
+    paths = sorted(
+        path
+        for path, layer in tuner.placed[adapter_name].items()
+        if path in tuner.adapted
+        and not isinstance(layer, BiasOnly)
+        and not (isinstance(layer, WholeModule) and path.endswith(saved_whole))
+    )
+    found = [(path, cast(nn.Module, tuner.adapted[path])) for path in paths]
+    weights = [_weight(layer) for _, layer in found]
+    shapes = [None if weight is None else tuple(weight.shape) for weight in weights]
+    digest = hashlib.sha256(repr([(path, shape) for (path, _), shape in zip(found, shapes)]).encode()).hexdigest()
+    step = -(-len(found) // _MAX_LAYERS) or 1
+    plain = [weight if _is_plain(weight) else None for weight in weights[::step]]
+    odd = [layer for (_, layer), weight in zip(found[::step], plain) if weight is None]
+    return Fingerprint(
+        original_class(tuner.model).__name__,
+        len(found),
+        digest[:16],
+        next((original_class(layer).__name__ for layer in odd if _is_quantised(layer)), None),
+        _sampled(plain),
+        tuple(path for path, _ in found[::step]),
+    )
+
+
+def compare(stored: Fingerprint | None, given: Fingerprint) -> Comparison:
+    """Whether `given` is of the base that `stored` was made of."""
+    if stored is None or stored.targets != given.targets or stored.samples.shape != given.samples.shape:
+        return Comparison(Match.UNKNOWN)
+    a, b = stored.samples, given.samples
+    known = ~(a.isnan().any(1) | b.isnan().any(1))
+    compared = int(known.sum())
+    if not compared:
+        return Comparison(Match.UNKNOWN)
+    if torch.equal(a[known], b[known]):
+        return Comparison(Match.SAME, compared)
+    differing = [path for path, differs in zip(given.paths, (_differ(a, b, known) & known).tolist()) if differs]
+    return Comparison(Match.OTHER_WEIGHTS if differing else Match.SAME, compared, tuple(differing))
+
+
+def _differ(a: torch.Tensor, b: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """Which rows are not the same values in two dtypes.
+
+    Both are rounded to the coarser of the dtypes that can hold each of them. Values that came by way of another dtype were
+    rounded twice, which now and then ends one step away; where that happens often, somebody trained the base a little.
+    """
+    bfloat16 = _held_by(a, torch.bfloat16) | _held_by(b, torch.bfloat16)
+    float16 = _held_by(a, torch.float16) | _held_by(b, torch.float16)
+    a, b = (torch.where(bfloat16, t.bfloat16().float(), torch.where(float16, t.half().float(), t)) for t in (a, b))
+    step = torch.where(bfloat16, 2.0**-7, torch.where(float16, 2.0**-10, 2.0**-23)) * torch.maximum(a.abs(), b.abs())
+    difference = (a - b).abs()
+    far = difference > step + _SMALLEST
+    near = (difference > _SMALLEST) & ~far & known[:, None]
+    often = int(near.sum()) > max(3, int(known.sum()) * _SAMPLES // 8)
+    return (far | near if often else far).any(1)
+
+
+def _held_by(samples: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(layers, 1): whether all samples of a layer are values of `dtype`."""
+    return (samples.to(dtype).float() == samples).all(1, keepdim=True)
+
+
+def _weight(layer: nn.Module) -> torch.Tensor | None:
+    """The weight of a base layer, as it was before any adapter was merged into it."""
+    weight = layer._parameters.get("weight")
+    host: Any = layer.__dict__.get("splice_host")
+    return weight if host is None or not host.originals else host.originals.get("weight", weight)
+
+
+def _is_plain(weight: torch.Tensor | None) -> bool:
+    """Whether the values are at hand: not quantised, sharded, offloaded or gathered elsewhere."""
+    return (
+        weight is not None
+        and (type(weight) is nn.Parameter or type(weight) is torch.Tensor)
+        and weight.dtype in _FLOATS
+        and not weight.is_meta
+        and weight.numel() > 0
+    )
+
+
+def _is_quantised(layer: nn.Module) -> bool:
+    return any(tensor.dtype not in _FLOATS for _, tensor in own_tensors(layer))
+
+
+@torch.no_grad()
+def _sampled(weights: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    """(layers, 8) in float32, on the CPU: neighbours somewhere in each weight; NaN for None, zeros behind small ones."""
+    result = torch.full((len(weights), _SAMPLES), torch.nan)
+    on_device: dict[torch.device, list[int]] = {}
+    views: dict[int, torch.Tensor] = {}
+    for row, weight in enumerate(weights):
+        if weight is not None:
+            count = weight.numel()
+            start = max(0, count - _SAMPLES) * 618 // 1000
+            # Of a weight in another memory order a copy is made: the same elements are to be looked at in both.
+            dense = weight if weight.is_contiguous() else weight.contiguous()
+            size = min(_SAMPLES, count)
+            view = torch.as_strided(dense, (size,), (1,), dense.storage_offset() + start)
+            views[row] = view if size == _SAMPLES else nn.functional.pad(view, (0, _SAMPLES - size))
+            on_device.setdefault(weight.device, []).append(row)
+    for rows in on_device.values():
+        # One transfer for each device.
+        result[rows] = torch.cat([views[row] for row in rows]).to("cpu", torch.float32).view(-1, _SAMPLES)
+    return result

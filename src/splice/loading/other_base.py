@@ -1,0 +1,49 @@
+"""What a load says about a base that is not the one the adapter was saved with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from splice.loading.checkpoint import Weights
+from splice.loading.fingerprint import Comparison, Match, compare, fingerprint_of, read_fingerprint
+from splice.loading.report import grouped
+from splice.surgery.adapted import original_class
+
+if TYPE_CHECKING:
+    from splice.surgery.tuner import Tuner
+
+
+def compare_base(tuner: Tuner, weights: Weights, adapter_name: str) -> Comparison:
+    """Whether the base below a loaded adapter is the one that its checkpoint was saved with."""
+    stored = read_fingerprint(weights.metadata)
+    return Comparison(Match.UNKNOWN) if stored is None else compare(stored, fingerprint_of(tuner, adapter_name))
+
+
+def about_base(found: Comparison, bases: str) -> list[str]:
+    """The one line for a base that is another one, and none for any other.
+
+    Args:
+        found: how it compares.
+        bases: a sentence that names the base the adapter is for, and the given one.
+    """
+    if found.match is not Match.OTHER_WEIGHTS:
+        return []
+    count, shown = len(found.differing), ", ".join(grouped(found.differing)[:3])
+    if count == found.compared:
+        cause = "another checkpoint or revision, a fine-tuned base, or one whose weights were never loaded"
+    else:
+        cause = "layers of the base that were trained, initialised anew, or had another adapter merged into them"
+    return [
+        f"the base is not the one it was saved with: the weights of {count} of {found.compared} adapted layers differ "
+        f"({shown}). Likely: {cause}. {bases} What it computes is not what was trained"
+    ]
+
+
+def other_architecture(weights: Weights, network: nn.Module) -> str:
+    """A sentence about the class of the base that the adapter was saved with, where it is another one."""
+    stored = read_fingerprint(weights.metadata)
+    if stored is None or stored.architecture == original_class(network).__name__:
+        return ""
+    return f" It was saved with {stored}."
