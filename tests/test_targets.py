@@ -174,7 +174,7 @@ def test_generated_patterns_give_the_same_values(method: Method, data: st.DataOb
             warnings.simplefilter("ignore")
             model = library.get_peft_model(bases.LLAMA.build(), library.get_peft_config(dict(config)))
         layers = {path: model.get_submodule(f"base_model.model.{path}") for path in model.targeted_module_names}
-        found.append({p: (dict(la.r), dict(la.lora_alpha), dict(la.scaling)) for p, la in layers.items()})
+        found.append({p: (dict(layer.r), dict(layer.scaling)) for p, layer in layers.items()})
     assert found[1] == found[0]
 
 
@@ -196,6 +196,9 @@ def test_the_rule_of_patterns(pattern: dict[str, int], path: str) -> None:
 def test_all_linear(method: Method, base: Base) -> None:
     """Every linear layer but the output embedding, or the head of a classifier."""
     chosen = assert_same_selection(base, method, target_modules="all-linear")
+    if LayerKind.TRANSPOSED_LINEAR not in method.layers and base is bases.GPT2:
+        assert "ValueError" in chosen or "TypeError" in chosen
+        return
     kinds = {kind_of(base.build().get_submodule(path)) for path in chosen[0]}
     assert kinds <= {LayerKind.LINEAR, LayerKind.TRANSPOSED_LINEAR}
     assert base.task is None or base.head not in chosen[0]

@@ -93,12 +93,14 @@ class FourierFTLayer(WeightDelta):
         (nn.init.zeros_ if config.init_weights else nn.init.normal_)(tensors["fourierft_spectrum"])
 
     def update(self) -> torch.Tensor:
-        spectrum = self.fourierft_spectrum
-        if self.locations[0].device != spectrum.device:
-            self.locations = (self.locations[0].to(spectrum.device),)
+        spectrum, locations = self.fourierft_spectrum, self.locations[0]
+        if locations.device != spectrum.device:
+            locations = locations.to(spectrum.device)
+            if not spectrum.is_meta:  # offloaded for a while: where they stand must not be forgotten
+                self.locations = (locations,)
         rows, columns = self.shape
         dense = spectrum.new_zeros(rows * columns, dtype=torch.float32)
-        dense = dense.scatter(0, self.locations[0], spectrum.float()).view(rows, columns)
+        dense = dense.scatter(0, locations, spectrum.float()).view(rows, columns)
         # Scaled before it is rounded: without the scale it would vanish in half precision.
         update: torch.Tensor = torch.fft.ifft2(dense).real * self.spectrum_scale
         return update.to(spectrum.dtype)
