@@ -1,6 +1,8 @@
 # Everything runs in .venv, which is made on first use. Needs git, make and Python 3.11 (PYTHON=... for another one).
 PYTHON ?= python3
 BIN := .venv/bin
+# Tests run in so many processes, of one thread each. More than there are cores makes nothing faster.
+JOBS ?= auto
 INSTALLED := .venv/.installed
 
 .PHONY: demo test test-slow check format bench docs clean
@@ -9,10 +11,10 @@ demo: $(INSTALLED)
 	$(BIN)/python examples/skills/demo.py
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow"
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check src tests benchmarks examples docs peft-shim

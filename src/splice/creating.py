@@ -5,10 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
-from splice.config import PeftConfig, PeftType
+from splice.config import PeftConfig
 from splice.loading.commit import Built, build_new
 from splice.loading.plan import Plan, lay_out
 from splice.methods.registry import method_named
@@ -34,20 +33,16 @@ def adopt_base(config: PeftConfig, model: nn.Module, revision: str | None) -> No
         config.revision = revision
 
 
-# Methods whose adapters can stand beside those of another one.
-MIXED_TYPES = (PeftType.LORA, PeftType.LOHA, PeftType.LOKR, PeftType.ADALORA, PeftType.OFT, PeftType.SHIRA)
-
-
 def check_mixed(config: PeftConfig) -> None:
     """Raise where an adapter with this config cannot stand beside those of other methods.
 
     Raises:
-        ValueError: with the methods that can.
+        ValueError: it is no adapter of layers.
     """
-    if config.peft_type not in MIXED_TYPES:
-        names = ", ".join(member.value for member in MIXED_TYPES)
+    method = method_named(config.peft_type, "the config")
+    if method.network_layer is not None:
         raise ValueError(
-            f"adapters of {config.peft_type} cannot be mixed with those of other methods; these can: {names}."
+            f"{method.name.value} acts on the call of the whole network, and cannot be mixed with adapters of other methods."
         )
 
 
@@ -58,17 +53,14 @@ def new_adapter(
     check_together(tuner, config)
     plan = lay_out(tuner.model, config, method_named(config.peft_type, "the config"), heads, new=True)
     write_back(config, plan)
-    built = build_new(plan, config, autocast)
-    if low_cpu_mem_usage:
-        for item in built:
-            item.layer.to(torch.device("meta"))
-    return plan, built
+    return plan, build_new(plan, config, autocast, on_meta=low_cpu_mem_usage)
 
 
 def write_back(config: PeftConfig, plan: Plan) -> None:
     """What the config left open is filled in, as users of the reference read it: default targets, "all-linear", heads."""
     for name, value in plan.resolved.items():
-        if value is not None and value != getattr(config, name):
+        # Heads of a task are saved whole also by methods whose configs cannot say so.
+        if value is not None and name in vars(config) and value != getattr(config, name):
             setattr(config, name, value)
 
 

@@ -118,7 +118,8 @@ class PeftModel(nn.Module):
             strict: refuse a checkpoint that does not fit to the last tensor. False: warn and load what fits.
             tensors: the adapter's tensors under their names in a checkpoint, in place of `model_id`; with `config`. They
                 are copied, and the dict is not changed.
-            **kwargs: `subfolder`, `ignore_mismatched_sizes`, `torch_device`, and options of
+            **kwargs: `subfolder`, `ignore_mismatched_sizes`, `torch_device`, `resize_vocabulary` (give the base the number of
+                tokens that the checkpoint was trained with, as `resize_token_embeddings` does), and options of
                 `huggingface_hub.hf_hub_download` (`revision`, `token`, `cache_dir`, `local_files_only`...).
 
         Returns:
@@ -142,7 +143,7 @@ class PeftModel(nn.Module):
         tuner = peft_model.base_model
         undo = Undo(tuner)
         try:
-            loaded = load_new(tuner, checkpoint, options, peft_model.heads, True, undo.modules)
+            loaded = load_new(tuner, checkpoint, options, peft_model.heads, True, undo)
             tuner.selection.set([adapter_name])
             peft_model._after_load(loaded, is_trainable, undo.modules)
             return peft_model
@@ -193,7 +194,7 @@ class PeftModel(nn.Module):
             if adapter_name in tuner.peft_config:
                 loaded = load_into(tuner, checkpoint, options, undo)
             else:
-                loaded = load_new(tuner, checkpoint, options, self.heads, not tuner.peft_config, undo.modules)
+                loaded = load_new(tuner, checkpoint, options, self.heads, not tuner.peft_config, undo)
             self._after_load(loaded, is_trainable, undo.modules)
             return loaded.result
         except BaseException:

@@ -15,6 +15,7 @@ from torch import nn
 
 from splice.config import CONFIG_NAME, PeftConfig
 from splice.errors import PeftWarning
+from splice.loading.fingerprint import METADATA_KEY, fingerprint_of
 from splice.loading.keys import PREFIX, format_key
 from splice.loading.plan import EMBEDDING_NAMES
 from splice.loading.source import BIN_NAME, SAFETENSORS_NAME
@@ -55,7 +56,8 @@ def save(
         if is_main_process:
             place = folder if name == "default" else folder / name
             config = model.peft_config[name]
-            write_checkpoint(place, tensors, config_text(config, model.get_base_model()), safe_serialization)
+            base = fingerprint_of(model.base_model, name).text() if safe_serialization else ""
+            write_checkpoint(place, tensors, config_text(config, model.get_base_model()), safe_serialization, base)
 
 
 def config_text(config: PeftConfig, network: nn.Module) -> str:
@@ -158,8 +160,10 @@ def _warn_of_shards(tensors: Mapping[str, torch.Tensor], own: bool) -> None:
         )
 
 
-def write_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], config: str, safe_serialization: bool) -> None:
-    """Put a checkpoint into `folder`.
+def write_checkpoint(
+    folder: Path, tensors: Mapping[str, torch.Tensor], config: str, safe_serialization: bool, base: str = ""
+) -> None:
+    """Put a checkpoint into `folder`; `base` is the fingerprint of its base.
 
     Both files are complete on disk before either takes its name. The weights go first and name their config by its
     digest; should a crash come between the two, the new config lies beside and a load takes it (`finished_config`).
@@ -176,7 +180,8 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], config: 
         if safe_serialization:
             from safetensors.torch import save_file
 
-            save_file(_independent(tensors), new_weights, metadata={"format": "pt", _CONFIG_DIGEST: digest})
+            metadata = {"format": "pt", _CONFIG_DIGEST: digest, **({METADATA_KEY: base} if base else {})}
+            save_file(_independent(tensors), new_weights, metadata=metadata)
         else:
             torch.save({name: tensor.detach() for name, tensor in tensors.items()}, new_weights)
         _flush(new_weights)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from splice.errors import CheckpointError
+from splice.loading.foreign import LFS_START, lfs_pointer
 from splice.loading.header import Entry, read_header
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -141,6 +142,9 @@ def open_weights(path: Path) -> Weights:
 def _unpickle(path: Path) -> dict[str, torch.Tensor]:
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder, not a file")
+    with open(path, "rb") as file:
+        if file.read(len(LFS_START)) == LFS_START:
+            raise CheckpointError(lfs_pointer(str(path)))
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

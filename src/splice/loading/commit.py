@@ -10,7 +10,9 @@ import torch
 from splice.config import PeftConfig
 from splice.loading.checkpoint import Weights
 from splice.loading.header import Entry
-from splice.loading.plan import Placement, Plan
+from splice.loading.placement import Placement
+from splice.loading.plan import Plan
+from splice.loading.tying import tensors_for
 from splice.methods.layer import AdapterLayer
 from splice.surgery.whole import WholeModule, copy_bias
 from splice.weights.dense import device_of
@@ -36,7 +38,7 @@ def build_loaded(plan: Plan, config: PeftConfig, weights: Weights, autocast: boo
         names = [plan.sources[key] for p in batch for key in p.keys.values() if key in plan.sources]
         read = dict(zip(names, weights.read(names)))
         built += [_build_loaded(p, plan.sources, read, config, autocast) for p in batch]
-    return built
+    return built + _followers(plan, built, config)
 
 
 def _batches(
@@ -74,12 +76,20 @@ def _moved(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> to
     return tensor if tensor.dtype is dtype and tensor.device == device else tensor.to(device=device, dtype=dtype)
 
 
-def build_new(plan: Plan, config: PeftConfig, autocast: bool) -> list[Built]:
-    """Adapter layers with the initial values of the method."""
+def build_new(plan: Plan, config: PeftConfig, autocast: bool, on_meta: bool = False) -> list[Built]:
+    """Adapter layers with the initial values of the method, or (`on_meta`) without values."""
     built = [_build(p, config, new_tensors(p, config, autocast)) for p in plan.placements]
     for item in built:
         item.layer.begin()
-    return built
+        if on_meta:
+            item.layer.to(torch.device("meta"))
+    return built + _followers(plan, built, config)
+
+
+def _followers(plan: Plan, built: Sequence[Built], config: PeftConfig) -> list[Built]:
+    """The layers that share the tensors of others."""
+    layers = {item.placement.path: item.layer for item in built}
+    return [_build(p, config, tensors_for(p.layer_class, layers[p.leader])) for p in plan.followers]
 
 
 @torch.no_grad()
@@ -91,7 +101,7 @@ def new_tensors(placement: Placement, config: PeftConfig, autocast: bool) -> dic
         for suffix, shape in placement.slots.items()
     }
     own = {suffix: tensor for suffix, tensor in drawn.items() if suffix != "base_layer.bias"}
-    placement.layer_class.initialise(own, placement.base, config)
+    placement.layer_class.initialise(own, placement.base, placement.own_config or config)
     if "base_layer.bias" in drawn:
         copy_bias(drawn["base_layer.bias"], placement.base)
     device = device_of(placement.base)
@@ -99,4 +109,9 @@ def new_tensors(placement: Placement, config: PeftConfig, autocast: bool) -> dic
 
 
 def _build(placement: Placement, config: PeftConfig, tensors: Mapping[str, torch.Tensor]) -> Built:
-    return Built(placement, placement.layer_class(placement.base, config, placement.path, tensors))
+    layer = placement.layer_class(placement.base, placement.own_config or config, placement.path, tensors)
+    if placement.own_config is not None:
+        layer.own_config = placement.own_config
+    if placement.leader:
+        layer.leader = placement.leader
+    return Built(placement, layer)

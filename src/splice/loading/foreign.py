@@ -22,7 +22,9 @@ _FOREIGN: tuple[tuple[str, str, str], ...] = (
         "load it with the `load_lora_weights` of a diffusers pipeline",
     ),
     (
-        r"(\.processor\..*_lora\.(down|up)\.weight$)|(^(unet|text_encoder(_2)?|transformer)\.)|(\.lora\.(down|up)\.weight$)",
+        r"(\.processor\..*_lora\.(down|up)\.weight$)|(\.lora\.(down|up)\.weight$)"
+        # Of networks that stand alone, some have a `transformer` at their head as well, but none of these blocks in it.
+        r"|(^(unet|text_encoder(_\d)?)\.)|(^transformer\.(single_)?transformer_blocks\.)",
         "a diffusers pipeline",
         "load it with the pipeline's `load_lora_weights`",
     ),

@@ -25,12 +25,15 @@ from splice.loading.commit import Built, build_loaded
 from splice.loading.fingerprint import Match
 from splice.loading.header import Entry
 from splice.loading.keys import renamed
-from splice.loading.mend import advice
+from splice.loading.mend import advice, outdated
 from splice.loading.other_base import about_base, compare_base, other_architecture
+from splice.loading.placement import Placement
 from splice.loading.plan import Plan, fit
-from splice.loading.published import fitted
+from splice.loading.published import Fitted, fitted
 from splice.loading.report import LoadReport, grouped, mismatch_error
 from splice.loading.source import Source
+from splice.loading.tying import repeated_keys
+from splice.loading.vocabulary import fitted_resized
 from splice.methods.kinds import SharedTensors
 from splice.methods.layer import AdapterLayer
 from splice.methods.registry import Method, method_named
@@ -61,6 +64,10 @@ class LoadOptions:
     @property
     def ignores_sizes(self) -> bool:
         return bool(self.extra.get("ignore_mismatched_sizes"))
+
+    @property
+    def resizes_vocabulary(self) -> bool:
+        return bool(self.extra.get("resize_vocabulary"))
 
 
 @dataclass(frozen=True)
@@ -131,28 +138,38 @@ def load_new(
     options: LoadOptions,
     heads: Sequence[str],
     freeze_base: bool,
-    modules: Mapping[str, nn.Module],
+    undo: Undo,
 ) -> Loaded:
-    """Load a checkpoint as a new adapter of the network. What fails, fails before the network is touched."""
+    """Load a checkpoint as a new adapter of the network. What fails, fails before the network is touched.
+
+    Where the caller asked for it, the base is resized first; `undo` takes that back.
+    """
     tuner.check_new(options.adapter_name)
     config = copy_config(checkpoint.config, inference_mode=not options.is_trainable)
     _set_runtime(config, options)
     check_together(tuner, config)
     method = method_named(config.peft_type, "the config")
-    found = fitted(tuner.model, checkpoint, config, method, heads, modules)
+
+    def refit() -> Fitted:
+        return fitted(tuner.model, checkpoint, config, method, heads, undo.modules)
+
+    found = refit()
+    if options.resizes_vocabulary and not found.plan.fits:
+        found = fitted_resized(tuner, found, undo, refit)
     plan, checkpoint, config = found.plan, found.checkpoint, found.config
     settle(plan, tuner.model, checkpoint, config, method, options)
     check_base_copies(plan, checkpoint)
+    check_repeated(plan, checkpoint)
     write_back(config, plan)
     plan.sources = {key: checkpoint.names[name] for key, name in plan.sources.items()}
     built = build_loaded(plan, config, checkpoint.weights, options.autocast)
-    tuner.commit(options.adapter_name, config, built, freeze_base, modules)
+    tuner.commit(options.adapter_name, config, built, freeze_base, undo.modules)
     if options.is_trainable:
         tuner.set_requires_grad(options.adapter_name, True)
     elif config.trained_biases() != "none":
         _leave_biases_trainable(built)
     base = compare_base(tuner, checkpoint.weights, options.adapter_name)
-    for line in (*found.warnings, *about_base(base, _bases(config, tuner.model))):
+    for line in (*found.warnings, *about_base(base, _bases(config, tuner.model)), *method.loading_notes(config)):
         warnings.warn(f"adapter {options.adapter_name!r}: {line}.", PeftWarning, stacklevel=4)
     return report(plan, built, options, (*checkpoint.notes, *found.notes), base.match)
 
@@ -190,6 +207,25 @@ def check_base_copies(plan: Plan, checkpoint: Checkpoint) -> None:
             )
 
 
+def check_repeated(plan: Plan, checkpoint: Checkpoint) -> None:
+    """Tensors of tied layers stand twice in a checkpoint, and must be the same both times.
+
+    Raises:
+        AdapterMismatchError: they differ.
+    """
+    for key, of in plan.repeated.items():
+        if of.key not in plan.sources:
+            continue
+        one, two = checkpoint.weights.read([checkpoint.names[key], checkpoint.names[plan.sources[of.key]]])
+        if not torch.equal(one.T if of.transposed else one, two):
+            raise AdapterMismatchError(
+                f"the checkpoint at {checkpoint.weights.place} has different tensors for {key} and {of.key}, and the layers are "
+                "tied here. The model is unchanged. Set `ensure_weight_tying` to False in the config if they were trained "
+                "apart, or load the adapter onto a base that is not tied.",
+                mismatched=[key],
+            )
+
+
 def settle(
     plan: Plan, network: nn.Module, checkpoint: Checkpoint, config: PeftConfig, method: Method, options: LoadOptions
 ) -> None:
@@ -209,9 +245,9 @@ def settle(
             return
     if plan.fits:
         return
-    if options.strict or plan.mismatched:
+    if options.strict or plan.mismatched or outdated(plan, method):
         paths = walk_bare(network)
-        hints = [*plan.hints, *advice(plan, checkpoint.entries, config, method, options.adapter_name, paths)]
+        hints = [*plan.hints, *advice(plan, checkpoint.entries, config, method, options.adapter_name, network, paths)]
         bases = _bases(config, network) + other_architecture(checkpoint.weights, network)
         raise mismatch_error(plan, checkpoint.weights.place, bases, hints)
     for what, keys in (("missing adapter keys", plan.missing), ("unexpected keys", plan.unexpected)):
@@ -235,7 +271,7 @@ def report(
     base: Match = Match.UNKNOWN,
 ) -> Loaded:
     """Say what was done."""
-    tensors = [tensor for item in built for _, tensor in item.layer.named_slots()]
+    tensors = [tensor for item in built if not item.layer.leader for _, tensor in item.layer.named_slots()]
     line = LoadReport(
         adapter_name=options.adapter_name,
         placed=len(plan.sources),
@@ -286,14 +322,20 @@ def _overwrite(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
 
 def plan_of_present(tuner: Tuner, name: str) -> Plan:
     """The plan that an adapter on the model is the result of."""
-    from splice.loading.plan import Placement
-
     config = tuner.peft_config[name]
     placements = [
-        Placement(path, cast(nn.Module, tuner.adapted.get(path, tuner.model)), type(layer), _shapes(layer))
+        Placement(
+            path,
+            cast(nn.Module, tuner.adapted.get(path, tuner.model)),
+            type(layer),
+            _shapes(layer),
+            own_config=layer.own_config,
+            leader=layer.leader,
+        )
         for path, layer in tuner.placed[name].items()
     ]
-    return Plan(placements, config.target_rule())
+    leading, following = [p for p in placements if not p.leader], [p for p in placements if p.leader]
+    return Plan(leading, config.target_rule(), repeated=repeated_keys(following, leading))
 
 
 def _shapes(layer: AdapterLayer) -> dict[str, tuple[int, ...]]:

@@ -6,10 +6,14 @@ import difflib
 from collections import Counter
 from collections.abc import Collection, Mapping
 
+from torch import nn
+
 from splice.config import PeftConfig, TaskType
+from splice.loading.foreign import foreign_names
 from splice.loading.header import Entry
 from splice.loading.keys import PREFIX, Key, parse_key
 from splice.loading.plan import Plan
+from splice.loading.vocabulary import resize_of
 from splice.methods.registry import Method, all_methods
 
 _HEADS = ("score", "classifier", "qa_outputs", "lm_head")
@@ -21,18 +25,25 @@ def advice(
     config: PeftConfig,
     method: Method,
     adapter_name: str,
-    paths: Collection[str],
+    network: nn.Module,
+    modules: Mapping[str, nn.Module],
 ) -> list[str]:
-    """Sentences, the most likely cause first. `paths` are those of all modules of the model."""
+    """Sentences, the most likely cause first. `modules` are all of the network's by path."""
+    paths = modules.keys()
+    foreign = foreign_names(entries)
+    if foreign:
+        return [foreign]
+    resize = resize_of(plan, entries, network, modules)
     found = [
         _empty(entries),
         _zero_sized(entries),
+        _outdated(plan, method),
         _other_method(plan, method),
         _other_prefix(plan, method, paths),
         _adapter_name_inside(plan, adapter_name),
-        _base_weights(plan, paths),
+        None if resize is None else str(resize),
+        _base_weights(plan, paths) if resize is None else None,
         _other_rank(plan),
-        _resized_vocabulary(plan),
         _other_task_class(plan, config),
         _nearest_module(plan, method, paths),
         _wrong_dtype(plan),
@@ -56,17 +67,39 @@ def _zero_sized(entries: Mapping[str, Entry]) -> str | None:
     )
 
 
+def outdated(plan: Plan, method: Method) -> dict[str, str]:
+    """Tensors that only earlier versions wrote, and what to do about them: they mean something else today."""
+    known = method.outdated_names
+    parts = {name: next((part for part in name.split(".") if part in known), None) for name in plan.unexpected}
+    return {name: known[part] for name, part in parts.items() if part is not None}
+
+
+def _outdated(plan: Plan, method: Method) -> str | None:
+    found = outdated(plan, method)
+    return f"the tensors are of an earlier kind: {next(iter(found.values()))}" if found else None
+
+
 def _other_method(plan: Plan, method: Method) -> str | None:
     if plan.sources:
         return None
-    for other in all_methods().values():
-        names = other.tensor_names
-        if other is not method and any(parse_key(name, names) for name in plan.unexpected):
-            return (
-                f"the tensors are those of {other.name.value} and the config says {method.name.value}: "
-                "the two files belong to different adapters."
-            )
-    return None
+    found = [
+        other for other in all_methods().values() if other is not method and _holds(plan.unexpected, other, method)
+    ]
+    if not found:
+        return None
+    shown = " or ".join(other.name.value for other in found)
+    return (
+        f"the tensors are those of {shown} and the config says {method.name.value}: the two files belong to different "
+        "adapters."
+    )
+
+
+def _holds(names: Collection[str], other: Method, method: Method) -> bool:
+    """Whether tensors of `other`, that `method` has none of, are among `names`."""
+    own = other.tensor_names - method.tensor_names
+    if other.network_layer is not None:
+        return any(name in own for name in names)
+    return any(parse_key(name, own) for name in names)
 
 
 def _other_prefix(plan: Plan, method: Method, paths: Collection[str]) -> str | None:
@@ -163,16 +196,6 @@ def _is_rank(plan: Plan) -> bool:
 
 def _sizes(text: str) -> list[int]:
     return [int(n) for n in text.strip("()").split(",") if n.strip().isdigit()]
-
-
-def _resized_vocabulary(plan: Plan) -> str | None:
-    for key, found, needed in plan.mismatched:
-        if any(part in key for part in ("embed", "lm_head", "wte")):
-            return (
-                f"the vocabulary was resized before training ({key}: {found}, here {needed}). Call "
-                "`model.resize_token_embeddings(...)` with the size of the adapter's tokenizer before loading."
-            )
-    return None
 
 
 def _other_task_class(plan: Plan, config: PeftConfig) -> str | None:

@@ -7,7 +7,6 @@ only if with them *every* tensor is placed and *no* slot stays empty; otherwise 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,21 +15,18 @@ from torch import nn
 
 from splice.config import PeftConfig, copy_config
 from splice.loading.covering import explicit, same_values, uncovered
+from splice.loading.foreign import foreign_names
 from splice.loading.header import Entry
-from splice.loading.keys import PREFIX, SHORT_PREFIX, format_key, parse_key
+from splice.loading.keys import PREFIX, format_key, parse_key
 from splice.loading.merged_linear import as_plain
 from splice.loading.plan import Plan, fit, lay_out
 from splice.loading.relocate import Move, find_moves
+from splice.loading.spelling import spelled
 from splice.methods.registry import Method
 from splice.surgery.whole import own_tensors
 
 if TYPE_CHECKING:
     from splice.loading.load import Checkpoint
-
-# Modules that other libraries put around a part of a model while it is trained.
-_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"})
-# How the table of virtual tokens is called in memory.
-_PROMPT = re.compile(r"(base_model\.)?prompt_encoder(\.[^.]+)?\.embedding\.weight")
 
 
 @dataclass
@@ -63,8 +59,10 @@ def fitted(
     except ValueError as error:
         mended = mender.mend(None)
         if mended is None:
-            if mender.hints:
-                raise type(error)(f"{error} {' '.join(mender.hints)}") from error
+            foreign = foreign_names(checkpoint.entries)
+            hints = [foreign[0].upper() + foreign[1:]] if foreign else mender.hints
+            if hints:
+                raise type(error)(f"{error} {' '.join(hints)}") from error
             raise
         return mended
     if plan.fits:
@@ -96,7 +94,10 @@ class _Mender:
             plan = self._plan(self.config, self.checkpoint)
             if plan is not None and plan.fits:
                 return Fitted(plan, self.checkpoint, self.config, self.notes)
-        names = self._mended_names(plan)
+        meant = spelled(self.checkpoint.entries, plan, self.modules, self.method)
+        self.notes += meant.notes
+        self.hints += meant.hints
+        names = meant.names
         if names is None:
             return None
         if self.method.network_layer is not None:
@@ -167,51 +168,6 @@ class _Mender:
                 return False
         return {suffix: entry.shape for suffix, entry in tensors.items()} == dict(needed)
 
-    # -- names
-
-    def _mended_names(self, plan: Plan | None) -> dict[str, str] | None:
-        """Name in the grammar -> name in the checkpoint; None where two tensors would have the same."""
-        loose = list(self.checkpoint.entries if plan is None else plan.unexpected)
-        own_parts = {part for path in self.modules for part in path.split(".")}
-        wrappers = _WRAPPERS - own_parts
-        spelled = {name: _bare(name, wrappers, self.method) for name in loose}
-        self._note_names(spelled)
-        spelled = self._without_adapter_name(spelled, plan)
-        names = {name: name for name in self.checkpoint.entries if name not in spelled}
-        names.update({new: old for old, new in spelled.items()})
-        return names if len(names) == len(self.checkpoint.entries) else None
-
-    def _note_names(self, spelled: Mapping[str, str]) -> None:
-        lacking = [old for old, new in spelled.items() if new == PREFIX + old]
-        if self.method.network_layer is not None:
-            self.notes += [f"{old!r} is read as {new!r}" for old, new in spelled.items() if old != new]
-            return
-        wrapped = sorted({p for old, new in spelled.items() for p in set(old.split(".")) - set(new.split("."))})
-        if lacking:
-            self.notes.append(f"{len(lacking)} names lack the prefix {PREFIX!r}")
-        if wrapped:
-            shown = ", ".join(repr(part) for part in wrapped)
-            self.notes.append(f"the names carry {shown} of a wrapper that this model is not in: left out")
-
-    def _without_adapter_name(self, spelled: dict[str, str], plan: Plan | None) -> dict[str, str]:
-        """Names as in a raw state dict of the reference hold the adapter's name behind the name of the tensor."""
-        markers = self.method.tensor_names | {"modules_to_save"}
-        own = {part for p in plan.placements for s in p.slots for part in s.split(".")[1:]} if plan else set()
-        own |= {"weight", "bias"}
-        tails = {old: _tail(new, markers) for old, new in spelled.items()}
-        found = {tail[1] for tail in tails.values() if len(tail) > 1 and tail[1] not in own}
-        if len(found) > 1:
-            shown = ", ".join(repr(name) for name in sorted(found))
-            self.hints.append(
-                f"the names hold the adapter names {shown}: these are several adapters in one file. Keep the tensors of one."
-            )
-            return spelled
-        shared = _shared_name([tail for tail in tails.values() if len(tail) > 1 and tail[1] in found], own)
-        if not shared:
-            return spelled
-        self.notes.append(f"the adapter name {'.'.join(shared)!r} stands inside the names: left out")
-        return {old: _shortened(new, tails[old], shared) for old, new in spelled.items()}
-
     # -- config
 
     def _with_heads_and_biases(self, config: PeftConfig, names: Collection[str]) -> PeftConfig:
@@ -250,43 +206,6 @@ class _Mender:
     def _is_whole(self, path: str, names: Collection[str]) -> bool:
         tensors = [format_key(path, name) for name, _ in own_tensors(self.modules[path])]
         return bool(tensors) and all(key in names for key in tensors)
-
-
-def _bare(name: str, wrappers: Collection[str], method: Method) -> str:
-    """`name` with the prefix of the grammar, and without the components that wrappers put there."""
-    if method.network_layer is not None:
-        return "prompt_embeddings" if _PROMPT.fullmatch(name) else name
-    if name.startswith(SHORT_PREFIX) and name.split(".")[1] in method.tensor_names:
-        return name  # what all layers share
-    rest = ".".join(part for part in name.removeprefix(PREFIX).split(".") if part not in wrappers)
-    return PREFIX + rest
-
-
-def _tail(name: str, markers: Collection[str]) -> list[str]:
-    """The components of `name` from the last marker on; nothing where there is none."""
-    parts = name.split(".")
-    start = next((i for i in range(len(parts) - 1, 0, -1) if parts[i] in markers), len(parts))
-    return parts[start:]
-
-
-def _shared_name(tails: Sequence[Sequence[str]], own: Collection[str]) -> list[str]:
-    """The components behind the first that all tails have in common, up to what is a tensor's `own`."""
-    if not tails:
-        return []
-    common: list[str] = []
-    for parts in zip(*(tail[1:] for tail in tails)):
-        if len(set(parts)) > 1 or parts[0] in own:
-            break
-        common.append(parts[0])
-    return common
-
-
-def _shortened(name: str, tail: Sequence[str], shared: Sequence[str]) -> str:
-    if list(tail[1 : 1 + len(shared)]) != list(shared):
-        return name
-    front = name[: len(name) - len(".".join(tail))]
-    kept = tail[1 + len(shared) :] if tail[0] == "modules_to_save" else [tail[0], *tail[1 + len(shared) :]]
-    return front + ".".join(kept)
 
 
 def _layers(names: Mapping[str, str], entries: Mapping[str, Entry], method: Method) -> dict[str, dict[str, Entry]]:

@@ -54,7 +54,7 @@ def grouped(names: Iterable[str]) -> list[str]:
         groups.setdefault(tuple(parts[::2]), []).append(parts[1::2])
     lines = []
     for texts, numbers in groups.items():
-        columns = [sorted(set(column), key=int) for column in zip(*numbers)]
+        columns = [sorted(set(column), key=lambda number: (int(number), number)) for column in zip(*numbers)]
         shown = [column[0] if len(column) == 1 else "{" + _ranges(column) + "}" for column in columns]
         line = "".join(a + b for a, b in zip(texts, [*shown, ""]))
         lines.append(line if len(numbers) == 1 else f"{line} ({len(numbers)})")
@@ -64,8 +64,8 @@ def grouped(names: Iterable[str]) -> list[str]:
 def _ranges(numbers: Sequence[str]) -> str:
     values = [int(n) for n in numbers]
     if len(values) > 2 and values == list(range(values[0], values[-1] + 1)):
-        return f"{values[0]}..{values[-1]}"
-    shown = ",".join(map(str, values[:8]))
+        return f"{numbers[0]}..{numbers[-1]}"
+    shown = ",".join(numbers[:8])
     return shown if len(values) <= 8 else f"{shown},... {len(values)} numbers"
 
 

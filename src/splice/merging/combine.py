@@ -20,7 +20,7 @@ import torch
 from splice.config import PeftConfig, copy_config
 from splice.errors import UnsupportedFeatureError
 from splice.loading.commit import Built
-from splice.loading.plan import Placement
+from splice.loading.placement import Placement
 from splice.methods.layer import AdapterLayer
 from splice.methods.lora import LoraLayer, with_rank
 from splice.methods.registry import Combining
@@ -104,6 +104,11 @@ def _check(tuner: Tuner, adapters: Sequence[str], weights: Sequence[float], comb
             warnings.warn("density of 1 or more: nothing is pruned", stacklevel=5)
     if combination.majority_sign_method not in ("total", "frequency"):
         raise ValueError(f"Unimplemented majority_sign_method {combination.majority_sign_method!r}")
+    tied = [path for a in adapters for path, layer in tuner.placed[a].items() if layer.leader or layer.own_config]
+    if tied:
+        raise UnsupportedFeatureError(
+            f"adapters with rows of single tokens, or with layers that are tied to others, cannot be combined ({tied[0]!r})"
+        )
     copies = [path for a in adapters for path, layer in tuner.placed[a].items() if isinstance(layer, WholeModule)]
     if len(set(copies)) != len(copies):
         raise ValueError(

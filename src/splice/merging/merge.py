@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from splice.errors import PeftWarning
 from splice.methods.layer import AdapterLayer
-from splice.surgery.adapted import Adapted, detach, in_order
+from splice.surgery.adapted import Adapted, detach, first_conflict, in_order
 from splice.surgery.whole import WholeModule
 from splice.weights.dense import added, in_linear_layout
 
@@ -43,10 +44,13 @@ def merge(tuner: Tuner, adapter_names: list[str] | None, safe_merge: bool) -> No
     names = adapters_to_merge(tuner, adapter_names)
     layers = _layers_with(tuner, names)
     check_mergeable(layers, names)
+    ties = _ties(tuner, layers, names)
     # With `safe_merge` every layer is worked out before the first one is changed.
-    worked_out = (merged_tensors(layer, names, safe_merge) for layer in layers)
+    worked_out = (merged_tensors(layer, names, safe_merge) for layer in layers if layer not in ties)
     for item in list(worked_out) if safe_merge else worked_out:
         put(item)
+    for layer, leader in ties.items():
+        put(_as_leader(layer, leader, names))
     for name in names:  # also those whose layers have nothing to merge
         tuner.selection.merged.setdefault(name, 0)
 
@@ -81,15 +85,46 @@ def _layers_with(tuner: Tuner, names: Iterable[str]) -> list[Adapted]:
     return [layer for layer in tuner.adapted.values() if any(name in layer.splice_host.layers for name in names)]
 
 
+def _ties(tuner: Tuner, layers: Iterable[Adapted], names: Iterable[str]) -> dict[Adapted, Adapted]:
+    """Layers that share a weight with another one, and keep sharing it: all that is merged there is shared too."""
+    found: dict[Adapted, Adapted] = {}
+    for layer in layers:
+        present = [layer.splice_host.layers[n] for n in names if n in layer.splice_host.layers]
+        paths = {adapter.leader for adapter in present}
+        leader = tuner.adapted.get(paths.pop()) if len(paths) == 1 else None
+        if leader is None or any(isinstance(adapter, WholeModule) for adapter in present):
+            continue
+        same = set(leader.splice_host.layers).intersection(names) == set(layer.splice_host.layers).intersection(names)
+        if same and _weight(leader) is _weight(layer):
+            found[layer] = leader
+    return found
+
+
+def _weight(layer: Adapted) -> nn.Parameter | None:
+    return cast(nn.Module, layer)._parameters.get("weight")
+
+
+def _as_leader(layer: Adapted, leader: Adapted, names: Iterable[str]) -> Merged:
+    weight = _weight(leader)
+    assert weight is not None
+    return Merged(layer, [name for name in names if name in layer.splice_host.layers], {"weight": weight})
+
+
 def check_mergeable(layers: Iterable[Adapted], names: Iterable[str]) -> None:
     """Raise for what cannot be merged, while nothing has been changed yet.
 
     Raises:
         NotImplementedError: an update is no change of the layer's weight.
         RuntimeError: an update has a bias and the base layer has none.
+        ValueError: two adapters put different things in the place of the same tensors.
     """
+    names = list(names)
     for layer in layers:
         host = layer.splice_host
+        clash = first_conflict(host.layers, [*host.merged, *names])
+        if clash is not None:
+            raise ValueError(f"{host.path}: adapters {clash[0]!r} and {clash[1]!r} cannot both be merged: {clash[2]}.")
+        _check_reaches_output(layer, [*host.merged, *names])
         for name in names:
             adapter = host.layers.get(name)
             if adapter is None:
@@ -97,11 +132,29 @@ def check_mergeable(layers: Iterable[Adapted], names: Iterable[str]) -> None:
             what = f"{host.path}: adapter {name!r}"
             if not adapter.mergeable:
                 raise NotImplementedError(f"{what} cannot be merged: its update is no change of the layer's weight")
+            if not adapter.merges_exactly:
+                warnings.warn(
+                    f"{what} computes something on this layer that no weight does: merged, the output is another one.",
+                    PeftWarning,
+                    stacklevel=5,
+                )
             if any(p is not None and p.is_meta for p in layer._parameters.values()):
                 raise NotImplementedError(f"{what} cannot be merged while the layer's weights are offloaded")
             lacking = [n for n in adapter.changed_names if layer._parameters.get(n) is None]
             if lacking:
                 raise RuntimeError(f"{what} changes the {lacking[0]}, and the base layer has none to merge it into")
+
+
+def _check_reaches_output(layer: Adapted, names: list[str]) -> None:
+    """What stands around a copy of the whole layer cannot go into the base's weight: the copy does not read that."""
+    host = layer.splice_host
+    present = in_order(host.layers, names)
+    whole = [isinstance(host.layers[name], WholeModule) for name in present]
+    if True in whole and not whole[-1]:
+        raise NotImplementedError(
+            f"{host.path}: adapter {present[-1]!r} cannot be merged together with {present[whole.index(True)]!r}, which "
+            "uses a copy of the whole layer in its place. Merge one of them, or load them in the other order."
+        )
 
 
 @torch.no_grad()
@@ -130,6 +183,8 @@ def _with_adapter(layer: Adapted, adapter: AdapterLayer, so_far: dict[str, torch
     if adapter.trained_bias is not None:
         result["bias"] = adapter.trained_bias.detach().to(own["bias"].dtype).clone()
     current = {**own, **so_far, **result}
+    result.update(adapter.replaced(current))
+    current.update(result)
     seen = dict(current)
     if adapter.linear_layout and "weight" in seen:
         seen["weight"] = in_linear_layout(layer, seen["weight"])
@@ -151,7 +206,8 @@ def put(item: Merged) -> None:
     for name, tensor in item.tensors.items():
         old = layer._parameters[name]
         host.originals.setdefault(name, old)
-        layer._parameters[name] = nn.Parameter(tensor, requires_grad=old.requires_grad)
+        new = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=old.requires_grad)
+        layer._parameters[name] = new
     host.merged.extend(item.names)
     counts = host.selection.root.merged
     for name in item.names:
@@ -185,11 +241,15 @@ def merge_and_unload(tuner: Tuner, progressbar: bool, safe_merge: bool, adapter_
     names = adapters_to_merge(tuner, adapter_names)
     layers = _layers_with(tuner, names)
     check_mergeable(layers, names)
-    worked_out = (merged_tensors(layer, names, safe_merge) for layer in _with_progress(layers, progressbar))
+    ties = _ties(tuner, layers, names)
+    own = [layer for layer in layers if layer not in ties]
+    worked_out = (merged_tensors(layer, names, safe_merge) for layer in _with_progress(own, progressbar))
     for item in list(worked_out) if safe_merge else worked_out:
         put(item)
         # There is no way back from here, so the old weight's memory is given back layer by layer.
         item.layer.splice_host.originals.clear()
+    for layer, leader in ties.items():
+        put(_as_leader(layer, leader, names))
     for layer in tuner.adapted.values():
         layer.splice_host.originals.clear()
     network = _take_off(tuner, names or tuner.active_adapters)

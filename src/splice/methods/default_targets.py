@@ -56,3 +56,33 @@ IA3_FEEDFORWARD: Mapping[str, list[str]] = MappingProxyType(
 IA3_TARGETS: Mapping[str, list[str]] = MappingProxyType(
     {model_type: outputs + inputs for names, outputs, inputs in _IA3_GROUPS for model_type in names.split()}
 )
+
+_NORMS: tuple[tuple[str, list[str]], ...] = (
+    ("llama mistral gemma", ["input_layernorm", "post_attention_layernorm", "norm"]),
+    ("bloom falcon", ["input_layernorm", "post_attention_layernorm", "ln_f"]),
+    (
+        "llava",
+        ["multi_modal_projector", "input_layernorm", "post_attention_layernorm", "norm", "embed_tokens", "lm_head"],
+    ),
+    ("t5 mt5", ["layer_norm", "final_layer_norm"]),
+    ("bart", ["self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"]),
+    ("gpt2", ["ln_1", "ln_2", "ln_f"]),
+    ("blip-2", ["layernorm", "LayerNorm", "final_layer_norm", "self_attn_layer_norm"]),
+    ("gptj", ["ln_1", "ln_f"]),
+    ("phi", ["input_layernorm", "final_layernorm"]),
+    (
+        "gemma2 gemma3_text",
+        [
+            "input_layernorm",
+            "post_attention_layernorm",
+            "pre_feedforward_layernorm",
+            "post_feedforward_layernorm",
+            "norm",
+        ],
+    ),
+    ("qwen2 qwen3", ["post_attention_layernorm"]),
+)
+
+LN_TUNING_TARGETS: Mapping[str, list[str]] = MappingProxyType(
+    {model_type: targets for model_types, targets in _NORMS for model_type in model_types.split()}
+)

@@ -89,6 +89,9 @@ class Slots(LightModule):
         for name, parameter in self._parameters.items():
             if parameter is not None:
                 yield front + name, parameter
+        for name, buffer in self._buffers.items():
+            assert buffer is not None
+            yield front + name, buffer
         for name, child in self._modules.items():
             assert isinstance(child, Slots)
             yield from child.named_slots(f"{front}{name}.")
@@ -117,6 +120,8 @@ class AdapterLayer(LightModule):
     # Whether `deltas` gives the whole update, and whether its `weight` is (out, in) however the base stores it.
     mergeable: bool = False
     linear_layout: ClassVar[bool] = True
+    # Whether the base with the merged tensors computes what the adapter does; where not, merging says so.
+    merges_exactly: bool = True
     trained_bias: nn.Parameter | None
     # Whether `shown` gives anything: asked at every call.
     shows: bool = False

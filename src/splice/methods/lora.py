@@ -12,8 +12,11 @@ from splice.methods.layer import AdapterLayer
 from splice.methods.lora_attention import LoraAttention
 from splice.methods.lora_config import LoraConfig, LoraRuntimeConfig, active_variants, check, with_rank
 from splice.methods.lora_dora import DoraConv, DoraEmbedding, DoraLinear
+from splice.methods.lora_inits import check_init_on, loading_notes, takes_from_base
 from splice.methods.lora_layers import LoraConv, LoraEmbedding, LoraLayer, LoraLinear
+from splice.methods.lora_mica import MicaEmbedding, MicaLinear
 from splice.methods.lora_parameters import LoraParameters
+from splice.methods.lora_residual import TakenDoraLinear, TakenLinear
 from splice.methods.registry import Combining, Method, register
 from splice.weights.layers import LayerKind
 
@@ -41,15 +44,25 @@ _VARIANTS: Mapping[str, Mapping[LayerKind, type[AdapterLayer]]] = MappingProxyTy
 )
 
 
+# By the same fields, for initialisations that take something out of the base weight.
+_TAKEN: Mapping[str, type[AdapterLayer]] = MappingProxyType({"": TakenLinear, "use_dora": TakenDoraLinear})
+_MICA: Mapping[LayerKind, type[AdapterLayer]] = MappingProxyType(
+    {**dict.fromkeys(_LINEAR, MicaLinear), LayerKind.EMBEDDING: MicaEmbedding}
+)
+
+
 def variant(config: LoraConfig, kind: LayerKind) -> type[AdapterLayer] | None:
     """The adapter layer of the relative of LoRA that `config` asks for; None for plain LoRA.
 
     Raises:
         UnsupportedLayerError: (a ValueError) it cannot be put on such a layer.
     """
-    asked = active_variants(config)
+    asked, init = active_variants(config), config.init_lora_weights
+    check_init_on(init, kind)
+    if takes_from_base(init) and kind in _LINEAR:
+        return _TAKEN[asked[0] if asked else ""]
     if not asked:
-        return None
+        return _MICA[kind] if init == "mica" else None
     layers = _VARIANTS[asked[0]]
     if kind not in layers:
         raise UnsupportedLayerError(
@@ -71,6 +84,7 @@ METHOD = register(
         default_targets=LORA_TARGETS,
         combining=Combining.FACTORS,
         check=check,
+        loading_notes=loading_notes,
         paper="arXiv 2106.09685",
     )
 )

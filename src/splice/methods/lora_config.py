@@ -7,8 +7,10 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from splice.config import PeftConfig, PeftType, TargetRule
+from splice.config import PeftConfig, PeftType, TargetRule, TaskType
 from splice.errors import UnsupportedFeatureError
+from splice.methods.lora_inits import check_init, takes_from_base
+from splice.methods.lora_subconfigs import SUBCONFIGS, CordaConfig, EvaConfig, LoftQConfig, parsed
 
 
 @dataclass
@@ -24,7 +26,7 @@ class LoraConfig(PeftConfig):
 
     Raises:
         ValueError: fields contradict each other.
-        TypeError: `target_parameters` is a string.
+        TypeError: `target_parameters` is a string, or a config inside this one is neither a config nor a dict.
     """
 
     r: int = 8
@@ -72,7 +74,12 @@ class LoraConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)
         if isinstance(self.target_parameters, str):
             raise TypeError("`target_parameters` is a list of names, got a string")
+        for name in SUBCONFIGS:
+            setattr(self, name, parsed(name, getattr(self, name)))
+        if isinstance(self.loftq_config, LoftQConfig):
+            self.loftq_config = dataclasses.asdict(self.loftq_config)
         _check_fields_agree(self)
+        _complete_init(self)
 
     def target_rule(self) -> TargetRule:
         return TargetRule(
@@ -108,14 +115,26 @@ def _check_fields_agree(config: LoraConfig) -> None:
         config.loftq_config = {}
 
 
-# Initialisations that leave the base weights alone: an adapter made with one of them loads as plain LoRA.
-_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
+def _complete_init(config: LoraConfig) -> None:
+    """Give an initialisation the config it lacks, and say what is ignored."""
+    for init, name, default in (("eva", "eva_config", EvaConfig), ("corda", "corda_config", CordaConfig)):
+        given, asked = getattr(config, name) is not None, config.init_lora_weights == init
+        if asked and not given:
+            text = f"`init_lora_weights` is {init!r} but `{name}` is not specified. Using the default config."
+            warnings.warn(text, stacklevel=4)
+            setattr(config, name, default())
+        elif given and not asked:
+            text = f"`{name}` specified but will be ignored when `init_lora_weights` is not {init!r}."
+            warnings.warn(text, stacklevel=4)
+    if config.alora_invocation_tokens is not None and config.task_type != TaskType.CAUSAL_LM:
+        warnings.warn("aLoRA is currently only supported for CAUSAL_LM task.", stacklevel=4)
+
+
 # Relatives of LoRA, by the fields that ask for them. At most one can be asked for.
 VARIANTS = ("use_dora",)
 # Fields that change the output when they are set, and that nothing here honours yet.
 NOT_HONOURED = (
     "megatron_config",
-    "trainable_token_indices",
     "velora_config",
     "alora_invocation_tokens",
     "monteclora_config",
@@ -123,7 +142,6 @@ NOT_HONOURED = (
     "use_bdlora",
     "arrow_config",
     "kasa_config",
-    "ensure_weight_tying",
 )
 
 
@@ -147,11 +165,16 @@ def check(config: LoraConfig) -> None:
     variants = active_variants(config)
     if len(variants) > 1:
         raise ValueError(f"Invalid or unsupported variant combination: {variants}; at most one of them can be used.")
+    if takes_from_base(config.init_lora_weights) and variants not in ([], ["use_dora"]):
+        raise UnsupportedFeatureError(
+            f"init_lora_weights={config.init_lora_weights!r} with `{variants[0]}` is not supported."
+        )
+    if config.use_qalora and config.use_dora:
+        raise NotImplementedError("`use_qalora` and `use_dora` cannot be used together.")
     if config.target_parameters and variants:
         raise ValueError(f"`target_parameters` does not work with `{variants[0]}`.")
     asked = {name: getattr(config, name) for name in NOT_HONOURED if getattr(config, name) not in (None, False, [])}
-    if config.init_lora_weights not in _PLAIN_INITS:
-        asked["init_lora_weights"] = config.init_lora_weights
+    check_init(config.init_lora_weights)
     if asked:
         raise UnsupportedFeatureError(
             f"this LoRA asks for {asked}, which changes what the adapter computes and is not supported yet. "

@@ -8,6 +8,7 @@ s = alpha / r, or alpha / sqrt(r).
 from __future__ import annotations
 
 import math
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from splice.methods.layer import Additive, Factors, Slots, cast_to
 from splice.methods.lora_config import LoraConfig
+from splice.methods.lora_inits import initialise_linear
 from splice.surgery.targets import value_for
 from splice.weights.layers import LayerKind, features, kind_of
 
@@ -39,14 +41,7 @@ class LoraLayer(Additive):
     @classmethod
     def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: LoraConfig) -> None:
         a, b = (tensors[name] for name in cls.names)
-        if config.init_lora_weights == "gaussian":
-            nn.init.normal_(a, std=1 / a.shape[0])
-        else:
-            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        if config.init_lora_weights is False:
-            nn.init.kaiming_uniform_(b, a=math.sqrt(5))
-        else:
-            nn.init.zeros_(b)
+        initialise_linear(a, b, config.init_lora_weights)
         if "lora_B.bias" in tensors:
             nn.init.zeros_(tensors["lora_B.bias"])
 
@@ -56,6 +51,8 @@ class LoraLinear(LoraLayer):
 
     lora_A: Slots
     lora_B: Slots
+    # An output layer whose weight is that of the embeddings has their update: B' A' = (B A)^T.
+    transposes = MappingProxyType({"lora_A.weight": "lora_embedding_B", "lora_B.weight": "lora_embedding_A"})
 
     @classmethod
     def slots(cls, base: nn.Module, config: LoraConfig, path: str) -> dict[str, tuple[int, ...]]:
@@ -87,7 +84,7 @@ class LoraLinear(LoraLayer):
 
     def delta_weight(self, weight: torch.Tensor) -> torch.Tensor | None:
         a, b = self._factors
-        return self.scale * _product(b.weight, a.weight)
+        return self.scale * product(b.weight, a.weight)
 
     def delta_bias(self) -> torch.Tensor | None:
         bias: torch.Tensor | None = self._factors[1].bias
@@ -131,7 +128,7 @@ class LoraEmbedding(LoraLayer):
         return found if self.embed_scale == 1.0 else found * self.embed_scale
 
     def delta_weight(self, weight: torch.Tensor) -> torch.Tensor | None:
-        return self.scale * _product(self.lora_embedding_B, self.lora_embedding_A).T
+        return self.scale * product(self.lora_embedding_B, self.lora_embedding_A).T
 
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -175,10 +172,10 @@ class LoraConv(LoraLinear):
         if not self.mergeable:  # the update mixes groups, or pads with zeros where the base does not
             return None
         a, b = self._factors
-        return self.scale * _product(b.weight.flatten(1), a.weight.flatten(1)).reshape(weight.shape)
+        return self.scale * product(b.weight.flatten(1), a.weight.flatten(1)).reshape(weight.shape)
 
 
-def _product(b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+def product(b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     """`B @ A`; half-precision factors on the CPU are multiplied in float32, and rounded by whoever adds the product."""
     if a.device.type == "cpu" and a.dtype in (torch.float16, torch.bfloat16):
         a, b = a.float(), b.float()

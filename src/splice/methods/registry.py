@@ -32,6 +32,10 @@ def _nothing_to_check(config: Any) -> None:
     return None
 
 
+def _nothing_to_note(config: Any) -> list[str]:
+    return []
+
+
 class Combining(Enum):
     """How several adapters of a method become one new adapter (`add_weighted_adapter`)."""
 
@@ -51,6 +55,7 @@ class Method:
         tensor_names: the first components of its tensors' names (`lora_A`).
         layers: the adapter layer for each kind of base layer it supports; empty for prompt learning.
         variant: the adapter layer for a kind of base layer, where a config asks for another one than `layers` has; else None.
+        other_layer: the adapter layer for every other base layer, whatever it is; None where it cannot be put on them.
         parameters_layer: the adapter layer for bare parameters of a module; None where it cannot be put on them.
         network_layer: the adapter layer for the network as a whole, of methods that act on its call: prompt learning.
         shared: what holds the tensors that all layers of an adapter use; None where each layer has its own only.
@@ -58,10 +63,14 @@ class Method:
         tuner_views: what is read on a model with it, by name: worked out from the tuner.
         loss_term: what a forward in training adds to the loss, given the tuner and an active adapter's name.
         default_targets: modules to target by `config.model_type`, where the config names none.
+        find_targets: where the config names none and there is no default: what to target on a network, given its modules.
         default_modules: the same for each further field of the config that names modules.
+        follows_ties: whether layers that are tied to adapted input embeddings always share their adapter layer's tensors.
+        exclusive: whether only one of its adapters can take effect at a time.
         combining: how several adapters become one.
         outdated_names: first components of tensors' names that only earlier versions wrote, and what to do about them.
         check: raises where a config asks for something that is wrong or not supported, before anything is read.
+        loading_notes: a line for each thing that whoever loads an adapter with this config is warned of.
         check_beside: raises where an adapter with the first config cannot stand beside those with the others, by name.
         paper: where the method is described.
     """
@@ -72,6 +81,7 @@ class Method:
     tensor_names: frozenset[str]
     layers: Mapping[LayerKind, type[AdapterLayer]] = field(default_factory=lambda: MappingProxyType({}))
     variant: Callable[[Any, LayerKind], type[AdapterLayer] | None] | None = None
+    other_layer: type[AdapterLayer] | None = None
     parameters_layer: type[AdapterLayer] | None = None
     network_layer: type[PromptLayer] | None = None
     shared: type[SharedTensors] | None = None
@@ -79,10 +89,14 @@ class Method:
     tuner_views: Mapping[str, Callable[[Tuner], Any]] = field(default_factory=lambda: MappingProxyType({}))
     loss_term: Callable[[Tuner, str], torch.Tensor] | None = None
     default_targets: Mapping[str, list[str] | str] = field(default_factory=lambda: MappingProxyType({}))
+    find_targets: Callable[[nn.Module, Mapping[str, nn.Module]], str] | None = None
     default_modules: Mapping[str, Mapping[str, list[str]]] = field(default_factory=lambda: MappingProxyType({}))
+    follows_ties: bool = False
+    exclusive: bool = False
     combining: Combining = Combining.NONE
     outdated_names: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     check: Callable[[Any], None] = _nothing_to_check
+    loading_notes: Callable[[Any], list[str]] = _nothing_to_note
     check_beside: Callable[[Any, Mapping[str, Any]], None] | None = None
     paper: str = ""
 
@@ -94,6 +108,8 @@ class Method:
         """
         kind = kind_of(base)
         if kind is None or kind not in self.layers:
+            if self.other_layer is not None:
+                return self.other_layer
             supported = ", ".join(k.name.title().replace("_", "") for k in self.layers)
             raise UnsupportedLayerError(
                 f"Target module {path!r} is a {type(base).__name__}, which {self.name.value} cannot be put on. "

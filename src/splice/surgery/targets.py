@@ -101,6 +101,8 @@ def resolved_rule(
     if rule.target_modules is None and method.layers:
         model_type = model_type_of(network)
         if model_type not in method.default_targets:
+            if method.find_targets is not None:
+                return dataclasses.replace(rule, target_modules=method.find_targets(network, modules))
             if rule.target_parameters:
                 return rule
             raise ValueError(

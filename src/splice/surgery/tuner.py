@@ -17,11 +17,11 @@ from splice.loading.keys import PREFIX, SHORT_PREFIX
 from splice.methods.kinds import SharedTensors
 from splice.methods.layer import AdapterLayer
 from splice.methods.registry import Method, method_named
-from splice.surgery.adapted import Adapted, AdapterDict, Host, attach, detach
+from splice.surgery.adapted import Adapted, AdapterDict, Host, attach, detach, first_conflict
 from splice.surgery.base_changes import BaseChanges
 from splice.surgery.readers import weight_readers
 from splice.surgery.selection import BASE, Rows, Selection
-from splice.surgery.whole import WholeModule, walk_bare
+from splice.surgery.whole import walk_bare
 from splice.weights.layers import ADAPTERS
 
 TUNER = "splice_tuner"
@@ -174,7 +174,7 @@ class Tuner(nn.Module):
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self.check_known(names)
-        self._check_one_copy(names)
+        self._check_apart(names)
         if self.merged:
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
             self.unmerge_adapter()
@@ -200,17 +200,15 @@ class Tuner(nn.Module):
         if unknown:
             raise ValueError(f"Adapter {unknown[0]!r} not found; there are {list(self.peft_config)}.")
 
-    def _check_one_copy(self, names: Sequence[str]) -> None:
+    def _check_apart(self, names: Sequence[str]) -> None:
+        """Raise where two of these adapters cannot take effect together on some layer."""
         if len(names) < 2:
             return
-        owner: dict[str, str] = {}
-        for name in names:
-            for path, layer in self.placed[name].items():
-                if isinstance(layer, WholeModule) and owner.setdefault(path, name) != name:
-                    raise ValueError(
-                        f"Only one adapter can be set at a time for modules_to_save: {owner[path]!r} and {name!r} "
-                        f"both replace {path!r}."
-                    )
+        for path, layer in self.adapted.items():
+            clash = first_conflict(layer.splice_host.layers, names)
+            if clash is not None:
+                one, two, why = clash
+                raise ValueError(f"Only one adapter can be set at a time for {path!r}, of {one!r} and {two!r}: {why}.")
 
     def train_only(self, names: Sequence[str]) -> None:
         """Make the tensors of these adapters trainable, and those of all others not."""

@@ -23,10 +23,15 @@ class Undo:
         self.modules = walk_bare(tuner.model)
         self.training = [module for module in self.modules.values() if module.training]
         self.steps: list[Callable[[], None]] = []
+        self.last: list[Callable[[], None]] = []
 
     def also(self, step: Callable[[], None]) -> None:
         """Take `step` too, before the rest."""
         self.steps.append(step)
+
+    def at_last(self, step: Callable[[], None]) -> None:
+        """Take `step` too, after the rest: it takes back what was done to the network itself, before any adapter came."""
+        self.last.append(step)
 
     def run(self) -> None:
         for step in self.steps:
@@ -43,3 +48,5 @@ class Undo:
             module.training = True
         for layer in self.tuner.adapted.values():
             layer.splice_adapters.train(layer.training)
+        for step in self.last:
+            step()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -23,6 +23,8 @@ class WholeModule(AdapterLayer):
     base_infix = "original_module."
     mergeable = True
     module: nn.Module
+    # What stands before the names of the module's own tensors.
+    front: ClassVar[str] = ""
 
     def __init__(self, base: nn.Module, config: PeftConfig, path: str, tensors: Mapping[str, torch.Tensor]) -> None:
         LightModule.__init__(self)
@@ -30,23 +32,24 @@ class WholeModule(AdapterLayer):
         own = dict(own_tensors(base))
         memo: dict[int, Any] = {}
         for name, tensor in tensors.items():
-            is_parameter = isinstance(own[name], nn.Parameter)
-            memo[id(own[name])] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+            original = own[name.removeprefix(self.front)]
+            given = type(tensor) is nn.Parameter or not isinstance(original, nn.Parameter)
+            memo[id(original)] = tensor if given else nn.Parameter(tensor, requires_grad=False)
         self.module = bare_copy(base, memo)
 
     @classmethod
     def slots(cls, base: nn.Module, config: Any, path: str) -> dict[str, tuple[int, ...]]:
         if isinstance(base, (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)):
             raise TypeError(f"modules_to_save cannot be applied to {path!r}: a {type(base).__name__} has no forward")
-        return {name: tuple(tensor.shape) for name, tensor in own_tensors(base)}
+        return {cls.front + name: tuple(tensor.shape) for name, tensor in own_tensors(base)}
 
     @classmethod
     def held_dtype(cls, base: nn.Module, suffix: str, autocast: bool) -> torch.dtype:
-        return dict(own_tensors(base))[suffix].dtype
+        return dict(own_tensors(base, cls.front))[suffix].dtype
 
     @classmethod
     def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: Any) -> None:
-        own = dict(own_tensors(base))
+        own = dict(own_tensors(base, cls.front))
         for name, tensor in tensors.items():
             tensor.copy_(own[name].detach())
 
@@ -61,6 +64,10 @@ class WholeModule(AdapterLayer):
     def wrapped(self, inner: Forward) -> Forward:
         return self.module
 
+    def shown(self, base: nn.Module) -> dict[str, torch.Tensor]:
+        # Only for parents that read weights instead of calling the layer: `shows` is False.
+        return {name: p for name, p in self.module._parameters.items() if p is not None}
+
     def deltas(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {}  # the copy goes on computing while its adapter is merged
 
@@ -69,10 +76,13 @@ class WholeModule(AdapterLayer):
         return ()
 
     def named_slots(self) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from own_tensors(self.module)
+        yield from own_tensors(self.module, self.front)
 
     def attribute_of(self, suffix: str) -> str:
-        return f"module.{suffix}"
+        return f"module.{suffix.removeprefix(self.front)}"
+
+    def conflict(self, other: AdapterLayer) -> str:
+        return "both replace it with a copy of their own" if isinstance(other, WholeModule) else ""
 
     @classmethod
     def memory_name(cls, suffix: str, adapter_name: str) -> str:
