@@ -78,9 +78,10 @@ class LoraLinear(LoraLayer):
         return F.linear(F.linear(x, a.weight), b.weight, b.bias)
 
     def factors(self) -> Factors | None:
-        a, b = self._factors
-        plain = b.bias is None and self.trained_bias is None and not (self.dropout and self.training)
-        return Factors(a.weight, b.weight, self.scale) if plain and type(self) is LoraLinear else None
+        # Asked for every adapter of a mixed batch on every layer, so past `nn.Module.__getattr__`.
+        a, b = self._factors[0]._parameters, self._factors[1]._parameters
+        plain = b["bias"] is None and self._parameters["trained_bias"] is None and not (self.dropout and self.training)
+        return Factors(a["weight"], b["weight"], self.scale) if plain and type(self) is LoraLinear else None
 
     def delta_weight(self, weight: torch.Tensor) -> torch.Tensor | None:
         a, b = self._factors
