@@ -140,15 +140,34 @@ def test_rows_of_a_generation_whose_beams_are_set_in_its_config(case: Case, shar
     assert torch.equal(bases.generate(model, case.base, adapter_names=names), expected)
 
 
-def test_gradients_of_mixed_rows_reach_each_adapter(shared_checkpoint: Any) -> None:
+@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "float32")], ids=str)
+def test_rows_of_one_token(dtypes: tuple[str, str], shared_checkpoint: Any) -> None:
+    base = bases.LINEAR
+    config = {"peft_type": "LORA", "target_modules": base.targets, "r": 4}
+    model: Any = splice.PeftModel.from_pretrained(base.build(), shared_checkpoint(base, config))
+    model.load_adapter(shared_checkpoint(base, config, seed=1), "other")
+    for name, dtype in zip(("default", "other"), dtypes):
+        for key, parameter in model.named_parameters():
+            if f".{name}." in key:
+                parameter.data = parameter.to(getattr(torch, dtype))
+    inputs = {key: tensor[:, :1] for key, tensor in base.inputs(3).items()}
+    names = ["other", BASE, "default"]
+    mixed = run(model, inputs, adapter_names=names)
+    assert_close(mixed, row_by_row(model, inputs, names))
+
+
+@pytest.mark.parametrize("case", plain_cases(bases.LINEAR), ids=str)
+def test_gradients_of_mixed_rows_reach_each_adapter(case: Case, shared_checkpoint: Any) -> None:
     """In eval mode; each adapter learns from its own rows alone."""
-    case = plain_cases(bases.LINEAR)[0]
     model = with_two(splice, case, shared_checkpoint)
     model.set_requires_grad(["default", "second"])
     inputs = case.base.inputs(4)
     model(**inputs, adapter_names=["default", "second", "default", BASE]).square().sum().backward()
     mixed = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    assert {name.split(".")[-2] for name in mixed} == {"default", "second"}
+    assert {name for name in ("default", "second") for key in mixed if name in key.split(".")[-2:]} == {
+        "default",
+        "second",
+    }
     for name, rows in (("default", [0, 2]), ("second", [1])):
         model.zero_grad()
         model.set_adapter(name)

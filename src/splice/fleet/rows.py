@@ -65,18 +65,13 @@ def _add_in_turn(y: torch.Tensor, x: torch.Tensor, parts: Sequence[tuple[Factors
     """
     order = torch.cat([rows for _, rows in parts])
     xs, ys = x.index_select(0, order), y.index_select(0, order)
-    per_row = xs[0].numel() // xs.shape[-1]
-    inputs, outputs = xs.view(-1, xs.shape[-1]).to(parts[0][0].a.dtype), ys.view(-1, ys.shape[-1])
-    if (
-        len(inputs) == len(parts)
-        and outputs.dtype is torch.float32
-        and all(f.a.dtype is torch.float32 for f, _ in parts)
-    ):
+    inputs, outputs = xs.view(-1, xs.shape[-1]), ys.view(-1, ys.shape[-1])
+    if len(inputs) == len(parts) and all(f.a.dtype is x.dtype is y.dtype is torch.float32 for f, _ in parts):
         # One token of one row each: products with vectors cost a fifth less than those with matrices of one row.
         vectors = zip(parts, inputs.unbind(), outputs.unbind())
         added = torch.stack([torch.addmv(out, f.b, torch.mv(f.a, row), alpha=f.scale) for (f, _), row, out in vectors])
     else:
-        sizes = [len(rows) * per_row for _, rows in parts]
+        sizes = [len(rows) * (len(inputs) // len(xs)) for _, rows in parts]
         pieces = zip(parts, torch.split(inputs, sizes), torch.split(outputs, sizes))
         added = torch.cat([_added(out, piece, factors) for (factors, _), piece, out in pieces])
     return y.index_copy(0, order, added.view(ys.shape))
@@ -87,7 +82,7 @@ def _added(y: torch.Tensor, x: torch.Tensor, factors: Factors) -> torch.Tensor:
     hidden = torch.mm(x if x.dtype is a.dtype else x.to(a.dtype), a.t())
     if hidden.dtype is y.dtype:
         return torch.addmm(y, hidden, b.t(), alpha=scale)
-    return y + (scale * torch.mm(hidden, b.t())).to(y.dtype)
+    return torch.add(y, torch.mm(hidden, b.t()), alpha=scale).to(y.dtype)
 
 
 def _add_stacked(y: torch.Tensor, x: torch.Tensor, parts: Sequence[tuple[Factors, torch.Tensor]]) -> torch.Tensor:
