@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,17 +21,22 @@ class Sample:
         config: fields of a plain adapter; the targets come from the base model.
         options: fields that change what the adapter computes, each under a name for the test's id.
         small: fields of an adapter of the same method that differs in size, to stand beside the first.
-        not_on: names of base models where an option cannot be used, because the reference refuses it.
+        not_on: names of base models where an option cannot be used, because the reference refuses it or gets it wrong;
+            under "" those where the method cannot.
+        same_targets: whether the reference needs all adapters of a model to be on the same layers.
         reference_mixes: whether the reference supports `adapter_names` for it.
         reference_scales: whether the reference's layers have `set_scale` and its like.
+        in_any_order: whether several of its adapters at once give the same in any order.
     """
 
     config: Mapping[str, Any]
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     small: Mapping[str, Any] = field(default_factory=dict)
     not_on: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    same_targets: bool = False
     reference_mixes: bool = False
     reference_scales: bool = False
+    in_any_order: bool = True
 
 
 SAMPLES: dict[PeftType, Sample] = {
@@ -61,7 +67,12 @@ SAMPLES: dict[PeftType, Sample] = {
             "bias_of_targets": {"bias": "fourier_only"},
         },
     ),
-    PeftType.PREFIX_TUNING: Sample(config={"num_virtual_tokens": 4}, small={"num_virtual_tokens": 2}),
+    PeftType.PREFIX_TUNING: Sample(
+        config={"num_virtual_tokens": 4},
+        small={"num_virtual_tokens": 2},
+        # It looks for the argument `past_key_values`, which transformers 5.24 calls `cache`.
+        not_on={"": frozenset({"bert_label", "llama_label", "bert_tokens", "bert_spans"})},
+    ),
     PeftType.IA3: Sample(
         config={"feedforward_modules": r".*(second|c_fc|\bv|v_proj|down|value)"},
         small={"feedforward_modules": []},
@@ -85,6 +96,27 @@ SAMPLES: dict[PeftType, Sample] = {
         },
         reference_scales=True,
     ),
+    # The reference drops the bias of linear targets, and fails with two adapters on tied layers.
+    PeftType.TRAINABLE_TOKENS: Sample(
+        config={"token_indices": [4, 2]},
+        small={"token_indices": [5, 3, 1]},
+        options={"random": {"init_weights": False}},
+        not_on={"": frozenset({"linear", "linear_no_bias", "mixed", "bert", "llama_tied"})},
+        same_targets=True,
+    ),
+    PeftType.LN_TUNING: Sample(config={}, same_targets=True),
+    PeftType.OFT: Sample(
+        config={"oft_block_size": 4},
+        small={"oft_block_size": 0, "r": 1, "use_cayley_neumann": False},
+        options={
+            "exact": {"use_cayley_neumann": False, "block_share": True},
+            "three_terms": {"num_cayley_neumann_terms": 3, "bias": "oft_only"},
+            "constrained": {"coft": True, "eps": 0.5},
+        },
+        in_any_order=False,
+        # Grouped channels, a kernel that is no square, and one with holes.
+        not_on={"": frozenset({"conv2d_groups", "conv2d_same", "conv2d_dilation"})},
+    ),
     PeftType.PROMPT_TUNING: Sample(config={"num_virtual_tokens": 4}, small={"num_virtual_tokens": 2}),
 }
 
@@ -104,6 +136,8 @@ class Case:
     def config(self, **changes: Any) -> dict[str, Any]:
         """Fields for `get_peft_config` of either library."""
         targets = {"target_modules": list(self.base.targets)} if self.method.layers else {}
+        if not self.saves_modules:
+            changes.pop("modules_to_save", None)
         return {
             "peft_type": self.method.name.value,
             "task_type": self.base.task,
@@ -112,6 +146,11 @@ class Case:
             **self.sample.options.get(self.option, {}),
             **changes,
         }
+
+    @property
+    def saves_modules(self) -> bool:
+        """Whether its configs have `modules_to_save`."""
+        return "modules_to_save" in {f.name for f in dataclasses.fields(self.method.config)}
 
     @property
     def trains_biases(self) -> bool:
@@ -126,8 +165,9 @@ class Case:
         return self.config(**({} if self.trains_biases else {"modules_to_save": [self.base.head]}), **changes)
 
     def other_config(self, **changes: Any) -> dict[str, Any]:
-        """Fields of a second adapter for the same model: of other sizes, and on the first target alone."""
-        targets = {"target_modules": [self.base.targets[0]]} if self.method.layers else {}
+        """Fields of a second adapter for the same model: of other sizes, and on the first target alone if that works."""
+        names = list(self.base.targets if self.sample.same_targets else self.base.targets[:1])
+        targets = {"target_modules": names} if self.method.layers else {}
         own = {**self.sample.config, **self.sample.small, **targets}
         return {"peft_type": self.method.name.value, "task_type": self.base.task, **own, **changes}
 
@@ -136,7 +176,8 @@ class Case:
 
 
 def supports(method: Method, base: Base) -> bool:
-    return bool(base.kinds) and base.kinds <= set(method.layers)
+    able = bool(base.kinds) and base.kinds <= set(method.layers)
+    return able and base.name not in SAMPLES[method.name].not_on.get("", ())
 
 
 def network_cases(*chosen: Base) -> list[Case]:

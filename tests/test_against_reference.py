@@ -93,8 +93,8 @@ def test_a_second_adapter_and_back(case: Case, shared_checkpoint: Any) -> None:
 @every
 def test_two_active_at_once(case: Case, shared_checkpoint: Any) -> None:
     """Where both adapters have a head of their own, neither library lets both be active; that has its own test."""
-    if splice.tasks.class_for(splice.get_peft_config(case.config()), splice.PeftModel).heads:
-        pytest.skip("each adapter has a head of its own")
+    if case.method.exclusive or splice.tasks.class_for(splice.get_peft_config(case.config()), splice.PeftModel).heads:
+        pytest.skip("each adapter replaces a module as a whole")
     first = shared_checkpoint(case.base, case.config())
     pair = load_both(case.base, first, shared_checkpoint(case.base, case.other_config(), seed=1))
     alone = pair.outputs()[1]
@@ -222,8 +222,10 @@ def test_merged_and_unloaded(case: Case, shared_checkpoint: Any) -> None:
     assert list(merged.ours.state_dict()) == list(case.base.build().state_dict())
     if case.base.tied:  # the reference changes the other end of a tied weight as well
         return
-    for name, tensor in merged.reference.state_dict().items():
-        assert_close(merged.ours.state_dict()[name], tensor)
+    theirs = merged.reference.state_dict()
+    for name, tensor in merged.ours.state_dict().items():
+        if name in theirs:  # LayerNorm tuning leaves heads wrapped there
+            assert_close(tensor, theirs[name])
 
 
 def mergeable(model: Any) -> bool:
@@ -282,15 +284,27 @@ def test_a_new_adapter_has_the_same_tensors(case: Case, tmp_path: Path) -> None:
 def test_a_config_given_to_get_peft_model_is_kept_and_completed(case: Case) -> None:
     """Callers read the resolved values from the object that they passed in."""
     for changes in ({"target_modules": None}, {"target_modules": "all-linear"}, {}):
+        if None in changes.values() and not _has_default(case):
+            continue
         found = []
         for library in (peft, splice):
             config = library.get_peft_config(case.config(**changes))
             model = library.get_peft_model(case.base.build(), config)
             assert model.peft_config["default"] is config
             found.append(
-                (set(config.target_modules), set(config.modules_to_save or ()), config.base_model_name_or_path)
+                (set(config.target_modules), set(saved_whole(config)), config.base_model_name_or_path)
             )
         assert found[1] == found[0]
+
+
+def _has_default(case: Case) -> bool:
+    known = case.base.build().config.model_type in case.method.default_targets
+    return known or case.method.find_targets is not None
+
+
+def saved_whole(config: Any) -> list[str]:
+    """`modules_to_save` of a config that has the field."""
+    return vars(config).get("modules_to_save") or []
 
 
 @every
@@ -463,6 +477,8 @@ EVENTS = (
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.__name__)
 @pytest.mark.parametrize("case", plain_cases(bases.LINEAR, bases.LLAMA), ids=str)
 def test_flags_after(case: Case, event: Any, trainable: tuple[bool, bool], shared_checkpoint: Any) -> None:
+    if case.method.exclusive and event is _activate_both:
+        pytest.skip("only one can be active")
     folders = {
         "full": str(shared_checkpoint(case.base, case.config(modules_to_save=[case.base.head]))),
         "small": str(shared_checkpoint(case.base, case.other_config(), seed=1)),
@@ -543,8 +559,9 @@ def test_a_module_saved_whole(case: Case, shared_checkpoint: Any) -> None:
     pair.assert_equal()
     pair.each(lambda model: model.set_adapter("second"))
     pair.assert_equal()
-    pair.each(lambda model: model.base_model.set_adapter(["default", "second"]))
-    pair.assert_equal()
+    if not case.method.exclusive:
+        pair.each(lambda model: model.base_model.set_adapter(["default", "second"]))
+        pair.assert_equal()
     inputs = case.base.inputs(3)
     with pair.ours.disable_adapter():
         assert torch.equal(run(pair.ours, inputs), run(case.base.build(), inputs))
@@ -651,8 +668,8 @@ def _layers(model: Any) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("case", plain_cases(bases.LINEAR), ids=str)
 def test_status_when_merged(case: Case, shared_checkpoint: Any) -> None:
     pair = load_both(case.base, shared_checkpoint(case.base, case.config()))
-    if not mergeable(pair.ours):
-        pytest.skip("cannot be merged")
+    if not mergeable(pair.ours) or case.method.exclusive:
+        pytest.skip("cannot be merged, or goes on computing beside the base's weights when it is")
     pair.each(lambda model: model.merge_adapter())
     assert _layers(pair.ours) == _layers(pair.reference)
     assert pair.ours.get_model_status().merged_adapters == pair.reference.get_model_status().merged_adapters

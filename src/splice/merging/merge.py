@@ -17,7 +17,6 @@ from torch import nn
 from splice.errors import PeftWarning
 from splice.methods.layer import AdapterLayer
 from splice.surgery.adapted import Adapted, detach, first_conflict, in_order
-from splice.surgery.whole import WholeModule
 from splice.weights.dense import added, in_linear_layout
 
 if TYPE_CHECKING:
@@ -92,7 +91,7 @@ def _ties(tuner: Tuner, layers: Iterable[Adapted], names: Iterable[str]) -> dict
         present = [layer.splice_host.layers[n] for n in names if n in layer.splice_host.layers]
         paths = {adapter.leader for adapter in present}
         leader = tuner.adapted.get(paths.pop()) if len(paths) == 1 else None
-        if leader is None or any(isinstance(adapter, WholeModule) for adapter in present):
+        if leader is None or any(adapter.stays_merged for adapter in present):
             continue
         same = set(leader.splice_host.layers).intersection(names) == set(layer.splice_host.layers).intersection(names)
         if same and _weight(leader) is _weight(layer):
@@ -149,7 +148,7 @@ def _check_reaches_output(layer: Adapted, names: list[str]) -> None:
     """What stands around a copy of the whole layer cannot go into the base's weight: the copy does not read that."""
     host = layer.splice_host
     present = in_order(host.layers, names)
-    whole = [isinstance(host.layers[name], WholeModule) for name in present]
+    whole = [host.layers[name].stays_merged for name in present]
     if True in whole and not whole[-1]:
         raise NotImplementedError(
             f"{host.path}: adapter {present[-1]!r} cannot be merged together with {present[whole.index(True)]!r}, which "
@@ -169,12 +168,12 @@ def merged_tensors(layer: Adapted, names: Iterable[str], safe: bool) -> Merged:
         tensors = {name: parameter.detach() for name, parameter in host.originals.items()}
     for name in present:
         adapter = host.layers[name]
-        if isinstance(adapter, WholeModule):  # its copy goes on computing; `merge_and_unload` puts it in place
+        if adapter.stays_merged:  # its copy goes on computing; `merge_and_unload` puts it in place
             continue
         tensors.update(_with_adapter(layer, adapter, tensors))
         if safe:
             _check_finite(tensors, host.path, name)
-    return Merged(layer, [n for n in new if not isinstance(host.layers[n], WholeModule)], tensors)
+    return Merged(layer, [n for n in new if not host.layers[n].stays_merged], tensors)
 
 
 def _with_adapter(layer: Adapted, adapter: AdapterLayer, so_far: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -276,11 +275,11 @@ def _take_off(tuner: Tuner, keep_copies_of: list[str]) -> nn.Module:
     """Detach everything; copies of whole modules stay in place for the adapters named."""
     for path, layer in list(tuner.adapted.items()):
         copies = [layer.splice_host.layers[n] for n in keep_copies_of if n in layer.splice_host.layers]
-        whole = next((c for c in copies if isinstance(c, WholeModule)), None)
+        whole = next((c for c in copies if c.stays_merged), None)
         for name in list(layer.splice_host.layers):
             detach(cast(nn.Module, layer), name)
         if whole is not None:
-            tuner.model.set_submodule(path, whole.module)
+            tuner.model.set_submodule(path, cast(Any, whole).module)
     tuner.adapted.clear()
     tuner.placed.clear()
     tuner.peft_config.clear()

@@ -122,6 +122,8 @@ class AdapterLayer(LightModule):
     linear_layout: ClassVar[bool] = True
     # Whether the base with the merged tensors computes what the adapter does; where not, merging says so.
     merges_exactly: bool = True
+    # Whether it goes on computing while it is merged: the base's own tensors cannot hold what it is.
+    stays_merged: bool = False
     trained_bias: nn.Parameter | None
     # Whether `shown` gives anything: asked at every call.
     shows: bool = False

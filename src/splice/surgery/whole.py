@@ -22,6 +22,7 @@ class WholeModule(AdapterLayer):
 
     base_infix = "original_module."
     mergeable = True
+    stays_merged = True
     module: nn.Module
     # What stands before the names of the module's own tensors.
     front: ClassVar[str] = ""
@@ -36,6 +37,7 @@ class WholeModule(AdapterLayer):
             given = type(tensor) is nn.Parameter or not isinstance(original, nn.Parameter)
             memo[id(original)] = tensor if given else nn.Parameter(tensor, requires_grad=False)
         self.module = bare_copy(base, memo)
+        self.prepare(base, config, path)
 
     @classmethod
     def slots(cls, base: nn.Module, config: Any, path: str) -> dict[str, tuple[int, ...]]:

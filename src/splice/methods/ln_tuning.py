@@ -1,0 +1,70 @@
+"""LayerNorm tuning (Zhao et al., arXiv 2312.11420): trained copies of normalisation layers, or of any other module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import nn
+
+from splice.config import PeftType
+from splice.methods.default_targets import LN_TUNING_TARGETS
+from splice.methods.registry import Method, register
+from splice.methods.targeted import TargetedConfig
+from splice.surgery.whole import WholeModule
+from splice.weights.layers import LayerKind
+
+
+@dataclass
+class LNTuningConfig(TargetedConfig):
+    """Fields and defaults of the reference, in its order."""
+
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | str | None = None  # type: ignore[assignment]
+
+    method = PeftType.LN_TUNING
+
+    def __post_init__(self) -> None:
+        targets, excluded = self.target_modules, self.exclude_modules
+        super().__post_init__()
+        self.target_modules, self.exclude_modules = targets, excluded  # lists stay lists here
+
+
+class TunedModule(WholeModule):
+    """A copy of the target with tensors of its own; those of a checkpoint are all that the copy has."""
+
+    base_infix = "base_layer."
+    front = "ln_tuning_layers."
+
+    def prepare(self, base: nn.Module, config: LNTuningConfig, path: str) -> None:
+        # A layer with nothing but parameters of its own, as norms are, can hold those of the copy.
+        self.stays_merged = bool(self.module._modules or self.module._buffers)
+
+    @property
+    def changed_names(self) -> tuple[str, ...]:
+        return () if self.stays_merged else tuple(name for name, p in self.module._parameters.items() if p is not None)
+
+    def replaced(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: self.module.get_parameter(name).detach().clone() for name in self.changed_names}
+
+    @classmethod
+    def memory_name(cls, suffix: str, adapter_name: str) -> str:
+        return f"ln_tuning_layers.{adapter_name}.{suffix.removeprefix(cls.front)}"
+
+
+METHOD = register(
+    Method(
+        name=PeftType.LN_TUNING,
+        config=LNTuningConfig,
+        prefix="ln_tuning_",
+        tensor_names=frozenset({"ln_tuning_layers"}),
+        layers=MappingProxyType(dict.fromkeys(LayerKind, TunedModule)),
+        other_layer=TunedModule,
+        default_targets=LN_TUNING_TARGETS,
+        exclusive=True,
+        paper="arXiv 2312.11420",
+    )
+)
