@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from splice.config import PeftType
 from splice.methods.registry import Method, all_methods
 from tests import bases
@@ -26,6 +28,7 @@ class Sample:
         same_targets: whether the reference needs all adapters of a model to be on the same layers.
         reference_mixes: whether the reference supports `adapter_names` for it.
         reference_scales: whether the reference's layers have `set_scale` and its like.
+        trained_in: the dtype of its tensors on a bfloat16 base.
         in_any_order: whether several of its adapters at once give the same in any order.
     """
 
@@ -37,6 +40,7 @@ class Sample:
     reference_mixes: bool = False
     reference_scales: bool = False
     in_any_order: bool = True
+    trained_in: torch.dtype = torch.float32
 
 
 SAMPLES: dict[PeftType, Sample] = {
@@ -104,7 +108,7 @@ SAMPLES: dict[PeftType, Sample] = {
         not_on={"": frozenset({"linear", "linear_no_bias", "mixed", "bert", "llama_tied"})},
         same_targets=True,
     ),
-    PeftType.LN_TUNING: Sample(config={}, same_targets=True),
+    PeftType.LN_TUNING: Sample(config={}, same_targets=True, trained_in=torch.bfloat16),
     PeftType.OFT: Sample(
         config={"oft_block_size": 4},
         small={"oft_block_size": 0, "r": 1, "use_cayley_neumann": False},

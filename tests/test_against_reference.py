@@ -229,7 +229,8 @@ def test_merged_and_unloaded(case: Case, shared_checkpoint: Any) -> None:
 
 
 def mergeable(model: Any) -> bool:
-    return all(adapter.mergeable for layers in model.base_model.placed.values() for adapter in layers.values())
+    adapters = [adapter for layers in model.base_model.placed.values() for adapter in layers.values()]
+    return all(adapter.mergeable and adapter.merges_exactly for adapter in adapters)
 
 
 # -- saved
@@ -291,9 +292,7 @@ def test_a_config_given_to_get_peft_model_is_kept_and_completed(case: Case) -> N
             config = library.get_peft_config(case.config(**changes))
             model = library.get_peft_model(case.base.build(), config)
             assert model.peft_config["default"] is config
-            found.append(
-                (set(config.target_modules), set(saved_whole(config)), config.base_model_name_or_path)
-            )
+            found.append((set(config.target_modules), set(saved_whole(config)), config.base_model_name_or_path))
         assert found[1] == found[0]
 
 

@@ -225,7 +225,9 @@ def test_copied(base: Base, targets: list[str], method: Any, copied_by: Any, che
 @every
 def test_two_adapters_add_up(base: Base, targets: list[str], method: Any, checkpoint: Any) -> None:
     model = adapted(base, method, targets, checkpoint)
-    config = Case(method, base).config(target_modules=targets[:1])
+    if method.exclusive:
+        pytest.skip("one at a time")
+    config = Case(method, base).other_config(target_modules=targets[:1])
     model.load_adapter(checkpoint(base, config, seed=1, name="other"), "second")
     model.base_model.set_adapter(["default", "second"])
     both = run(model, base.inputs(3))

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import splice
+from splice.surgery.whole import WholeModule
 from tests import bases
 from tests.bases import Inputs, run
 from tests.comparing import Pair, Snapshot, assert_close, base_parameters, differ, load_both, parameters_of
@@ -158,13 +159,13 @@ def test_an_optimizer_keeps_its_tensors_through_loads(case: Case, shared_checkpo
 
 @few
 def test_half_precision_training(case: Case, shared_checkpoint: Any) -> None:
-    """The adapter of a bfloat16 base is trained in float32, and saved as it is."""
+    """The adapter of a bfloat16 base is trained in float32, unless it is whole modules of the base."""
     folder = shared_checkpoint(case.base, case.config(), dtype=torch.bfloat16)
     pair = load_both(case.base, folder, dtype=torch.bfloat16, is_trainable=True)
     inputs = {k: v.bfloat16() if v.is_floating_point() else v for k, v in case.base.inputs(4).items()}
     losses = [train(model, inputs, steps=3) for model in (pair.reference, pair.ours)]
     assert losses[1] == pytest.approx(losses[0], rel=2e-2)
-    assert {p.dtype for p in pair.ours.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in pair.ours.parameters() if p.requires_grad} == {case.sample.trained_in}
 
 
 # -- what torch does with a model
@@ -227,8 +228,9 @@ def test_compiled_in_one_graph(case: Case, backend: str, shared_checkpoint: Any)
     assert torch.equal(assert_same(), changed)
     with model.disable_adapter():
         assert torch.equal(assert_same(), run(case.base.build(), inputs))
-    model.base_model.set_adapter(["default", "second"], inference_mode=True)
-    assert differ(assert_same(), changed)
+    if not case.method.exclusive:
+        model.base_model.set_adapter(["default", "second"], inference_mode=True)
+        assert differ(assert_same(), changed)
 
 
 @linear
@@ -439,7 +441,8 @@ def test_hooks_that_come_after_the_adapter(
     model = splice.PeftModel.from_pretrained(network, shared_checkpoint(case.base, case.config()))
     inputs = case.base.inputs(3)
     hook(network)
-    if hook is _offloaded:  # which takes the adapter's own tensors away too
+    own = next(iter(model.base_model.placed["default"].values()))
+    if hook is _offloaded and not isinstance(own, WholeModule):  # takes its tensors away too
         with pytest.raises(RuntimeError, match="offloaded by hooks that came after the adapter"):
             run(model, inputs)
     else:

@@ -17,8 +17,8 @@ from splice.config import CONFIG_NAME, PeftConfig
 from splice.errors import PeftWarning
 from splice.loading.fingerprint import METADATA_KEY, fingerprint_of
 from splice.loading.keys import PREFIX, format_key
-from splice.loading.plan import EMBEDDING_NAMES
 from splice.loading.source import BIN_NAME, SAFETENSORS_NAME
+from splice.loading.tying import EMBEDDING_NAMES
 from splice.surgery.adapted import original_class
 from splice.surgery.tuner import Tuner
 from splice.weights.layers import ADAPTERS

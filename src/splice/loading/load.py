@@ -219,9 +219,9 @@ def check_repeated(plan: Plan, checkpoint: Checkpoint) -> None:
         one, two = checkpoint.weights.read([checkpoint.names[key], checkpoint.names[plan.sources[of.key]]])
         if not torch.equal(one.T if of.transposed else one, two):
             raise AdapterMismatchError(
-                f"the checkpoint at {checkpoint.weights.place} has different tensors for {key} and {of.key}, and the layers are "
-                "tied here. The model is unchanged. Set `ensure_weight_tying` to False in the config if they were trained "
-                "apart, or load the adapter onto a base that is not tied.",
+                f"the checkpoint at {checkpoint.weights.place} has different tensors for {key} and {of.key}, and the layers "
+                "are tied here. The model is unchanged. Set `ensure_weight_tying` to False in the config if they were "
+                "trained apart, or load the adapter onto a base that is not tied.",
                 mismatched=[key],
             )
 

@@ -19,7 +19,6 @@ from splice.loading.header import Entry
 from splice.loading.keys import format_key
 from splice.loading.placement import Placement
 from splice.loading.tying import EMBEDDING_NAMES, Repeated, followers, repeated_keys, token_rows, tying
-from splice.methods.layer import AdapterLayer
 from splice.methods.registry import Method
 from splice.surgery.targets import default_modules, resolved_rule, select, select_parameters
 from splice.surgery.whole import BiasOnly, WholeModule, walk_bare

@@ -192,8 +192,8 @@ def _memory_of(modules: Mapping[str, nn.Module]) -> Callable[[], None]:
         for own, values in before:
             own.clear()
             own.update(values)
-        for parameter, values in data:
-            parameter.data = values
+        for parameter, tensor in data:
+            parameter.data = tensor
 
     return take_back
 

@@ -40,14 +40,23 @@ OFFLOADED = (
 )
 
 
+def check_values(own: torch.Tensor, x: torch.Tensor) -> None:
+    """Raise where `own`, a tensor of an adapter, has no values to compute with `x`.
+
+    Raises:
+        RuntimeError: it is on the meta device, and `x` is not.
+    """
+    if own.is_meta and not x.is_meta:
+        raise RuntimeError(OFFLOADED)
+
+
 def cast_to(x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     """The input `x` in the dtype of `own`, a tensor of an adapter; indices stay as they are.
 
     Raises:
         RuntimeError: `own` has no values.
     """
-    if own.is_meta and not x.is_meta:
-        raise RuntimeError(OFFLOADED)
+    check_values(own, x)
     return x if x.dtype is own.dtype or not x.is_floating_point() else x.to(own.dtype)
 
 
@@ -127,6 +136,8 @@ class AdapterLayer(LightModule):
     trained_bias: nn.Parameter | None
     # Whether `shown` gives anything: asked at every call.
     shows: bool = False
+    # Names that the reference gives its tensors as a whole -> the attribute of this layer.
+    aliases: ClassVar[Mapping[str, str]] = MappingProxyType({})
     # The path of the layer of the same adapter whose tensors this one shares, where two base layers are tied.
     leader: str = ""
     # Own suffix -> suffix of the tensor it is the transpose of, where it shares those of a layer of another class.

@@ -38,6 +38,7 @@ class TunedModule(WholeModule):
 
     base_infix = "base_layer."
     front = "ln_tuning_layers."
+    aliases = MappingProxyType({"ln_tuning_layers": "module"})
 
     def prepare(self, base: nn.Module, config: LNTuningConfig, path: str) -> None:
         # A layer with nothing but parameters of its own, as norms are, can hold those of the copy.

@@ -53,9 +53,9 @@ def check_init(init: object) -> None:
     """
     if isinstance(init, str) and init in _NEEDS_DATA:
         raise UnsupportedFeatureError(
-            f"init_lora_weights={init!r} changes the base weight: {_NEEDS_DATA[init]}. If the given base model is the changed "
-            "one, saved after the initialisation, set `init_lora_weights` to true in adapter_config.json; otherwise save the "
-            "adapter with `path_initial_model_for_weight_conversion` where it was trained."
+            f"init_lora_weights={init!r} changes the base weight: {_NEEDS_DATA[init]}. If the given base model is the "
+            "changed one, saved after the initialisation, set `init_lora_weights` to true in adapter_config.json; otherwise "
+            "save the adapter with `path_initial_model_for_weight_conversion` where it was trained."
         )
     if init not in _PLAIN and not takes_from_base(init):
         raise ValueError(f"Unknown initialization init_lora_weights={init!r}")
@@ -142,7 +142,8 @@ def initialise_linear(a: torch.Tensor, b: torch.Tensor, init: object) -> None:
         UnsupportedFeatureError: it needs gradients of the base.
     """
     if init == "orthogonal":
-        return _orthogonal(a, b)
+        _orthogonal(a, b)
+        return
     if init == "lora_ga":
         raise UnsupportedFeatureError(
             "init_lora_weights='lora_ga' starts from gradients of the base weights, which splice does not collect. Adapters "

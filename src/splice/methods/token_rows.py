@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from splice.config import PeftConfig
 from splice.errors import UnsupportedLayerError
-from splice.methods.layer import AdapterLayer, Forward
+from splice.methods.layer import AdapterLayer, Forward, check_values
 from splice.weights.layers import LayerKind, features, kind_of
 from splice.weights.original import Original
 
@@ -89,6 +89,7 @@ class TokenRows(AdapterLayer):
 
     def around(self, x: torch.Tensor, inner: Forward) -> Any:
         y = inner(x)
+        check_values(self.trainable_tokens_delta, y)
         rows = self.trainable_tokens_delta.to(y.dtype)
         if self.is_linear:
             chosen = rows[self.row_of]

@@ -10,10 +10,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from splice.methods.layer import AdapterLayer
 
 GUARD = "splice_guard"
 # Held while a layer's tensors read as others than its own: another thread may call the same layer with another selection.
@@ -113,24 +117,35 @@ def with_guard_of(layer: nn.Module, cls: type[nn.Module]) -> type[nn.Module]:
 @contextmanager
 def adapted_weight_shown(layer: Any) -> Iterator[None]:
     """Inside, `layer.weight` and `layer.bias` read as the weights that the selected adapters amount to."""
+    from splice.surgery.adapted import in_order
+
     host = layer.splice_host
     choice = host.selection.current()
     if choice.rows is not None:
         raise ValueError(f"{host.path}: its weight is read by its parent, so rows cannot have adapters of their own")
     host.reached = True
-    shown: dict[str, torch.Tensor] = {}
-    for name in choice.names:
-        adapter = host.layers.get(name)
-        if adapter is None or name in host.merged:
-            continue
-        if not adapter.mergeable:
-            raise NotImplementedError(f"{host.path}: adapter {name!r} cannot be applied to a weight that is only read")
-        current = {"weight": layer.weight, "bias": layer.bias, **shown, **adapter.shown(layer)}
-        summed = {n: (current[n] + delta).to(current[n].dtype) for n, delta in adapter.deltas(current).items()}
-        shown.update({**adapter.shown(layer), **summed})
-    layer.__dict__.update(shown)
+    own: dict[str, Any] = layer.__dict__
+    shown: set[str] = set()
     try:
+        for name in in_order(host.layers, choice.names):
+            adapter = host.layers[name]
+            if name in host.merged:
+                continue
+            if not adapter.mergeable:
+                raise NotImplementedError(
+                    f"{host.path}: adapter {name!r} cannot be applied to a weight that is only read"
+                )
+            # Each sees what those before it show.
+            for step in (adapter.shown, partial(_with_deltas, adapter)):
+                found = step(layer)
+                own.update(found)
+                shown.update(found)
         yield
     finally:
         for name in shown:
-            del layer.__dict__[name]
+            del own[name]
+
+
+def _with_deltas(adapter: AdapterLayer, layer: Any) -> dict[str, torch.Tensor]:
+    current = {"weight": layer.weight, "bias": layer.bias}
+    return {n: (current[n] + delta).to(current[n].dtype) for n, delta in adapter.deltas(current).items()}

@@ -33,7 +33,7 @@ class NamedView(nn.Module):
 
     def _found(self) -> dict[str, Any]:
         return {
-            name: getattr(layer, self._attribute)
+            name: attribute_of(layer, self._attribute)
             for name, layer in self._host.layers.items()
             if has_attribute(layer, self._attribute)
         }
@@ -45,7 +45,7 @@ class NamedView(nn.Module):
         found = self.__dict__["_host"].layers.get(name)
         if found is None:
             raise AttributeError(f"no adapter {name!r} has {self.__dict__['_attribute']!r} here")
-        return getattr(found, self.__dict__["_attribute"])
+        return attribute_of(found, self.__dict__["_attribute"])
 
     def __contains__(self, name: object) -> bool:
         return name in self._found()
@@ -68,7 +68,13 @@ class NamedView(nn.Module):
 
 def has_attribute(layer: AdapterLayer, name: str) -> bool:
     """Whether the adapter layer has a tensor, a holder of tensors or a number of this name."""
-    return name in layer._parameters or name in layer._modules or name in layer.__dict__
+    own = layer.aliases.get(name, name)
+    return own in layer._parameters or own in layer._modules or own in layer.__dict__
+
+
+def attribute_of(layer: AdapterLayer, name: str) -> Any:
+    """What the adapter layer has under this name of the reference's."""
+    return getattr(layer, layer.aliases.get(name, name))
 
 
 class View:
@@ -117,7 +123,7 @@ def view_of(attribute: str) -> View:
 
 def publish(cls: type, adapter: AdapterLayer) -> None:
     """Give the adapted class `cls` a view for every tensor of this kind of adapter layer."""
-    for name in (*adapter._parameters, *adapter._modules):
+    for name in (*adapter._parameters, *adapter._modules, *adapter.aliases):
         if name != "trained_bias" and name not in cls.__dict__:
             view = view_of(name)
             view.name = name
@@ -154,13 +160,6 @@ def _numbers(attribute: str) -> View:
     return View(lambda layer: NumbersView(layer.splice_host, attribute))
 
 
-def _copies(layer: Any) -> NamedView:
-    host = layer.splice_host
-    if not any(has_attribute(adapter, "module") for adapter in host.layers.values()):
-        raise AttributeError(f"{type(layer).__name__!r} object has no attribute 'modules_to_save'")
-    return NamedView(host, "module")
-
-
 def _without_adapters(layer: Any, *args: Any, **kwargs: Any) -> Any:
     with layer.splice_host.selection.for_this_call(NOTHING):
         return layer.forward(*args, **kwargs)
@@ -190,7 +189,6 @@ class AdaptedViews:
     active_adapter = View(_active_one)
     disable_adapters = View(lambda layer: not layer.splice_host.selection.enabled)
     base_layer = View(lambda layer: layer.get_base_layer())
-    modules_to_save = View(_copies)
     original_module = View(lambda layer: layer.get_base_layer())
 
     @method_view

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +25,7 @@ class WholeModule(AdapterLayer):
     base_infix = "original_module."
     mergeable = True
     stays_merged = True
+    aliases = MappingProxyType({"modules_to_save": "module"})
     module: nn.Module
     # What stands before the names of the module's own tensors.
     front: ClassVar[str] = ""
@@ -179,13 +182,21 @@ def walk_bare(network: nn.Module) -> dict[str, nn.Module]:
 
 
 def bare_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A deep copy of `module` as it is without adapters and without hooks of accelerate, which stay on the original."""
+    """A deep copy of `module` as it is without adapters and without hooks, which stay on the original."""
     from splice.surgery.adapted import original_class
 
     cls = original_class(module)
     clone = cls.__new__(cls)
-    left_out = {"splice_host", "_hf_hook", "_old_forward"} | ({"forward"} if "_hf_hook" in module.__dict__ else set())
-    state = {k: v for k, v in module.__dict__.items() if k not in left_out}
+    state = {
+        k: v for k, v in module.__dict__.items() if k not in ("splice_host", "_hf_hook", "_old_forward", "forward")
+    }
+    patched = module.__dict__.get("forward")
+    if "splice_host" in module.__dict__:
+        patched = module.__dict__["splice_host"].own_forward
+    if patched is not None and "_hf_hook" not in module.__dict__:
+        state["forward"] = patched
     state["_modules"] = dict(bare_children(module))
+    state.update({name: OrderedDict() for name in state if name.endswith(("_hooks", "_hooks_with_kwargs"))})
+    memo[id(module)] = clone  # a forward that was set on the object is then the clone's own
     clone.__dict__.update(copy.deepcopy(state, memo))
     return clone
