@@ -29,6 +29,7 @@ class Sample:
         reference_mixes: whether the reference supports `adapter_names` for it.
         reference_scales: whether the reference's layers have `set_scale` and its like.
         trained_in: the dtype of its tensors on a bfloat16 base.
+        reference_generates: whether the reference's `generate` gives what its forwards do, one after the other.
         in_any_order: whether several of its adapters at once give the same in any order.
     """
 
@@ -40,6 +41,7 @@ class Sample:
     reference_mixes: bool = False
     reference_scales: bool = False
     in_any_order: bool = True
+    reference_generates: bool = True
     trained_in: torch.dtype = torch.float32
 
 
@@ -74,6 +76,7 @@ SAMPLES: dict[PeftType, Sample] = {
     PeftType.PREFIX_TUNING: Sample(
         config={"num_virtual_tokens": 4},
         small={"num_virtual_tokens": 2},
+        reference_generates=False,
         # It looks for the argument `past_key_values`, which transformers 5.24 calls `cache`.
         not_on={"": frozenset({"bert_label", "llama_label", "bert_tokens", "bert_spans"})},
     ),

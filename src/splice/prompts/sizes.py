@@ -8,7 +8,7 @@ from splice.config import PromptLearningConfig, TaskType
 
 # Where the configs of transformers keep each size.
 _SIZES = {
-    "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
+    "num_layers": ("num_hidden_layers", "num_layers", "n_layer", "encoder_layers"),
     "token_dim": ("hidden_size", "n_embd", "d_model"),
     "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
 }
