@@ -55,7 +55,9 @@ def write_checkpoint(
         torch.manual_seed(seed)
         fields = {"peft_type": "LORA", **config}
         model = peft.get_peft_model(network, peft.get_peft_config(fields), autocast_adapter_dtype=dtype is None)
-        perturb(peft.get_peft_model_state_dict(model, save_embedding_layers=False), seed)
+        tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+        trained = {parameter.data_ptr() for parameter in model.parameters() if parameter.requires_grad}
+        perturb({name: tensor for name, tensor in tensors.items() if tensor.data_ptr() in trained}, seed)
         model.save_pretrained(
             str(folder), safe_serialization=safe_serialization, save_embedding_layers=save_embedding_layers
         )

@@ -124,6 +124,16 @@ SAMPLES: dict[PeftType, Sample] = {
         # Grouped channels, a kernel that is no square, and one with holes.
         not_on={"": frozenset({"conv2d_groups", "conv2d_same", "conv2d_dilation"})},
     ),
+    PeftType.VERA: Sample(
+        config={"r": 4, "d_initial": 0.3},
+        small={"r": 4, "d_initial": 0.2},
+        options={
+            "regenerated": {"save_projection": False, "projection_prng_key": 5},
+            "bias_of_targets": {"bias": "vera_only"},
+            "uninitialised": {"init_weights": False},
+        },
+        same_targets=True,
+    ),
     PeftType.PROMPT_TUNING: Sample(config={"num_virtual_tokens": 4}, small={"num_virtual_tokens": 2}),
 }
 

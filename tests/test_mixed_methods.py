@@ -12,7 +12,6 @@ import torch
 
 import splice
 from splice.config import PeftType
-from splice.surgery.whole import WholeModule
 from tests import bases
 from tests.bases import Base, run
 from tests.comparing import Snapshot, assert_close, differ
@@ -61,7 +60,7 @@ def test_several_at_once_are_merged_as_they_compute(base: Base, shared_checkpoin
     model, names = mixed(base, shared_checkpoint, network)
     layers = [layer.splice_host.layers for layer in model.base_model.adapted.values()]
     inexact = {name for found in layers for name, layer in found.items() if not layer.merges_exactly}
-    whole = {name for found in layers for name, layer in found.items() if isinstance(layer, WholeModule)}
+    whole = {name for found in layers for name, layer in found.items() if layer.stays_merged}
     for one, two in itertools.combinations(names, 2):
         model.set_adapter([one, two])
         both = run(model, base.inputs(3))

@@ -437,12 +437,15 @@ class PeftModel(nn.Module):
         # In one pass: one tensor's name in the reference may be another one's here.
         renamed = [(names.get(name, name), state.pop(name)) for name in list(state)]
         state.update(renamed)
+        state.update({prefix + again: state[prefix + name] for again, name in self.base_model.repeated_names().items()})
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         ours = {theirs: own for own, theirs in self._reference_names("").items()}
         theirs = {own: name for name, own in ours.items()}
-        result = super().load_state_dict({ours.get(k, k): v for k, v in state_dict.items()}, strict, assign)
+        again = self.base_model.repeated_names()
+        known = {ours.get(name, name): tensor for name, tensor in state_dict.items() if name not in again}
+        result = super().load_state_dict(known, strict, assign)
         for keys in (result.missing_keys, result.unexpected_keys):
             keys[:] = [theirs.get(key, key) for key in keys]
         return result

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -120,7 +120,8 @@ def _targeted_embeddings(tuner: Tuner, adapter_name: str) -> dict[str, torch.Ten
     named = [] if isinstance(targets, str) else [name for name in EMBEDDING_NAMES if name in (targets or ())]
     found = {}
     for path, layer in tuner.placed[adapter_name].items():
-        weight = tuner.adapted[path]._parameters.get("weight")
+        adapted = tuner.adapted.get(path)  # none for what all layers share
+        weight = None if adapted is None else cast(nn.Module, adapted)._parameters.get("weight")
         if path.rpartition(".")[2] in named and layer.base_infix == "base_layer." and weight is not None:
             found[format_key(path, "base_layer.weight")] = weight.detach()
     if found:

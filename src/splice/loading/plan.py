@@ -104,9 +104,11 @@ def lay_out(
     rule = tied.rule
     selected = {path: base for path, base in select(rule, modules).items() if path not in tied.left_out}
     placements = _on_targets(selected, method, config)
-    if method.shared is not None:
+    if method.shared is not None and placements:
         shapes = method.shared.shapes([(p.path, p.base) for p in placements], config)
-        placements.insert(0, Placement("", network, method.shared, shapes, method.shared.is_stored(config)))
+        # On the device of one of the layers, and in its precision: the last one's, as in the reference.
+        last, stored = placements[-1].base, method.shared.is_stored(config)
+        placements.insert(0, Placement("", last, method.shared, shapes, stored))
     if rule.target_parameters and method.parameters_layer is not None:
         adapted = {p.path: p for p in placements}
         owners = select_parameters(rule, modules, adapted)
@@ -260,7 +262,9 @@ def fit(plan: Plan, entries: Mapping[str, Entry]) -> Plan:
         shape = entries[key].shape[::-1] if of.transposed else entries[key].shape
         if of.key in plan.sources and shape != entries[of.key].shape:
             plan.mismatched.append((key, _shape_text(entries[key].shape), f"that of {of.key}"))
-    known = taken | plan.redundant | plan.base_copies.keys() | plan.repeated.keys()
+    # What is made again from the config is not read, even if it is there.
+    made_again = {key for p in plan.placements if not p.stored for key in p.keys.values()}
+    known = made_again | taken | plan.redundant | plan.base_copies.keys() | plan.repeated.keys()
     plan.unexpected = [name for name in entries if name not in known]
     return plan
 

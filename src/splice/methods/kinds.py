@@ -87,6 +87,8 @@ class SharedTensors(AdapterLayer):
 
     # Whether the checkpoint holds them; otherwise `initialise` makes them again, bit for bit, from what the config says.
     stored: bool = True
+    # Whether the reference's `state_dict` has them once more for every layer.
+    repeated_on_layers: ClassVar[bool] = False
 
     @classmethod
     def shapes(cls, targets: Sequence[tuple[str, nn.Module]], config: Any) -> dict[str, tuple[int, ...]]:
@@ -100,6 +102,8 @@ class SharedTensors(AdapterLayer):
 
     def prepare(self, base: nn.Module, config: PeftConfig, path: str) -> None:
         self.stored = self.is_stored(config)
+        if not self.stored:
+            self._non_persistent_buffers_set.update(self._buffers)
 
     def named_slots(self) -> Iterator[tuple[str, torch.Tensor]]:
         if self.stored:

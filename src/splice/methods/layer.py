@@ -142,6 +142,9 @@ class AdapterLayer(LightModule):
     leader: str = ""
     # Own suffix -> suffix of the tensor it is the transpose of, where it shares those of a layer of another class.
     transposes: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    # What all layers of its adapter share, in a tuple: it is no child, and the same object for all of them.
+    shared: tuple[AdapterLayer, ...] = ()
+    uses_shared: ClassVar[bool] = False
     # The config it was made from, where that is not the adapter's.
     own_config: PeftConfig | None = None
 
@@ -270,6 +273,8 @@ class AdapterLayer(LightModule):
 
     def join(self, shared: AdapterLayer) -> None:
         """Take what all layers of this adapter share; called once, of methods whose record has `shared`."""
+        if type(self).uses_shared:
+            self.shared = (shared,)
 
     def attribute_of(self, suffix: str) -> str:
         """The dotted attribute of this layer that holds the tensor with this suffix."""

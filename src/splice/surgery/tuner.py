@@ -13,7 +13,7 @@ from torch import nn
 
 from splice.config import PeftConfig
 from splice.loading.commit import Built
-from splice.loading.keys import PREFIX, SHORT_PREFIX
+from splice.loading.keys import PREFIX, SHORT_PREFIX, format_key
 from splice.methods.kinds import SharedTensors
 from splice.methods.layer import AdapterLayer
 from splice.methods.registry import Method, method_named
@@ -395,6 +395,19 @@ class Tuner(nn.Module):
                 spelled = front + name
                 names[here + name] = f"{here}original_module.{name}" if spelled in taken else spelled
         return {ours: theirs for ours, theirs in names.items() if ours != theirs}
+
+    def repeated_names(self) -> dict[str, str]:
+        """Names under which the reference's `state_dict` has tensors once more -> their first names there."""
+        names: dict[str, str] = {}
+        for adapter_name, shared in self.splice_shared._modules.items():
+            assert isinstance(shared, SharedTensors)
+            users = [path for path, layer in self.placed[adapter_name].items() if layer.shared]
+            paths = users if shared.repeated_on_layers else ()
+            for suffix, _ in shared.named_slots():
+                here = shared.memory_name(suffix, adapter_name)
+                first = shared.full_memory_name("", suffix, adapter_name)
+                names.update({format_key(path, here): first for path in paths})
+        return names
 
 
 def _set_flags(places: Iterable[tuple[Mapping[str, Any], str]], requires_grad: bool) -> None:
