@@ -56,7 +56,7 @@ def write_checkpoint(
         fields = {"peft_type": "LORA", **config}
         model = peft.get_peft_model(network, peft.get_peft_config(fields), autocast_adapter_dtype=dtype is None)
         tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-        trained = {parameter.data_ptr() for parameter in model.parameters() if parameter.requires_grad}
+        trained = {parameter.data_ptr() for parameter in model.parameters()}  # and not what is drawn once and for all
         perturb({name: tensor for name, tensor in tensors.items() if tensor.data_ptr() in trained}, seed)
         model.save_pretrained(
             str(folder), safe_serialization=safe_serialization, save_embedding_layers=save_embedding_layers

@@ -28,6 +28,7 @@ class Sample:
         same_targets: whether the reference needs all adapters of a model to be on the same layers.
         reference_mixes: whether the reference supports `adapter_names` for it.
         reference_scales: whether the reference's layers have `set_scale` and its like.
+        one_trained: whether only one adapter of a model can be in training.
         trained_in: the dtype of its tensors on a bfloat16 base.
         reference_generates: whether the reference's `generate` gives what its forwards do, one after the other.
         in_any_order: whether several of its adapters at once give the same in any order.
@@ -41,6 +42,7 @@ class Sample:
     reference_mixes: bool = False
     reference_scales: bool = False
     in_any_order: bool = True
+    one_trained: bool = False
     reference_generates: bool = True
     trained_in: torch.dtype = torch.float32
 
@@ -133,6 +135,18 @@ SAMPLES: dict[PeftType, Sample] = {
             "uninitialised": {"init_weights": False},
         },
         same_targets=True,
+    ),
+    PeftType.ADALORA: Sample(
+        config={"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10},
+        one_trained=True,
+        small={"init_r": 3, "lora_alpha": 5, "total_step": 10},
+        options={
+            "bias_of_targets": {"bias": "lora_only"},
+            "no_alpha": {"lora_alpha": 0},
+            "uninitialised": {"init_lora_weights": False},
+        },
+        # Without an init the values are so large that rounding shows after several layers.
+        not_on={"": frozenset({"conv2d_groups"}), "uninitialised": frozenset({"gpt2", "t5", "bert", "llama"})},
     ),
     PeftType.PROMPT_TUNING: Sample(config={"num_virtual_tokens": 4}, small={"num_virtual_tokens": 2}),
 }

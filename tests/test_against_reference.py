@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -486,12 +487,14 @@ def test_flags_after(case: Case, event: Any, trainable: tuple[bool, bool], share
     }
     found = []
     for library in (peft, splice):
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), suppress(*([ValueError] if case.method.check_beside else [])):
             warnings.simplefilter("ignore")
             model = library.PeftModel.from_pretrained(case.base.build(), folders["full"], is_trainable=trainable[0])
             model.load_adapter(folders["small"], adapter_name="second", is_trainable=trainable[1])
             event(library, model, folders, case)
-        found.append(model)
+            found.append(model)
+    if not found:  # both refuse to train two at once
+        return
     reference, ours = found
     assert trainable_names(ours) == trainable_names(reference)
     # With its last adapter a layer is what it was before, and so are its names; in the reference it stays wrapped.

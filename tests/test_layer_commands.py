@@ -99,4 +99,8 @@ def test_flags_of_one_layer(case: Case, shared_checkpoint: Any) -> None:
     flags = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (pair.ours, pair.reference)]
     assert flags[0] == flags[1] != set()
     names = layers(pair.reference)[0].adapter_layer_names
-    assert set(layers(pair.ours)[0].adapter_layer_names) <= {*names, "trained_bias"}
+    assert set(layers(pair.ours)[0].adapter_layer_names) <= {
+        *names,
+        "trained_bias",
+        *layers(pair.ours)[0].splice_host.layers["default"].never_trained,
+    }

@@ -218,7 +218,8 @@ def test_default_targets(method: Method, base: Base) -> None:
 def test_no_targets_and_no_defaults(method: Method) -> None:
     assert "ValueError" in assert_same_selection(bases.LINEAR, method)
     with pytest.raises(ValueError, match="target_modules"):
-        splice.get_peft_model(bases.LINEAR.build(), splice.get_peft_config({"peft_type": method.name.value}))
+        fields = {"peft_type": method.name.value, **SAMPLES[method.name].config}
+        splice.get_peft_model(bases.LINEAR.build(), splice.get_peft_config(fields))
 
 
 @pytest.mark.parametrize(

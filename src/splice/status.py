@@ -80,7 +80,9 @@ def _status_of(path: str, layer: Adapted) -> LayerStatus:
         enabled=host.selection.enabled,
         active_adapters=[n for n in host.selection.active if n in host.layers or not is_whole(layer)],
         merged_adapters=list(host.merged),
-        requires_grad={name: _agreed(p.requires_grad for p in a.parameters()) for name, a in host.layers.items()},
+        requires_grad={
+            name: _agreed(p.requires_grad for p in a.trained_parameters()) for name, a in host.layers.items()
+        },
         available_adapters=sorted(host.layers),
         devices={name: _devices(adapter) for name, adapter in host.layers.items()},
         quantization_backend=None,

@@ -304,7 +304,7 @@ def load_into(tuner: Tuner, checkpoint: Checkpoint, options: LoadOptions, undo: 
     for new, old in zip(values, present):
         targets = dict(old.layer.named_slots())
         for suffix, tensor in new.layer.named_slots():
-            if new.placement.key(suffix) in plan.sources:
+            if new.placement.keys.get(suffix) in plan.sources:
                 pairs.append((targets[suffix].data, tensor.data))
     before = [target.clone() for target, _ in pairs]
     undo.also(lambda: _overwrite([(target, old) for (target, _), old in zip(pairs, before)]))
@@ -339,4 +339,5 @@ def plan_of_present(tuner: Tuner, name: str) -> Plan:
 
 
 def _shapes(layer: AdapterLayer) -> dict[str, tuple[int, ...]]:
-    return {suffix: tuple(tensor.shape) for suffix, tensor in layer.named_slots()}
+    loaded = (item for item in layer.named_slots() if item[0] not in layer.never_trained)
+    return {suffix: tuple(tensor.shape) for suffix, tensor in loaded}

@@ -86,3 +86,22 @@ _NORMS: tuple[tuple[str, list[str]], ...] = (
 LN_TUNING_TARGETS: Mapping[str, list[str]] = MappingProxyType(
     {model_type: targets for model_types, targets in _NORMS for model_type in model_types.split()}
 )
+
+# Those of LoRA, with more of each block on some models.
+_ADALORA_GROUPS: tuple[tuple[str, list[str]], ...] = (
+    ("t5", ["q", "k", "v", "o", "wi", "wo"]),
+    ("mt5", ["q", "k", "v", "o", "wi_0", "wi_1", "wo"]),
+    ("bart opt", ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]),
+    ("roberta", ["query", "key", "value", "dense"]),
+    ("deberta-v2", ["query_proj", "key_proj", "value_proj", "dense"]),
+)
+_AS_LORA = (
+    *("gpt2", "bloom", "gptj", "gpt_neox", "gpt_neo", "llama", "llama4", "bert", "gpt_bigcode", "deberta", "gemma"),
+    *("gemma2", "gemma3_text", "gemma4", "qwen2", "qwen3", "nemotron_h"),
+)
+ADALORA_TARGETS: Mapping[str, list[str] | str] = MappingProxyType(
+    {
+        **{model_type: LORA_TARGETS[model_type] for model_type in _AS_LORA},
+        **{model_type: targets for names, targets in _ADALORA_GROUPS for model_type in names.split()},
+    }
+)

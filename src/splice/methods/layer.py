@@ -126,6 +126,8 @@ class AdapterLayer(LightModule):
     first_outside: ClassVar[bool] = False
     # Suffixes of tensors that are never trained: they are held as buffers.
     frozen: ClassVar[frozenset[str]] = frozenset()
+    # Parameters that are none to train: the reference registers a number or two so.
+    never_trained: ClassVar[frozenset[str]] = frozenset()
     # Whether `deltas` gives the whole update, and whether its `weight` is (out, in) however the base stores it.
     mergeable: bool = False
     linear_layout: ClassVar[bool] = True
@@ -299,9 +301,13 @@ class AdapterLayer(LightModule):
 
     def set_trained(self, trained: bool) -> None:
         """Whether the tensors of this layer are trained."""
-        for parameter in self.parameters():
+        for parameter in self.trained_parameters():
             if parameter.is_leaf:  # under FSDP there are others
                 parameter.requires_grad = trained
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Those that are trained where the adapter is."""
+        return [parameter for name, parameter in self.named_parameters() if name not in self.never_trained]
 
     def train(self, mode: bool = True) -> AdapterLayer:
         """Only this layer has a mode; its holders of tensors have none."""

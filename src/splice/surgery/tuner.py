@@ -69,7 +69,7 @@ class Tuner(nn.Module):
         """The output of a forward, with what the method of adapters in training adds to its loss."""
         term = self.loss_term
         # Outputs without labels, and models that give a plain tensor, have no loss.
-        loss = getattr(output, "loss", None) if term is not None and self.training else None
+        loss = getattr(output, "loss", None) if term is not None else None
         if term is not None and loss is not None:
             for name in self.selection.current().names:
                 if name in self._trainable:
@@ -230,8 +230,13 @@ class Tuner(nn.Module):
         """Where the adapter's parameters are registered: these places stay when the parameters in them are replaced."""
         found = self._places.get(name)
         if found is None:
-            modules = (module for layer in self.placed[name].values() for module in layer.modules())
-            found = [(m._parameters, key) for m in modules for key, p in m._parameters.items() if p is not None]
+            found = [
+                (module._parameters, key)
+                for layer in self.placed[name].values()
+                for module in layer.modules()
+                for key, parameter in module._parameters.items()
+                if parameter is not None and (module is not layer or key not in layer.never_trained)
+            ]
             self._places[name] = found
         return found
 

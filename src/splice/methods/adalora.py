@@ -1,0 +1,225 @@
+"""AdaLoRA: LoRA in the form of a singular value decomposition, whose ranks shrink in training where they matter least.
+
+Zhang et al., "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", arXiv 2303.10512, section 3. With
+c = alpha / (r + 1e-5): `y = base(x) + c * B (E * A) x`, E a column of r values. A training loop calls
+`update_and_allocate` after every step.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from splice.config import PeftType
+from splice.methods.adalora_budget import update_and_allocate
+from splice.methods.default_targets import ADALORA_TARGETS
+from splice.methods.kinds import operation_of
+from splice.methods.layer import Additive, cast_to
+from splice.methods.lora_config import LoraConfig
+from splice.methods.lora_layers import product
+from splice.methods.registry import Method, register
+from splice.weights.layers import LayerKind, features, kind_of
+
+if TYPE_CHECKING:
+    from splice.surgery.tuner import Tuner
+
+
+@dataclass
+class AdaLoraConfig(LoraConfig):
+    """Fields and defaults of the reference, in its order. Of LoRA's, `r` and all that asks for a variant have no effect.
+
+    Raises:
+        ValueError: there is no schedule, or fields contradict each other.
+    """
+
+    rank_pattern: dict[str, Any] | None = None  # type: ignore[assignment]
+    target_r: int = 8
+    init_r: int = 12
+    tinit: int = 0
+    tfinal: int = 0
+    deltaT: int = 1
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orth_reg_weight: float = 0.5
+    total_step: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.ADALORA
+        if self.use_dora:
+            raise ValueError("ADALORA does not support DoRA.")
+        if self.loftq_config:
+            raise ValueError("ADALORA does not support LOFTQ.")
+        if self.r != 8:
+            text = (
+                "Note that `r` is not used in AdaLora and will be ignored. If you intended to set the initial rank, use"
+            )
+            warnings.warn(f"{text} `init_r` instead.", stacklevel=3)
+        if self.total_step is None or self.total_step <= 0:
+            raise ValueError(
+                f"AdaLoRA's ranks follow a schedule: `total_step` should be a positive integer, got {self.total_step!r}"
+            )
+        if self.tinit >= self.total_step - self.tfinal:
+            raise ValueError(
+                f"The schedule leaves no step to shrink the ranks in: `tinit` ({self.tinit}) should be less than "
+                f"`total_step` - `tfinal` ({self.total_step} - {self.tfinal} = {self.total_step - self.tfinal})"
+            )
+        if self.orth_reg_weight < 0:
+            raise ValueError(f"`orth_reg_weight` should not be negative, got {self.orth_reg_weight}")
+
+
+def _check(config: AdaLoraConfig) -> None:
+    for name in ("beta1", "beta2"):
+        if not 0 < vars(config)[name] < 1:
+            raise ValueError(f"`{name}` should lie between 0 and 1, got {vars(config)[name]}")
+
+
+def _check_beside(config: AdaLoraConfig, others: Mapping[str, Any]) -> None:
+    """One budget is shared out over all layers, so only one adapter of a model can be in training."""
+    trained = [name for name, other in others.items() if not other.inference_mode]
+    if trained and not config.inference_mode:
+        raise ValueError(
+            f"AdaLoRA supports only 1 trainable adapter, and {trained[0]!r} is one. When using multiple adapters, set "
+            "`inference_mode` to True for all adapters except the one you want to train."
+        )
+
+
+class AdaLoraLayer(Additive):
+    """AdaLoRA on a linear layer, stored either way round."""
+
+    lora_A: nn.Parameter
+    lora_E: nn.Parameter
+    lora_B: nn.Parameter
+    ranknum: nn.Parameter
+    never_trained = frozenset({"ranknum"})
+    # Which of the ranks are kept, once the budget has been allocated; the others are left out of a checkpoint.
+    kept: tuple[bool, ...] | None = None
+    # Of each tensor while it is trained: the running mean of its importance, and of how much that varies.
+    importance: dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+    @classmethod
+    def slots(cls, base: nn.Module, config: AdaLoraConfig, path: str) -> dict[str, tuple[int, ...]]:
+        (size_in, size_out), r = features(base), config.init_r
+        # What was pruned is not in the checkpoint.
+        pattern = (config.rank_pattern or {}).get(f"{path}.lora_E")
+        if pattern is not None:
+            r = sum(map(bool, pattern))
+        return {"lora_A": (r, size_in), "lora_E": (r, 1), "lora_B": (size_out, r)}
+
+    @classmethod
+    def resolved(cls, base: nn.Module, config: AdaLoraConfig) -> dict[str, Any]:
+        return {"fan_in_fan_out": kind_of(base) is LayerKind.TRANSPOSED_LINEAR}
+
+    def prepare(self, base: nn.Module, config: AdaLoraConfig, path: str) -> None:
+        # The scale stays that of the initial rank, whatever is left of it.
+        self.r, self.lora_alpha = config.init_r, config.lora_alpha
+        self.ranknum = nn.Parameter(self.lora_E.new_full((1,), float(self.r)), requires_grad=False)
+        self.initial_scale = self.lora_alpha if self.lora_alpha > 0 else float(self.r)
+        self.share = 1 / (self.r + 1e-5)
+        self.scale = self.initial_scale
+        self.dropout = config.lora_dropout
+        self.importance = {}
+
+    @classmethod
+    def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: AdaLoraConfig) -> None:
+        for name, tensor in tensors.items():
+            if not config.init_lora_weights:
+                nn.init.normal_(tensor)
+            elif name == "lora_E":
+                nn.init.zeros_(tensor)
+            else:
+                nn.init.normal_(tensor, std=0.02)
+
+    def stored_slots(self) -> Iterator[tuple[str, torch.Tensor]]:
+        kept = None if self.kept is None else torch.tensor(self.kept, device=self.lora_E.device)
+        for name, tensor in self.named_slots():
+            if name == "ranknum":
+                continue
+            if kept is None or not name.startswith("lora_"):
+                yield name, tensor
+            else:
+                yield name, tensor.detach()[:, kept] if name == "lora_B" else tensor.detach()[kept]
+
+    def scaled_A(self) -> torch.Tensor:
+        """E * A / r, (r, in): what the scale, alpha, is multiplied with."""
+        return self.lora_A * (self.lora_E * self.share)
+
+    def cast_input(self, x: torch.Tensor) -> torch.Tensor:
+        return cast_to(x, self.lora_A)
+
+    def delta(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.linear(x, self.scaled_A()), self.lora_B)
+
+    def delta_weight(self, weight: torch.Tensor) -> torch.Tensor | None:
+        return self.scale * product(self.lora_B, self.scaled_A())
+
+    def orthogonality(self) -> Iterator[torch.Tensor]:
+        """How far A and B are from having orthonormal rows and columns."""
+        for matrix in (self.lora_A, self.lora_B.T):
+            yield torch.linalg.matrix_norm(matrix @ matrix.T - torch.eye(len(matrix)).to(matrix))
+
+
+class AdaLoraConv(AdaLoraLayer):
+    """AdaLoRA on a two-dimensional convolution, as an update of its weight."""
+
+    @classmethod
+    def slots(cls, base: Any, config: AdaLoraConfig, path: str) -> dict[str, tuple[int, ...]]:
+        if base.groups != 1:
+            raise ValueError(
+                f"{path}: AdaLoRA is not defined on a Conv2d with groups (here {base.groups}). Leave it out of the targets."
+            )
+        found = super().slots(base, config, path)
+        r, size_in = found["lora_A"]
+        return {**found, "lora_A": (r, size_in * math.prod(base.kernel_size))}
+
+    def prepare(self, base: Any, config: AdaLoraConfig, path: str) -> None:
+        super().prepare(base, config, path)
+        self.operation, self.shape = operation_of(base), tuple(base.weight.shape)
+        # The operation pads with zeros; where the base does not, the update is no change of its weight.
+        self.mergeable = base.padding_mode == "zeros"
+
+    def delta(self, x: torch.Tensor) -> torch.Tensor:
+        return self.operation(x, (self.lora_B @ self.scaled_A()).view(self.shape))
+
+    def delta_weight(self, weight: torch.Tensor) -> torch.Tensor | None:
+        found = super().delta_weight(weight)
+        return None if found is None else found.view(self.shape)
+
+
+def _orthogonality(tuner: Tuner, name: str) -> torch.Tensor:
+    """What keeps A and B close to being orthogonal, so that E holds what counts."""
+    layers = [layer for layer in tuner.placed[name].values() if isinstance(layer, AdaLoraLayer)]
+    found = torch.stack([value.to(layers[0].lora_A.device) for layer in layers for value in layer.orthogonality()])
+    weight: float = tuner.peft_config[name].orth_reg_weight  # type: ignore[attr-defined]
+    return weight * found.mean()
+
+
+METHOD = register(
+    Method(
+        name=PeftType.ADALORA,
+        config=AdaLoraConfig,
+        prefix="lora_",
+        tensor_names=frozenset({"lora_A", "lora_E", "lora_B", "ranknum"}),
+        layers=MappingProxyType(
+            {
+                LayerKind.LINEAR: AdaLoraLayer,
+                LayerKind.TRANSPOSED_LINEAR: AdaLoraLayer,
+                LayerKind.CONV2D: AdaLoraConv,
+            }
+        ),
+        tuner_methods=MappingProxyType({"update_and_allocate": update_and_allocate}),
+        loss_term=_orthogonality,
+        default_targets=ADALORA_TARGETS,
+        check=_check,
+        check_beside=_check_beside,
+        paper="arXiv 2303.10512",
+    )
+)
