@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +15,7 @@ from splice.creating import new_adapter
 from splice.loading.given import checkpoint_from
 from splice.loading.load import Loaded, LoadOptions, load_into, load_new
 from splice.loading.report import LoadReport
+from splice.methods.layer import AdapterLayer, Call
 from splice.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from splice.surgery.first_call import warn_if_unused
 from splice.surgery.selection import Choice
@@ -386,12 +387,27 @@ class PeftModel(nn.Module):
         else:
             rows = self.base_model.rows(adapter_names, may_repeat, self.training)
             context = self.base_model.selection.for_this_call(Choice(rows=rows))
-        with context:
+        with context, self._reading(may_repeat, args, kwargs):
             result = function(*args, **kwargs)
         if not self._unused_checked:
             self._unused_checked = True
             warn_if_unused(self.base_model)
         return result
+
+    def _reading(self, generates: bool, args: Sequence[Any], kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
+        """What adapters need that have to know the arguments of a call."""
+        return self._read(generates, args, kwargs) if self.base_model.reading else nullcontext()
+
+    @contextmanager
+    def _read(self, generates: bool, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[None]:
+        reading = self.base_model.reading
+        ids = next((kwargs[n] for n in ("input_ids", "inputs") if kwargs.get(n) is not None), args[0] if args else None)
+        call = Call(ids, kwargs, generates)
+        with ExitStack() as stack:
+            for layer_class in set[type[AdapterLayer]]().union(*reading.values()):
+                names = [name for name, classes in reading.items() if layer_class in classes]
+                stack.enter_context(layer_class.call_context(self.base_model, names, call))
+            yield
 
     def unused_layers(self) -> list[str]:
         """Paths of adapted layers that no call has reached since their adapter came: loaded is not yet applied."""

@@ -6,9 +6,11 @@ and its mathematics. Everything else (attaching, selecting, merging, dtypes, dev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -16,6 +18,9 @@ from torch import nn
 from splice.config import PeftConfig
 from splice.loading.keys import format_key
 from splice.weights.dense import dtype_of
+
+if TYPE_CHECKING:
+    from splice.surgery.tuner import Tuner
 
 Forward = Callable[..., Any]
 HALVES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
@@ -106,6 +111,21 @@ class Slots(LightModule):
             yield from child.named_slots(f"{front}{name}.")
 
 
+@dataclass
+class Call:
+    """What a PeftModel was called with.
+
+    Attributes:
+        input_ids: the tokens, if it was given any.
+        options: all named arguments, as they are passed on.
+        generates: whether it is a call of `generate`.
+    """
+
+    input_ids: torch.Tensor | None
+    options: dict[str, Any]
+    generates: bool
+
+
 class AdapterLayer(LightModule):
     """Tensors and mathematics of one adapter on one target.
 
@@ -136,6 +156,8 @@ class AdapterLayer(LightModule):
     # Whether it goes on computing while it is merged: the base's own tensors cannot hold what it is.
     stays_merged: bool = False
     trained_bias: nn.Parameter | None
+    # Whether it has to know what the PeftModel was called with.
+    reads_call: ClassVar[bool] = False
     # Whether `shown` gives anything: asked at every call.
     shows: bool = False
     # Names that the reference gives its tensors as a whole -> the attribute of this layer.
@@ -206,10 +228,25 @@ class AdapterLayer(LightModule):
         """The adapted output for `x`. `inner` is the base layer, or the next adapter layer in."""
         return inner(x)
 
+    @classmethod
+    def call_context(cls, tuner: Tuner, names: Sequence[str], call: Call) -> AbstractContextManager[None]:
+        """What holds while the PeftModel is called; asked of methods whose layers set `reads_call`.
+
+        Args:
+            tuner: of the model.
+            names: its adapters with such layers.
+            call: what it was called with; options that are not the base model's are taken out.
+        """
+        raise NotImplementedError
+
     def wrapped(self, inner: Forward) -> Forward:
         """`around` as a function of the base layer's own arguments."""
         around = self.around
         return lambda x: around(x, inner)
+
+    def wrapped_for(self, inner: Forward, rows: torch.Tensor) -> Forward:
+        """`wrapped` for these rows of a batch alone, which are all that it is called with."""
+        return self.wrapped(inner)
 
     @classmethod
     def wrapped_rows(cls, layers: Mapping[str, AdapterLayer], rows: Any, inner: Forward) -> Forward | None:

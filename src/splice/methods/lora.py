@@ -9,14 +9,18 @@ from splice.config import PeftType
 from splice.errors import UnsupportedLayerError
 from splice.methods.default_targets import LORA_TARGETS
 from splice.methods.layer import AdapterLayer
+from splice.methods.lora_alora import AloraLinear
 from splice.methods.lora_attention import LoraAttention
+from splice.methods.lora_bdlora import BdLoraLinear
 from splice.methods.lora_config import LoraConfig, LoraRuntimeConfig, active_variants, check, with_rank
 from splice.methods.lora_dora import DoraConv, DoraEmbedding, DoraLinear
 from splice.methods.lora_inits import check_init_on, loading_notes, takes_from_base
+from splice.methods.lora_kasa import KasaLinear, kasa_loss
 from splice.methods.lora_layers import LoraConv, LoraEmbedding, LoraLayer, LoraLinear
 from splice.methods.lora_mica import MicaEmbedding, MicaLinear
 from splice.methods.lora_parameters import LoraParameters
 from splice.methods.lora_residual import TakenDoraLinear, TakenLinear
+from splice.methods.lora_velora import VeloraLinear
 from splice.methods.registry import Combining, Method, register
 from splice.weights.layers import LayerKind
 
@@ -40,6 +44,10 @@ _VARIANTS: Mapping[str, Mapping[LayerKind, type[AdapterLayer]]] = MappingProxyTy
             LayerKind.EMBEDDING: DoraEmbedding,
             **dict.fromkeys(_CONVOLUTIONS, DoraConv),
         },
+        "alora_invocation_tokens": dict.fromkeys(_LINEAR, AloraLinear),
+        "use_bdlora": dict.fromkeys(_LINEAR, BdLoraLinear),
+        "kasa_config": {LayerKind.LINEAR: KasaLinear},
+        "velora_config": dict.fromkeys(_LINEAR, VeloraLinear),
     }
 )
 
@@ -72,15 +80,27 @@ def variant(config: LoraConfig, kind: LayerKind) -> type[AdapterLayer] | None:
     return layers[kind]
 
 
+_TENSOR_NAMES = frozenset(
+    {
+        "lora_A",
+        "lora_B",
+        "lora_embedding_A",
+        "lora_embedding_B",
+        "lora_magnitude_vector",
+        "lora_diag",
+        "lora_velora_embed",
+    }
+)
 METHOD = register(
     Method(
         name=PeftType.LORA,
         config=LoraConfig,
         prefix="lora_",
-        tensor_names=frozenset({"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"}),
+        tensor_names=_TENSOR_NAMES,
         layers=_LAYERS,
         variant=variant,
         parameters_layer=LoraParameters,
+        tuner_methods=MappingProxyType({"_get_kasa_loss": kasa_loss}),
         default_targets=LORA_TARGETS,
         combining=Combining.FACTORS,
         check=check,

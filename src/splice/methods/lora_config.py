@@ -131,17 +131,13 @@ def _complete_init(config: LoraConfig) -> None:
 
 
 # Relatives of LoRA, by the fields that ask for them. At most one can be asked for.
-VARIANTS = ("use_dora",)
+VARIANTS = ("use_dora", "alora_invocation_tokens", "use_bdlora", "kasa_config", "velora_config")
 # Fields that change the output when they are set, and that nothing here honours yet.
 NOT_HONOURED = (
     "megatron_config",
-    "velora_config",
-    "alora_invocation_tokens",
     "monteclora_config",
     "layer_replication",
-    "use_bdlora",
     "arrow_config",
-    "kasa_config",
 )
 
 

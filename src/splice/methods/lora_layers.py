@@ -83,9 +83,13 @@ class LoraLinear(LoraLayer):
         plain = b["bias"] is None and self._parameters["trained_bias"] is None and not (self.dropout and self.training)
         return Factors(a["weight"], b["weight"], self.scale) if plain and type(self) is LoraLinear else None
 
-    def delta_weight(self, weight: torch.Tensor) -> torch.Tensor | None:
+    def own_update(self) -> torch.Tensor:
+        """`scale * B A`, (out, in)."""
         a, b = self._factors
         return self.scale * product(b.weight, a.weight)
+
+    def delta_weight(self, weight: torch.Tensor) -> torch.Tensor | None:
+        return self.own_update()
 
     def delta_bias(self) -> torch.Tensor | None:
         bias: torch.Tensor | None = self._factors[1].bias

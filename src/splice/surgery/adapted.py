@@ -170,7 +170,8 @@ class Adapted(AdaptedViews, LayerCommands, nn.Module):
             inner: Forward = (lambda _, kept=base_rows: kept) if reuse else run
             if not written:  # what the base gave may be its input, or kept for a backward
                 y, written = y.clone(), True
-            y[group.rows] = self._outside(layer, inner)(x[group.rows]).to(y.dtype)
+            shown = self._showing(layer, inner) if layer.shows else inner
+            y[group.rows] = layer.wrapped_for(shown, group.rows)(x[group.rows]).to(y.dtype)
         return y
 
     def __reduce_ex__(self, protocol: Any) -> Any:

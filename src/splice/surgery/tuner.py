@@ -50,6 +50,8 @@ class Tuner(nn.Module):
         self.placed: dict[str, dict[str, AdapterLayer]] = {}
         # What layers of one adapter share, by adapter name.
         self.splice_shared = AdapterDict()
+        # Adapters that have to know what the model is called with, and which of their layers.
+        self.reading: dict[str, set[type[AdapterLayer]]] = {}
         self.loss_term: Callable[[Tuner, str], torch.Tensor] | None = None
         self._trainable: set[str] = set()
         self._places: dict[str, list[tuple[dict[str, nn.Parameter | None], str]]] = {}
@@ -110,6 +112,9 @@ class Tuner(nn.Module):
         self.model.__dict__[TUNER] = (self,)
         self.model.__dict__["peft_config"] = self.peft_config
         self._share(name, [item.layer for item in built])
+        reading = {type(item.layer) for item in built if item.layer.reads_call}
+        if reading:
+            self.reading[name] = reading
         for item in built:
             path, base = item.placement.path, item.placement.base
             if isinstance(item.layer, SharedTensors):
@@ -128,6 +133,7 @@ class Tuner(nn.Module):
     def discard(self, name: str) -> None:
         """Take an adapter off, finished or half attached, and forget it."""
         self.splice_shared.drop(name)
+        self.reading.pop(name, None)
         for path, layer in self.placed[name].items():
             if isinstance(layer, SharedTensors):
                 continue
