@@ -140,6 +140,10 @@ class PeftConfig:
         """The modules this config selects: none, unless a method says otherwise."""
         return TargetRule()
 
+    def layer_ranges(self) -> list[list[int]] | None:
+        """The ranges of the base's layers that such an adapter is put on, one after the other; None for each layer once."""
+        return None
+
     def trained_biases(self) -> str:
         """Which biases of the base the adapter trains: "none", "all", or those of its targets ("<method>_only")."""
         return "none"

@@ -51,6 +51,7 @@ def new_adapter(
 ) -> tuple[Plan, list[Built]]:
     """Build the layers of a new adapter, attached to nothing yet, and write what was resolved into `config`."""
     check_together(tuner, config)
+    tuner.stack_layers(config)
     plan = lay_out(tuner.model, config, method_named(config.peft_type, "the config"), heads, new=True)
     write_back(config, plan)
     return plan, build_new(plan, config, autocast, on_meta=low_cpu_mem_usage)

@@ -148,6 +148,8 @@ def load_new(
     config = copy_config(checkpoint.config, inference_mode=not options.is_trainable)
     _set_runtime(config, options)
     check_together(tuner, config)
+    if tuner.stack_layers(config):
+        undo.modules = walk_bare(tuner.model)
     method = method_named(config.peft_type, "the config")
 
     def refit() -> Fitted:

@@ -251,7 +251,7 @@ def merge_and_unload(tuner: Tuner, progressbar: bool, safe_merge: bool, adapter_
         put(_as_leader(layer, leader, names))
     for layer in tuner.adapted.values():
         layer.splice_host.originals.clear()
-    network = _take_off(tuner, names or tuner.active_adapters)
+    network = _take_off(tuner, names or tuner.active_adapters, keep_layers=True)
     _note_untied(network)
     return network
 
@@ -271,7 +271,7 @@ def unload(tuner: Tuner) -> nn.Module:
     return _take_off(tuner, [])
 
 
-def _take_off(tuner: Tuner, keep_copies_of: list[str]) -> nn.Module:
+def _take_off(tuner: Tuner, keep_copies_of: list[str], keep_layers: bool = False) -> nn.Module:
     """Detach everything; copies of whole modules stay in place for the adapters named."""
     for path, layer in list(tuner.adapted.items()):
         copies = [layer.splice_host.layers[n] for n in keep_copies_of if n in layer.splice_host.layers]
@@ -285,7 +285,7 @@ def _take_off(tuner: Tuner, keep_copies_of: list[str]) -> nn.Module:
     tuner.peft_config.clear()
     tuner.selection.merged.clear()
     tuner.selection.set([])
-    tuner.restore_base()
+    tuner.restore_base(keep_layers)
     return tuner.model
 
 

@@ -18,6 +18,7 @@ from splice.methods.lora_inits import check_init_on, loading_notes, takes_from_b
 from splice.methods.lora_kasa import KasaLinear, kasa_loss
 from splice.methods.lora_layers import LoraConv, LoraEmbedding, LoraLayer, LoraLinear
 from splice.methods.lora_mica import MicaEmbedding, MicaLinear
+from splice.methods.lora_monteclora import MontecloraLinear, monteclora_loss
 from splice.methods.lora_parameters import LoraParameters
 from splice.methods.lora_residual import TakenDoraLinear, TakenLinear
 from splice.methods.lora_velora import VeloraLinear
@@ -47,6 +48,7 @@ _VARIANTS: Mapping[str, Mapping[LayerKind, type[AdapterLayer]]] = MappingProxyTy
         "alora_invocation_tokens": dict.fromkeys(_LINEAR, AloraLinear),
         "use_bdlora": dict.fromkeys(_LINEAR, BdLoraLinear),
         "kasa_config": {LayerKind.LINEAR: KasaLinear},
+        "monteclora_config": dict.fromkeys(_LINEAR, MontecloraLinear),
         "velora_config": dict.fromkeys(_LINEAR, VeloraLinear),
     }
 )
@@ -89,6 +91,7 @@ _TENSOR_NAMES = frozenset(
         "lora_magnitude_vector",
         "lora_diag",
         "lora_velora_embed",
+        "lora_monteclora_sampler",
     }
 )
 METHOD = register(
@@ -100,7 +103,7 @@ METHOD = register(
         layers=_LAYERS,
         variant=variant,
         parameters_layer=LoraParameters,
-        tuner_methods=MappingProxyType({"_get_kasa_loss": kasa_loss}),
+        tuner_methods=MappingProxyType({"_get_kasa_loss": kasa_loss, "_get_monteclora_loss": monteclora_loss}),
         default_targets=LORA_TARGETS,
         combining=Combining.FACTORS,
         check=check,

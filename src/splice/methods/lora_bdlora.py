@@ -79,7 +79,8 @@ class BdLoraLinear(LoraLinear):
         return found if b.bias is None else found + b.bias
 
     def own_update(self) -> torch.Tensor:
-        wide = [torch.block_diag(*slots.weight.chunk(n)) for slots, n in zip(self._factors, self.blocks)]
+        block_diag: Any = torch.block_diag
+        wide = [block_diag(*slots.weight.chunk(n)) for slots, n in zip(self._factors, self.blocks)]
         return self.scale * product(wide[1], wide[0])
 
 

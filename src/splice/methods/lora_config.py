@@ -81,6 +81,9 @@ class LoraConfig(PeftConfig):
         _check_fields_agree(self)
         _complete_init(self)
 
+    def layer_ranges(self) -> list[list[int]] | None:
+        return self.layer_replication or None
+
     def target_rule(self) -> TargetRule:
         return TargetRule(
             self.target_modules,
@@ -131,12 +134,10 @@ def _complete_init(config: LoraConfig) -> None:
 
 
 # Relatives of LoRA, by the fields that ask for them. At most one can be asked for.
-VARIANTS = ("use_dora", "alora_invocation_tokens", "use_bdlora", "kasa_config", "velora_config")
+VARIANTS = ("use_dora", "alora_invocation_tokens", "use_bdlora", "kasa_config", "velora_config", "monteclora_config")
 # Fields that change the output when they are set, and that nothing here honours yet.
 NOT_HONOURED = (
     "megatron_config",
-    "monteclora_config",
-    "layer_replication",
     "arrow_config",
 )
 

@@ -71,7 +71,8 @@ class KasaLinear(Residual, LoraLinear):
         a, b = (slots.weight.float() for slots in self._factors)
         identity = torch.eye(self.r, device=a.device)
         apart = torch.linalg.matrix_norm(b.T @ b - identity) + torch.linalg.matrix_norm(a @ a.T - identity)
-        return self.beta * self.lora_diag.float().square().sum() + self.gamma * apart
+        found: torch.Tensor = self.beta * self.lora_diag.float().square().sum() + self.gamma * apart
+        return found
 
 
 def kasa_loss(tuner: Tuner, adapter_names: str | Iterable[str] | None = None) -> Any:

@@ -59,7 +59,8 @@ class VeloraLinear(LoraLinear):
         return grouped(x, self.groups, len(self.lora_velora_embed))
 
     def _projected(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = _Projected.apply(x, a, self.lora_velora_embed, self.groups, self.backward_scale)
+        apply: Any = _Projected.apply
+        result: torch.Tensor = apply(x, a, self.lora_velora_embed, self.groups, self.backward_scale)
         return result
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+
+from splice.surgery.replication import replicate
 
 
 @dataclass
@@ -18,11 +20,15 @@ class BaseChanges:
         unfrozen: parameters that were trainable before.
         hook: the hook on the input embeddings, where there is one.
         slices: `config.pretraining_tp` as it was, where it was not 1.
+        ranges: of its layers, where they are used several times.
+        unstack: puts the layers back as they were.
     """
 
     unfrozen: list[nn.Parameter] = field(default_factory=list)
     hook: Any = None
     slices: int | None = None
+    ranges: list[list[int]] | None = None
+    unstack: Callable[[], None] | None = None
 
     def make(self, network: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         """Change `network`, whose modules are `modules`."""
@@ -46,8 +52,30 @@ class BaseChanges:
         if embeddings is not None:
             self.hook = embeddings.register_forward_hook(_require_grad)
 
-    def take_back(self, network: nn.Module) -> None:
-        """Make `network` what it was."""
+    def stack(self, network: nn.Module, ranges: Sequence[Sequence[int]], adapted: bool) -> bool:
+        """Use layers of `network` several times, unless it does already; whether that changed it.
+
+        Raises:
+            ValueError: it carries adapters, or uses other layers several times.
+        """
+        wanted = [list(pair) for pair in ranges]
+        if self.ranges == wanted:
+            return False
+        if adapted:
+            was = "uses each layer once" if self.ranges is None else f"has layer_replication={self.ranges}"
+            raise ValueError(
+                f"this adapter needs layer_replication={wanted}, and the model carries adapters for which it {was}. Load the "
+                "adapter onto a base model of its own."
+            )
+        self.unstack = replicate(network, wanted)
+        self.ranges = wanted
+        return True
+
+    def take_back(self, network: nn.Module, keep_layers: bool = False) -> None:
+        """Make `network` what it was; with `keep_layers` but for the layers that it uses several times."""
+        if self.unstack is not None and not keep_layers:
+            self.unstack()
+        self.ranges = self.unstack = None
         for parameter in self.unfrozen:
             parameter.requires_grad = True
         self.unfrozen.clear()

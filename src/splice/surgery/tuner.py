@@ -148,9 +148,14 @@ class Tuner(nn.Module):
         if not self.placed:
             self.restore_base()
 
-    def restore_base(self) -> None:
-        """Give the network back the flags it had, and forget that it carried adapters."""
-        self._base_changes.take_back(self.model)
+    def stack_layers(self, config: PeftConfig) -> bool:
+        """Let the network use its layers as often as `config` says; whether that changed it."""
+        ranges = config.layer_ranges()
+        return ranges is not None and self._base_changes.stack(self.model, ranges, adapted=bool(self.peft_config))
+
+    def restore_base(self, keep_layers: bool = False) -> None:
+        """Give the network back the flags and layers it had, and forget that it carried adapters."""
+        self._base_changes.take_back(self.model, keep_layers)
         self.model.__dict__.pop(TUNER, None)
         self.model.__dict__.pop("peft_config", None)
 

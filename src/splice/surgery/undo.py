@@ -48,5 +48,7 @@ class Undo:
             module.training = True
         for layer in self.tuner.adapted.values():
             layer.splice_adapters.train(layer.training)
+        if not self.names:
+            self.tuner.restore_base()
         for step in self.last:
             step()
