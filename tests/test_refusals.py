@@ -142,7 +142,10 @@ def test_refused_beside_another_adapter(case: str, tmp_path: Path) -> None:
 def test_the_tensors_of_another_method(tmp_path: Path) -> None:
     folder = _config(peft_type="PROMPT_TUNING", num_virtual_tokens=4)(parts()).write(tmp_path)
     model = llama()
-    with unchanged(model), pytest.raises(AdapterMismatchError, match="those of (ADALORA or )?LORA and the config says PROMPT"):
+    with (
+        unchanged(model),
+        pytest.raises(AdapterMismatchError, match="those of (ADALORA or )?LORA and the config says PROMPT"),
+    ):
         warnings.simplefilter("ignore")
         splice.PeftModel.from_pretrained(model, folder)
 

@@ -272,7 +272,7 @@ def parse_config(text: bytes, place: str) -> PeftConfig:
 
 def read_config(text: bytes, place: str) -> ReadConfig:
     """As `parse_config`, with what was understood beyond the fields of today."""
-    from splice.loading.clean import cleaned, legacy
+    from splice.loading.clean import check_kinds, cleaned, legacy
     from splice.loading.foreign import what_config
     from splice.methods.registry import method_named
 
@@ -289,6 +289,7 @@ def read_config(text: bytes, place: str) -> ReadConfig:
         warnings.warn(_unknown_fields_message(unknown, config_class, fields, place), PeftWarning, stacklevel=3)
     values, notes = cleaned({k: v for k, v in fields.items() if k in known}, config_class)
     try:
+        check_kinds(values)
         return ReadConfig(config_class(**values), old, tuple(notes))
     except (TypeError, ValueError) as error:
         raise type(error)(f"{place}: {error}") from error

@@ -7,8 +7,8 @@ Only what has one meaning is read: a whole number written as a float, and null w
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
 
 # What the merged-linear LoRA of 2023 had beside the fields of today.
 ENABLE_LORA = "enable_lora"
@@ -33,6 +33,49 @@ def cleaned(values: Mapping[str, Any], config_class: type) -> tuple[dict[str, An
 def legacy(values: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of long ago that are understood, though no config has them any more."""
     return {name: values[name] for name in _MEANINGLESS if name in values}
+
+
+def check_kinds(values: Mapping[str, Any]) -> None:
+    """Refuse values that cannot be what fields of their name hold, in any method.
+
+    Raises:
+        ValueError: with the field, the value and what it should be.
+    """
+    for name, value in values.items():
+        if value is None:
+            continue
+        for is_of_kind, holds, what in _KINDS:
+            if is_of_kind(name) and not holds(value):
+                raise ValueError(f"`{name}` should be {what}, got {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _are_indices(value: Any) -> bool:
+    return all(type(index) is int for index in (value if isinstance(value, list) else [value]))
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
+_Test: TypeAlias = Callable[[Any], bool]
+_KINDS: tuple[tuple[_Test, _Test, str], ...] = (
+    (lambda name: name.endswith("dropout"), lambda v: _is_number(v) and 0 <= v <= 1, "a number between 0 and 1"),
+    (
+        lambda name: name in ("rank_pattern", "alpha_pattern"),
+        lambda v: isinstance(v, dict),
+        "an object of values by name",
+    ),
+    (lambda name: name == "layers_to_transform", _are_indices, "an index or a list of indices"),
+    (
+        lambda name: name in ("target_modules", "exclude_modules", "layers_pattern"),
+        _are_names,
+        "a name or a list of names",
+    ),
+)
 
 
 def _meant(field: dataclasses.Field[Any], value: Any) -> Any:

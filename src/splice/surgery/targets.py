@@ -31,7 +31,19 @@ def value_for(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
 
 @lru_cache(maxsize=1024)
 def _tail_pattern(key: str) -> re.Pattern[str]:
-    return re.compile(rf"(.*\.)?({key})$")
+    return expression(rf"(.*\.)?({key})$", key, "a pattern of ranks or alphas")
+
+
+def expression(text: str, given: str, what: str) -> re.Pattern[str]:
+    """`text` as a regular expression, made of what the config has.
+
+    Raises:
+        ValueError: `given`, in `what`, is none.
+    """
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{given!r}, in {what} of the config, is no regular expression: {error}") from error
 
 
 class TargetMatcher:
@@ -45,13 +57,15 @@ class TargetMatcher:
         self.rule = rule
         self.selects = _name_test(rule.target_modules)
         self.excludes = _name_test(rule.exclude_modules)
-        self.saved = [re.compile(rf"(^|.*\.){entry}($|\..*)") for entry in rule.modules_to_save or ()]
+        self.saved = [
+            expression(rf"(^|.*\.){entry}($|\..*)", entry, "modules_to_save") for entry in rule.modules_to_save or ()
+        ]
         layers = rule.layers_to_transform
         self.layers = {layers} if isinstance(layers, int) else set(layers or ())
         patterns = [rule.layers_pattern] if isinstance(rule.layers_pattern, str) else rule.layers_pattern or []
-        self.layer_index = [re.compile(rf"(^|.*?\.){p}\.(?P<index>\d+)\.") for p in patterns if p] or [
-            re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
-        ]
+        self.layer_index = [
+            expression(rf"(^|.*?\.){p}\.(?P<index>\d+)\.", p, "layers_pattern") for p in patterns if p
+        ] or [re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")]
 
     def is_excluded(self, path: str) -> bool:
         return self.excludes(path) or any(pattern.match(path) for pattern in self.saved)
@@ -74,7 +88,7 @@ def _name_test(names: Iterable[str] | str | None) -> Any:
     if names is None:
         return lambda path: False
     if isinstance(names, str):
-        full_match = re.compile(names).fullmatch
+        full_match = expression(names, names, "target_modules or exclude_modules").fullmatch
         return lambda path: full_match(path) is not None
     by_last: dict[str, list[str]] = {}
     for name in names:
