@@ -449,7 +449,9 @@ def test_names_that_contain_each_other(names: tuple[str, str], shared_checkpoint
             model.set_adapter(name)
             outputs[name] = run(model, inputs)
             trainable = {id(p) for p in model.parameters() if p.requires_grad}
-            assert trainable == {id(p) for layer in model.base_model.placed[name].values() for p in layer.parameters()}
+            assert trainable == {
+                id(p) for layer in model.base_model.placed[name].values() for p in layer.trained_parameters()
+            }
         model.save_pretrained(tmp_path)
         for name, folder in ((one, first), (other, second)):
             saved = tmp_path if name == "default" else tmp_path / name
