@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 # A config that belongs to weights which may be in place already; a load finishes what a crash cut off.
 INCOMING_CONFIG = "adapter_config.json.incoming"
+# What a `.bin` file cannot say itself: the digest of the weights that the incoming config belongs to.
+INCOMING_DIGEST = "adapter_model.bin.incoming"
 _CONFIG_DIGEST = "config_sha256"
 
 
@@ -51,6 +54,8 @@ def save(
             f"Adapters {unknown} cannot be saved: the model has {list(model.peft_config)}, given were {names}"
         )
     for name in names:
+        _check_place(name)
+    for name in names:
         tensors = get_peft_model_state_dict(model, state_dict, name, save_embedding_layers=save_embedding_layers)
         _warn_of_shards(tensors, state_dict is None)
         if is_main_process:
@@ -58,6 +63,16 @@ def save(
             config = model.peft_config[name]
             base = fingerprint_of(model.base_model, name).text() if safe_serialization else ""
             write_checkpoint(place, tensors, config_text(config, model.get_base_model()), safe_serialization, base)
+
+
+def _check_place(name: str) -> None:
+    """Raises ValueError for an adapter whose name, as that of a folder, leads elsewhere."""
+    place = Path(name)
+    if place.is_absolute() or ".." in place.parts or not place.parts:
+        raise ValueError(
+            f"the adapter {name!r} would be saved outside of its folder: its name is that of a subfolder. Load it under "
+            "another name to save it."
+        )
 
 
 def config_text(config: PeftConfig, network: nn.Module) -> str:
@@ -166,45 +181,95 @@ def write_checkpoint(
 ) -> None:
     """Put a checkpoint into `folder`; `base` is the fingerprint of its base.
 
-    Both files are complete on disk before either takes its name. The weights go first and name their config by its
-    digest; should a crash come between the two, the new config lies beside and a load takes it (`finished_config`).
+    Both files are complete on disk before either takes its name. The weights go first, and it is written down which config
+    is theirs; should a crash come between the two, the new config lies beside and a load takes it (`finished_config`).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256(config.encode()).hexdigest()
-    incoming = folder / INCOMING_CONFIG
-    with _beside(folder / CONFIG_NAME) as new_config:
-        new_config.write_text(config, encoding="utf-8")
-        _flush(new_config)
-        os.replace(new_config, incoming)
     weights = folder / (SAFETENSORS_NAME if safe_serialization else BIN_NAME)
+    _finish(folder)
+    try:
+        _put(folder, weights, tensors, config, base)
+    finally:
+        _finish(folder)
+        for name in (INCOMING_CONFIG, INCOMING_DIGEST):
+            (folder / name).unlink(missing_ok=True)
+
+
+def _put(folder: Path, weights: Path, tensors: Mapping[str, torch.Tensor], config: str, base: str) -> None:
     with _beside(weights) as new_weights:
-        if safe_serialization:
+        if weights.name == SAFETENSORS_NAME:
             from safetensors.torch import save_file
 
+            digest = hashlib.sha256(config.encode()).hexdigest()
             metadata = {"format": "pt", _CONFIG_DIGEST: digest, **({METADATA_KEY: base} if base else {})}
             save_file(_independent(tensors), new_weights, metadata=metadata)
+            _sort_metadata(new_weights)
         else:
             torch.save({name: tensor.detach() for name, tensor in tensors.items()}, new_weights)
+            _write(folder / INCOMING_DIGEST, _digest(new_weights))
         _flush(new_weights)
+        _write(folder / INCOMING_CONFIG, config)
         os.replace(new_weights, weights)
-    os.replace(incoming, folder / CONFIG_NAME)
 
 
-def finished_config(config: Path, weights: Path) -> bytes:
-    """The bytes of the config that belongs to the weights: the incoming one, where a save was cut off after them."""
+def _finish(folder: Path) -> None:
+    """Give the config of the weights that are in place its name, if a save has not come so far."""
+    if any(_is_incoming_of(folder / name) for name in (SAFETENSORS_NAME, BIN_NAME)):
+        os.replace(folder / INCOMING_CONFIG, folder / CONFIG_NAME)
+
+
+def finished_config(config: Path) -> bytes:
+    """The bytes of the config that belongs to the weights beside it: the incoming one, where a save was cut off."""
+    weights = (config.parent / name for name in (SAFETENSORS_NAME, BIN_NAME))
+    first = next((path for path in weights if path.exists()), None)  # the one that a load takes
+    incoming = first is not None and _is_incoming_of(first)
+    return (config.parent / INCOMING_CONFIG if incoming else config).read_bytes()
+
+
+def _is_incoming_of(weights: Path) -> bool:
+    """Whether the incoming config is that of these weights."""
     from splice.errors import CheckpointError
     from splice.loading.header import read_header
 
-    incoming = config.parent / INCOMING_CONFIG
-    if incoming.exists() and weights.is_file():
-        text = incoming.read_bytes()
-        try:
-            wanted = read_header(weights).metadata.get(_CONFIG_DIGEST)
-        except CheckpointError:
-            wanted = None  # the load will say what is wrong with the weights
-        if hashlib.sha256(text).hexdigest() == wanted:
-            return text
-    return config.read_bytes()
+    incoming = weights.parent / INCOMING_CONFIG
+    if not incoming.exists() or not weights.is_file():
+        return False
+    if weights.name == BIN_NAME:
+        noted = weights.parent / INCOMING_DIGEST
+        return noted.exists() and noted.read_text(encoding="utf-8") == _digest(weights)
+    try:
+        wanted = read_header(weights).metadata.get(_CONFIG_DIGEST)
+    except CheckpointError:
+        return False  # the load will say what is wrong with the weights
+    return hashlib.sha256(incoming.read_bytes()).hexdigest() == wanted
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        found = hashlib.sha256()
+        while piece := file.read(1 << 20):
+            found.update(piece)
+    return found.hexdigest()
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
+    with _beside(path) as new:
+        new.write_text(text, encoding="utf-8")
+        _flush(new)
+        os.replace(new, path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Bring the metadata of a safetensors file into one order, so that a checkpoint can be told by its hash."""
+    with open(path, "rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # it is padded with spaces
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 @contextmanager

@@ -119,11 +119,18 @@ class TensorsInMemory:
             for name, t in tensors.items()
         }
 
+        # Memory that was handed over: a second tensor in it gets its own.
+        self.handed: set[int] = set()
+
     def read(self, names: Sequence[str]) -> list[torch.Tensor]:
         return [self._owned(self.tensors[name].detach()) for name in names]
 
     def _owned(self, tensor: torch.Tensor) -> torch.Tensor:
-        owns_memory = tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.is_contiguous()
+        storage = tensor.untyped_storage()
+        owns_memory = (
+            storage.nbytes() == tensor.nbytes and tensor.is_contiguous() and storage.data_ptr() not in self.handed
+        )
+        self.handed.add(storage.data_ptr())
         return tensor if self.hand_over and owns_memory else tensor.clone(memory_format=torch.contiguous_format)
 
 
@@ -152,8 +159,17 @@ def _unpickle(path: Path) -> dict[str, torch.Tensor]:
             f"{path} holds something other than tensors, and nothing of it was run. Ask its author for a "
             f"safetensors file. ({str(error).splitlines()[0]})"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+    except Exception as error:  # what is no pickle at all fails in a dozen ways
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+    if not isinstance(tensors, dict):
         raise CheckpointError(f"{path} holds a {type(tensors).__name__}; an adapter is a dict of tensors")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(
+                f"{path} holds a {type(tensor).__name__} under {name!r}; an adapter is a dict of tensors"
+            )
+        if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
+            raise CheckpointError(
+                f"{path} holds {name!r} as a tensor that is sparse, quantised or without values; an adapter has plain ones"
+            )
     return tensors

@@ -67,8 +67,7 @@ class Source:
             raise CheckpointError(f"Can't find '{CONFIG_NAME}' at '{self._shown_place()}'.{self._why_not()}")
         if path.is_dir():
             raise CheckpointError(f"{path} is a folder, not a file")
-        weights = path.parent / SAFETENSORS_NAME
-        return finished_config(path, weights)
+        return finished_config(path)
 
     def weights(self) -> Path:
         """The file of the tensors; safetensors is preferred where both exist.
