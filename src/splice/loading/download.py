@@ -47,6 +47,8 @@ def download(repository: str, name: str, options: Mapping[str, Any], commit: str
     if commit is not None:
         arguments["revision"] = commit
     folder, _, file = name.rpartition("/")
+    if arguments.get("local_files_only") and not arguments.get("local_dir"):
+        return _in_cache(repository, name, arguments, commit)
     try:
         path = Path(hf_hub_download(repository, file, subfolder=folder or None, **arguments))
     except LocalEntryNotFoundError as error:  # of both kinds, so it comes first
@@ -57,6 +59,26 @@ def download(repository: str, name: str, options: Mapping[str, Any], commit: str
         # Of which library the error of a broken connection is, depends on the version of huggingface_hub.
         raise CheckpointError(f"Can't find '{file}' at '{_place(repository, folder)}': {_cause(error)}") from error
     return Found(path, commit or _commit_of(path, name))
+
+
+def _in_cache(repository: str, name: str, arguments: Mapping[str, Any], commit: str | None) -> Found:
+    """A file of the cache, without any use of the network: `hf_hub_download` may ask for more than the file."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        folder, _, file = name.rpartition("/")
+        raise CheckpointError(f"Can't find '{file}' at '{_place(repository, folder)}': {_cause(error)}") from error
+    where = {key: arguments[key] for key in ("cache_dir", "revision", "repo_type") if arguments.get(key) is not None}
+    found = try_to_load_from_cache(repository, name, **where)
+    if isinstance(found, str):
+        return Found(Path(found), commit or _commit_of(Path(found), name))
+    if found is not None:  # the Hub said once that there is no such file
+        return Found(None, commit)
+    return Found(None, commit, LocalEntryNotFoundError(f"{name} of {repository} is not in the cache"))
 
 
 def listing(repository: str, options: Mapping[str, Any], commit: str | None) -> list[str]:
