@@ -21,6 +21,7 @@ from splice.surgery.first_call import warn_if_unused
 from splice.surgery.selection import Choice
 from splice.surgery.tuner import Tuner
 from splice.surgery.undo import Undo
+from splice.weights.asking import asked
 
 
 class PeftModel(nn.Module):
@@ -137,7 +138,7 @@ class PeftModel(nn.Module):
         options = LoadOptions(
             adapter_name, is_trainable, autocast_adapter_dtype, ephemeral_gpu_offload, key_mapping, strict, kwargs
         )
-        mapping = key_mapping if key_mapping is not None else getattr(model, "_checkpoint_conversion_mapping", None)
+        mapping = key_mapping if key_mapping is not None else asked(model, "_checkpoint_conversion_mapping")
         checkpoint = checkpoint_from(model_id, tensors, config, options, mapping)
         peft_model: PeftModel = object.__new__(class_for(checkpoint.config, cls))
         peft_model._wrap(model)

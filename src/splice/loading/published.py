@@ -24,6 +24,7 @@ from splice.loading.relocate import Move, find_moves
 from splice.loading.spelling import spelled
 from splice.methods.registry import Method
 from splice.surgery.whole import own_tensors
+from splice.weights.asking import asked
 
 if TYPE_CHECKING:
     from splice.loading.load import Checkpoint
@@ -160,7 +161,7 @@ class _Mender:
             needed = layer.slots(base, self.config, old)
         except (ValueError, TypeError):
             owned = self.method.parameters_layer
-            if owned is None or not getattr(self.config, "target_parameters", None):  # few methods have the field
+            if owned is None or not asked(self.config, "target_parameters"):  # few methods have the field
                 return False
             try:
                 needed = owned.slots(base, self.config, old)

@@ -13,6 +13,7 @@ from splice.loading.header import Entry
 from splice.loading.keys import PREFIX
 from splice.loading.plan import Plan
 from splice.surgery.whole import WholeModule, own_tensors, walk_bare
+from splice.weights.asking import asked
 from splice.weights.layers import LayerKind, kind_of
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def _other_count(found: tuple[int, ...], needed: tuple[int, ...] | None, count: 
 
 def _why_not(tuner: Tuner, resize: Resize) -> str | None:
     """A sentence, where the base cannot be resized."""
-    if not callable(getattr(tuner.model, "resize_token_embeddings", None)):  # only models of transformers have it
+    if not callable(asked(tuner.model, "resize_token_embeddings")):  # only models of transformers have it
         return "resize_vocabulary=True: this model has no `resize_token_embeddings`; resize its embeddings yourself."
     for name, layers in tuner.placed.items():
         path = next((path for path in resize.paths if path in layers), None)

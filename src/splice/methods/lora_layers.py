@@ -19,6 +19,7 @@ from splice.methods.layer import Additive, Factors, Slots, cast_to
 from splice.methods.lora_config import LoraConfig
 from splice.methods.lora_inits import initialise_linear
 from splice.surgery.targets import value_for
+from splice.weights.asking import asked
 from splice.weights.layers import LayerKind, features, kind_of
 
 
@@ -122,7 +123,7 @@ class LoraEmbedding(LoraLayer):
         self.dropout = 0.0  # the input is token ids
         self.look_up = (base.padding_idx, base.max_norm, base.norm_type, base.scale_grad_by_freq, base.sparse)
         # Some models multiply what they look up (Gemma, BART); the update is multiplied alike.
-        embed_scale = getattr(base, "embed_scale", None)
+        embed_scale = asked(base, "embed_scale")
         self.embed_scale = 1.0 if embed_scale is None else float(embed_scale)
 
     def cast_input(self, x: torch.Tensor) -> torch.Tensor:

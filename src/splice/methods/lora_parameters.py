@@ -19,6 +19,7 @@ from torch import nn
 
 from splice.methods.layer import AdapterLayer, Forward
 from splice.surgery.targets import matching_parameters, value_for
+from splice.weights.asking import asked
 
 if TYPE_CHECKING:
     from splice.methods.lora_config import LoraConfig
@@ -54,7 +55,7 @@ def _target(base: Any, config: LoraConfig, path: str, name: str, depth: int) -> 
     if len(shape) not in (2, 3):
         raise ValueError(f"{path}.{name} has {len(shape)} dimensions; LoRA on parameters needs 2 or 3")
     # Some transformers classes for stacked experts say so; every other module stores (out, in).
-    transposed = len(shape) == 3 and bool(getattr(base, "is_transposed", False))
+    transposed = len(shape) == 3 and bool(asked(base, "is_transposed", False))
     size_out, size_in = (shape[-1], shape[-2]) if transposed else (shape[-2], shape[-1])
     rank = int(value_for(config.rank_pattern, f"{path}.{name}", config.r))
     alpha = value_for(config.alpha_pattern, f"{path}.{name}", config.lora_alpha)

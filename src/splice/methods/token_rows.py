@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from splice.config import PeftConfig
 from splice.errors import UnsupportedLayerError
 from splice.methods.layer import AdapterLayer, Forward, check_values
+from splice.weights.asking import asked
 from splice.weights.layers import LayerKind, features, kind_of
 from splice.weights.original import Original
 
@@ -170,7 +171,7 @@ def check_indices(indices: Sequence[int], count: int, path: str) -> None:
 
 def _embed_scale(base: Any) -> Any:
     # Some models multiply what they look up (Gemma, BART).
-    return getattr(base, "embed_scale", None)
+    return asked(base, "embed_scale")
 
 
 def _is_plain(base: Any) -> bool:

@@ -16,6 +16,7 @@ from splice.config import TaskType, accepted_by
 from splice.methods.layer import Forward
 from splice.prompts.prompt import TYPED, Call, Prompt, PromptLayer, main_input, named_arguments
 from splice.prompts.sizes import cache_sizes_of, rooms_of, text_config
+from splice.weights.asking import asked
 
 _CACHES = {"past_key_values", "cache"}
 _DECODER = ("decoder_input_ids", "decoder_inputs_embeds", "labels", "input_ids", "inputs_embeds")
@@ -26,12 +27,12 @@ class CachedPrompt(PromptLayer):
 
     @classmethod
     def place(cls, network: nn.Module, config: Any) -> str:
-        if any(getattr(module, "gradient_checkpointing", False) for module in network.modules()):
+        if any(asked(module, "gradient_checkpointing", False) for module in network.modules()):
             raise ValueError(_checkpointing_text(config.peft_type.value))
         if _CACHES.intersection(named_arguments(network)):
             return ""
         # The models that classify keep the cache of their backbone to themselves.
-        path: str = getattr(network, "base_model_prefix", "")  # models of transformers have it
+        path: str = asked(network, "base_model_prefix", "")  # models of transformers have it
         backbone = network._modules.get(path)
         if backbone is None or not _CACHES.intersection(named_arguments(backbone)):
             raise ValueError(
@@ -137,7 +138,7 @@ class CachedPrompt(PromptLayer):
 
     def _check_no_checkpointing(self) -> None:
         """Layers that recompute themselves are called without the cache: the virtual tokens would be lost in silence."""
-        if any(getattr(module, "gradient_checkpointing", False) for module in self.target[0].modules()):
+        if any(asked(module, "gradient_checkpointing", False) for module in self.target[0].modules()):
             raise ValueError(_checkpointing_text(self.method))
 
 
@@ -154,7 +155,7 @@ def _checkpointing_text(method: str) -> str:
 
 def _devices(network: nn.Module) -> dict[int, torch.device]:
     """Layer -> its device, of a network that is spread over several."""
-    placed = getattr(network, "hf_device_map", None)  # set by accelerate
+    placed = asked(network, "hf_device_map")  # set by accelerate
     found: dict[int, torch.device] = {}
     for path, device in (placed or {}).items():
         index = next((part for part in path.split(".") if part.isdigit()), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from splice.config import PromptLearningConfig, TaskType
+from splice.weights.asking import asked
 
 # Where the configs of transformers keep each size.
 _SIZES = {
@@ -17,7 +18,7 @@ _SIZES = {
 def text_config(network: Any) -> Any:
     """The config of a base model; of models that see or hear as well, the part of it that is about text."""
     # Only configs of models with several parts have it.
-    return getattr(network.config, "text_config", None) or network.config
+    return asked(network.config, "text_config") or network.config
 
 
 def sizes_of(network: Any, config: PromptLearningConfig) -> dict[str, Any]:
@@ -70,7 +71,7 @@ def rooms_of(network: Any, layers: int, heads: int, dim: int) -> dict[int, tuple
     """
     config = text_config(network)
     # Only configs of models whose layers share keys or differ in size have these.
-    sharing = getattr(config, "kv_sharing_modes", None) or [None] * layers
+    sharing = asked(config, "kv_sharing_modes") or [None] * layers
     rooms = {layer: (heads, dim) for layer in range(layers) if sharing[layer] != "reuse"}
     if not config.to_dict().get("per_layer_config") and not config.to_dict().get("global_head_dim"):
         return rooms

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from splice.surgery.replication import replicate
+from splice.weights.asking import asked
 
 
 @dataclass
@@ -40,14 +41,14 @@ class BaseChanges:
         if any(module.__dict__.get("gradient_checkpointing") for module in modules.values()):
             self._let_inputs_require_grad(network)
         config: Any = network.__dict__.get("config")
-        slices = getattr(config, "pretraining_tp", 1)  # few configs have it
+        slices = asked(config, "pretraining_tp", 1)  # few configs have it
         if slices not in (None, 1):
             # With more, older models of transformers multiply with slices of `weight` and never call the layer.
             self.slices, config.pretraining_tp = slices, 1
 
     def _let_inputs_require_grad(self, network: Any) -> None:
         """Recomputed blocks pass gradients on only if their input requires them, and below it everything is frozen."""
-        find = getattr(network, "get_input_embeddings", None)  # models outside of transformers have none
+        find = asked(network, "get_input_embeddings")  # models outside of transformers have none
         embeddings = find() if find is not None and self.hook is None else None
         if embeddings is not None:
             self.hook = embeddings.register_forward_hook(_require_grad)

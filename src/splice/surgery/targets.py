@@ -12,6 +12,7 @@ from torch import nn
 from splice.config import PeftConfig, TargetRule, TaskType
 from splice.errors import NoMatchingPeftModuleError
 from splice.methods.registry import Method
+from splice.weights.asking import asked
 from splice.weights.layers import LayerKind, kind_of
 
 ALL_LINEAR = "all-linear"
@@ -154,7 +155,7 @@ def model_type_of(network: nn.Module) -> str:
     config = network.__dict__.get("config")
     if isinstance(config, dict):
         return str(config.get("model_type", "custom"))
-    return str(getattr(config, "model_type", "custom"))
+    return str(asked(config, "model_type", "custom"))
 
 
 def _all_linear(config: PeftConfig, network: Any, modules: Mapping[str, nn.Module]) -> set[str]:

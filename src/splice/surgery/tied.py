@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from splice.weights.asking import asked
+
 
 @dataclass(frozen=True)
 class InputEmbeddings:
@@ -44,7 +46,7 @@ def output_embeddings_path(network: nn.Module, modules: Mapping[str, nn.Module])
 
 
 def _found(network: Any, method: str) -> nn.Module | None:
-    find = getattr(network, method, None)  # models outside of transformers have none
+    find = asked(network, method)  # models outside of transformers have none
     try:
         found = None if find is None else find()
     except NotImplementedError:  # as of models of transformers for audio and images

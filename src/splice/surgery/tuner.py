@@ -22,6 +22,7 @@ from splice.surgery.base_changes import BaseChanges
 from splice.surgery.readers import weight_readers
 from splice.surgery.selection import BASE, Rows, Selection
 from splice.surgery.whole import walk_bare
+from splice.weights.asking import asked
 from splice.weights.layers import ADAPTERS
 
 TUNER = "splice_tuner"
@@ -71,7 +72,7 @@ class Tuner(nn.Module):
         """The output of a forward, with what the method of adapters in training adds to its loss."""
         term = self.loss_term
         # Outputs without labels, and models that give a plain tensor, have no loss.
-        loss = getattr(output, "loss", None) if term is not None else None
+        loss = asked(output, "loss") if term is not None else None
         if term is not None and loss is not None:
             for name in self.selection.current().names:
                 if name in self._trainable:
