@@ -608,9 +608,9 @@ def test_a_checkpoint_with_the_embeddings_of_the_base(case: Case, shared_checkpo
 
 @pytest.mark.parametrize("case", plain_cases(bases.TIED, bases.LLAMA), ids=str)
 def test_which_embeddings_are_saved_with_the_adapter(case: Case, shared_checkpoint: Any, tmp_path: Path) -> None:
-    """By default, those of the base that are targets, as the reference does; none if told so."""
+    """By default, those of the base that are targets, as the reference does; none, or all, if told so."""
     pair = load_both(case.base, shared_checkpoint(case.base, case.config()))
-    for number, options in enumerate(({}, {"save_embedding_layers": False})):
+    for number, options in enumerate(({}, {"save_embedding_layers": False}, {"save_embedding_layers": True})):
         folders = [tmp_path / f"{library}{number}" for library in ("peft", "splice")]
         for model, folder in zip((pair.reference, pair.ours), folders):
             with warnings.catch_warnings():

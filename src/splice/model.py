@@ -253,8 +253,8 @@ class PeftModel(nn.Module):
             save_directory: made if needed; files in it that are not the adapter's are left alone.
             safe_serialization: write safetensors; otherwise `.bin`.
             selected_adapters: names of the adapters to save; all, if None.
-            save_embedding_layers: "auto" adds the base's embeddings where they are targets; False never does; True is not
-                supported yet.
+            save_embedding_layers: "auto" adds the base's embeddings where they are targets or were resized; True always
+                does, False never.
             is_main_process: whether this process writes. The others take part in gathering the tensors.
             path_initial_model_for_weight_conversion: not supported yet.
             **kwargs: `state_dict`, a full state dict of this model to take the tensors from (trainers gather it).
@@ -266,8 +266,6 @@ class PeftModel(nn.Module):
 
         if path_initial_model_for_weight_conversion is not None:
             raise NotImplementedError("path_initial_model_for_weight_conversion is not supported yet")
-        if save_embedding_layers is True:
-            raise NotImplementedError("save_embedding_layers=True is not supported yet")
         save(
             self,
             save_directory,

@@ -21,7 +21,9 @@ from splice.loading.keys import PREFIX, format_key
 from splice.loading.source import BIN_NAME, SAFETENSORS_NAME
 from splice.loading.tying import EMBEDDING_NAMES
 from splice.surgery.adapted import original_class
+from splice.surgery.tied import input_embeddings, output_embeddings_path
 from splice.surgery.tuner import Tuner
+from splice.surgery.whole import own_tensors, walk_bare
 from splice.weights.layers import ADAPTERS
 
 if TYPE_CHECKING:
@@ -102,7 +104,8 @@ def get_peft_model_state_dict(
         state_dict: a full state dict of `model` to take the tensors from, with its own or the reference's names.
         adapter_name: which adapter.
         unwrap_compiled: look inside a compiled model.
-        save_embedding_layers: "auto" adds the base's embeddings where they are targets; False never does.
+        save_embedding_layers: "auto" adds the base's embeddings where they are targets or were resized; True always does,
+            False never.
 
     Raises:
         KeyError: there is no such adapter, or `state_dict` lacks one of its tensors.
@@ -125,8 +128,54 @@ def get_peft_model_state_dict(
                 value = _first(state_dict, spelled, key)
             result[key if prefix else key.removeprefix(PREFIX)] = value
     if save_embedding_layers == "auto":
-        result.update(_targeted_embeddings(tuner, adapter_name))
+        embeddings = _targeted_embeddings(tuner, adapter_name)
+        if not embeddings and _is_resized(tuner, adapter_name):
+            warnings.warn("Setting `save_embedding_layers` to `True` as the vocabulary was resized.", stacklevel=2)
+            embeddings = _all_embeddings(tuner, adapter_name)
+    else:
+        embeddings = _all_embeddings(tuner, adapter_name) if save_embedding_layers else {}
+    result.update({key if prefix else key.removeprefix(PREFIX): tensor for key, tensor in embeddings.items()})
     return result
+
+
+def _all_embeddings(tuner: Tuner, adapter_name: str) -> dict[str, torch.Tensor]:
+    """The base's input and output embeddings; of those that the adapter is on, their weight alone."""
+    modules = walk_bare(tuner.model)
+    paths = (input_embeddings(tuner.model, modules).path, output_embeddings_path(tuner.model, modules))
+    if not paths[0]:
+        warnings.warn("Could not identify the embedding layers of the base model; none are saved.", stacklevel=3)
+    found, adapted = {}, set[str]()
+    for path in filter(None, paths):
+        layer = tuner.placed[adapter_name].get(path)
+        if layer is None:
+            found.update({format_key(path, name): tensor.detach() for name, tensor in own_tensors(modules[path])})
+        elif layer.base_infix == "base_layer.":
+            adapted.add(path)
+            weight = modules[path]._parameters.get("weight")
+            found.update({} if weight is None else {format_key(path, "base_layer.weight"): weight.detach()})
+    if not adapted:
+        return found
+    return {key: tensor for key, tensor in found.items() if key.endswith(".base_layer.weight")}
+
+
+def _is_resized(tuner: Tuner, adapter_name: str) -> bool:
+    """Whether the base has another number of tokens than its own files say; they are looked for on this machine alone."""
+    from huggingface_hub import try_to_load_from_cache
+
+    name = tuner.peft_config[adapter_name].base_model_name_or_path or tuner.model.__dict__.get("name_or_path")
+    config: Any = tuner.model.__dict__.get("config")
+    now = None if config is None or isinstance(config, dict) else vars(config).get("vocab_size")
+    if not name or now is None:
+        return False
+    local = Path(name) / "config.json"
+    try:
+        cached = str(local) if local.is_file() else try_to_load_from_cache(name, "config.json")
+        then = (
+            json.loads(Path(cached).read_text(encoding="utf-8")).get("vocab_size") if isinstance(cached, str) else None
+        )
+    except (OSError, ValueError):  # no files of it here, or no name of a repository
+        return False
+    return then is not None and then != now
 
 
 def _targeted_embeddings(tuner: Tuner, adapter_name: str) -> dict[str, torch.Tensor]:
