@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -14,7 +16,16 @@ import splice
 from splice.errors import PeftWarning, UnsupportedFeatureError
 from tests import bases
 from tests.bases import Base, run
-from tests.comparing import Snapshot, assert_close, differ, load_both, parameters_of, trainable_names
+from tests.comparing import (
+    Snapshot,
+    assert_close,
+    config_in,
+    differ,
+    load_both,
+    parameters_of,
+    tensors_in,
+    trainable_names,
+)
 
 TAKING = {
     "pissa": {"init_lora_weights": "pissa"},
@@ -235,3 +246,40 @@ def test_what_cannot_be_made(base: Base, changes: dict[str, Any], error: type[Ex
         patch.setattr("warnings.warn", lambda *args, **kwargs: None)
         splice.get_peft_model(network, splice.get_peft_config(config(base, **changes)))
     before.assert_same(network)
+
+
+@pytest.mark.parametrize("option", ["pissa", "olora"])
+def test_saved_as_plain_lora(option: str, tmp_path: Path) -> None:
+    """The same tensors and config as the reference writes, and the same output on the unchanged base."""
+    base = bases.LINEAR
+    model: Any = splice.get_peft_model(base.build(), splice.get_peft_config(config(base, **TAKING[option])))
+    model.save_pretrained(tmp_path / "initial")
+    train_a_little(model, base)
+    expected = run(model.eval(), base.inputs(3))
+    model.save_pretrained(tmp_path / "trained")
+    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "initial")
+    theirs: Any = peft.PeftModel.from_pretrained(base.build(), str(tmp_path / "trained"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs.save_pretrained(
+            str(tmp_path / "theirs"), path_initial_model_for_weight_conversion=str(tmp_path / "initial")
+        )
+    assert config_in(tmp_path / "plain") == config_in(tmp_path / "theirs")
+    ours, reference = (tensors_in(tmp_path / name) for name in ("plain", "theirs"))
+    assert ours.keys() == reference.keys()
+    for name, tensor in reference.items():
+        assert_close(ours[name], tensor, factor=10)
+    again: Any = splice.PeftModel.from_pretrained(base.build(), tmp_path / "plain")
+    assert_close(run(again, base.inputs(3)), expected, factor=10)
+    with pytest.raises(ValueError, match="lacks .*lora_A.weight, so it is not this adapter"):
+        other = splice.get_peft_model(base.build(), splice.LoraConfig(target_modules=["first"]))
+        other.save_pretrained(tmp_path / "other")
+        model.save_pretrained(tmp_path / "x", path_initial_model_for_weight_conversion=tmp_path / "other")
+
+
+def train_a_little(model: Any, base: Base) -> None:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        model(**base.inputs(3)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()

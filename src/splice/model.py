@@ -256,7 +256,9 @@ class PeftModel(nn.Module):
             save_embedding_layers: "auto" adds the base's embeddings where they are targets or were resized; True always
                 does, False never.
             is_main_process: whether this process writes. The others take part in gathering the tensors.
-            path_initial_model_for_weight_conversion: not supported yet.
+            path_initial_model_for_weight_conversion: a folder with the adapter as it was right after an initialisation that
+                took something out of the base (PiSSA, OLoRA, CorDA, LoRA-GA); what is written is plain LoRA of twice the
+                rank, for the unchanged base.
             **kwargs: `state_dict`, a full state dict of this model to take the tensors from (trainers gather it).
 
         Raises:
@@ -264,8 +266,6 @@ class PeftModel(nn.Module):
         """
         from splice.saving import save
 
-        if path_initial_model_for_weight_conversion is not None:
-            raise NotImplementedError("path_initial_model_for_weight_conversion is not supported yet")
         save(
             self,
             save_directory,
@@ -274,6 +274,7 @@ class PeftModel(nn.Module):
             save_embedding_layers,
             is_main_process,
             kwargs.get("state_dict"),
+            path_initial_model_for_weight_conversion,
         )
 
     # -- what is active

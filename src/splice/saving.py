@@ -20,6 +20,7 @@ from splice.loading.fingerprint import METADATA_KEY, fingerprint_of
 from splice.loading.keys import PREFIX, format_key
 from splice.loading.source import BIN_NAME, SAFETENSORS_NAME
 from splice.loading.tying import EMBEDDING_NAMES
+from splice.plain_lora import plain_config, plain_tensors
 from splice.surgery.adapted import original_class
 from splice.surgery.tied import input_embeddings, output_embeddings_path
 from splice.surgery.tuner import Tuner
@@ -44,6 +45,7 @@ def save(
     save_embedding_layers: str | bool,
     is_main_process: bool,
     state_dict: Mapping[str, torch.Tensor] | None,
+    initial: str | os.PathLike[str] | None = None,
 ) -> None:
     """Write the selected adapters; arguments as `PeftModel.save_pretrained`."""
     folder = Path(save_directory)
@@ -60,9 +62,11 @@ def save(
     for name in names:
         tensors = get_peft_model_state_dict(model, state_dict, name, save_embedding_layers=save_embedding_layers)
         _warn_of_shards(tensors, state_dict is None)
+        config = model.peft_config[name]
+        if initial is not None:
+            config, tensors = plain_config(config), plain_tensors(tensors, initial)
         if is_main_process:
             place = folder if name == "default" else folder / name
-            config = model.peft_config[name]
             base = fingerprint_of(model.base_model, name).text() if safe_serialization else ""
             write_checkpoint(place, tensors, config_text(config, model.get_base_model()), safe_serialization, base)
 
