@@ -131,6 +131,7 @@ def _states(pair: Pair, tmp_path: Path, safe: bool) -> dict[int, Path]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_two_crashes_one_after_the_other(form: str, pair: Pair, tmp_path: Path) -> None:
     """The second one meets whatever state the first one left."""
