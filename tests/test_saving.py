@@ -137,14 +137,15 @@ def test_two_crashes_one_after_the_other(form: str, pair: Pair, tmp_path: Path) 
     """The second one meets whatever state the first one left."""
     states, mixtures = _states(pair, tmp_path, FORMS[form]), []
     assert len(states) > 4
-    for first, state in states.items():
-        for second in states:
+    some = list(states)[:: max(len(states) // 20, 1)]
+    for first, state in ((line, states[line]) for line in some):
+        for second in some:
             out = tmp_path / f"second{first}-{second}"
             shutil.copytree(state, out)
             in_fork(lambda line=second, out=out: _killed(lambda: pair.third.save_pretrained(out, FORMS[form]), line))
             if pair.found_in(out) == "a mixture":
                 mixtures.append((first, second, sorted(files(state)), sorted(files(out))))
-    assert not mixtures, f"{len(mixtures)} of {len(states) ** 2}, such as {mixtures[0]}"
+    assert not mixtures, f"{len(mixtures)} of {len(some) ** 2}, such as {mixtures[0]}"
 
 
 def test_a_crash_while_a_safetensors_file_takes_the_place_of_a_pickle(pair: Pair, tmp_path: Path) -> None:
