@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import nn
@@ -66,8 +66,25 @@ class LoHaLayer(LycorisLayer):
 
     def update(self) -> torch.Tensor:
         core1, core2 = self._parameters.get("hada_t1"), self._parameters.get("hada_t2")
-        both = product(self.hada_w1_a, self.hada_w1_b, core1) * product(self.hada_w2_a, self.hada_w2_b, core2)
-        return both.reshape(self.shape)
+        one, two = (self.hada_w1_a, self.hada_w1_b, core1), (self.hada_w2_a, self.hada_w2_b, core2)
+        if core1 is None or core2 is None or not torch.is_grad_enabled():
+            return (product(*one) * product(*two)).reshape(self.shape)
+        return (_as_trained(one, two) * _as_trained(two, one)).reshape(self.shape)
+
+
+_Factors: TypeAlias = tuple[torch.Tensor, torch.Tensor, Any]
+
+
+def _as_trained(own: _Factors, other: _Factors) -> torch.Tensor:
+    """The product of a convolution's factors, with the gradient that the reference gives its first one.
+
+    That is worked out from the other product's core and last factor in place of its own. Trajectories of training, and so
+    what is resumed, depend on it; values do not.
+    """
+    a, b, core = own
+    seen = torch.einsum("ij...,jq->iq...", other[2], other[1]).detach()
+    passed = torch.einsum("iq...,ip->pq...", seen, a)
+    return product(a.detach(), b, core) + (passed - passed.detach())
 
 
 METHOD = register(
