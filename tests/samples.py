@@ -67,6 +67,14 @@ SAMPLES: dict[PeftType, Sample] = {
         reference_mixes=True,
         reference_scales=True,
     ),
+    PeftType.FOURIERFT: Sample(
+        config={"n_frequency": 12, "scaling": 20.0},
+        small={"n_frequency": 5, "random_loc_seed": 3},
+        options={
+            "pattern": {"n_frequency_pattern": {"first|q_proj": 8, "first": 7}, "random_loc_seed": 1},
+            "bias_of_targets": {"bias": "fourier_only"},
+        },
+    ),
     PeftType.PREFIX_TUNING: Sample(
         config={"num_virtual_tokens": 4},
         small={"num_virtual_tokens": 2},
