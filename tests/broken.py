@@ -264,7 +264,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextmanager
-def at_line(number: int, happen: Callable[[], None], only: str = PACKAGE) -> Iterator[list[str]]:
+def at_line(number: int, happen: Callable[[], None], only: str | tuple[str, ...] = PACKAGE) -> Iterator[list[str]]:
     """Inside, call `happen` before the `number`-th line of code (from 0) of the files below `only` is run.
 
     Yields a list that holds the place once it has happened. Lines of clean-up (`except`, `finally` and what they call)
@@ -295,7 +295,7 @@ def at_line(number: int, happen: Callable[[], None], only: str = PACKAGE) -> Ite
         sys.settrace(before)
 
 
-def lines_of(run: Callable[[], Any], only: str = PACKAGE) -> int:
+def lines_of(run: Callable[[], Any], only: str | tuple[str, ...] = PACKAGE) -> int:
     """How many lines of the files below `only` are executed by `run`."""
     count = 0
 

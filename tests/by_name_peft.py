@@ -107,7 +107,10 @@ def best() -> dict[str, Any]:
     run = trainer(model, "best", 6, load_best_model_at_end=True, eval_strategy="steps", eval_steps=2)
     run.train()
     saved = PeftModel.from_pretrained(base(), run.state.best_model_checkpoint)
+    run.save_model()
+    run.create_model_card(license="mit", tags="mine")
     return {
+        "card": (FOLDER / "best" / "README.md").read_text(encoding="utf-8"),
         "best": same(weights(run.model), weights(saved)),
         "equal": torch.equal(logits(run.model.eval()), logits(saved)),
     }

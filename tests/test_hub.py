@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import splice
-from tests.broken import BIN, CONFIG, SAFETENSORS, Parts, llama, load, output, parts, unchanged
+from tests.broken import BIN, CONFIG, SAFETENSORS, Parts, by_reference, llama, load, output, parts, unchanged
 from tests.hub import TOKEN, Hub, serving
 
 LORA = "someone/lora"
@@ -213,3 +213,70 @@ def test_a_local_folder_asks_nobody(hub: Hub, tmp_path: Path) -> None:
     model = load(parts(seed=1).write(tmp_path / "a"))
     model.save_pretrained(tmp_path / "b")
     assert hub.requests == []
+
+
+# -- pushing
+
+CARD = "README.md"
+
+
+def test_an_adapter_is_pushed_and_loaded_again(hub: Hub, tmp_path: Path) -> None:
+    """Into a repository that is made for it, in one commit."""
+    model = load(parts(seed=1).write(tmp_path / "a"))
+    url = model.push_to_hub(LORA, private=True, token=TOKEN, tags=["mine"], commit_message="Begin")
+    repository = hub.repositories[LORA]
+    assert repository.private and len(repository.commits) == 2  # the empty one of a new repository, and ours
+    assert url == f"{hub.url}/{LORA}/commit/{repository.branches['main']}"
+    assert set(repository.files()) == {".gitattributes", CONFIG, SAFETENSORS, CARD}
+    assert b"- mine\n" in repository.files()[CARD] and b"library_name: peft" in repository.files()[CARD]
+    assert torch.equal(output(load(LORA, token=TOKEN)), plain(1, tmp_path))
+    (tmp_path / "pushed").mkdir()
+    for name in (CONFIG, SAFETENSORS):
+        (tmp_path / "pushed" / name).write_bytes(repository.files()[name])
+    torch.testing.assert_close(output(by_reference(tmp_path / "pushed")), plain(1, tmp_path))
+
+
+def test_what_is_in_the_repository_stays(hub: Hub, tmp_path: Path) -> None:
+    written = b"---\nlicense: mit\ntags:\n- theirs\n---\n# Written by hand\n"
+    repository = hub.repository(LORA)
+    repository.commit({CARD: written, "notes.txt": b"mine", ".gitattributes": b""})
+    model = load(parts(seed=1).write(tmp_path / "a"))
+    model.load_adapter(parts(seed=2).write(tmp_path / "b"), "other")
+    model.push_to_hub(LORA, token=TOKEN, tags=["mine"])
+    found = repository.files()
+    assert found["notes.txt"] == b"mine"
+    card = found[CARD].decode()
+    assert "# Written by hand" in card and "license: mit" in card
+    assert card.index("- theirs") < card.index("- lora") < card.index("- mine")
+    assert torch.equal(output(load(LORA, subfolder="other")), plain(2, tmp_path))
+    again = len(repository.commits)
+    model.push_to_hub(LORA, token=TOKEN, selected_adapters=["default"], safe_serialization=False)
+    assert len(repository.commits) == again + 1 and BIN in repository.files()
+
+
+def test_pushed_to_a_branch(hub: Hub, tmp_path: Path) -> None:
+    repository = hub.repository(LORA)
+    repository.commit({".gitattributes": b"", CARD: b"# Main\n"})
+    load(parts(seed=1).write(tmp_path / "a")).push_to_hub(LORA, token=TOKEN, revision="dev")
+    assert set(repository.files()) == {".gitattributes", CARD}
+    assert b"# Main" in repository.files("dev")[CARD]
+    assert torch.equal(output(load(LORA, revision="dev")), plain(1, tmp_path))
+
+
+def test_a_config_is_pushed_by_itself(hub: Hub, tmp_path: Path) -> None:
+    splice.LoraConfig(r=5, target_modules=["q_proj"]).push_to_hub(LORA, token=TOKEN)
+    assert set(hub.repositories[LORA].files()) == {".gitattributes", CONFIG}
+    assert splice.PeftConfig.from_pretrained(LORA).r == 5
+
+
+def test_a_push_that_cannot_be(hub: Hub, tmp_path: Path) -> None:
+    """What is wrong with the model is said before anything is asked of the Hub; without the right token nothing comes."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    model = load(parts(seed=1).write(tmp_path / "a"))
+    with pytest.raises(ValueError, match=r"Adapters \['none'\] cannot be saved"):
+        model.push_to_hub(LORA, token=TOKEN, selected_adapters=["none"])
+    assert hub.requests == []
+    with pytest.raises(HfHubHTTPError, match="401"):
+        model.push_to_hub(LORA, token="hf_wrong")
+    assert hub.repositories == {}

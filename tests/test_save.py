@@ -32,7 +32,7 @@ def test_the_layout(tmp_path: Path) -> None:
     model.save_pretrained(out)
     files = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file())
     own = ["adapter_config.json", "adapter_model.safetensors"]
-    assert files == sorted([*own, *(f"other.one/{name}" for name in own), "optimizer.pt"])
+    assert files == sorted(["README.md", *own, *(f"other.one/{name}" for name in own), "optimizer.pt"])
     with safe_open(out / broken.SAFETENSORS, framework="pt") as file:
         assert file.metadata()["format"] == "pt"
     assert json.loads((out / broken.CONFIG).read_text())["inference_mode"] is True

@@ -34,7 +34,8 @@ from tests.broken import (
     parts,
 )
 
-SAVING = f"{PACKAGE}/saving.py"
+SAVING = tuple(f"{PACKAGE}/{name}.py" for name in ("saving", "files"))
+CARD = "README.md"
 FORMS = {"safetensors": True, "bin": False}
 
 
@@ -291,7 +292,7 @@ def test_a_checkpoint_may_be_saved_over_the_one_that_was_loaded(tmp_path: Path) 
     for _ in range(3):
         model.save_pretrained(folder)
         assert torch.equal(output(load(folder)), expected)
-    assert sorted(files(folder)) == [CONFIG, SAFETENSORS]
+    assert sorted(files(folder)) == [CARD, CONFIG, SAFETENSORS]
 
 
 def test_every_save_of_the_same_adapter_is_the_same_bytes(tmp_path: Path) -> None:
@@ -330,14 +331,14 @@ def test_a_name_that_means_a_path_writes_nothing_outside(name: str, tmp_path: Pa
 def test_other_files_are_left_alone(tmp_path: Path) -> None:
     model, out = load(parts().write(tmp_path / "in")), tmp_path / "out"
     out.mkdir()
-    others = {"README.md": b"mine", "optimizer.pt": b"\0", "other/adapter_model.safetensors": b"old", BIN: b"older",
+    others = {"notes.md": b"mine", "optimizer.pt": b"\0", "other/adapter_model.safetensors": b"old", BIN: b"older",
               ".hidden": b"", "adapter_config.json.bak": b"{}"}  # fmt: skip
     for name, data in others.items():
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_bytes(data)
     model.save_pretrained(out)
     assert {name: data for name, data in files(out).items() if name in others} == others
-    assert set(files(out)) - set(others) == {CONFIG, SAFETENSORS}
+    assert set(files(out)) - set(others) == {CARD, CONFIG, SAFETENSORS}
 
 
 def test_a_pickle_beside_older_safetensors(tmp_path: Path) -> None:
@@ -345,7 +346,7 @@ def test_a_pickle_beside_older_safetensors(tmp_path: Path) -> None:
     model, out = load(parts().write(tmp_path / "in")), tmp_path / "out"
     model.save_pretrained(out)
     model.save_pretrained(out, safe_serialization=False)
-    assert set(files(out)) == {CONFIG, SAFETENSORS, BIN}
+    assert set(files(out)) == {CARD, CONFIG, SAFETENSORS, BIN}
 
 
 def test_a_folder_of_folders_that_are_not_there(tmp_path: Path) -> None:
@@ -356,7 +357,7 @@ def test_a_folder_of_folders_that_are_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", [str, Path])
 def test_kinds_of_places(place: Any, tmp_path: Path) -> None:
     load(parts().write(tmp_path / "in")).save_pretrained(place(tmp_path / "out"))
-    assert set(files(tmp_path / "out")) == {CONFIG, SAFETENSORS}
+    assert set(files(tmp_path / "out")) == {CARD, CONFIG, SAFETENSORS}
 
 
 def test_a_place_that_is_a_file(tmp_path: Path) -> None:

@@ -103,6 +103,9 @@ def test_the_best_checkpoint_at_the_end(installed: Path, folder: Path) -> None:
     result = scenario("best", installed, folder)
     assert result["best"]
     assert result["equal"]
+    # The trainer writes its own card, and has the model bring that one up to date.
+    for line in ("license: mit", "library_name: peft", "- lora", "- mine", "## Training procedure", "- PEFT 0.21.2"):
+        assert f"{line}\n" in result["card"], line
 
 
 def test_a_network_that_carries_adapters_itself(installed: Path, folder: Path) -> None:

@@ -171,6 +171,27 @@ class PeftConfig:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG_NAME).write_text(self.to_json(kwargs.get("auto_mapping_dict")), encoding="utf-8")
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = "50GB",
+        tags: list[str] | None = None,
+    ) -> str:
+        """Upload `adapter_config.json`, as one commit; arguments as in `PeftModel.push_to_hub`."""
+        from splice.publishing import Publication, publish
+
+        target = Publication(
+            repo_id, commit_message, commit_description, private, token, revision, create_pr, tags or ()
+        )
+        return publish(target, "config", self.save_pretrained, lambda folder: None)
+
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any

@@ -30,6 +30,9 @@ class PeftMixedModel(PeftModel):
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         raise NotImplementedError("Saving is not supported for PeftMixedModel: its adapters are of several methods.")
 
+    def create_or_update_model_card(self, output_dir: Any) -> None:
+        raise NotImplementedError("Model cards are not supported for PeftMixedModel.")
+
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         raise NotImplementedError("Weighted adapters are not supported for PeftMixedModel.")
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 
 from splice.config import PeftConfig
 from splice.creating import new_adapter
+from splice.errors import PeftWarning
 from splice.loading.given import checkpoint_from
 from splice.loading.load import Loaded, LoadOptions, load_into, load_new
 from splice.loading.report import LoadReport
@@ -276,6 +279,67 @@ class PeftModel(nn.Module):
             kwargs.get("state_dict"),
             path_initial_model_for_weight_conversion,
         )
+        if kwargs.get("push_to_hub"):
+            text = (
+                "`save_pretrained` writes to disk and has done so; to publish the adapter, call `push_to_hub(repo_id)`."
+            )
+            warnings.warn(text, PeftWarning, stacklevel=2)
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
+        """Write the README.md of a repository into a folder, or bring the one there up to date; what it says stays."""
+        from splice.card import write_card
+
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_card(self, folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = "50GB",
+        tags: list[str] | None = None,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+    ) -> str:
+        """Upload what `save_pretrained` writes, as one commit. What else is in the repository stays.
+
+        Args:
+            repo_id: "user/name", or "name" in one's own namespace; made if it is not there.
+            commit_message: title of the commit.
+            commit_description: its text.
+            private: whether a repository that is made now is private.
+            token: of the Hub; True or None for the one that is stored on this machine.
+            revision: branch, made if it is not there.
+            create_pr: propose the commit rather than make it.
+            max_shard_size: accepted for compatibility: an adapter is one file.
+            tags: added to those of the model card.
+            safe_serialization: as in `save_pretrained`.
+            selected_adapters: as in `save_pretrained`.
+            save_embedding_layers: as in `save_pretrained`.
+
+        Returns:
+            The URL of the commit, as `huggingface_hub.CommitInfo`.
+
+        Raises:
+            As `save_pretrained`, before anything is asked of the Hub; huggingface_hub.errors.HfHubHTTPError: it refuses.
+        """
+        from splice.publishing import Publication, publish
+
+        def write(folder: Path) -> None:
+            self.save_pretrained(folder, safe_serialization, selected_adapters, save_embedding_layers)
+
+        target = Publication(
+            repo_id, commit_message, commit_description, private, token, revision, create_pr, tags or ()
+        )
+        return publish(target, "model", write, self.create_or_update_model_card)
 
     # -- what is active
 

@@ -6,16 +6,17 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
+from splice.card import write_card
 from splice.config import CONFIG_NAME, PeftConfig
 from splice.errors import PeftWarning
+from splice.files import beside, flush, write_text
 from splice.loading.fingerprint import METADATA_KEY, fingerprint_of
 from splice.loading.keys import PREFIX, format_key
 from splice.loading.source import BIN_NAME, SAFETENSORS_NAME
@@ -69,6 +70,9 @@ def save(
             place = folder if name == "default" else folder / name
             base = fingerprint_of(model.base_model, name).text() if safe_serialization else ""
             write_checkpoint(place, tensors, config_text(config, model.get_base_model()), safe_serialization, base)
+    if is_main_process and names:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_card(model, folder)
 
 
 def _check_place(name: str) -> None:
@@ -249,7 +253,7 @@ def write_checkpoint(
 
 
 def _put(folder: Path, weights: Path, tensors: Mapping[str, torch.Tensor], config: str, base: str) -> None:
-    with _beside(weights) as new_weights:
+    with beside(weights) as new_weights:
         if weights.name == SAFETENSORS_NAME:
             from safetensors.torch import save_file
 
@@ -259,9 +263,9 @@ def _put(folder: Path, weights: Path, tensors: Mapping[str, torch.Tensor], confi
             _sort_metadata(new_weights)
         else:
             torch.save({name: tensor.detach() for name, tensor in tensors.items()}, new_weights)
-            _write(folder / INCOMING_DIGEST, _digest(new_weights))
-        _flush(new_weights)
-        _write(folder / INCOMING_CONFIG, config)
+            write_text(folder / INCOMING_DIGEST, _digest(new_weights))
+        flush(new_weights)
+        write_text(folder / INCOMING_CONFIG, config)
         os.replace(new_weights, weights)
 
 
@@ -305,14 +309,6 @@ def _digest(path: Path) -> str:
     return found.hexdigest()
 
 
-def _write(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    with _beside(path) as new:
-        new.write_text(text, encoding="utf-8")
-        _flush(new)
-        os.replace(new, path)
-
-
 def _sort_metadata(path: Path) -> None:
     """Bring the metadata of a safetensors file into one order, so that a checkpoint can be told by its hash."""
     with open(path, "rb+") as file:
@@ -323,21 +319,6 @@ def _sort_metadata(path: Path) -> None:
         if len(text) <= size:  # it is padded with spaces
             file.seek(8)
             file.write(text.ljust(size))
-
-
-@contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """A temporary name in the same folder, which is gone afterwards if it was not renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
 
 
 def _independent(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
