@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from splice.config import FORMAT_VERSION, PeftType, TaskType
 from splice.errors import PeftWarning
 from splice.files import write_text
+from splice.integrations.conversions import is_pretrained
 from splice.weights.asking import asked
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def add_tags(data: Any, tags: Iterable[str]) -> None:
 def _tags(model: PeftModel, base: str | None) -> list[str]:
     network = model.get_base_model()
     tags = set[str](vars(network).get("model_tags") or vars(type(network)).get("model_tags") or ())
-    if any(cls.__name__ == "PreTrainedModel" for cls in type(network).__mro__):
+    if is_pretrained(network):
         tags.add("transformers")
     if any(config.peft_type == PeftType.LORA for config in model.peft_config.values()):
         tags.add("lora")

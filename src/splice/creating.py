@@ -9,9 +9,11 @@ from torch import nn
 
 from splice.config import PeftConfig
 from splice.loading.commit import Built, build_new
+from splice.loading.experts import FIELDS, with_stacked_experts
 from splice.loading.plan import Plan, lay_out
 from splice.methods.registry import method_named
 from splice.surgery.tuner import Tuner
+from splice.surgery.whole import walk_bare
 
 
 def adopt_base(config: PeftConfig, model: nn.Module, revision: str | None) -> None:
@@ -52,7 +54,12 @@ def new_adapter(
     """Build the layers of a new adapter, attached to nothing yet, and write what was resolved into `config`."""
     check_together(tuner, config)
     tuner.stack_layers(config)
-    plan = lay_out(tuner.model, config, method_named(config.peft_type, "the config"), heads, new=True)
+    method, modules = method_named(config.peft_type, "the config"), walk_bare(tuner.model)
+    meant = with_stacked_experts(config, tuner.model, modules, method)
+    plan = lay_out(tuner.model, meant, method, heads, modules, new=True)
+    if meant is not config:
+        for name in FIELDS:
+            setattr(config, name, getattr(meant, name))
     write_back(config, plan)
     return plan, build_new(plan, config, autocast, on_meta=low_cpu_mem_usage)
 

@@ -32,6 +32,7 @@ from splice.loading.plan import Plan, fit
 from splice.loading.published import Fitted, fitted
 from splice.loading.report import LoadReport, grouped, mismatch_error
 from splice.loading.source import Source
+from splice.loading.stacked import as_stacked
 from splice.loading.tying import repeated_keys
 from splice.loading.vocabulary import fitted_resized
 from splice.methods.kinds import SharedTensors
@@ -298,6 +299,11 @@ def load_into(tuner: Tuner, checkpoint: Checkpoint, options: LoadOptions, undo: 
         raise ValueError(f"adapter {name!r} is merged; call `unmerge_adapter()` before loading new weights into it")
     method = method_named(checkpoint.config.peft_type, "the config")
     plan = fit(plan_of_present(tuner, name), checkpoint.entries)
+    if not plan.fits:  # weights from before the experts' layers were stacked, over those that were made of such
+        stacked = as_stacked(checkpoint, checkpoint.config, tuner.model, walk_bare(tuner.model), method)
+        if stacked is not None:
+            checkpoint = replace(stacked[0], config=checkpoint.config)
+            plan = fit(plan_of_present(tuner, name), checkpoint.entries)
     settle(plan, tuner.model, checkpoint, checkpoint.config, method, options)
     plan.sources = {key: checkpoint.names[own] for key, own in plan.sources.items()}
     values = build_loaded(plan, checkpoint.config, checkpoint.weights, options.autocast)

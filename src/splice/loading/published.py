@@ -22,6 +22,7 @@ from splice.loading.merged_linear import as_plain
 from splice.loading.plan import Plan, fit, lay_out
 from splice.loading.relocate import Move, find_moves
 from splice.loading.spelling import spelled
+from splice.loading.stacked import as_stacked
 from splice.methods.registry import Method
 from splice.surgery.whole import own_tensors
 from splice.weights.asking import asked
@@ -92,6 +93,13 @@ class _Mender:
         if plain is not None:
             self.checkpoint, self.config, note = plain
             self.notes.append(note)
+            plan = self._plan(self.config, self.checkpoint)
+            if plan is not None and plan.fits:
+                return Fitted(plan, self.checkpoint, self.config, self.notes)
+        stacked = as_stacked(self.checkpoint, self.config, self.network, self.modules, self.method)
+        if stacked is not None:
+            self.checkpoint, self.config, notes = stacked
+            self.notes += notes
             plan = self._plan(self.config, self.checkpoint)
             if plan is not None and plan.fits:
                 return Fitted(plan, self.checkpoint, self.config, self.notes)

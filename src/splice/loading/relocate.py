@@ -11,9 +11,10 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 from torch import nn
+
+from splice.integrations.conversions import renaming_of
 
 Fits = Callable[[str, str], bool]
 
@@ -83,33 +84,13 @@ def _with(move: Move, at_home: Mapping[str, str]) -> Move:
 
 
 def _by_table(paths: Collection[str], modules: Mapping[str, nn.Module], network: nn.Module, fits: Fits) -> list[Move]:
-    rename = _table_of(network)
+    rename = renaming_of(network)
     if rename is None:
         return []
     to = {path: rename(path) for path in paths}
     if not _all_fit(to, fits, modules):
         return []
     return [_move_of_templates({template(old): template(new) for old, new in to.items()}, to)]
-
-
-def _table_of(network: Any) -> Callable[[str], str] | None:
-    """How transformers renames the old weights of `network`, where it is one of its models."""
-    if not any(cls.__name__ == "PreTrainedModel" for cls in type(network).__mro__):
-        return None
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming
-    except ImportError:  # releases before 5 have no such table
-        return None
-    steps = [step for step in get_model_conversion_mapping(network) if isinstance(step, WeightRenaming)]
-
-    def rename(path: str) -> str:
-        key = path + ".weight"
-        for step in steps:
-            key, _ = step.rename_source_key(key)
-        return key.removesuffix(".weight")
-
-    return rename
 
 
 # -- another front

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from splice.integrations.conversions import is_pretrained
 from splice.loading.header import Entry
 from splice.loading.keys import PREFIX
 from splice.loading.plan import Plan
@@ -93,7 +94,7 @@ def _holders(network: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[t
 
 def _said_by(network: Any) -> set[int]:
     """Ids of the modules that a model of transformers calls its embeddings."""
-    if not any(cls.__name__ == "PreTrainedModel" for cls in type(network).__mro__):
+    if not is_pretrained(network):
         return set()
     try:
         found = (network.get_input_embeddings(), network.get_output_embeddings())

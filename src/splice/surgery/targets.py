@@ -11,6 +11,7 @@ from torch import nn
 
 from splice.config import PeftConfig, TargetRule, TaskType
 from splice.errors import NoMatchingPeftModuleError
+from splice.integrations.conversions import is_pretrained
 from splice.methods.registry import Method
 from splice.weights.asking import asked
 from splice.weights.layers import LayerKind, kind_of
@@ -161,7 +162,7 @@ def model_type_of(network: nn.Module) -> str:
 def _all_linear(config: PeftConfig, network: Any, modules: Mapping[str, nn.Module]) -> set[str]:
     kinds = (LayerKind.LINEAR, LayerKind.TRANSPOSED_LINEAR)
     names = {path for path, module in modules.items() if kind_of(module) in kinds}
-    head = network.get_output_embeddings() if _is_pretrained(network) else None
+    head = network.get_output_embeddings() if is_pretrained(network) else None
     if head is not None:
         return {path for path in names if modules[path] is not head}
     if config.task_type == TaskType.SEQ_CLS:
@@ -169,10 +170,6 @@ def _all_linear(config: PeftConfig, network: Any, modules: Mapping[str, nn.Modul
         head_name = next((name for name in ("score", "classifier") if name in last), None)
         names = {path for path in names if path.rpartition(".")[2] != head_name}
     return names
-
-
-def _is_pretrained(network: nn.Module) -> bool:
-    return any(cls.__name__ == "PreTrainedModel" for cls in type(network).__mro__)
 
 
 def select(rule: TargetRule, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
