@@ -24,7 +24,7 @@ def cleaned(values: Mapping[str, Any], config_class: type) -> tuple[dict[str, An
             continue
         value = values[field.name]
         meant = _meant(field, value)
-        if type(meant) is not type(value) or meant != value:
+        if repr(meant) != repr(value):  # 4 is 4.0, also inside a pattern
             result[field.name] = meant
             notes.append(f"the config has {field.name}={_shown(value)}: read as {_shown(meant)}")
     return result, notes

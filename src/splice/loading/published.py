@@ -188,7 +188,9 @@ class _Mender:
             changes["modules_to_save"] = [*(fields["modules_to_save"] or ()), *heads]
             shown = ", ".join(repr(head) for head in heads)
             self.notes.append(f"{shown} in the file is not in the config's modules_to_save: loaded as a trained module")
-        if config.trained_biases() != "none" and not any(name.endswith(".bias") for name in names):
+        whole = (*(vars(config).get("modules_to_save") or ()), *self.heads, *(changes.get("modules_to_save") or ()))
+        paths = {name.rpartition(".")[0].removesuffix(".base_layer") for name in names if name.endswith(".bias")}
+        if config.trained_biases() != "none" and all(_is_inside(path.removeprefix(PREFIX), whole) for path in paths):
             changes["bias"] = "none"
             self.notes.append(
                 f"bias={config.trained_biases()!r} in the config, and the file holds no bias: read as 'none'"
@@ -215,6 +217,12 @@ class _Mender:
     def _is_whole(self, path: str, names: Collection[str]) -> bool:
         tensors = [format_key(path, name) for name, _ in own_tensors(self.modules[path])]
         return bool(tensors) and all(key in names for key in tensors)
+
+
+def _is_inside(path: str, names: Collection[str]) -> bool:
+    """Whether the module at `path` is one that these names call, or is in one."""
+    dotted = f".{path}."
+    return any(f".{name}." in dotted for name in names)
 
 
 def _layers(names: Mapping[str, str], entries: Mapping[str, Entry], method: Method) -> dict[str, dict[str, Entry]]:
