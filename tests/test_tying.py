@@ -128,7 +128,7 @@ def test_rows_of_two_adapters_at_once(tmp_path: Path) -> None:
 def test_a_row_that_two_active_adapters_replace_is_refused(tmp_path: Path) -> None:
     """Neither of the two can win in silence."""
     model = two(tmp_path, [5, 9])
-    with pytest.raises(ValueError, match="overlap"):
+    with pytest.raises(ValueError, match=r"both bring rows for the tokens \[5\]"):
         model.base_model.set_adapter(["default", "other"])
         run(model, bases.LLAMA.inputs(3))
     model.set_adapter("other")
