@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tests.comparing import (
     parameters_of,
     tensors_in,
 )
+from tests.conftest import write_checkpoint
 
 BLOCKS_A = {"use_bdlora": {"target_modules_bd_a": ["first", "_proj"], "nblocks": 2}}
 BLOCKS_B = {"use_bdlora": {"target_modules_bd_b": ["first"], "nblocks": 2, "match_strict": False}}
@@ -287,3 +289,29 @@ def test_two_of_kasa_at_once_are_refused(shared_checkpoint: Any) -> None:
     model.load_adapter(folder, "second")
     with pytest.raises(ValueError, match="each leaves singular values of the weight out"):
         model.base_model.set_adapter(["default", "second"])
+
+
+# -- fields about layers that this base has not
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_flag_for_quantised_layers_changes_nothing_on_others(use_dora: bool, tmp_path: Path) -> None:
+    """As in the reference, which pools the input of GPTQ layers alone."""
+    config = {"r": 2, "target_modules": ["q_proj"], "use_dora": use_dora, "use_qalora": True, "qalora_group_size": 8}
+    pair = load_both(bases.LLAMA, write_checkpoint(tmp_path, bases.LLAMA, config))
+    pair.assert_equal()
+    assert pair.ours.peft_config["default"].qalora_group_size == 8
+
+
+def test_what_megatron_trained_loads_onto_plain_layers(tmp_path: Path) -> None:
+    """Its fields say how parallel layers are split; the reference cannot load such an adapter without Megatron."""
+    folder = write_checkpoint(tmp_path, bases.LLAMA, {"r": 2, "target_modules": ["q_proj"]})
+    expected = run(splice.PeftModel.from_pretrained(bases.LLAMA.build(), folder), bases.LLAMA.inputs(3))
+    fields = json.loads((folder / "adapter_config.json").read_text())
+    fields |= {"megatron_config": {"tensor_model_parallel_size": 2}, "megatron_core": "megatron.core"}
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    with pytest.raises(ImportError, match="megatron"):
+        peft.PeftModel.from_pretrained(bases.LLAMA.build(), str(folder))
+    model = splice.PeftModel.from_pretrained(bases.LLAMA.build(), folder)
+    assert torch.equal(run(model, bases.LLAMA.inputs(3)), expected)
+    assert model.peft_config["default"].megatron_config == fields["megatron_config"]

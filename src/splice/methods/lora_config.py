@@ -135,11 +135,9 @@ def _complete_init(config: LoraConfig) -> None:
 
 # Relatives of LoRA, by the fields that ask for them. At most one can be asked for.
 VARIANTS = ("use_dora", "alora_invocation_tokens", "use_bdlora", "kasa_config", "velora_config", "monteclora_config")
-# Fields that change the output when they are set, and that nothing here honours yet.
-NOT_HONOURED = (
-    "megatron_config",
-    "arrow_config",
-)
+# Fields that change the output when they are set, and that nothing here honours yet. Not among them are those about layers
+# that no base can have here: Megatron's own (`megatron_config`) and GPTQ's (`use_qalora`) are refused as layers.
+NOT_HONOURED = ("arrow_config",)
 
 
 def active_variants(config: LoraConfig) -> list[str]:
@@ -166,8 +164,6 @@ def check(config: LoraConfig) -> None:
         raise UnsupportedFeatureError(
             f"init_lora_weights={config.init_lora_weights!r} with `{variants[0]}` is not supported."
         )
-    if config.use_qalora and config.use_dora:
-        raise NotImplementedError("`use_qalora` and `use_dora` cannot be used together.")
     if config.target_parameters and variants:
         raise ValueError(f"`target_parameters` does not work with `{variants[0]}`.")
     asked = {name: getattr(config, name) for name in NOT_HONOURED if getattr(config, name) not in (None, False, [])}
