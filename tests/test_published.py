@@ -315,7 +315,7 @@ def test_a_language_model_alone_and_inside_another(base: str, front: str, tmp_pa
         assert any("layers of the checkpoint begin with" in n or "is '" in n for n in notes_of(model)), notes_of(model)
     said = [str(w.message) for w in caught if issubclass(w.category, splice.PeftWarning)]
     assert all("vision_tower" in text and "left as it is" in text for text in said) and len(said) == (base == "llava")
-    adapted = [name for name in splice.get_peft_model_state_dict(model)]
+    adapted = list(splice.get_peft_model_state_dict(model))
     assert len(adapted) == 8 and not any("vision" in name for name in adapted)
 
 

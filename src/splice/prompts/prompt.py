@@ -249,7 +249,7 @@ class Prompt:
 def prompt_of_rows(layers: Mapping[str, AdapterLayer], rows: Rows, main: torch.Tensor) -> Prompt | None:
     """Raises UnsupportedFeatureError where rows of different lengths cannot stand in one batch."""
     parts = []
-    for name, index in rows.groups(main.shape[0], main.device):
+    for name, index in ((g.name, g.index) for g in rows.groups(main.shape[0], main.device)):
         layer = layers[name]
         assert isinstance(layer, PromptLayer)
         parts.append((layer, index))

@@ -164,14 +164,14 @@ class Adapted(AdaptedViews, LayerCommands, nn.Module):
         together, single = split(groups, host.layers)
         if together:
             y, written = add_products(y, x, together), True
-        for group in single:
-            layer, base_rows = group.layer, y[group.rows]
+        for layer, group in single:
+            base_rows = y[group.index]
             reuse = layer.keeps_input and not layer.shows
             inner: Forward = (lambda _, kept=base_rows: kept) if reuse else run
             if not written:  # what the base gave may be its input, or kept for a backward
                 y, written = y.clone(), True
             shown = self._showing(layer, inner) if layer.shows else inner
-            y[group.rows] = layer.wrapped_for(shown, group.rows)(x[group.rows]).to(y.dtype)
+            y[group.index] = layer.wrapped_for(shown, group.index)(x[group.index]).to(y.dtype)
         return y
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -19,6 +19,15 @@ BASE = "__base__"
 
 
 @dataclass(frozen=True)
+class Group:
+    """The rows of a batch that use one adapter: as numbers, and as a tensor of them on the batch's device."""
+
+    name: str
+    rows: list[int]
+    index: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Rows:
     """One adapter name for every row of a batch; `BASE` means no adapter.
 
@@ -28,10 +37,10 @@ class Rows:
 
     names: tuple[str, ...]
     may_repeat: bool = False
-    made: dict[Any, list[tuple[str, torch.Tensor]]] = field(default_factory=dict, compare=False, repr=False)
+    made: dict[Any, list[Group]] = field(default_factory=dict, compare=False, repr=False)
 
-    def groups(self, batch: int, device: torch.device) -> list[tuple[str, torch.Tensor]]:
-        """(adapter name, indices of its rows) for a batch of this size, without the rows of the bare base.
+    def groups(self, batch: int, device: torch.device) -> list[Group]:
+        """One group for each adapter, for a batch of this size, without the rows of the bare base.
 
         Raises:
             ValueError: the batch has another number of rows.
@@ -41,7 +50,7 @@ class Rows:
         found = self.made.get((batch, device))
         if found is None:  # every layer of a call asks for the same
             by_name = _rows_by_name(self.names, batch // len(self.names))
-            found = [(name, torch.tensor(rows, device=device)) for name, rows in by_name]
+            found = [Group(name, rows, torch.tensor(rows, device=device)) for name, rows in by_name]
             self.made[batch, device] = found
         return found
 
