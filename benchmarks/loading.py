@@ -41,6 +41,20 @@ def rows(settings: Settings) -> Iterator[Row]:
     what = f"from_pretrained, {layers * len(LLAMA_TARGETS)} targets"
     yield from _compared(what, samples[REFERENCE], samples[SPLICE])
     yield from _compared(f"{what}, low_cpu_mem_usage", samples[_LOW_MEMORY], samples[SPLICE])
+    yield _fingerprint_row(base, checkpoint, settings)
+
+
+def _fingerprint_row(base: nn.Module, checkpoint: Path, settings: Settings) -> Row:
+    """What comparing the base costs: the same adapter with a fingerprint in its file, and without."""
+    with_one = settings.folder / "with a fingerprint"
+    model: Any = load(SPLICE, copy.deepcopy(base), checkpoint)
+    model.save_pretrained(with_one)
+    places = {"with": with_one, "without": checkpoint}
+    samples = alternate(
+        {name: _load_of(SPLICE, base, place, settings) for name, place in places.items()}, settings.pick(41, 2)
+    )
+    ratio = samples["with"].median / samples["without"].median
+    return row("from_pretrained, with a fingerprint of the base / without", 1.0, ratio, "x").at_most(1.05)
 
 
 # One method of every kind beside LoRA; on as many targets.

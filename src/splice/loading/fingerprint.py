@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import ctypes
 import hashlib
 import json
 import struct
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 METADATA_KEY = "splice_base"
 _VERSION = 1
 _SAMPLES = 8
-# More layers than this are thinned out evenly: the header of the file stays small.
-_MAX_LAYERS = 256
+# More layers than this are thinned out evenly: the header of the file stays small, and a load costs little more for it.
+_MAX_LAYERS = 128
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # The smallest step of float16: smaller differences come of a dtype.
 _SMALLEST = 2.0**-24
@@ -53,7 +54,7 @@ class Fingerprint:
     Attributes:
         architecture: name of its class.
         count: how many targets there are.
-        targets: hash of their paths and the shapes of their weights.
+        targets: hash of their paths, and of the shapes of the weights that are sampled.
         quantization: class of a quantised target.
         samples: (layers, 8) in float32, of the targets in the order of their paths; a row of NaN where a weight has no
             plain values.
@@ -126,20 +127,20 @@ def fingerprint_of(tuner: Tuner, adapter_name: str) -> Fingerprint:
         and not isinstance(layer, BiasOnly)
         and not (isinstance(layer, WholeModule) and path.endswith(saved_whole))
     )
-    found = [(path, cast(nn.Module, tuner.adapted[path])) for path in paths]
-    weights = [_weight(layer) for _, layer in found]
+    sampled = paths[:: -(-len(paths) // _MAX_LAYERS) or 1]
+    layers = [cast(nn.Module, tuner.adapted[path]) for path in sampled]
+    weights = [_weight(layer) for layer in layers]
     shapes = [None if weight is None else tuple(weight.shape) for weight in weights]
-    digest = hashlib.sha256(repr([(path, shape) for (path, _), shape in zip(found, shapes)]).encode()).hexdigest()
-    step = -(-len(found) // _MAX_LAYERS) or 1
-    plain = [weight if _is_plain(weight) else None for weight in weights[::step]]
-    odd = [layer for (_, layer), weight in zip(found[::step], plain) if weight is None]
+    digest = hashlib.sha256(repr((paths, shapes)).encode()).hexdigest()
+    plain = [weight if _is_plain(weight) else None for weight in weights]
+    odd = [layer for layer, weight in zip(layers, plain) if weight is None]
     return Fingerprint(
         original_class(tuner.model).__name__,
-        len(found),
+        len(paths),
         digest[:16],
         next((original_class(layer).__name__ for layer in odd if _is_quantised(layer)), None),
         _sampled(plain),
-        tuple(path for path, _ in found[::step]),
+        tuple(sampled),
     )
 
 
@@ -206,19 +207,27 @@ def _is_quantised(layer: nn.Module) -> bool:
 def _sampled(weights: Sequence[torch.Tensor | None]) -> torch.Tensor:
     """(layers, 8) in float32, on the CPU: neighbours somewhere in each weight; NaN for None, zeros behind small ones."""
     result = torch.full((len(weights), _SAMPLES), torch.nan)
-    on_device: dict[torch.device, list[int]] = {}
-    views: dict[int, torch.Tensor] = {}
+    # Of weights in this process's own memory the bytes are taken; a view of each would cost more than all the rest.
+    pieces: dict[torch.dtype, tuple[list[int], list[bytes]]] = {}
+    elsewhere: dict[tuple[torch.device, torch.dtype], list[tuple[int, torch.Tensor]]] = {}
     for row, weight in enumerate(weights):
-        if weight is not None:
-            count = weight.numel()
-            start = max(0, count - _SAMPLES) * 618 // 1000
+        if weight is None:
+            continue
+        count = weight.numel()
+        start = max(0, count - _SAMPLES) * 618 // 1000
+        if weight.is_cpu and count >= _SAMPLES and weight.is_contiguous():
+            rows, found = pieces.setdefault(weight.dtype, ([], []))
+            size = weight.itemsize
+            rows.append(row)
+            found.append(ctypes.string_at(weight.data_ptr() + start * size, _SAMPLES * size))
+        else:
             # Of a weight in another memory order a copy is made: the same elements are to be looked at in both.
-            dense = weight if weight.is_contiguous() else weight.contiguous()
-            size = min(_SAMPLES, count)
-            view = torch.as_strided(dense, (size,), (1,), dense.storage_offset() + start)
-            views[row] = view if size == _SAMPLES else nn.functional.pad(view, (0, _SAMPLES - size))
-            on_device.setdefault(weight.device, []).append(row)
-    for rows in on_device.values():
-        # One transfer for each device.
-        result[rows] = torch.cat([views[row] for row in rows]).to("cpu", torch.float32).view(-1, _SAMPLES)
+            view = weight.reshape(-1)[start : start + _SAMPLES]
+            padded = nn.functional.pad(view, (0, _SAMPLES - len(view)))
+            elsewhere.setdefault((weight.device, weight.dtype), []).append((row, padded))
+    for dtype, (rows, found) in pieces.items():
+        values = torch.frombuffer(bytearray(b"".join(found)), dtype=dtype).float()
+        result[rows] = values.view(-1, _SAMPLES)
+    for views in elsewhere.values():  # one transfer for all of a device
+        result[[row for row, _ in views]] = torch.stack([view for _, view in views]).to("cpu", torch.float32)
     return result
