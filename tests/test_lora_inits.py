@@ -224,12 +224,6 @@ def test_half_precision(dtype: torch.dtype, option: str, shared_checkpoint: Any)
     ("base", "changes", "error", "message"),
     [
         (bases.LINEAR, {"init_lora_weights": "corda"}, UnsupportedFeatureError, "path_initial_model_for_weight_conv"),
-        (
-            bases.LINEAR,
-            {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
-            UnsupportedFeatureError,
-            "loftq",
-        ),
         (bases.LINEAR, {"init_lora_weights": "lora_ga"}, UnsupportedFeatureError, "gradients"),
         (bases.LINEAR, {"init_lora_weights": "pisa"}, ValueError, "Unknown initialization"),
         (bases.LINEAR, {"init_lora_weights": "pissa", "r": 7}, ValueError, "first: .*takes 7 directions"),

@@ -14,9 +14,10 @@ from splice.methods.lora_attention import LoraAttention
 from splice.methods.lora_bdlora import BdLoraLinear
 from splice.methods.lora_config import LoraConfig, LoraRuntimeConfig, active_variants, check, with_rank
 from splice.methods.lora_dora import DoraConv, DoraEmbedding, DoraLinear
-from splice.methods.lora_inits import check_init_on, loading_notes, takes_from_base
+from splice.methods.lora_inits import LOFTQ, check_init_on, loading_notes, takes_from_base
 from splice.methods.lora_kasa import KasaLinear, kasa_loss
 from splice.methods.lora_layers import LoraConv, LoraEmbedding, LoraLayer, LoraLinear
+from splice.methods.lora_loftq import LoftqLinear
 from splice.methods.lora_mica import MicaEmbedding, MicaLinear
 from splice.methods.lora_monteclora import MontecloraLinear, monteclora_loss
 from splice.methods.lora_parameters import LoraParameters
@@ -71,6 +72,8 @@ def variant(config: LoraConfig, kind: LayerKind) -> type[AdapterLayer] | None:
     check_init_on(init, kind)
     if takes_from_base(init) and kind in _LINEAR:
         return _TAKEN[asked[0] if asked else ""]
+    if init == LOFTQ:
+        return LoftqLinear
     if not asked:
         return _MICA[kind] if init == "mica" else None
     layers = _VARIANTS[asked[0]]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from splice.config import PeftConfig, PeftType, TargetRule, TaskType
 from splice.errors import UnsupportedFeatureError
-from splice.methods.lora_inits import check_init, takes_from_base
+from splice.methods.lora_inits import LOFTQ, check_init, takes_from_base
 from splice.methods.lora_subconfigs import SUBCONFIGS, CordaConfig, EvaConfig, LoftQConfig, parsed
 
 
@@ -160,6 +160,7 @@ def check(config: LoraConfig) -> None:
     variants = active_variants(config)
     if len(variants) > 1:
         raise ValueError(f"Invalid or unsupported variant combination: {variants}; at most one of them can be used.")
+    _check_loftq(config, variants)
     if takes_from_base(config.init_lora_weights) and variants not in ([], ["use_dora"]):
         raise UnsupportedFeatureError(
             f"init_lora_weights={config.init_lora_weights!r} with `{variants[0]}` is not supported."
@@ -173,6 +174,24 @@ def check(config: LoraConfig) -> None:
             f"this LoRA asks for {asked}, which changes what the adapter computes and is not supported yet. "
             "It is refused rather than loaded as plain LoRA."
         )
+
+
+def loftq_options(config: LoraConfig) -> tuple[Any, Any]:
+    """(bits, rounds) of LoftQ; the config keeps them as they were given."""
+    bits, rounds = (config.loftq_config.get(f.name, f.default) for f in dataclasses.fields(LoftQConfig))
+    return bits, rounds
+
+
+def _check_loftq(config: LoraConfig, variants: list[str]) -> None:
+    if config.init_lora_weights != LOFTQ:
+        return
+    bits, rounds = loftq_options(config)
+    if bits not in (4, 8):
+        raise ValueError(f"`loftq_config` has loftq_bits={bits!r}: weights are rounded to 4 or to 8 bits")
+    if type(rounds) is not int or rounds < 1:
+        raise ValueError(f"`loftq_config` has loftq_iter={rounds!r}: it is a number of rounds, at least 1")
+    if variants:
+        raise UnsupportedFeatureError(f"init_lora_weights='loftq' with `{variants[0]}` is not supported.")
 
 
 def with_rank(config: LoraConfig, rank: int, **changes: Any) -> LoraConfig:

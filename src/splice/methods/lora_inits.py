@@ -28,12 +28,8 @@ _SEED = 0
 # They leave the base alone, and start at values that no load needs.
 _PLAIN = (True, False, "gaussian", "orthogonal", "eva", "mica", "lora_ga")
 _LINEAR_ONLY = ("orthogonal", "mica", "olora", "pissa")
-_NEEDS_DATA = MappingProxyType(
-    {
-        "corda": "it is decomposed along the covariance of the layers' inputs, which is in no checkpoint",
-        "loftq": "it is rounded to few bits in alternation with a decomposition",
-    }
-)
+# It puts a rounded weight in the place of the base's.
+LOFTQ = "loftq"
 
 
 class Taken(NamedTuple):
@@ -51,13 +47,14 @@ def check_init(init: object) -> None:
         ValueError: there is none of this name.
         UnsupportedFeatureError: the adapter belongs to a changed base that its checkpoint does not determine.
     """
-    if isinstance(init, str) and init in _NEEDS_DATA:
+    if init == "corda":
         raise UnsupportedFeatureError(
-            f"init_lora_weights={init!r} changes the base weight: {_NEEDS_DATA[init]}. If the given base model is the "
-            "changed one, saved after the initialisation, set `init_lora_weights` to true in adapter_config.json; otherwise "
-            "save the adapter with `path_initial_model_for_weight_conversion` where it was trained."
+            "init_lora_weights='corda' changes the base weight: it is decomposed along the covariance of the layers' inputs, "
+            "which is in no checkpoint. If the given base model is the changed one, saved after the initialisation, set "
+            "`init_lora_weights` to true in adapter_config.json; otherwise save the adapter with "
+            "`path_initial_model_for_weight_conversion` where it was trained."
         )
-    if init not in _PLAIN and not takes_from_base(init):
+    if init not in (*_PLAIN, LOFTQ) and not takes_from_base(init):
         raise ValueError(f"Unknown initialization init_lora_weights={init!r}")
 
 
@@ -72,6 +69,11 @@ def check_init_on(init: object, kind: LayerKind) -> None:
     Raises:
         UnsupportedLayerError: (a ValueError) as said.
     """
+    if init == LOFTQ and kind is not LayerKind.LINEAR:
+        raise UnsupportedLayerError(
+            f"init_lora_weights='loftq' can be used on linear layers alone, not on the kind {kind.name}. Leave it out of the "
+            "targets."
+        )
     named = isinstance(init, str) and (init in _LINEAR_ONLY or init.startswith(_NITER))
     if named and kind not in (*_LINEAR, LayerKind.EMBEDDING):
         raise UnsupportedLayerError(
