@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from splice.methods.layer import Additive, Factors, Slots, cast_to
+from splice.methods.layer import Additive, Factors, Forward, Slots, cast_to
 from splice.methods.lora_config import LoraConfig
 from splice.methods.lora_inits import initialise_linear
 from splice.surgery.targets import value_for
@@ -70,6 +70,18 @@ class LoraLinear(LoraLayer):
         super().prepare(base, config, path)
         # Kept as a tuple: each look-up of a child module by name would cost as much as a tenth of a small product.
         self._factors: tuple[Any, Any] = (self.lora_A, self.lora_B)
+
+    def around(self, x: torch.Tensor, inner: Forward) -> torch.Tensor:
+        # The one that decoding meets on every layer: `Additive.around`, with the tensors at hand. `nn.Module.__getattr__`
+        # would cost as much as a small product.
+        a, b = self._factors[0]._parameters, self._factors[1]._parameters
+        weight = a.get("weight")
+        if type(self) is not LoraLinear or weight is None or (self.dropout and self.training):
+            return super().around(x, inner)
+        y: torch.Tensor = inner(x)
+        hidden = F.linear(cast_to(x, weight), weight)
+        out = torch.add(y, F.linear(hidden, b["weight"], b["bias"]), alpha=self.scale)
+        return out if out.dtype is y.dtype else out.to(y.dtype)
 
     def cast_input(self, x: torch.Tensor) -> torch.Tensor:
         return cast_to(x, self._factors[0].weight)
