@@ -1,0 +1,56 @@
+"""The public table: every name is there, documented and imported only when it is asked for."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+import splice
+from splice.methods.registry import all_methods
+
+CONFIGS = [method.config.__name__ for method in all_methods().values()]
+
+
+@pytest.mark.parametrize("name", [*splice.__all__, *CONFIGS])
+def test_every_name_is_there_and_says_what_it_is(name: str) -> None:
+    value = getattr(splice, name)
+    assert value.__name__ == name
+    assert inspect.getdoc(value), f"{name} has no docstring"
+    assert value.__module__.startswith("splice.")
+
+
+@pytest.mark.parametrize("name", [n for n in (*splice.__all__, *CONFIGS) if inspect.isclass(getattr(splice, n))])
+def test_every_method_says_what_it_does_and_what_it_takes(name: str) -> None:
+    """Public methods have docstrings and annotations; what is inherited is its own class's business."""
+    cls = getattr(splice, name)
+    for member, value in vars(cls).items():
+        function: Any = value.__func__ if isinstance(value, (classmethod, staticmethod)) else value
+        if member.startswith("_") or not inspect.isfunction(function):
+            continue
+        for parameter in list(inspect.signature(function).parameters.values())[1:]:
+            assert parameter.annotation is not parameter.empty, f"{name}.{member}({parameter.name})"
+        own = inspect.getdoc(function) or any(getattr(base, member, None) for base in cls.__mro__[1:])
+        assert own or len(inspect.getsource(function).splitlines()) <= 3, f"{name}.{member} has no docstring"
+
+
+def test_names_that_are_not_there() -> None:
+    for name in ("PeftModelForEverything", "NoSuchConfig"):
+        with pytest.raises(AttributeError, match=f"module 'splice' has no attribute '{name}'"):
+            getattr(splice, name)
+    assert set(splice.__all__) <= set(dir(splice))
+
+
+def test_importing_costs_nothing_that_is_not_used() -> None:
+    """Neither torch nor transformers with `import splice`; no library of the base's with everything in it."""
+    program = (
+        "import sys, splice\n"
+        "assert not {'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)\n"
+        "[getattr(splice, name) for name in splice.__all__]\n"
+        "print(*({'transformers', 'accelerate', 'bitsandbytes', 'huggingface_hub', 'peft'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
