@@ -69,12 +69,17 @@ class LoraLinear(LoraLayer):
     def prepare(self, base: nn.Module, config: LoraConfig, path: str) -> None:
         super().prepare(base, config, path)
         # Kept as a tuple: each look-up of a child module by name would cost as much as a tenth of a small product.
-        self._factors: tuple[Any, Any] = (self.lora_A, self.lora_B)
+        first, second = self.lora_A, self.lora_B
+        self._factors: tuple[Any, Any] = (first, second)
+        # And what is asked for at every call, straight: in a mixed batch each step on the way is a miss of the cache.
+        self._held: tuple[dict[str, Any], dict[str, Any]] = (first._parameters, second._parameters)
+        has_bias = second._parameters["bias"] is not None or self._parameters["trained_bias"] is not None
+        self._is_product = type(self) is LoraLinear and not has_bias
 
     def around(self, x: torch.Tensor, inner: Forward) -> torch.Tensor:
         # The one that decoding meets on every layer: `Additive.around`, with the tensors at hand. `nn.Module.__getattr__`
         # would cost as much as a small product.
-        a, b = self._factors[0]._parameters, self._factors[1]._parameters
+        a, b = self._held
         weight = a.get("weight")
         if type(self) is not LoraLinear or weight is None or (self.dropout and self.training):
             return super().around(x, inner)
@@ -91,10 +96,10 @@ class LoraLinear(LoraLayer):
         return F.linear(F.linear(x, a.weight), b.weight, b.bias)
 
     def factors(self) -> Factors | None:
-        # Asked for every adapter of a mixed batch on every layer, so past `nn.Module.__getattr__`.
-        a, b = self._factors[0]._parameters, self._factors[1]._parameters
-        plain = b["bias"] is None and self._parameters["trained_bias"] is None and not (self.dropout and self.training)
-        return Factors(a["weight"], b["weight"], self.scale) if plain and type(self) is LoraLinear else None
+        if not self._is_product or (self.dropout and self.training):
+            return None
+        a, b = self._held
+        return Factors(a["weight"], b["weight"], self.scale)
 
     def own_update(self) -> torch.Tensor:
         """`scale * B A`, (out, in)."""
