@@ -37,6 +37,8 @@ from tests.broken import (
 SAVING = tuple(f"{PACKAGE}/{name}.py" for name in ("saving", "files"))
 CARD = "README.md"
 FORMS = {"safetensors": True, "bin": False}
+# What crashes at every line takes a process for each: in both forms in the slow tests.
+each_form = pytest.mark.parametrize("form", ["safetensors", pytest.param("bin", marks=pytest.mark.slow)])
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -72,7 +74,7 @@ def _killed(save: Callable[[], None], line: int) -> None:
 # -- a crash
 
 
-@pytest.mark.parametrize("form", FORMS)
+@each_form
 def test_a_crash_at_any_line_leaves_the_old_checkpoint_or_the_new(form: str, pair: Pair, tmp_path: Path) -> None:
     safe, out = FORMS[form], tmp_path / "out"
     total = lines_of(lambda: pair.new.save_pretrained(tmp_path / "rehearsal", safe), SAVING)
@@ -89,7 +91,7 @@ def test_a_crash_at_any_line_leaves_the_old_checkpoint_or_the_new(form: str, pai
     assert set(seen) == {"old", "new"}
 
 
-@pytest.mark.parametrize("form", FORMS)
+@each_form
 def test_a_crash_in_an_empty_folder_leaves_nothing_or_the_new_one(form: str, pair: Pair, tmp_path: Path) -> None:
     safe = FORMS[form]
     total = lines_of(lambda: pair.new.save_pretrained(tmp_path / "rehearsal", safe), SAVING)
@@ -104,7 +106,7 @@ def test_a_crash_in_an_empty_folder_leaves_nothing_or_the_new_one(form: str, pai
     assert set(loaded) <= {"nothing", "new"}
 
 
-@pytest.mark.parametrize("form", FORMS)
+@each_form
 def test_a_save_after_a_crash_is_whole(form: str, pair: Pair, tmp_path: Path) -> None:
     safe = FORMS[form]
     total = lines_of(lambda: pair.new.save_pretrained(tmp_path / "rehearsal", safe), SAVING)

@@ -556,7 +556,15 @@ def _worker(rank: int, port: int, peft_type: str, checkpoint: str, result: str) 
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("case", plain_cases(bases.LINEAR), ids=str)
+# Two processes for each: here a method whose layers share nothing, and one whose layers do; in the slow tests all of them.
+_QUICK = ("LORA", "VERA")
+_CASES = [
+    pytest.param(case, id=str(case), marks=() if str(case).startswith(_QUICK) else pytest.mark.slow)
+    for case in plain_cases(bases.LINEAR)
+]
+
+
+@pytest.mark.parametrize("case", _CASES)
 def test_two_processes_train_as_one(case: Case, shared_checkpoint: Any, tmp_path: Path) -> None:
     """Data-parallel on half a batch each: the same weights on both, and those of one process on the whole batch."""
     folder, result = str(shared_checkpoint(case.base, case.config())), str(tmp_path / "result")
