@@ -254,6 +254,18 @@ def test_what_is_in_the_repository_stays(hub: Hub, tmp_path: Path) -> None:
     assert len(repository.commits) == again + 1 and BIN in repository.files()
 
 
+def test_a_card_on_the_hub_that_cannot_be_read_stays(hub: Hub, tmp_path: Path) -> None:
+    """And the adapter is pushed all the same."""
+    written = b"---\ntags: [unclosed\n---\n# Theirs\n"
+    repository = hub.repository(LORA)
+    repository.commit({CARD: written})
+    model = load(parts(seed=1).write(tmp_path / "a"))
+    with pytest.warns(splice.PeftWarning, match="README.md cannot be read, so it is left as it is"):
+        model.push_to_hub(LORA, token=TOKEN, tags=["mine"])
+    assert repository.files()[CARD] == written
+    assert torch.equal(output(load(LORA)), plain(1, tmp_path))
+
+
 def test_pushed_to_a_branch(hub: Hub, tmp_path: Path) -> None:
     repository = hub.repository(LORA)
     repository.commit({".gitattributes": b"", CARD: b"# Main\n"})

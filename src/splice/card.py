@@ -23,7 +23,7 @@ _VERSION_LINE = re.compile(r"^- PEFT .*$", re.MULTILINE)
 _CODE = """```python
 from splice import PeftModel
 
-model = PeftModel.from_pretrained(base_model, {place!r})
+model = PeftModel.from_pretrained(base_model, "<folder or id>")
 ```"""
 
 
@@ -37,15 +37,11 @@ def write_card(model: PeftModel, folder: Path) -> None:
     place = folder / CARD_NAME
     base = _base(model)
     if place.exists():
-        try:
-            card: Any = ModelCard.load(place, ignore_metadata_errors=False)
-        except Exception as error:  # of whoever reads YAML
-            text = f"{place} cannot be read, so it is left as it is: {error}"
-            warnings.warn(text, PeftWarning, stacklevel=3)
+        card = _read(place)
+        if card is None:
             return
     else:
-        code = _CODE.format(place="<folder or id>")
-        card = ModelCard.from_template(ModelCardData(), get_started_code=code, base_model=base)
+        card = ModelCard.from_template(ModelCardData(), get_started_code=_CODE, base_model=base)
     data = card.data
     data.library_name = "peft"
     add_tags(data, _tags(model, base))
@@ -58,14 +54,24 @@ def write_card(model: PeftModel, folder: Path) -> None:
 
 
 def tag_card(folder: Path, tags: Iterable[str]) -> None:
-    """Add tags to the card in `folder`, if there is one."""
-    from huggingface_hub import ModelCard
-
+    """Add tags to the card in `folder`, if there is one that can be read."""
     place, tags = folder / CARD_NAME, list(tags)
-    if place.exists() and tags:
-        card: Any = ModelCard.load(place)
+    card = _read(place) if place.exists() and tags else None
+    if card is not None:
         add_tags(card.data, tags)
         write_text(place, str(card))
+
+
+def _read(place: Path) -> Any:
+    """The card; None, with a warning, where it cannot be read."""
+    from huggingface_hub import ModelCard
+
+    try:
+        return ModelCard.load(place)
+    except Exception as error:  # of whoever reads YAML
+        text = f"{place} cannot be read, so it is left as it is: {error}"
+        warnings.warn(text, PeftWarning, stacklevel=4)
+        return None
 
 
 def add_tags(data: Any, tags: Iterable[str]) -> None:
@@ -77,7 +83,7 @@ def add_tags(data: Any, tags: Iterable[str]) -> None:
 
 def _tags(model: PeftModel, base: str | None) -> list[str]:
     network = model.get_base_model()
-    tags = set[str](vars(network).get("model_tags") or vars(type(network)).get("model_tags") or ())
+    tags = set[str](asked(network, "model_tags") or ())
     if is_pretrained(network):
         tags.add("transformers")
     if any(config.peft_type == PeftType.LORA for config in model.peft_config.values()):

@@ -17,18 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Publication:
-    """Where to publish, and under which words.
-
-    Attributes:
-        repo_id: "user/name" or, in one's own namespace, "name"; made if it is not there.
-        commit_message: title of the commit.
-        commit_description: its text.
-        private: whether a repository that is made now is private.
-        token: of the Hub; True or None for the one that is stored on this machine.
-        revision: branch, made if it is not there.
-        create_pr: propose the commit rather than make it.
-        tags: added to those of the model card.
-    """
+    """Where to publish, and under which words: the arguments of `PeftModel.push_to_hub` that say so."""
 
     repo_id: str
     commit_message: str | None = None
@@ -73,6 +62,8 @@ def publish(target: Publication, what: str, write: Callable[[Path], None], write
             shutil.copyfile(card, folder / CARD_NAME)
             write_card(folder)
         tag_card(folder, target.tags)
+        if card is not None and (folder / CARD_NAME).read_bytes() == Path(card).read_bytes():
+            (folder / CARD_NAME).unlink()  # it stays as it is, which the Hub may refuse to be sent
         return api.upload_folder(
             repo_id=repository,
             folder_path=folder,

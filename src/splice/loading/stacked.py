@@ -110,10 +110,10 @@ def as_stacked(
     experts = experts_of(network, modules, method)
     if experts is None:
         return None
-    entries = checkpoint.entries
+    entries = checkpoint.weights.entries
     plain: dict[str, str] = {}
     tensors: dict[tuple[str, str], dict[int, dict[str, str]]] = {}
-    owners, routers = {stack.owner for stack in experts.stacks}, set[str]()
+    owners, known_routers, routers = {stack.owner for stack in experts.stacks}, set(experts.routers), set[str]()
     for name, own in checkpoint.names.items():
         key = parse_key(name, method.tensor_names)
         path = "" if key is None else experts.rename(key.path)
@@ -123,7 +123,8 @@ def as_stacked(
             tensors.setdefault((owner, part), {}).setdefault(int(index), {})[key.suffix] = own
         else:
             plain[name if key is None else format_key(path, key.suffix)] = own
-            routers |= {path} & set(experts.routers)
+            if path in known_routers:
+                routers.add(path)
     wanted = {
         stack: tuple(part for part in stack.parts if (stack.owner, part) in tensors)
         for stack in experts.stacks
@@ -132,9 +133,7 @@ def as_stacked(
     known = {(stack.owner, part) for stack, parts in wanted.items() for part in parts}
     if (not wanted and not routers) or set(tensors) - known:
         return None
-    joined = {
-        stack: _joined(stack, parts, tensors, entries, checkpoint.names, config) for stack, parts in wanted.items()
-    }
+    joined = {stack: _joined(stack, parts, tensors, entries, config) for stack, parts in wanted.items()}
     if None in joined.values():
         return None
     weights = StackedExperts(checkpoint.weights, plain, {_front(s, wanted): j for s, j in joined.items() if j})
@@ -153,11 +152,9 @@ def _joined(
     parts: Sequence[str],
     tensors: Mapping[tuple[str, str], Mapping[int, Mapping[str, str]]],
     entries: Mapping[str, Entry],
-    names: Mapping[str, str],
     config: Any,
 ) -> _Joined | None:
     """The recipe for a stack's tensors; None where an expert's are missing or of another shape."""
-    by_own = {own: entries[name] for name, own in names.items()}
     experts, size_out, size_in = stack.shape
     height, scale = size_out // len(stack.parts), scale_of(config, *joined_values(config, stack, parts))
     found: list[_Part | None] = []
@@ -168,7 +165,7 @@ def _joined(
         each, (rank, alpha) = tensors[stack.owner, part], part_values(config, stack, part)
         pairs = [each.get(e, {}) for e in range(experts)]
         shapes = {"lora_A.weight": (rank, size_in), "lora_B.weight": (height, rank)}
-        if len(each) != experts or any({s: by_own[own].shape for s, own in pair.items()} != shapes for pair in pairs):
+        if len(each) != experts or any({s: entries[own].shape for s, own in pair.items()} != shapes for pair in pairs):
             return None
         a, b = ([pair[suffix] for pair in pairs] for suffix in shapes)
         found.append(_Part(a, b, rank, scale_of(config, rank, alpha) / scale))

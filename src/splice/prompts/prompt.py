@@ -249,10 +249,10 @@ class Prompt:
 def prompt_of_rows(layers: Mapping[str, AdapterLayer], rows: Rows, main: torch.Tensor) -> Prompt | None:
     """Raises UnsupportedFeatureError where rows of different lengths cannot stand in one batch."""
     parts = []
-    for name, index in ((g.name, g.index) for g in rows.groups(main.shape[0], main.device)):
-        layer = layers[name]
+    for group in rows.groups(main.shape[0], main.device):
+        layer = layers[group.name]
         assert isinstance(layer, PromptLayer)
-        parts.append((layer, index))
+        parts.append((layer, group.index))
     if not parts:
         return None
     count = max(layer.count for layer, _ in parts)
