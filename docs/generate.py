@@ -6,11 +6,11 @@ import inspect
 import sys
 from pathlib import Path
 
-from splice.methods.registry import Combining, Method, all_methods
+from splice.kinds.registry import Combining, Method, all_methods
 
 _HEAD = """# Methods
 
-One row for every record in `src/splice/methods/` and `src/splice/prompts/`; written by `make docs`. Every method is loaded,
+One row for every record in `src/splice/methods/`; written by `make docs`. Every method is loaded,
 created, trained and saved, switched, disabled and deleted, and may stand in a batch of mixed rows.
 
 | `peft_type` | what it is | config | on | merges | several active | weighted sums | paper |

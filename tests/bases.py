@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from splice.weights.layers import LayerKind
+from splice.base.layers import LayerKind
 
 VOCABULARY = 40
 Inputs = dict[str, torch.Tensor]

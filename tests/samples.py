@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from splice.config import PeftType
-from splice.methods.registry import Method, all_methods
+from splice.kinds.registry import Method, all_methods
 from tests import bases
 from tests.bases import Base
 

@@ -15,9 +15,9 @@ import torch
 
 import splice
 import splice.tasks
+from splice.base.layers import LayerKind
 from splice.config import PeftType
-from splice.methods.registry import all_methods
-from splice.weights.layers import LayerKind
+from splice.kinds.registry import all_methods
 from tests import bases
 from tests.bases import run
 from tests.comparing import (

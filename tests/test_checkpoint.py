@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 import splice
-from splice.loading.checkpoint import SafetensorsFile, TensorsInMemory, open_weights
+from splice.checkpoint.tensors import SafetensorsFile, TensorsInMemory, open_weights
 from tests import broken
 from tests.broken import BIN, SAFETENSORS, Parts, by_reference, in_fork, llama, load, output, parts
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import splice
-from splice.methods.registry import Combining, all_methods
+from splice.kinds.registry import Combining, all_methods
 from tests import bases
 from tests.bases import Base, run
 from tests.comparing import Pair, assert_close, differ, load_both, trainable_names

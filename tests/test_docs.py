@@ -11,7 +11,7 @@ import pytest
 
 from splice import get_peft_config
 from splice.config import PeftConfig
-from splice.methods.registry import Method, all_methods, register
+from splice.kinds.registry import Method, all_methods, register
 from tests.samples import SAMPLES
 
 ROOT = Path(__file__).parent.parent

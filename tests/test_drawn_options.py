@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import splice
-from splice.methods.registry import Method, all_methods
+from splice.kinds.registry import Method, all_methods
 from tests import bases
 from tests.bases import Base, run
 from tests.comparing import assert_close

@@ -123,7 +123,7 @@ def test_the_same_mistake_is_the_same_kind_of_exception(what: str, tmp_path: Pat
 
 def test_a_method_of_the_reference_that_is_refused_here(tmp_path: Path) -> None:
     """Every kind of adapter that the reference knows and splice does not load is refused by its name."""
-    from splice.methods.registry import all_methods
+    from splice.kinds.registry import all_methods
 
     model = llama()
     for name in peft.PeftType:
@@ -394,15 +394,15 @@ def test_an_interrupt_at_every_line_leaves_the_model_as_it_was(name: str, tmp_pa
 
 
 POINTS: dict[str, tuple[str, ...]] = {
-    "the reader": ("splice.loading.checkpoint.SafetensorsFile.read",),
+    "the reader": ("splice.checkpoint.tensors.SafetensorsFile.read",),
     "the reader's system call": ("os.preadv",),
-    "an adapter layer": ("splice.methods.layer.AdapterLayer.__init__",),
+    "an adapter layer": ("splice.kinds.layer.AdapterLayer.__init__",),
     "attaching a layer": ("splice.surgery.tuner.attach",),
     "freezing": ("splice.surgery.base_changes.BaseChanges.make",),
     "the flags": ("splice.surgery.tuner.Tuner.set_requires_grad",),
     "the report": ("splice.loading.load.report",),
     "going into eval mode": ("splice.model.PeftModel._after_load",),
-    "selecting": ("splice.surgery.selection.Selection.set",),
+    "selecting": ("splice.selection.Selection.set",),
 }
 
 

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 import splice
+from splice.base.layers import LayerKind
 from splice.errors import PeftWarning
-from splice.methods.registry import all_methods
-from splice.weights.layers import LayerKind
+from splice.kinds.registry import all_methods
 from tests import bases
 from tests.bases import Base, run
 from tests.comparing import Snapshot, assert_close, differ

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from splice.checkpoint.header import read_header
+from splice.checkpoint.tensors import DTYPES, open_weights
 from splice.errors import CheckpointError
-from splice.loading.checkpoint import DTYPES, open_weights
-from splice.loading.header import read_header
 from tests.broken import raw_bytes
 
 # What safetensors allows.

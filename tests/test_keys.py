@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import splice
-from splice.loading.keys import PREFIX, Key, format_key, parse_key, renamed
-from splice.methods.registry import all_methods
+from splice.checkpoint.keys import PREFIX, Key, format_key, parse_key, renamed
+from splice.kinds.registry import all_methods
 from tests import broken
 from tests.broken import llama, load, output, parts
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import splice
 from splice.errors import UnsupportedFeatureError
-from splice.methods.lora_loftq import rounded
+from splice.methods.lora.loftq import rounded
 from tests import bases
 from tests.comparing import Snapshot, assert_close
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import splice
-from splice.weights.layers import LayerKind
+from splice.base.layers import LayerKind
 from tests import bases
 from tests.bases import Base, run
 from tests.comparing import (

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import splice
-from splice.prompts.cached import CachedPrompt
+from splice.methods.prompts.cached import CachedPrompt
 from tests import bases
 from tests.bases import Inputs, run
 from tests.comparing import (

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import splice
-from splice.methods.registry import all_methods
+from splice.kinds.registry import all_methods
 
 CONFIGS = [method.config.__name__ for method in all_methods().values()]
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import splice
 from splice.errors import AdapterMismatchError, PeftWarning, UnsupportedFeatureError
-from splice.methods.lora_config import NOT_HONOURED
+from splice.methods.lora.config import NOT_HONOURED
 from tests import broken
 from tests.broken import (
     Interrupted,

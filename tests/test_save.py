@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 import splice
-from splice import saving
+from splice.loading import saving
 from tests import broken
 from tests.broken import by_reference, in_fork, llama, load, output, parts
 
@@ -194,7 +194,7 @@ def test_a_hub_id_without_network(options: dict[str, Any], seed: int, cached: Pa
 
 
 def test_config_and_weights_come_from_one_commit(cached: Path, tmp_path: Path) -> None:
-    from splice.loading.source import Source
+    from splice.checkpoint.source import Source
 
     source = Source.from_options("someone/lora", None, {"cache_dir": cached})
     source.config_text()

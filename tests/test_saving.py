@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import splice
-from splice import saving
+from splice.loading import saving
 from tests import broken
 from tests.broken import (
     BIN,
@@ -34,7 +34,7 @@ from tests.broken import (
     parts,
 )
 
-SAVING = tuple(f"{PACKAGE}/{name}.py" for name in ("saving", "files"))
+SAVING = tuple(f"{PACKAGE}/{name}.py" for name in ("loading/saving", "checkpoint/writing", "checkpoint/files"))
 CARD = "README.md"
 FORMS = {"safetensors": True, "bin": False}
 # What crashes at every line takes a process for each: in both forms in the slow tests.

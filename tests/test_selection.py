@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import splice
-from splice.surgery.selection import BASE
+from splice.selection import BASE
 from tests import bases
 from tests.bases import Inputs, run
 from tests.comparing import assert_close, differ

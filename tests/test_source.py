@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import splice
-from splice.loading.source import Source
+from splice.checkpoint.source import Source
 from tests import broken
 from tests.broken import BIN, CONFIG, SAFETENSORS, in_fork, llama, load, output, parts, unchanged
 

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import splice
+from splice.base.layers import LayerKind, kind_of
 from splice.config import TargetRule
-from splice.methods.registry import Method, all_methods
-from splice.surgery.targets import TargetMatcher, value_for
-from splice.weights.layers import LayerKind, kind_of
+from splice.kinds.registry import Method, all_methods
+from splice.loading.targets import TargetMatcher, value_for
 from tests import bases
 from tests.bases import Base, run
 from tests.comparing import assert_close, load_both

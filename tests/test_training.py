@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import splice
-from splice.surgery.whole import WholeModule
+from splice.kinds.module_copy import WholeModule
 from tests import bases
 from tests.bases import Inputs, run
 from tests.comparing import Pair, Snapshot, assert_close, base_parameters, differ, load_both, parameters_of

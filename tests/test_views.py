@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import splice
-from splice.methods.registry import all_methods
+from splice.kinds.registry import all_methods
 from tests import bases
 from tests.bases import run
 from tests.comparing import Pair, assert_close, assert_same_tensors, differ, load_both

@@ -31,10 +31,10 @@ _PUBLIC = {
         "UnknownMethodError",
         "UnsupportedFeatureError",
     ],
-    "splice.methods.lora_config": ["LoraConfig", "LoraRuntimeConfig"],
-    "splice.prompts.prompt_tuning": ["PromptTuningConfig", "PromptTuningInit"],
+    "splice.methods.lora.config": ["LoraConfig", "LoraRuntimeConfig"],
+    "splice.methods.prompts.prompt_tuning": ["PromptTuningConfig", "PromptTuningInit"],
     "splice.loading.report": ["LoadReport"],
-    "splice.saving": ["get_peft_model_state_dict"],
+    "splice.loading.saving": ["get_peft_model_state_dict"],
     "splice.loading.state": ["load_peft_weights", "set_peft_model_state_dict"],
     "splice.status": ["get_layer_status", "get_model_status"],
 }
@@ -48,7 +48,7 @@ def __getattr__(name: str) -> Any:
     if name in _PLACES:
         value = getattr(import_module(_PLACES[name]), name)
     elif name.endswith("Config"):  # every method brings one, and stands in no list
-        value = import_module("splice.methods.registry").config_class(name)
+        value = import_module("splice.kinds.registry").config_class(name)
     else:
         raise AttributeError(f"module 'splice' has no attribute {name!r}")
     globals()[name] = value

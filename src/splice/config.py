@@ -185,7 +185,7 @@ class PeftConfig:
         tags: list[str] | None = None,
     ) -> str:
         """Upload `adapter_config.json`, as one commit; arguments as in `PeftModel.push_to_hub`."""
-        from splice.publishing import Publication, publish
+        from splice.checkpoint.publishing import Publication, publish
 
         target = Publication(
             repo_id, commit_message, commit_description, private, token, revision, create_pr, tags or ()
@@ -207,7 +207,7 @@ class PeftConfig:
             CheckpointError: (a ValueError) there is no readable `adapter_config.json`.
             UnknownMethodError: (a KeyError) `peft_type` names no known method.
         """
-        from splice.loading.source import Source
+        from splice.checkpoint.source import Source
 
         source = Source.from_options(pretrained_model_name_or_path, subfolder=subfolder, options=kwargs)
         return parse_config(source.config_text(), str(source.config_place))
@@ -253,7 +253,7 @@ def read_fields(text: bytes, place: str) -> dict[str, Any]:
     Raises:
         CheckpointError: it is a pointer to a file that was not fetched, not UTF-8, not JSON, or not a JSON object.
     """
-    from splice.loading.foreign import LFS_START, lfs_pointer
+    from splice.checkpoint.foreign import LFS_START, lfs_pointer
 
     if text.startswith(LFS_START):
         raise CheckpointError(lfs_pointer(place))
@@ -293,9 +293,9 @@ def parse_config(text: bytes, place: str) -> PeftConfig:
 
 def read_config(text: bytes, place: str) -> ReadConfig:
     """As `parse_config`, with what was understood beyond the fields of today."""
-    from splice.loading.clean import check_kinds, cleaned, legacy
-    from splice.loading.foreign import what_config
-    from splice.methods.registry import method_named
+    from splice.checkpoint.cleaning import check_kinds, cleaned, legacy
+    from splice.checkpoint.foreign import what_config
+    from splice.kinds.registry import method_named
 
     fields = read_fields(text, place)
     if "peft_type" not in fields:
@@ -337,7 +337,7 @@ def _jsonable(value: Any) -> Any:
 
 def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
     """The config object of `config_dict["peft_type"]`; unknown fields are a TypeError, as in any constructor."""
-    from splice.methods.registry import method_named
+    from splice.kinds.registry import method_named
 
     return method_named(config_dict["peft_type"], "the given dict").config(**config_dict)
 

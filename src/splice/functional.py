@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from splice.injecting import inject_adapter_in_model as inject_adapter_in_model
+from splice.kinds.layer import HALVES
+from splice.kinds.module_copy import WholeModule
+from splice.loading.saving import get_peft_model_state_dict as get_peft_model_state_dict
+from splice.loading.saving import tuner_of
 from splice.loading.state import set_peft_model_state_dict as set_peft_model_state_dict
-from splice.methods.layer import HALVES
-from splice.saving import get_peft_model_state_dict as get_peft_model_state_dict
-from splice.saving import tuner_of
-from splice.surgery.whole import WholeModule
 
 __all__ = [
     "cast_adapter_dtype",

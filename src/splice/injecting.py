@@ -8,16 +8,16 @@ from typing import Any
 
 from torch import nn
 
+from splice.checkpoint.keys import PREFIX, parse_key
 from splice.config import PeftConfig, copy_config
-from splice.creating import new_adapter
 from splice.errors import NoMatchingPeftModuleError
-from splice.loading.keys import PREFIX, parse_key
+from splice.kinds.module_copy import walk_bare
+from splice.kinds.registry import Method, method_named
+from splice.loading.creating import new_adapter
 from splice.loading.report import grouped
-from splice.methods.registry import Method, method_named
-from splice.surgery.targets import TargetMatcher, resolved_rule
+from splice.loading.targets import TargetMatcher, resolved_rule
 from splice.surgery.tuner import Tuner
 from splice.surgery.undo import Undo
-from splice.surgery.whole import walk_bare
 
 _COMPILED = "_orig_mod."
 

@@ -12,19 +12,19 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from splice.base.asking import asked
 from splice.config import PeftConfig
-from splice.creating import new_adapter
 from splice.errors import PeftWarning
-from splice.loading.given import checkpoint_from
+from splice.kinds.layer import AdapterLayer, Call
+from splice.loading.creating import new_adapter
+from splice.loading.in_memory import checkpoint_from
 from splice.loading.load import Loaded, LoadOptions, load_into, load_new
 from splice.loading.report import LoadReport
-from splice.methods.layer import AdapterLayer, Call
+from splice.selection import Choice
 from splice.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from splice.surgery.first_call import warn_if_unused
-from splice.surgery.selection import Choice
 from splice.surgery.tuner import Tuner
 from splice.surgery.undo import Undo
-from splice.weights.asking import asked
 
 
 class PeftModel(nn.Module):
@@ -267,7 +267,7 @@ class PeftModel(nn.Module):
         Raises:
             ValueError: `save_directory` is a file, or an adapter is unknown.
         """
-        from splice.saving import save
+        from splice.loading.saving import save
 
         save(
             self,
@@ -287,7 +287,7 @@ class PeftModel(nn.Module):
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         """Write the README.md of a repository into a folder, or bring the one there up to date; what it says stays."""
-        from splice.card import write_card
+        from splice.checkpoint.card import write_card
 
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -331,7 +331,7 @@ class PeftModel(nn.Module):
         Raises:
             As `save_pretrained`, before anything is asked of the Hub; huggingface_hub.errors.HfHubHTTPError: it refuses.
         """
-        from splice.publishing import Publication, publish
+        from splice.checkpoint.publishing import Publication, publish
 
         def write(folder: Path) -> None:
             self.save_pretrained(folder, safe_serialization, selected_adapters, save_embedding_layers)
@@ -413,7 +413,7 @@ class PeftModel(nn.Module):
         majority_sign_method: str = "total",
     ) -> None:
         """Combine adapters into a new one; see `merging/combine.py` for the combinations."""
-        from splice.merging.combine import Combination, add_weighted_adapter
+        from splice.loading.combining import Combination, add_weighted_adapter
 
         combination = Combination(
             combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method

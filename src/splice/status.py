@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
-from splice.methods.layer import AdapterLayer
+from splice.kinds.layer import AdapterLayer
 from splice.surgery.adapted import Adapted, original_class
 from splice.surgery.tuner import Tuner, is_whole
 
@@ -61,7 +61,7 @@ def get_layer_status(model: nn.Module) -> list[LayerStatus]:
 
 
 def _tuner(model: Any) -> Tuner:
-    from splice.saving import tuner_of
+    from splice.loading.saving import tuner_of
 
     tuner, _ = tuner_of(model)
     if not tuner.adapted:

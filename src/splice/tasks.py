@@ -108,7 +108,7 @@ class PeftModelForSeq2SeqLM(_TaskModel):
 
         Virtual tokens in the encoder's input need `input_ids` by that name.
         """
-        from splice.prompts.embedded import generate_from
+        from splice.methods.prompts.embedded import generate_from
 
         return self._call(generate_from(self.base_model), adapter_names, True, *args, **kwargs)
 
@@ -239,7 +239,7 @@ def get_peft_model(
         NoMatchingPeftModuleError: the config selects nothing.
         ValueError: the config cannot be applied to a layer that it selects.
     """
-    from splice.creating import adopt_base
+    from splice.loading.creating import adopt_base
 
     adopt_base(peft_config, model, revision)
     cls = PeftMixedModel if mixed else class_for(peft_config, PeftModel)

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
+from splice.base.dense import device_of
+from splice.checkpoint.header import Entry
+from splice.checkpoint.tensors import Weights
 from splice.config import PeftConfig
-from splice.loading.checkpoint import Weights
-from splice.loading.header import Entry
-from splice.loading.placement import Placement
+from splice.kinds.layer import AdapterLayer
+from splice.kinds.module_copy import WholeModule, copy_bias
 from splice.loading.plan import Plan
 from splice.loading.tying import tensors_for
-from splice.methods.layer import AdapterLayer
-from splice.surgery.whole import WholeModule, copy_bias
-from splice.weights.dense import device_of
+from splice.surgery.placement import Placement
 
 _BATCH_BYTES = 8_000_000
 

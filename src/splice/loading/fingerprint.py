@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from splice.kinds.module_copy import BiasOnly, WholeModule, own_tensors
 from splice.surgery.adapted import original_class
-from splice.surgery.whole import BiasOnly, WholeModule, own_tensors
 
 if TYPE_CHECKING:
     from splice.surgery.tuner import Tuner

@@ -17,31 +17,31 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from splice.checkpoint.header import Entry
+from splice.checkpoint.keys import renamed
+from splice.checkpoint.source import Source
+from splice.checkpoint.tensors import Weights, open_weights
 from splice.config import PeftConfig, ReadConfig, copy_config, read_config
-from splice.creating import check_together, write_back
 from splice.errors import AdapterMismatchError, PeftWarning
-from splice.loading.checkpoint import Weights, open_weights
+from splice.kinds.layer import AdapterLayer
+from splice.kinds.module_copy import walk_bare
+from splice.kinds.registry import Method, method_named
+from splice.kinds.shared import SharedTensors
+from splice.loading.advice import advice, outdated
 from splice.loading.commit import Built, build_loaded
+from splice.loading.creating import check_together, write_back
 from splice.loading.fingerprint import Match
-from splice.loading.header import Entry
-from splice.loading.keys import renamed
-from splice.loading.mend import advice, outdated
 from splice.loading.other_base import about_base, compare_base, other_architecture
-from splice.loading.placement import Placement
 from splice.loading.plan import Plan, fit
-from splice.loading.published import Fitted, fitted
+from splice.loading.published.fitting import Fitted, fitted
+from splice.loading.published.vocabulary import fitted_resized
 from splice.loading.report import LoadReport, grouped, mismatch_error
-from splice.loading.source import Source
-from splice.loading.stacked import as_stacked
 from splice.loading.tying import repeated_keys
-from splice.loading.vocabulary import fitted_resized
-from splice.methods.kinds import SharedTensors
-from splice.methods.layer import AdapterLayer
-from splice.methods.registry import Method, method_named
+from splice.methods.lora.stacked import as_stacked
 from splice.surgery.adapted import original_class
+from splice.surgery.placement import Placement
 from splice.surgery.tuner import Tuner
 from splice.surgery.undo import Undo
-from splice.surgery.whole import walk_bare
 
 logger = logging.getLogger("splice")
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from splice.loading.checkpoint import Weights
+from splice.checkpoint.tensors import Weights
 from splice.loading.fingerprint import Comparison, Match, compare, fingerprint_of, read_fingerprint
 from splice.loading.report import grouped
 from splice.surgery.adapted import original_class

@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from splice.checkpoint.header import Entry
+from splice.checkpoint.keys import format_key
+from splice.checkpoint.tensors import DTYPES
 from splice.config import PeftConfig, TargetRule, copy_config
 from splice.errors import UnsupportedLayerError
-from splice.loading.checkpoint import DTYPES
-from splice.loading.header import Entry
-from splice.loading.keys import format_key
-from splice.loading.placement import Placement
+from splice.kinds.module_copy import BiasOnly, WholeModule, walk_bare
+from splice.kinds.registry import Method
+from splice.loading.targets import default_modules, resolved_rule, select, select_parameters
 from splice.loading.tying import EMBEDDING_NAMES, Repeated, followers, repeated_keys, token_rows, tying
-from splice.methods.registry import Method
-from splice.surgery.targets import default_modules, resolved_rule, select, select_parameters
-from splice.surgery.whole import BiasOnly, WholeModule, walk_bare
+from splice.surgery.placement import Placement
 
 if TYPE_CHECKING:
-    from splice.prompts.prompt import PromptLayer
+    from splice.methods.prompts.prompt import PromptLayer
 
 
 @dataclass

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from splice.loading.checkpoint import TensorsInMemory, open_weights
-from splice.loading.keys import PREFIX, renamed
+from splice.checkpoint.keys import PREFIX, renamed
+from splice.checkpoint.source import Source
+from splice.checkpoint.tensors import TensorsInMemory, open_weights
 from splice.loading.load import Checkpoint, LoadOptions, LoadResult, load_into
-from splice.loading.source import Source
-from splice.saving import tuner_of
+from splice.loading.saving import tuner_of
 from splice.surgery.undo import Undo
 
 

@@ -14,16 +14,16 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from splice.base.embeddings import InputEmbeddings, input_embeddings
+from splice.base.layers import kind_of
 from splice.config import PeftConfig, TargetRule
 from splice.errors import UnsupportedFeatureError
-from splice.loading.placement import Placement
-from splice.methods.layer import AdapterLayer
-from splice.methods.registry import Method
-from splice.methods.token_rows import RowsConfig, TokenRowsBeside
-from splice.surgery.targets import TargetMatcher
-from splice.surgery.tied import InputEmbeddings, input_embeddings
-from splice.surgery.whole import WholeModule
-from splice.weights.layers import kind_of
+from splice.kinds.layer import AdapterLayer
+from splice.kinds.module_copy import WholeModule
+from splice.kinds.registry import Method
+from splice.kinds.token_rows import RowsConfig, TokenRowsBeside
+from splice.loading.targets import TargetMatcher
+from splice.surgery.placement import Placement
 
 # What the reference calls embeddings when it decides what to tie and what to save.
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")

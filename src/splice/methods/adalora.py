@@ -18,15 +18,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from splice.base.layers import LayerKind, features, kind_of
 from splice.config import PeftType
+from splice.kinds.layer import Additive, cast_to
+from splice.kinds.registry import Method, register
+from splice.kinds.shared import operation_of
 from splice.methods.adalora_budget import update_and_allocate
 from splice.methods.default_targets import ADALORA_TARGETS
-from splice.methods.kinds import operation_of
-from splice.methods.layer import Additive, cast_to
-from splice.methods.lora_config import LoraConfig
-from splice.methods.lora_layers import product
-from splice.methods.registry import Method, register
-from splice.weights.layers import LayerKind, features, kind_of
+from splice.methods.lora.config import LoraConfig
+from splice.methods.lora.layers import product
 
 if TYPE_CHECKING:
     from splice.surgery.tuner import Tuner

@@ -16,12 +16,12 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from splice.base.layers import LayerKind, features, kind_of
 from splice.config import PeftType
+from splice.kinds.registry import Method, register
+from splice.kinds.shared import WeightDelta
 from splice.methods.default_targets import LORA_TARGETS
-from splice.methods.kinds import WeightDelta
-from splice.methods.registry import Method, register
 from splice.methods.targeted import TargetedConfig, check_positive
-from splice.weights.layers import LayerKind, features, kind_of
 
 
 @dataclass

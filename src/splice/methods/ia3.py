@@ -16,12 +16,12 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from splice.base.layers import LayerKind, features, kind_of
 from splice.config import PeftType
+from splice.kinds.layer import AdapterLayer, Forward, cast_to
+from splice.kinds.registry import Combining, Method, register
 from splice.methods.default_targets import IA3_FEEDFORWARD, IA3_TARGETS
-from splice.methods.layer import AdapterLayer, Forward, cast_to
-from splice.methods.registry import Combining, Method, register
 from splice.methods.targeted import TargetedConfig
-from splice.weights.layers import LayerKind, features, kind_of
 
 
 @dataclass

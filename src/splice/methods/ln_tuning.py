@@ -9,12 +9,12 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
+from splice.base.layers import LayerKind
 from splice.config import PeftType
+from splice.kinds.module_copy import WholeModule
+from splice.kinds.registry import Method, register
 from splice.methods.default_targets import LN_TUNING_TARGETS
-from splice.methods.registry import Method, register
 from splice.methods.targeted import TargetedConfig
-from splice.surgery.whole import WholeModule
-from splice.weights.layers import LayerKind
 
 
 @dataclass

@@ -14,12 +14,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
+from splice.base.layers import LayerKind
 from splice.config import PeftType
+from splice.kinds.registry import Method, register
 from splice.methods.default_targets import LORA_TARGETS
 from splice.methods.lycoris import LycorisLayer, check, core_shape, draw, product, rank_of, sizes
-from splice.methods.registry import Method, register
 from splice.methods.targeted import TargetedConfig
-from splice.weights.layers import LayerKind
 
 
 @dataclass

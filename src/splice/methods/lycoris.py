@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import nn
 
-from splice.methods.kinds import WeightDelta
-from splice.methods.layer import Forward
+from splice.base.layers import features
+from splice.kinds.layer import Forward
+from splice.kinds.shared import WeightDelta
+from splice.loading.targets import value_for
 from splice.methods.targeted import check_positive
-from splice.surgery.targets import value_for
-from splice.weights.layers import features
 
 if TYPE_CHECKING:
     from splice.methods.loha import LoHaConfig

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+from splice.base.layers import LayerKind
 from splice.config import PeftType
 from splice.errors import CheckpointError, PeftWarning
+from splice.kinds.layer import AdapterLayer
+from splice.kinds.registry import Method, register
 from splice.methods.default_targets import LORA_TARGETS
-from splice.methods.layer import AdapterLayer
 from splice.methods.oft_layers import OFTConv, OFTEmbedding, OFTLayer
-from splice.methods.registry import Method, register
 from splice.methods.targeted import TargetedConfig
-from splice.weights.layers import LayerKind
 
 
 @dataclass

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from splice.methods.kinds import InputTransform
-from splice.methods.layer import Forward, Slots, cast_to
+from splice.base.layers import LayerKind, features, kind_of
+from splice.kinds.layer import Forward, Slots, cast_to
+from splice.kinds.shared import InputTransform
 from splice.methods.rotations import cayley, nearest_divisor, series, skew_places
-from splice.weights.layers import LayerKind, features, kind_of
 
 if TYPE_CHECKING:
     from splice.methods.oft import OFTConfig

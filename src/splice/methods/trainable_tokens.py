@@ -8,12 +8,12 @@ from types import MappingProxyType
 
 from torch import nn
 
+from splice.base.embeddings import input_embeddings
+from splice.base.layers import LayerKind
 from splice.config import PeftType
-from splice.methods.registry import Method, register
+from splice.kinds.registry import Method, register
+from splice.kinds.token_rows import TokenRows, check_indices
 from splice.methods.targeted import TargetedConfig
-from splice.methods.token_rows import TokenRows, check_indices
-from splice.surgery.tied import input_embeddings
-from splice.weights.layers import LayerKind
 
 
 @dataclass

@@ -17,14 +17,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from splice.base.dense import dtype_of
+from splice.base.layers import LayerKind, features, kind_of
 from splice.config import PeftType
+from splice.kinds.layer import HALVES, Additive, cast_to
+from splice.kinds.registry import Method, register
+from splice.kinds.shared import SharedTensors
 from splice.methods.default_targets import LORA_TARGETS
-from splice.methods.kinds import SharedTensors
-from splice.methods.layer import HALVES, Additive, cast_to
-from splice.methods.registry import Method, register
 from splice.methods.targeted import TargetedConfig, check_positive
-from splice.weights.dense import dtype_of
-from splice.weights.layers import LayerKind, features, kind_of
 
 
 @dataclass

@@ -16,13 +16,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from splice.fleet.rows import add_products, split
-from splice.methods.layer import AdapterLayer, Forward, LightModule
+from splice.base.layers import ADAPTERS
+from splice.kinds.layer import AdapterLayer, Forward, LightModule
+from splice.selection import Rows, Selection
 from splice.surgery.commands import LayerCommands
-from splice.surgery.readers import SHOWING, below_guard, guard_reader, readers_above, release_reader, with_guard_of
-from splice.surgery.selection import Rows, Selection
-from splice.surgery.views import AdaptedViews, publish
-from splice.weights.layers import ADAPTERS
+from splice.surgery.layer_attributes import AdaptedViews, publish
+from splice.surgery.rows import add_products, split
+from splice.surgery.weight_readers import (
+    SHOWING,
+    below_guard,
+    guard_reader,
+    readers_above,
+    release_reader,
+    with_guard_of,
+)
 
 HOST = "splice_host"
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from splice.base.asking import asked
 from splice.surgery.replication import replicate
-from splice.weights.asking import asked
 
 
 @dataclass

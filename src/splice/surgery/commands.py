@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from splice.surgery.views import View, method_view
+from splice.surgery.layer_attributes import View, method_view
 
 
 class LayerCommands:
@@ -65,7 +65,7 @@ class LayerCommands:
     @method_view
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add these adapters (the active ones, if none are named) to this layer's weights."""
-        from splice.merging.merge import merge_layer
+        from splice.surgery.merging import merge_layer
 
         merge_layer(self, adapter_names, safe_merge)  # type: ignore[arg-type]
 
@@ -82,7 +82,7 @@ class LayerCommands:
 
 def unmerge(layer: Any) -> None:
     """`unmerge` of a layer, without a warning."""
-    from splice.merging.merge import unmerge_layer
+    from splice.surgery.merging import unmerge_layer
 
     unmerge_layer(layer)
 

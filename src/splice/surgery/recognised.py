@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
-from splice.methods.layer import AdapterLayer
+from splice.kinds.layer import AdapterLayer
+from splice.kinds.module_copy import WholeModule
 from splice.surgery.adapted import Adapted
 from splice.surgery.tuner import is_whole
-from splice.surgery.whole import WholeModule
 
 
 class _Recognising(type):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from splice.surgery.whole import bare_copy, walk_bare
+from splice.kinds.module_copy import bare_copy, walk_bare
 
 _LAYERS = re.compile(r"((model|transformer)\.)*(layers|h)|bert\.encoder\.layer")
 

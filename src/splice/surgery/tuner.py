@@ -11,19 +11,19 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from splice.base.asking import asked
+from splice.base.layers import ADAPTERS
+from splice.checkpoint.keys import PREFIX, SHORT_PREFIX, format_key
 from splice.config import PeftConfig
+from splice.kinds.layer import AdapterLayer
+from splice.kinds.module_copy import walk_bare
+from splice.kinds.registry import Method, method_named
+from splice.kinds.shared import SharedTensors
 from splice.loading.commit import Built
-from splice.loading.keys import PREFIX, SHORT_PREFIX, format_key
-from splice.methods.kinds import SharedTensors
-from splice.methods.layer import AdapterLayer
-from splice.methods.registry import Method, method_named
+from splice.selection import BASE, Rows, Selection
 from splice.surgery.adapted import Adapted, AdapterDict, Host, attach, detach, first_conflict
 from splice.surgery.base_changes import BaseChanges
-from splice.surgery.readers import weight_readers
-from splice.surgery.selection import BASE, Rows, Selection
-from splice.surgery.whole import walk_bare
-from splice.weights.asking import asked
-from splice.weights.layers import ADAPTERS
+from splice.surgery.weight_readers import weight_readers
 
 TUNER = "splice_tuner"
 
@@ -292,13 +292,13 @@ class Tuner(nn.Module):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Add the adapters (the active ones, if none are named) to the base weights; see `merging/merge.py`."""
-        from splice.merging.merge import merge
+        from splice.surgery.merging import merge
 
         merge(self, adapter_names, safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Give every merged layer back the very parameters it had before."""
-        from splice.merging.merge import unmerge
+        from splice.surgery.merging import unmerge
 
         unmerge(self)
 
@@ -330,13 +330,13 @@ class Tuner(nn.Module):
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
         """The network with the adapters in its weights and nothing else left of them. This object is done with."""
-        from splice.merging.merge import merge_and_unload
+        from splice.surgery.merging import merge_and_unload
 
         return merge_and_unload(self, progressbar, safe_merge, adapter_names)
 
     def unload(self) -> nn.Module:
         """The network as it was before the first adapter came, trained heads and biases included."""
-        from splice.merging.merge import unload
+        from splice.surgery.merging import unload
 
         return unload(self)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from splice.kinds.module_copy import walk_bare
 from splice.surgery.tuner import Tuner
-from splice.surgery.whole import walk_bare
 
 
 class Undo:

@@ -1,0 +1,53 @@
+"""Access to a base weight that is stored as an ordinary tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from splice.base.layers import ADAPTERS, LayerKind, kind_of
+
+
+def device_of(layer: nn.Module) -> torch.device:
+    """Where the computation of `layer` happens: the device for what is put on it.
+
+    A layer whose weights accelerate keeps elsewhere (on `meta` between calls) computes on its hook's device.
+    """
+    hook = layer.__dict__.get("_hf_hook")
+    if hook is not None and vars(hook).get("execution_device") is not None:
+        return torch.device(hook.execution_device)
+    weight = layer._parameters.get("weight")
+    tensor = weight if weight is not None else next(_own_tensors(layer), None)
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+def dtype_of(layer: nn.Module) -> torch.dtype:
+    """The floating dtype `layer` computes in; float32 where its weight is stored as integers."""
+    weight = layer._parameters.get("weight")
+    if weight is not None and weight.is_floating_point():
+        return weight.dtype
+    for tensor in _own_tensors(layer):
+        if tensor.is_floating_point():
+            return tensor.dtype
+    return torch.float32
+
+
+def in_linear_layout(layer: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """A weight as stored by `layer` as (out, in), or the other way round: it is its own inverse."""
+    return weight.T if kind_of(layer) is LayerKind.TRANSPOSED_LINEAR else weight
+
+
+def added(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """A new tensor `weight + delta`, summed in the wider dtype and rounded once to the dtype of `weight`."""
+    wide = torch.promote_types(weight.dtype, delta.dtype)
+    return (weight.detach().to(wide) + delta.to(device=weight.device, dtype=wide)).to(weight.dtype)
+
+
+def _own_tensors(layer: nn.Module) -> Iterator[torch.Tensor]:
+    yield from (p for p in layer._parameters.values() if p is not None)
+    yield from (b for b in layer._buffers.values() if b is not None)
+    for name, child in layer.named_children():
+        if name != ADAPTERS:
+            yield from child.parameters()

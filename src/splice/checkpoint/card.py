@@ -1,0 +1,124 @@
+"""The model card: the README.md beside a checkpoint, by which the Hub knows what the repository holds."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from splice.base.asking import asked
+from splice.base.conversions import is_pretrained
+from splice.checkpoint.files import write_text
+from splice.config import FORMAT_VERSION, PeftType, TaskType
+from splice.errors import PeftWarning
+
+if TYPE_CHECKING:
+    from splice.model import PeftModel
+
+CARD_NAME = "README.md"
+_VERSIONS = "### Framework versions"
+_VERSION_LINE = re.compile(r"^- PEFT .*$", re.MULTILINE)
+_CODE = """```python
+from splice import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "<folder or id>")
+```"""
+
+
+def write_card(model: PeftModel, folder: Path) -> None:
+    """Bring the card in `folder` up to date, or write a first one. What its author wrote, text and tags, stays.
+
+    Adapters are worth more than their card: one that cannot be read is left as it is, with a warning.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    place = folder / CARD_NAME
+    base = _base(model)
+    if place.exists():
+        card = _read(place)
+        if card is None:
+            return
+    else:
+        card = ModelCard.from_template(ModelCardData(), get_started_code=_CODE, base_model=base)
+    data = card.data
+    data.library_name = "peft"
+    add_tags(data, _tags(model, base))
+    if not data.get("pipeline_tag") and _task(model) == TaskType.CAUSAL_LM:
+        data.pipeline_tag = "text-generation"
+    if base and not data.get("base_model"):
+        data.base_model = base
+    card.text = _with_version(card.text)
+    write_text(place, str(card))
+
+
+def tag_card(folder: Path, tags: Iterable[str]) -> None:
+    """Add tags to the card in `folder`, if there is one that can be read."""
+    place, tags = folder / CARD_NAME, list(tags)
+    card = _read(place) if place.exists() and tags else None
+    if card is not None:
+        add_tags(card.data, tags)
+        write_text(place, str(card))
+
+
+def _read(place: Path) -> Any:
+    """The card; None, with a warning, where it cannot be read."""
+    from huggingface_hub import ModelCard
+
+    try:
+        return ModelCard.load(place)
+    except Exception as error:  # of whoever reads YAML
+        text = f"{place} cannot be read, so it is left as it is: {error}"
+        warnings.warn(text, PeftWarning, stacklevel=4)
+        return None
+
+
+def add_tags(data: Any, tags: Iterable[str]) -> None:
+    """Add what is missing among the tags of a card's data; those that are there stay where they are."""
+    present = data.get("tags") or []
+    present = [present] if isinstance(present, str) else list(present)
+    data.tags = [*present, *(tag for tag in tags if tag not in present)]
+
+
+def _tags(model: PeftModel, base: str | None) -> list[str]:
+    network = model.get_base_model()
+    tags = set[str](asked(network, "model_tags") or ())
+    if is_pretrained(network):
+        tags.add("transformers")
+    if any(config.peft_type == PeftType.LORA for config in model.peft_config.values()):
+        tags.add("lora")
+    if base:
+        tags.add(f"base_model:adapter:{base}")
+    return sorted(tags)
+
+
+def _task(model: PeftModel) -> object:
+    return next((config.task_type for config in model.peft_config.values()), None)
+
+
+def _base(model: PeftModel) -> str | None:
+    """The Hub id of the base. The Hub refuses a card that names a folder, and nobody else has that folder."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    network = vars(model.get_base_model())
+    named = [asked(network.get("config"), "_name_or_path"), network.get("name_or_path")]
+    named += [c.base_model_name_or_path for c in model.peft_config.values()]
+    for name in filter(None, named):
+        try:
+            validate_repo_id(name)
+        except HFValidationError:
+            continue
+        if not Path(name).exists():
+            return str(name)
+    return None
+
+
+def _with_version(text: str) -> str:
+    line = f"- PEFT {FORMAT_VERSION}"
+    if _VERSION_LINE.search(text):
+        return _VERSION_LINE.sub(line, text, count=1)
+    if _VERSIONS in text:
+        return text.replace(_VERSIONS, f"{_VERSIONS}\n\n{line}", 1)
+    return f"{text.rstrip()}\n\n{_VERSIONS}\n\n{line}\n"

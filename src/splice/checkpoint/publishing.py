@@ -1,0 +1,84 @@
+"""Publishing: adapters become one commit in a repository on the Hub."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from splice.checkpoint.card import CARD_NAME, tag_card
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+
+@dataclass(frozen=True)
+class Publication:
+    """Where to publish, and under which words: the arguments of `PeftModel.push_to_hub` that say so."""
+
+    repo_id: str
+    commit_message: str | None = None
+    commit_description: str | None = None
+    private: bool | None = None
+    token: bool | str | None = None
+    revision: str | None = None
+    create_pr: bool = False
+    tags: Iterable[str] = ()
+
+
+def publish(target: Publication, what: str, write: Callable[[Path], None], write_card: Callable[[Path], None]) -> str:
+    """Upload what `write` puts into a folder, in one commit. The Hub is asked for nothing before all is written.
+
+    Files of the repository that are not written anew stay, and so does what its authors wrote in its model card.
+
+    Args:
+        target: where to.
+        what: "model" or "config", for the commit's title.
+        write: puts the files into the folder that it is given.
+        write_card: brings a model card in that folder up to date.
+
+    Returns:
+        The URL of the commit, as `huggingface_hub.CommitInfo`.
+
+    Raises:
+        What `write` raises; huggingface_hub.errors.HfHubHTTPError: the Hub refuses.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=target.token)
+    with tempfile.TemporaryDirectory(prefix="splice-") as temporary:
+        folder = Path(temporary, "files")
+        folder.mkdir()
+        write(folder)
+        repository = api.create_repo(target.repo_id, private=target.private, exist_ok=True).repo_id
+        branch = target.revision
+        if branch is not None and not branch.startswith("refs/pr") and not target.create_pr:
+            api.create_branch(repository, branch=branch, exist_ok=True)
+        card = _card_of(api, repository, branch, Path(temporary, "card"))
+        if card is not None:
+            shutil.copyfile(card, folder / CARD_NAME)
+            write_card(folder)
+        tag_card(folder, target.tags)
+        if card is not None and (folder / CARD_NAME).read_bytes() == Path(card).read_bytes():
+            (folder / CARD_NAME).unlink()  # it stays as it is, which the Hub may refuse to be sent
+        return api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            commit_message=target.commit_message or f"Upload {what}",
+            commit_description=target.commit_description,
+            revision=branch,
+            create_pr=target.create_pr,
+        )
+
+
+def _card_of(api: HfApi, repository: str, branch: str | None, folder: Path) -> str | None:
+    """The repository's own model card, fetched into `folder`, where it has one."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return api.hf_hub_download(repository, CARD_NAME, revision=branch, local_dir=folder)
+    except EntryNotFoundError:
+        return None

@@ -1,0 +1,139 @@
+"""Where a checkpoint comes from: a local folder or a Hub id becomes local files, all of one commit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from splice.checkpoint.download import download
+from splice.config import CONFIG_NAME
+from splice.errors import CheckpointError
+
+SAFETENSORS_NAME = "adapter_model.safetensors"
+BIN_NAME = "adapter_model.bin"
+
+
+@dataclass
+class Source:
+    """A checkpoint's place. Nothing is fetched before it is asked for.
+
+    Attributes:
+        location: the folder or Hub id, as the caller gave it.
+        subfolder: folder inside it.
+        options: what the caller passed on; a download takes from it what `huggingface_hub.hf_hub_download` understands.
+        commit: the commit of a Hub repository that the first file came from; all others are asked of the same one.
+        unreachable: why the last file could not be asked for, where the Hub could not be reached and the cache lacks it.
+    """
+
+    location: str
+    subfolder: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    commit: str | None = None
+    unreachable: Exception | None = None
+
+    @classmethod
+    def from_options(
+        cls, location: str | os.PathLike[str], subfolder: str | None, options: Mapping[str, Any]
+    ) -> Source:
+        """The source that the arguments of a load name; options that a download does not understand are not for us."""
+        return cls(os.fspath(location), subfolder, dict(options))
+
+    @property
+    def folder(self) -> Path:
+        """The local folder, where the location is one."""
+        return Path(self.location, self.subfolder) if self.subfolder else Path(self.location)
+
+    @property
+    def is_local(self) -> bool:
+        return Path(self.location).is_dir()
+
+    @property
+    def config_place(self) -> str:
+        return str(self.folder / CONFIG_NAME) if self.is_local else f"{CONFIG_NAME} of {self.location}"
+
+    def config_text(self) -> bytes:
+        """The bytes of `adapter_config.json`; those of a save that a crash cut off between its two files.
+
+        Raises:
+            CheckpointError: it cannot be found, and the message says what is there instead.
+        """
+        from splice.loading.saving import finished_config
+
+        path = self._file(CONFIG_NAME)
+        if path is None:
+            raise CheckpointError(f"Can't find '{CONFIG_NAME}' at '{self._shown_place()}'.{self._why_not()}")
+        if path.is_dir():
+            raise CheckpointError(f"{path} is a folder, not a file")
+        return finished_config(path)
+
+    def weights(self) -> Path:
+        """The file of the tensors; safetensors is preferred where both exist.
+
+        Raises:
+            CheckpointError: there is neither.
+        """
+        for name in (SAFETENSORS_NAME, BIN_NAME):
+            path = self._file(name)
+            if path is not None:
+                return path
+        if self.unreachable is not None:
+            raise CheckpointError(
+                f"Can't find {SAFETENSORS_NAME} or {BIN_NAME} of '{self._shown_place()}'.{self._why_not()}"
+            ) from self.unreachable
+        raise CheckpointError(
+            f"'{self._shown_place()}' has an {CONFIG_NAME} but neither {SAFETENSORS_NAME} nor {BIN_NAME}: the adapter's "
+            f"weights are missing.{self._why_not()}"
+        )
+
+    def _shown_place(self) -> str:
+        return str(self.folder) if self.is_local or not self.subfolder else f"{self.location}/{self.subfolder}"
+
+    @property
+    def _on_disk(self) -> bool:
+        return self.is_local or _looks_like_a_path(self.location)
+
+    def _file(self, name: str) -> Path | None:
+        if self._on_disk:
+            path = self.folder / name
+            return path if path.exists() else None
+        inside = str(PurePosixPath(self.subfolder or "", name))
+        found = download(self.location, inside, self.options, self.commit)
+        self.unreachable = found.unreachable
+        self.commit = self.commit or found.commit
+        return found.path
+
+    def _why_not(self) -> str:
+        """What is there instead, as a sentence with a space in front."""
+        if self.is_local:
+            return self._found_instead()
+        if self._on_disk:
+            return " There is no such folder."
+        if self.unreachable is not None:
+            return f" It is not in the cache, and the Hub was not asked or cannot be reached: {self.unreachable}"
+        from splice.checkpoint.download import listing
+
+        names = listing(self.location, self.options, self.commit)
+        folders = sorted(str(PurePosixPath(n).parent) for n in names if PurePosixPath(n).name == CONFIG_NAME)
+        others = [f for f in folders if f not in (".", self.subfolder)]
+        if others and CONFIG_NAME not in names:
+            return f" There are checkpoints in its subfolders: {', '.join(others[:5])}; pass one as `subfolder`."
+        return f" The repository holds: {', '.join(names[:8])}." if names else ""
+
+    def _found_instead(self) -> str:
+        if not self.folder.is_dir():
+            return f" There is no folder {self.subfolder!r} in '{self.location}'."
+        inside = sorted(p.parent.relative_to(self.folder).as_posix() for p in self.folder.glob(f"*/{CONFIG_NAME}"))
+        if inside:
+            return f" There are checkpoints in its subfolders: {', '.join(inside[:5])}; pass one as `subfolder`."
+        names = sorted(p.name for p in self.folder.iterdir())
+        return f" The folder holds: {', '.join(names[:8]) or 'nothing'}."
+
+
+def _looks_like_a_path(location: str) -> bool:
+    """Whether a location that is no folder was meant as one: Hub ids have at most one slash and no dots in front."""
+    return (
+        location.startswith((".", "/", "~", "\\")) or location.count("/") > 1 or (os.sep != "/" and os.sep in location)
+    )

@@ -1,0 +1,175 @@
+"""A checkpoint: its entries, and a way to read each tensor straight into memory of its own."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from splice.checkpoint.foreign import LFS_START, lfs_pointer
+from splice.checkpoint.header import Entry, read_header
+from splice.errors import CheckpointError
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+# Buffers that one system call fills at most (IOV_MAX of Linux and macOS).
+_IOV_MAX = 1024
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Weights(Protocol):
+    """The tensors of a checkpoint: what there is, known before anything is read."""
+
+    @property
+    def place(self) -> str:
+        """Where they are, for messages."""
+        ...
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """Dtype and shape of every tensor."""
+        ...
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What stands in the file beside the tensors."""
+        ...
+
+    def read(self, names: Sequence[str]) -> list[torch.Tensor]:
+        """These tensors, on the CPU and as they were stored, each in memory that it shares with nothing."""
+        ...
+
+
+class SafetensorsFile:
+    """Tensors in a safetensors file. The file is read, never mapped: it may be changed or deleted afterwards."""
+
+    def __init__(self, path: Path) -> None:
+        header = read_header(path)
+        self.path = path
+        self.place = str(path)
+        self.entries = header.entries
+        self.metadata = header.metadata
+
+    def read(self, names: Sequence[str]) -> list[torch.Tensor]:
+        entries = [self.entries[name] for name in names]
+        tensors = [torch.empty(entry.shape, dtype=DTYPES[entry.dtype]) for entry in entries]
+        in_file_order = sorted(range(len(names)), key=lambda i: entries[i].offset)
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            for run in _runs(in_file_order, entries):
+                self._fill([tensors[i] for i in run], entries[run[0]].offset, descriptor)
+        finally:
+            os.close(descriptor)
+        return tensors
+
+    def _fill(self, tensors: Sequence[torch.Tensor], offset: int, descriptor: int) -> None:
+        """Read a run of tensors that lie behind one another, straight into their own memory."""
+        targets: list[Any] = [(ctypes.c_char * t.nbytes).from_address(t.data_ptr()) for t in tensors]
+        wanted = sum(map(len, targets))
+        while wanted:
+            count = os.preadv(descriptor, targets, offset)
+            if count == 0:
+                raise CheckpointError(f"{self.path} was cut off while it was read")
+            offset, wanted = offset + count, wanted - count
+            targets = _behind(targets, count) if wanted else []
+
+
+def _behind(targets: list[Any], count: int) -> list[Any]:
+    """What of the buffers is left to fill after their first `count` bytes: a system call may stop anywhere."""
+    targets = [memoryview(target).cast("B") for target in targets]
+    while count >= len(targets[0]):
+        count -= len(targets.pop(0))
+    return [targets[0][count:], *targets[1:]]
+
+
+def _runs(order: Sequence[int], entries: Sequence[Entry]) -> Iterator[list[int]]:
+    """Indices of entries that lie behind one another in the file, as many as one system call takes."""
+    run: list[int] = []
+    for index in order:
+        if not entries[index].size:
+            continue
+        last = entries[run[-1]] if run else None
+        if last is not None and (last.offset + last.size != entries[index].offset or len(run) == _IOV_MAX):
+            yield run
+            run = []
+        run.append(index)
+    if run:
+        yield run
+
+
+class TensorsInMemory:
+    """Tensors that are in memory already: of a `.bin` file, or given by the caller. Each is copied when it is read."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], place: str, hand_over: bool = False) -> None:
+        self.place = place
+        self.metadata: Mapping[str, str] = {}
+        self.tensors = tensors
+        self.hand_over = hand_over
+        self.entries = {
+            name: Entry(_NAMES.get(t.dtype, str(t.dtype)), tuple(t.shape), 0, t.numel() * t.element_size())
+            for name, t in tensors.items()
+        }
+
+        # Memory that was handed over: a second tensor in it gets its own.
+        self.handed: set[int] = set()
+
+    def read(self, names: Sequence[str]) -> list[torch.Tensor]:
+        return [self._owned(self.tensors[name].detach()) for name in names]
+
+    def _owned(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        owns_memory = (
+            storage.nbytes() == tensor.nbytes and tensor.is_contiguous() and storage.data_ptr() not in self.handed
+        )
+        self.handed.add(storage.data_ptr())
+        return tensor if self.hand_over and owns_memory else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def open_weights(path: Path) -> Weights:
+    """The tensors in `path`, a `.safetensors` or a `.bin` file.
+
+    Raises:
+        CheckpointError: the file is damaged.
+        pickle.UnpicklingError: a `.bin` file holds anything but tensors; nothing in it has been run.
+    """
+    if path.suffix == ".safetensors":
+        return SafetensorsFile(path)
+    return TensorsInMemory(_unpickle(path), str(path), hand_over=True)
+
+
+def _unpickle(path: Path) -> dict[str, torch.Tensor]:
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder, not a file")
+    with open(path, "rb") as file:
+        if file.read(len(LFS_START)) == LFS_START:
+            raise CheckpointError(lfs_pointer(str(path)))
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise pickle.UnpicklingError(
+            f"{path} holds something other than tensors, and nothing of it was run. Ask its author for a "
+            f"safetensors file. ({str(error).splitlines()[0]})"
+        ) from error
+    except Exception as error:  # what is no pickle at all fails in a dozen ways
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+    if not isinstance(tensors, dict):
+        raise CheckpointError(f"{path} holds a {type(tensors).__name__}; an adapter is a dict of tensors")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(
+                f"{path} holds a {type(tensor).__name__} under {name!r}; an adapter is a dict of tensors"
+            )
+        if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
+            raise CheckpointError(
+                f"{path} holds {name!r} as a tensor that is sparse, quantised or without values; an adapter has plain ones"
+            )
+    return tensors

@@ -1,1 +1,0 @@
-"""Many adapters at once: batches whose rows use different adapters."""

@@ -1,1 +1,0 @@
-"""What other libraries say about their models, asked for where it is needed; none of them is imported before."""

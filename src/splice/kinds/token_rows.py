@@ -1,0 +1,186 @@
+"""Trained rows of an embedding or an output layer: the rows of chosen tokens take the place of the base's own.
+
+A tensor of the checkpoint holds the rows themselves and not what they add; its name in the file says otherwise for
+historical reasons. W' is W with rows `token_indices` replaced, and the layer computes with W'. It is never built where the
+layer is a plain one: only the looked-up rows, or the outputs, of the chosen tokens are put in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from splice.base.asking import asked
+from splice.base.layers import LayerKind, features, kind_of
+from splice.config import PeftConfig
+from splice.errors import UnsupportedLayerError
+from splice.kinds.layer import AdapterLayer, Forward, check_values
+from splice.kinds.original import Original
+
+
+@dataclass
+class RowsConfig(PeftConfig):
+    """What a layer with trained rows asks for.
+
+    Attributes:
+        token_indices: which rows, in the order of the tensor.
+        init_weights: whether they start as the base's own; otherwise at random.
+    """
+
+    token_indices: list[int] = field(default_factory=list)
+    init_weights: bool = True
+
+
+_KINDS = (LayerKind.EMBEDDING, LayerKind.LINEAR)
+
+
+class TokenRows(AdapterLayer):
+    """The rows (n, dim) of n tokens, on an embedding (vocabulary, dim) or a linear layer with weight (vocabulary, dim).
+
+    Its config has `token_indices`, and `init_weights`: whether the rows start as the base's own.
+    """
+
+    mergeable = True
+    suffix: ClassVar[str] = "trainable_tokens_delta"
+    trainable_tokens_delta: nn.Parameter
+    sorted_tokens: torch.Tensor
+    row_of: torch.Tensor
+
+    @classmethod
+    def slots(cls, base: nn.Module, config: Any, path: str) -> dict[str, tuple[int, ...]]:
+        kind = kind_of(base)
+        if kind not in _KINDS:
+            raise UnsupportedLayerError(
+                f"{path!r} is a {type(base).__name__}; rows of tokens can be trained on Embedding and Linear layers."
+            )
+        first, second = features(base)
+        count, dim = (first, second) if kind is LayerKind.EMBEDDING else (second, first)
+        check_indices(config.token_indices, count, path)
+        return {cls.suffix: (len(config.token_indices), dim)}
+
+    def prepare(self, base: nn.Module, config: Any, path: str) -> None:
+        self.tokens = tuple(config.token_indices)
+        # Of a token that is named twice the last row counts.
+        rows = {token: row for row, token in enumerate(self.tokens)}
+        device = self.trainable_tokens_delta.device
+        ordered = sorted(rows)
+        self._buffers["sorted_tokens"] = torch.tensor(ordered, device=device)
+        self._buffers["row_of"] = torch.tensor([rows[token] for token in ordered], device=device)
+        self._non_persistent_buffers_set |= {"sorted_tokens", "row_of"}
+        self.base = Original(base)
+        self.is_linear = kind_of(base) is LayerKind.LINEAR
+        self.padding_row = rows.get(vars(base).get("padding_idx"))
+        self.shows = self.shows or not _is_plain(base)
+
+    @classmethod
+    @torch.no_grad()
+    def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: Any) -> None:
+        rows = tensors[cls.suffix]
+        if not config.init_weights:
+            nn.init.normal_(rows)
+            return
+        weight = Original(base).tensor("weight")
+        assert weight is not None
+        rows.copy_(weight[torch.tensor(config.token_indices, device=weight.device)])
+
+    def around(self, x: torch.Tensor, inner: Forward) -> Any:
+        y = inner(x)
+        check_values(self.trainable_tokens_delta, y)
+        rows = self.trainable_tokens_delta.to(y.dtype)
+        if self.is_linear:
+            chosen = rows[self.row_of]
+            bias = self.base.shown("bias")
+            found = F.linear(x, chosen, None if bias is None else bias[self.sorted_tokens])
+            return y.index_copy(-1, self.sorted_tokens, found.to(y.dtype))
+        ids = x.long()
+        place = torch.searchsorted(self.sorted_tokens, ids).clamp(max=len(self.sorted_tokens) - 1)
+        hit = self.sorted_tokens[place] == ids
+        found = F.embedding(self.row_of[place], rows, self.padding_row)
+        scale = _embed_scale(self.base.layer)
+        if scale is not None:
+            found = found * (scale.to(found.dtype) if isinstance(scale, torch.Tensor) else scale)
+        return torch.where(hit.unsqueeze(-1), found, y)
+
+    def wrapped(self, inner: Forward) -> Forward:
+        return inner if self.shows else super().wrapped(inner)  # the host calls it with the rows in place
+
+    def shown(self, base: nn.Module) -> dict[str, torch.Tensor]:
+        # As an attribute: another adapter may show a weight of its own.
+        return {**super().shown(base), **self.replaced({"weight": base.weight})}  # type: ignore[dict-item]
+
+    def replaced(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        weight = tensors["weight"]
+        rows = self.trainable_tokens_delta[self.row_of].to(device=weight.device, dtype=weight.dtype)
+        return {"weight": weight.index_copy(0, self.sorted_tokens.to(weight.device), rows)}
+
+    def deltas(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {}
+
+    @property
+    def changed_names(self) -> tuple[str, ...]:
+        return ("weight",)
+
+    def conflict(self, other: AdapterLayer) -> str:
+        both = set(self.tokens) & set(other.tokens) if isinstance(other, TokenRows) else None
+        return f"both bring rows for the tokens {sorted(both)}" if both else ""
+
+    def named_slots(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield self.suffix, self.trainable_tokens_delta
+        if self.trained_bias is not None:
+            yield "base_layer.bias", self.trained_bias
+
+    def attribute_of(self, suffix: str) -> str:
+        return "trainable_tokens_delta" if suffix == self.suffix else super().attribute_of(suffix)
+
+
+class TokenRowsBeside(TokenRows):
+    """The same beside the layers of another method (`trainable_token_indices`)."""
+
+    base_infix = "token_adapter.base_layer."
+    suffix = "token_adapter.trainable_tokens_delta"
+
+    def stored_slots(self) -> Iterator[tuple[str, torch.Tensor]]:
+        if not self.leader:
+            yield from self.named_slots()
+
+    @classmethod
+    def memory_name(cls, suffix: str, adapter_name: str) -> str:
+        return f"{suffix}.{adapter_name}"
+
+
+def check_indices(indices: Sequence[int], count: int, path: str) -> None:
+    """Raise for token indices that are none of a layer with `count` rows.
+
+    Raises:
+        ValueError: with the first of them.
+    """
+    if not isinstance(indices, (list, tuple)) or not indices:
+        raise ValueError(f"{path}: token indices are a list of at least one number, got {indices!r}")
+    for index in indices:
+        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < count:
+            raise ValueError(
+                f"token index {index!r} is none of {path!r}, which has {count} rows. If the vocabulary was resized before "
+                "training, call `model.resize_token_embeddings(...)` with the size of the adapter's tokenizer first."
+            )
+
+
+def _embed_scale(base: Any) -> Any:
+    # Some models multiply what they look up (Gemma, BART).
+    return asked(base, "embed_scale")
+
+
+def _is_plain(base: Any) -> bool:
+    """Whether the layer's rows can be put in place one by one, and not only by calling it with another weight."""
+    from splice.surgery.adapted import original_class  # which itself builds on adapter layers
+
+    cls: Any = original_class(base)
+    if kind_of(base) is LayerKind.LINEAR:
+        return cls.forward is nn.Linear.forward
+    if base.max_norm is not None or base.scale_grad_by_freq or base.sparse:
+        return False
+    return cls.forward is nn.Embedding.forward or _embed_scale(base) is not None

@@ -1,0 +1,144 @@
+"""Whether the layers of a checkpoint are all that its config asks for, and the config that asks for exactly these."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from splice.config import PeftConfig, TargetRule, copy_config
+from splice.errors import PeftError
+from splice.kinds.registry import Method
+from splice.loading.published.relocating import Move, template
+from splice.loading.report import grouped
+from splice.loading.targets import ALL_LINEAR, TargetMatcher, resolved_rule, select_parameters, value_for
+
+# Fields that give values to layers by their paths.
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+_DEFAULTS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
+
+
+@dataclass
+class Cover:
+    """What the config selects and the checkpoint lacks, and the other way round.
+
+    Attributes:
+        rule: what the config selects.
+        complete: whether the checkpoint is the whole adapter, as far as can be told.
+        why_not: a sentence, where it says more than a list of what is missing.
+        notes: a line for everything that is taken from the checkpoint's names rather than from the config.
+        left_out: those about modules that the config selects and that stay as they are.
+    """
+
+    rule: TargetRule
+    complete: bool = True
+    why_not: str = ""
+    notes: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+
+def uncovered(
+    method: Method, config: PeftConfig, move: Move, network: nn.Module, modules: Mapping[str, nn.Module]
+) -> Cover:
+    """Compare the layers of the checkpoint with those that the config selects, under the names it knew.
+
+    A selected module without tensors is a loss, unless the checkpoint has tensors for modules of the same name and for
+    none of its kind (the same path with other numbers): then it belongs to a part that the adapter's own base had not. A
+    layer that is not selected is the adapter's, if the checkpoint has tensors for all of its kind.
+    """
+    rule = _rule(method, config, network, modules)
+    selects, kept = TargetMatcher(rule), set(move.to.values())
+    kinds = {template(path) for path in kept}
+    if str(config.target_rule().target_modules).lower() == ALL_LINEAR:  # knows this network, not the adapter's own
+        selected = {path for path in modules if path and move.reaches(path) and selects(path)}
+    else:
+        selected = {path for path in modules if path and selects(move.back(path))}
+    cover = Cover(rule)
+    missing = [path for path in selected - kept if template(path) in kinds]
+    names = {path.rpartition(".")[2] for path in move.to}
+    lost = missing or [p for p in selected - kept if move.back(p).rpartition(".")[2] not in names]
+    added = kept - selected - _owners(rule, modules)
+    unnamed = _unnamed(rule, move) if move.said or added else []
+    partial = sorted({template(path) for path in modules} & {template(p) for p in added})
+    partial = [kind for kind in partial if any(template(p) == kind and p not in kept for p in modules)]
+    if partial:
+        cover.why_not = (
+            f"the checkpoint has tensors for some of {partial[0]!r} and not for others, and the config names none."
+        )
+    elif unnamed or (lost and not missing):
+        shown = ", ".join(map(repr, unnamed)) or "; ".join(grouped(sorted(lost))[:3])
+        cover.why_not = (
+            f"the config selects {shown}, and the checkpoint has no tensors for that. If the adapter was trained without, "
+            "take it out of target_modules."
+        )
+    cover.complete = not (lost or unnamed or partial)
+    if added:
+        shown = "; ".join(grouped(sorted(added))[:3])
+        cover.notes.append(f"target_modules do not select {shown}, and the file has its tensors: added")
+    if selected - kept:
+        shown = "; ".join(grouped(sorted(selected - kept))[:3])
+        cover.left_out.append(f"target_modules select {shown}, and the file has nothing for it: left as it is")
+    cover.notes += cover.left_out
+    return cover
+
+
+def _rule(method: Method, config: PeftConfig, network: nn.Module, modules: Mapping[str, nn.Module]) -> TargetRule:
+    try:
+        return resolved_rule(method, config, network, modules)
+    except (ValueError, PeftError):  # no targets in the config and no default for this model: the file says which
+        return replace(config.target_rule(), target_modules=set())
+
+
+def _unnamed(rule: TargetRule, move: Move) -> list[str]:
+    """Names in target_modules that no layer of the checkpoint has: where names differ otherwise, layers may be lost."""
+    if rule.target_modules is None or isinstance(rule.target_modules, str):
+        return []
+    paths = list(move.to)
+    return sorted(name for name in rule.target_modules if not any(f".{p}".endswith("." + name) for p in paths))
+
+
+def _owners(rule: TargetRule, modules: Mapping[str, nn.Module]) -> set[str]:
+    return set(select_parameters(rule, modules, {"": None})) if rule.target_parameters else set()
+
+
+def explicit(config: PeftConfig, move: Move, modules: Mapping[str, nn.Module], rule: TargetRule) -> PeftConfig:
+    """The config that selects the layers of the checkpoint where they are now, with the values it gave them before."""
+    fields = vars(config)
+    targets = sorted(set(move.to.values()) - _owners(rule, modules))
+    changes: dict[str, Any] = {"target_modules": _shortest(targets, modules, rule)}
+    changes.update(
+        {name: None for name in ("exclude_modules", "layers_to_transform", "layers_pattern") if name in fields}
+    )
+    for name in _PATTERNS:
+        if fields.get(name):
+            default = fields.get(_DEFAULTS[name])
+            values = {new: value_for(fields[name], old, default) for old, new in move.to.items()}
+            changes[name] = {"^" + re.escape(new): value for new, value in values.items() if value != default}
+    if "feedforward_modules" in fields:
+        feeds = TargetMatcher(TargetRule(target_modules=fields["feedforward_modules"]))
+        changes["feedforward_modules"] = {new for old, new in move.to.items() if feeds(old)}
+    return copy_config(config, **changes)
+
+
+def _shortest(targets: list[str], modules: Mapping[str, nn.Module], rule: TargetRule) -> set[str]:
+    """Last components, where they select the same modules, else whole paths."""
+    names = {path.rpartition(".")[2] for path in targets}
+    matcher = TargetMatcher(TargetRule(target_modules=names, modules_to_save=rule.modules_to_save))
+    return names if {path for path in modules if path and matcher(path)} == set(targets) else set(targets)
+
+
+def same_values(config: PeftConfig, move: Move) -> bool:
+    """Whether the config gives every layer under its new path what it gave it under the old one."""
+    fields = vars(config)
+    for name in _PATTERNS:
+        pattern = fields.get(name) or {}
+        if any(value_for(pattern, old, None) != value_for(pattern, new, None) for old, new in move.to.items()):
+            return False
+    feed = fields.get("feedforward_modules")
+    if feed is None:
+        return True
+    feeds = TargetMatcher(TargetRule(target_modules=feed))
+    return all(feeds(old) == feeds(new) for old, new in move.to.items())

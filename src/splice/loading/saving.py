@@ -1,0 +1,334 @@
+"""Saving: the tensors of an adapter under the names of the grammar, on disk without a moment in which nothing is there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from splice.base.embeddings import input_embeddings, output_embeddings_path
+from splice.base.layers import ADAPTERS
+from splice.checkpoint.card import write_card
+from splice.checkpoint.files import beside, flush, write_text
+from splice.checkpoint.keys import PREFIX, format_key
+from splice.checkpoint.source import BIN_NAME, SAFETENSORS_NAME
+from splice.config import CONFIG_NAME, PeftConfig
+from splice.errors import PeftWarning
+from splice.kinds.module_copy import own_tensors, walk_bare
+from splice.loading.fingerprint import METADATA_KEY, fingerprint_of
+from splice.loading.tying import EMBEDDING_NAMES
+from splice.methods.lora.unchanged_base import plain_config, plain_tensors
+from splice.surgery.adapted import original_class
+from splice.surgery.tuner import Tuner
+
+if TYPE_CHECKING:
+    from splice.model import PeftModel
+
+# A config that belongs to weights which may be in place already; a load finishes what a crash cut off.
+INCOMING_CONFIG = "adapter_config.json.incoming"
+# What a `.bin` file cannot say itself: the digest of the weights that the incoming config belongs to.
+INCOMING_DIGEST = "adapter_model.bin.incoming"
+_CONFIG_DIGEST = "config_sha256"
+
+
+def save(
+    model: PeftModel,
+    save_directory: str | os.PathLike[str],
+    safe_serialization: bool,
+    selected_adapters: list[str] | None,
+    save_embedding_layers: str | bool,
+    is_main_process: bool,
+    state_dict: Mapping[str, torch.Tensor] | None,
+    initial: str | os.PathLike[str] | None = None,
+) -> None:
+    """Write the selected adapters; arguments as `PeftModel.save_pretrained`."""
+    folder = Path(save_directory)
+    if folder.is_file():
+        raise ValueError(f"Provided path ({folder}) should be a directory, not a file")
+    names = list(model.peft_config) if selected_adapters is None else list(selected_adapters)
+    unknown = sorted(set(names) - set(model.peft_config))
+    if unknown:
+        raise ValueError(
+            f"Adapters {unknown} cannot be saved: the model has {list(model.peft_config)}, given were {names}"
+        )
+    for name in names:
+        _check_place(name)
+    for name in names:
+        tensors = get_peft_model_state_dict(model, state_dict, name, save_embedding_layers=save_embedding_layers)
+        _warn_of_shards(tensors, state_dict is None)
+        config = model.peft_config[name]
+        if initial is not None:
+            config, tensors = plain_config(config), plain_tensors(tensors, initial)
+        if is_main_process:
+            place = folder if name == "default" else folder / name
+            base = fingerprint_of(model.base_model, name).text() if safe_serialization else ""
+            write_checkpoint(place, tensors, config_text(config, model.get_base_model()), safe_serialization, base)
+    if is_main_process and names:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_card(model, folder)
+
+
+def _check_place(name: str) -> None:
+    """Raises ValueError for an adapter whose name, as that of a folder, leads elsewhere."""
+    place = Path(name)
+    if place.is_absolute() or ".." in place.parts or not place.parts:
+        raise ValueError(
+            f"the adapter {name!r} would be saved outside of its folder: its name is that of a subfolder. Load it under "
+            "another name to save it."
+        )
+
+
+def config_text(config: PeftConfig, network: nn.Module) -> str:
+    """The text of `adapter_config.json` for an adapter of `network`."""
+    from splice.config import copy_config
+
+    name = config.base_model_name_or_path
+    if name is None:
+        name = network.__dict__.get("name_or_path") or None
+    mapping, cls = None, original_class(network)
+    if config.task_type is None:
+        mapping = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
+    return copy_config(config, base_model_name_or_path=name).to_json(mapping)
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: str | bool = "auto",
+) -> dict[str, torch.Tensor]:
+    """The tensors of one adapter under the names that stand in a checkpoint. They are the live tensors.
+
+    Args:
+        model: a PeftModel, or a network that carries adapters (then names have no `base_model.model.`).
+        state_dict: a full state dict of `model` to take the tensors from, with its own or the reference's names.
+        adapter_name: which adapter.
+        unwrap_compiled: look inside a compiled model.
+        save_embedding_layers: "auto" adds the base's embeddings where they are targets or were resized; True always does,
+            False never.
+
+    Raises:
+        KeyError: there is no such adapter, or `state_dict` lacks one of its tensors.
+    """
+    network: Any = model._orig_mod if unwrap_compiled and isinstance(model, torch._dynamo.OptimizedModule) else model
+    tuner, prefix = tuner_of(network)
+    if adapter_name not in tuner.placed:
+        raise KeyError(f"no adapter {adapter_name!r}; there are {list(tuner.placed)}")
+    result = {}
+    for path, layer in tuner.placed[adapter_name].items():
+        held = {suffix for suffix, _ in layer.named_slots()}
+        for suffix, tensor in layer.stored_slots():
+            key = layer.key(path, suffix)
+            value = tensor
+            if state_dict is not None and suffix in held:
+                spelled = (
+                    layer.full_memory_name(path, suffix, adapter_name),
+                    format_key(path, f"{ADAPTERS}.{adapter_name}.{layer.attribute_of(suffix)}"),
+                )
+                value = _first(state_dict, spelled, key)
+            result[key if prefix else key.removeprefix(PREFIX)] = value
+    if save_embedding_layers == "auto":
+        embeddings = _targeted_embeddings(tuner, adapter_name)
+        if not embeddings and _is_resized(tuner, adapter_name):
+            warnings.warn("Setting `save_embedding_layers` to `True` as the vocabulary was resized.", stacklevel=2)
+            embeddings = _all_embeddings(tuner, adapter_name)
+    else:
+        embeddings = _all_embeddings(tuner, adapter_name) if save_embedding_layers else {}
+    result.update({key if prefix else key.removeprefix(PREFIX): tensor for key, tensor in embeddings.items()})
+    return result
+
+
+def _all_embeddings(tuner: Tuner, adapter_name: str) -> dict[str, torch.Tensor]:
+    """The base's input and output embeddings; of those that the adapter is on, their weight alone."""
+    modules = walk_bare(tuner.model)
+    paths = (input_embeddings(tuner.model, modules).path, output_embeddings_path(tuner.model, modules))
+    if not paths[0]:
+        warnings.warn("Could not identify the embedding layers of the base model; none are saved.", stacklevel=3)
+    found, adapted = {}, set[str]()
+    for path in filter(None, paths):
+        layer = tuner.placed[adapter_name].get(path)
+        if layer is None:
+            found.update({format_key(path, name): tensor.detach() for name, tensor in own_tensors(modules[path])})
+        elif layer.base_infix == "base_layer.":
+            adapted.add(path)
+            weight = modules[path]._parameters.get("weight")
+            found.update({} if weight is None else {format_key(path, "base_layer.weight"): weight.detach()})
+    if not adapted:
+        return found
+    return {key: tensor for key, tensor in found.items() if key.endswith(".base_layer.weight")}
+
+
+def _is_resized(tuner: Tuner, adapter_name: str) -> bool:
+    """Whether the base has another number of tokens than its own files say; they are looked for on this machine alone."""
+    from huggingface_hub import try_to_load_from_cache
+
+    name = tuner.peft_config[adapter_name].base_model_name_or_path or tuner.model.__dict__.get("name_or_path")
+    config: Any = tuner.model.__dict__.get("config")
+    now = None if config is None or isinstance(config, dict) else vars(config).get("vocab_size")
+    if not name or now is None:
+        return False
+    local = Path(name) / "config.json"
+    try:
+        cached = str(local) if local.is_file() else try_to_load_from_cache(name, "config.json")
+        then = (
+            json.loads(Path(cached).read_text(encoding="utf-8")).get("vocab_size") if isinstance(cached, str) else None
+        )
+    except (OSError, ValueError):  # no files of it here, or no name of a repository
+        return False
+    return then is not None and then != now
+
+
+def _targeted_embeddings(tuner: Tuner, adapter_name: str) -> dict[str, torch.Tensor]:
+    """The base's own embeddings, where the adapter's targets name them: the reference writes them beside the adapter."""
+    targets = tuner.peft_config[adapter_name].target_rule().target_modules
+    named = [] if isinstance(targets, str) else [name for name in EMBEDDING_NAMES if name in (targets or ())]
+    found = {}
+    for path, layer in tuner.placed[adapter_name].items():
+        adapted = tuner.adapted.get(path)  # none for what all layers share
+        weight = None if adapted is None else cast(nn.Module, adapted)._parameters.get("weight")
+        if path.rpartition(".")[2] in named and layer.base_infix == "base_layer." and weight is not None:
+            found[format_key(path, "base_layer.weight")] = weight.detach()
+    if found:
+        warnings.warn(
+            f"Setting `save_embedding_layers` to `True` as embedding layers are targets: {sorted(found)}", stacklevel=4
+        )
+    return found
+
+
+def tuner_of(model: Any) -> tuple[Tuner, str]:
+    """The tuner of a PeftModel or of a network that carries adapters, and what stands before paths in its state dict."""
+    from splice.model import PeftModel
+
+    if isinstance(model, PeftModel):
+        return model.base_model, PREFIX
+    return Tuner.of(model), ""
+
+
+def _first(state_dict: Mapping[str, torch.Tensor], names: tuple[str, ...], key: str) -> torch.Tensor:
+    for name in names:
+        if name in state_dict:
+            return state_dict[name]
+    for name in names:  # of a network without its PeftModel
+        if name.removeprefix(PREFIX) in state_dict:
+            return state_dict[name.removeprefix(PREFIX)]
+    raise KeyError(f"the given state_dict has none of {names}, so {key} cannot be saved")
+
+
+def _warn_of_shards(tensors: Mapping[str, torch.Tensor], own: bool) -> None:
+    empty = [name for name, tensor in tensors.items() if tensor.numel() == 0]
+    if own and empty:
+        warnings.warn(
+            f"{len(empty)} tensors have no elements ({empty[0]}): under ZeRO-3 or FSDP, gather the parameters and pass "
+            "them as `state_dict`. What is written now cannot be loaded.",
+            PeftWarning,
+            stacklevel=4,
+        )
+
+
+def write_checkpoint(
+    folder: Path, tensors: Mapping[str, torch.Tensor], config: str, safe_serialization: bool, base: str = ""
+) -> None:
+    """Put a checkpoint into `folder`; `base` is the fingerprint of its base.
+
+    Both files are complete on disk before either takes its name. The weights go first, and it is written down which config
+    is theirs; should a crash come between the two, the new config lies beside and a load takes it (`finished_config`).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = folder / (SAFETENSORS_NAME if safe_serialization else BIN_NAME)
+    _finish(folder)
+    try:
+        _put(folder, weights, tensors, config, base)
+    finally:
+        _finish(folder)
+        for name in (INCOMING_CONFIG, INCOMING_DIGEST):
+            (folder / name).unlink(missing_ok=True)
+
+
+def _put(folder: Path, weights: Path, tensors: Mapping[str, torch.Tensor], config: str, base: str) -> None:
+    with beside(weights) as new_weights:
+        if weights.name == SAFETENSORS_NAME:
+            from safetensors.torch import save_file
+
+            digest = hashlib.sha256(config.encode()).hexdigest()
+            metadata = {"format": "pt", _CONFIG_DIGEST: digest, **({METADATA_KEY: base} if base else {})}
+            save_file(_independent(tensors), new_weights, metadata=metadata)
+            _sort_metadata(new_weights)
+        else:
+            torch.save({name: tensor.detach() for name, tensor in tensors.items()}, new_weights)
+            write_text(folder / INCOMING_DIGEST, _digest(new_weights))
+        flush(new_weights)
+        write_text(folder / INCOMING_CONFIG, config)
+        os.replace(new_weights, weights)
+
+
+def _finish(folder: Path) -> None:
+    """Give the config of the weights that are in place its name, if a save has not come so far."""
+    if any(_is_incoming_of(folder / name) for name in (SAFETENSORS_NAME, BIN_NAME)):
+        os.replace(folder / INCOMING_CONFIG, folder / CONFIG_NAME)
+
+
+def finished_config(config: Path) -> bytes:
+    """The bytes of the config that belongs to the weights beside it: the incoming one, where a save was cut off."""
+    weights = (config.parent / name for name in (SAFETENSORS_NAME, BIN_NAME))
+    first = next((path for path in weights if path.exists()), None)  # the one that a load takes
+    incoming = first is not None and _is_incoming_of(first)
+    return (config.parent / INCOMING_CONFIG if incoming else config).read_bytes()
+
+
+def _is_incoming_of(weights: Path) -> bool:
+    """Whether the incoming config is that of these weights."""
+    from splice.checkpoint.header import read_header
+    from splice.errors import CheckpointError
+
+    incoming = weights.parent / INCOMING_CONFIG
+    if not incoming.exists() or not weights.is_file():
+        return False
+    if weights.name == BIN_NAME:
+        noted = weights.parent / INCOMING_DIGEST
+        return noted.exists() and noted.read_text(encoding="utf-8") == _digest(weights)
+    try:
+        wanted = read_header(weights).metadata.get(_CONFIG_DIGEST)
+    except CheckpointError:
+        return False  # the load will say what is wrong with the weights
+    return hashlib.sha256(incoming.read_bytes()).hexdigest() == wanted
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        found = hashlib.sha256()
+        while piece := file.read(1 << 20):
+            found.update(piece)
+    return found.hexdigest()
+
+
+def _sort_metadata(path: Path) -> None:
+    """Bring the metadata of a safetensors file into one order, so that a checkpoint can be told by its hash."""
+    with open(path, "rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # it is padded with spaces
+            file.seek(8)
+            file.write(text.ljust(size))
+
+
+def _independent(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous tensors that share no memory with one another, as safetensors needs them."""
+    seen: set[tuple[Any, ...]] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        storage = (tensor.device, tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes())
+        shares = tensor.numel() > 0 and storage in seen
+        seen.add(storage)
+        result[name] = tensor.clone() if shares else tensor
+    return result

@@ -1,1 +1,0 @@
-"""Adapters into weights, and adapters into one adapter."""

@@ -1,0 +1,90 @@
+"""KaSA: LoRA with trained singular values, beside a weight without its smallest ones.
+
+Wang et al., "KaSA: Knowledge-Aware Singular-Value Adaptation of Large Language Models", arXiv 2412.06071, section 4. With
+W' the weight but for its r smallest singular values: `y = W' x + s * B (d * (A x))`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from splice.base.layers import features
+from splice.errors import UnsupportedLayerError
+from splice.kinds.layer import AdapterLayer
+from splice.methods.lora.config import LoraConfig
+from splice.methods.lora.inits import Taken
+from splice.methods.lora.layers import LoraLinear, product
+from splice.methods.lora.residual import Residual
+
+if TYPE_CHECKING:
+    from splice.surgery.tuner import Tuner
+
+
+class KasaLinear(Residual, LoraLinear):
+    """KaSA on a linear layer."""
+
+    lora_diag: nn.Parameter
+    beta: float
+    gamma: float
+
+    @classmethod
+    def slots(cls, base: nn.Module, config: LoraConfig, path: str) -> dict[str, tuple[int, ...]]:
+        rank, most = cls.rank(config, path), min(features(base))
+        if rank >= most:
+            raise UnsupportedLayerError(
+                f"{path}: KaSA leaves out {rank} singular values of a weight that has {most}. Lower the rank."
+            )
+        return {**super().slots(base, config, path), "lora_diag": (rank,)}
+
+    @classmethod
+    def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: LoraConfig) -> None:
+        super().initialise(tensors, base, config)
+        nn.init.normal_(tensors["lora_diag"])
+
+    def prepare(self, base: nn.Module, config: LoraConfig, path: str) -> None:
+        super().prepare(base, config, path)
+        self.beta, self.gamma = config.kasa_config.beta, config.kasa_config.gamma
+
+    def taken(self, weight: torch.Tensor) -> Taken:
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        kept = len(s) - self.r
+        return Taken(vh[kept:], u[:, kept:] * s[kept:], 1.0)
+
+    def delta(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = self._factors
+        return F.linear(F.linear(x, a.weight) * self.lora_diag, b.weight, b.bias)
+
+    def own_update(self) -> torch.Tensor:
+        a, b = self._factors
+        return self.scale * product(b.weight * self.lora_diag, a.weight)
+
+    def conflict(self, other: AdapterLayer) -> str:
+        return "each leaves singular values of the weight out" if isinstance(other, Residual) else ""
+
+    def penalty(self) -> torch.Tensor:
+        """What training adds to the loss for this layer: small singular values, and A and B close to being orthogonal."""
+        a, b = (slots.weight.float() for slots in self._factors)
+        identity = torch.eye(self.r, device=a.device)
+        apart = torch.linalg.matrix_norm(b.T @ b - identity) + torch.linalg.matrix_norm(a @ a.T - identity)
+        found: torch.Tensor = self.beta * self.lora_diag.float().square().sum() + self.gamma * apart
+        return found
+
+
+def kasa_loss(tuner: Tuner, adapter_names: str | Iterable[str] | None = None) -> Any:
+    """The sum of KaSA's penalties, for a training loop to add to its loss; 0.0 where there is none.
+
+    Args:
+        tuner: found on the model.
+        adapter_names: of these adapters; of the active ones, if None.
+    """
+    if isinstance(adapter_names, str):
+        adapter_names = [adapter_names]
+    names = tuner.active_adapters if adapter_names is None else list(adapter_names)
+    layers = [layer for name in names for layer in tuner.placed.get(name, {}).values()]
+    penalties = [layer.penalty() for layer in layers if isinstance(layer, KasaLinear)]
+    return sum(penalties[1:], start=penalties[0]) if penalties else 0.0

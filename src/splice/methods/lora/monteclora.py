@@ -1,0 +1,145 @@
+"""MonteCLoRA: LoRA whose A is blurred by learned noise while it is trained; evaluated it is LoRA.
+
+Sengupta et al., "Robust and Efficient Fine-tuning of LLMs with Bayesian Reparameterization of Low-Rank Adaptation", arXiv
+2411.04358, section 3: `A' = sum_n w_n (A + noise_n)`, with N experts' noise of a learned variance and learned weights w.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from splice.base.dense import dtype_of
+from splice.errors import PeftWarning
+from splice.kinds.layer import Slots
+from splice.methods.lora.config import LoraConfig
+from splice.methods.lora.layers import LoraLinear
+
+if TYPE_CHECKING:
+    from splice.surgery.tuner import Tuner
+
+_SAMPLER = "lora_monteclora_sampler"
+_LAST_SAMPLE = (f"{_SAMPLER}.gaussian_var_prior", f"{_SAMPLER}.expert_weights")
+
+
+class MontecloraLinear(LoraLinear):
+    """MonteCLoRA on a linear layer, stored either way round."""
+
+    lora_monteclora_sampler: Slots
+    frozen = frozenset(_LAST_SAMPLE)
+
+    @classmethod
+    def slots(cls, base: nn.Module, config: LoraConfig, path: str) -> dict[str, tuple[int, ...]]:
+        rank, count = cls.rank(config, path), config.monteclora_config.num_samples
+        sampler = {"std_prior": (rank,), "expert_weights_prior": (count,)}
+        last = dict(zip(_LAST_SAMPLE, ((rank, rank), (count,))))
+        return {
+            **super().slots(base, config, path),
+            **{f"{_SAMPLER}.{name}": shape for name, shape in sampler.items()},
+            **last,
+        }
+
+    @classmethod
+    def held_dtype(cls, base: nn.Module, suffix: str, autocast: bool) -> torch.dtype:
+        return dtype_of(base) if suffix in _LAST_SAMPLE else super().held_dtype(base, suffix, autocast)
+
+    @classmethod
+    def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: LoraConfig) -> None:
+        super().initialise(tensors, base, config)
+        nn.init.uniform_(tensors[f"{_SAMPLER}.std_prior"])
+        nn.init.uniform_(tensors[f"{_SAMPLER}.expert_weights_prior"])
+        variance, weights = (tensors[name] for name in _LAST_SAMPLE)
+        nn.init.eye_(variance)
+        nn.init.constant_(weights, 1 / len(weights))
+
+    def prepare(self, base: nn.Module, config: LoraConfig, path: str) -> None:
+        super().prepare(base, config, path)
+        self.options = config.monteclora_config
+
+    def delta(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return super().delta(x)
+        a, b = self._factors
+        return F.linear(F.linear(x, self._blurred(a.weight)), b.weight, b.bias)
+
+    def _blurred(self, a: torch.Tensor) -> torch.Tensor:
+        """A (r, in) with one draw of noise, which is remembered as the last one."""
+        sampler: Any = self.lora_monteclora_sampler
+        (rank, size), count = a.shape, len(sampler.expert_weights)
+        spread = torch.exp(sampler.std_prior.float())
+        variance = (spread.square() * _wishart_diagonal(rank, a.device)).clamp(min=1e-3)
+        alpha = torch.exp(sampler.expert_weights_prior.float()).clamp(min=1e-6)
+        logs, inverse = alpha.log(), 1 / alpha
+        width = (inverse * (1 - 2 / count) + inverse.sum() / count**2).clamp(min=1e-6) + 1e-6
+        drawn = torch.randn(count, device=a.device)
+        weights = torch.softmax(width.sqrt() * drawn + logs - logs.mean(), 0)
+        # The weights add up to 1, so A itself stays as it is.
+        noise = (
+            torch.einsum("n,nir->ri", weights, torch.randn(count, size, rank, device=a.device))
+            * variance.sqrt()[:, None]
+        )
+        blurred: torch.Tensor = a + (self.options.sample_scaler * noise).to(a.dtype)
+        if not bool(torch.isfinite(blurred.detach()).all()):
+            warnings.warn("MonteCLoRA drew noise that is not finite; A is used without it.", PeftWarning, stacklevel=2)
+            return a
+        with torch.no_grad():
+            sampler.gaussian_var_prior.copy_(torch.diag(variance))
+            sampler.expert_weights.copy_(weights)
+        self.sampled = (variance, weights)
+        return blurred
+
+    def penalty(self) -> torch.Tensor:
+        """How far noise and weights are from their priors; 0 in evaluation."""
+        sampler: Any = self.lora_monteclora_sampler
+        if not self.training:
+            return sampler.std_prior.new_zeros(())  # type: ignore[no-any-return]
+        options, rank, count = self.options, self.r, len(sampler.expert_weights)
+        alpha = torch.exp(sampler.expert_weights_prior.float()).clamp(min=1e-6)
+        prior = torch.full_like(alpha, options.dirichlet_prior)
+        dirichlet = (
+            *(torch.lgamma(alpha.sum()) - torch.lgamma(prior.sum()), (torch.lgamma(alpha) - torch.lgamma(prior)).sum()),
+            ((alpha - prior) * (torch.digamma(alpha) - torch.digamma(alpha.sum()))).sum(),
+        )
+        spread = torch.exp(sampler.std_prior.float()).square()
+        wishart = (-rank * spread.log().sum() + rank * spread.sum() - rank**2) / 2
+        variance, weights = self._last_sample()
+        variance = variance.clamp(min=1e-6)
+        normal = count / 2 * (variance.sum() - variance.log().sum() - rank)
+        found: torch.Tensor = options.kl_loss_weight * (sum(dirichlet) + wishart + normal)
+        return found + weights.square().sum() if options.use_entropy else found
+
+    def _last_sample(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Variances and weights of the last draw, with their graph where there was one."""
+        if "sampled" in self.__dict__:
+            found: tuple[torch.Tensor, torch.Tensor] = self.sampled
+            return found
+        sampler: Any = self.lora_monteclora_sampler
+        return sampler.gaussian_var_prior.diagonal().float(), sampler.expert_weights.float()
+
+
+def _wishart_diagonal(rank: int, device: torch.device) -> torch.Tensor:
+    """The diagonal of a draw from the Wishart distribution of `rank` degrees of freedom, by Bartlett's decomposition."""
+    degrees = torch.arange(rank, 0, -1, device=device, dtype=torch.float32)
+    lower = torch.randn(rank, rank, device=device).tril(-1)
+    squares: torch.Tensor = lower.square().sum(1) + 2 * torch._standard_gamma(degrees / 2)
+    return squares
+
+
+def monteclora_loss(tuner: Tuner, adapter_names: str | Iterable[str] | None = None) -> Any:
+    """The mean of MonteCLoRA's penalties, for a training loop to add to its loss; 0.0 where there is none.
+
+    Args:
+        tuner: found on the model.
+        adapter_names: of these adapters; of the active ones, if None.
+    """
+    if isinstance(adapter_names, str):
+        adapter_names = [adapter_names]
+    names = tuner.active_adapters if adapter_names is None else list(adapter_names)
+    layers = [layer for name in names for layer in tuner.placed.get(name, {}).values()]
+    penalties = [layer.penalty() for layer in layers if isinstance(layer, MontecloraLinear)]
+    return torch.stack(penalties).mean() if penalties else 0.0

@@ -1,0 +1,118 @@
+"""LoRA on bare parameters (`target_parameters`): a module's own 2-d or 3-d tensors, such as stacked experts.
+
+For a parameter of E experts, stored (E, out, in), with rank r for each: A is (r * E, in) with the rows of one expert next
+to each other, B is (out, r * E) with the columns of one *rank* next to each other, and expert e gets `s * B_e A_e`. Where
+the module says `is_transposed`, the parameter is stored (E, in, out).
+
+Keys carry no parameter name: the parameter that the module registers last has `lora_A.weight`, the one before it
+`base_layer.lora_A.weight`, and so on.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from splice.base.asking import asked
+from splice.kinds.layer import AdapterLayer, Forward
+from splice.loading.targets import matching_parameters, value_for
+
+if TYPE_CHECKING:
+    from splice.methods.lora.config import LoraConfig
+
+
+@dataclass(frozen=True)
+class _Target:
+    """One parameter of a module: its name, the front of its tensors' names, its geometry."""
+
+    name: str
+    front: str
+    experts: int
+    size_in: int
+    size_out: int
+    rank: int
+    scale: float
+    transposed: bool
+
+    def delta(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        a = a.reshape(self.experts, self.rank, self.size_in)
+        b = b.reshape(self.size_out, self.rank, self.experts).permute(2, 0, 1)
+        stacked = self.scale * (b @ a)
+        return stacked.transpose(1, 2) if self.transposed else stacked
+
+
+def _targets(base: nn.Module, config: LoraConfig, path: str) -> list[_Target]:
+    names = matching_parameters(base, path, config.target_parameters or [])
+    return [_target(base, config, path, name, len(names) - 1 - i) for i, name in enumerate(names)]
+
+
+def _target(base: Any, config: LoraConfig, path: str, name: str, depth: int) -> _Target:
+    shape = tuple(base._parameters[name].shape)
+    if len(shape) not in (2, 3):
+        raise ValueError(f"{path}.{name} has {len(shape)} dimensions; LoRA on parameters needs 2 or 3")
+    # Some transformers classes for stacked experts say so; every other module stores (out, in).
+    transposed = len(shape) == 3 and bool(asked(base, "is_transposed", False))
+    size_out, size_in = (shape[-1], shape[-2]) if transposed else (shape[-2], shape[-1])
+    rank = int(value_for(config.rank_pattern, f"{path}.{name}", config.r))
+    alpha = value_for(config.alpha_pattern, f"{path}.{name}", config.lora_alpha)
+    scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    experts = shape[0] if len(shape) == 3 else 1
+    return _Target(name, "base_layer." * depth, experts, size_in, size_out, rank, scale, transposed)
+
+
+class LoraParameters(AdapterLayer):
+    """The updates of all targeted parameters of one module; during its forward they read as W + update."""
+
+    mergeable = True
+    linear_layout = False
+    shows = True
+
+    @classmethod
+    def slots(cls, base: nn.Module, config: LoraConfig, path: str) -> dict[str, tuple[int, ...]]:
+        found: dict[str, tuple[int, ...]] = {}
+        for t in _targets(base, config, path):
+            found[f"{t.front}lora_A.weight"] = (t.rank * t.experts, t.size_in)
+            found[f"{t.front}lora_B.weight"] = (t.size_out, t.rank * t.experts)
+        return found
+
+    def prepare(self, base: nn.Module, config: LoraConfig, path: str) -> None:
+        self.targets = _targets(base, config, path)
+        self.base_infix = "base_layer." * len(self.targets)
+
+    @classmethod
+    def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: LoraConfig) -> None:
+        for name, tensor in tensors.items():
+            if name.endswith("lora_A.weight") or config.init_lora_weights is False:
+                nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
+            else:
+                nn.init.zeros_(tensor)
+
+    def wrapped(self, inner: Forward) -> Forward:
+        return inner  # the host calls it with the adapted parameters in place
+
+    def shown(self, base: nn.Module) -> dict[str, torch.Tensor]:
+        current = {t.name: getattr(base, t.name) for t in self.targets}
+        deltas = self.deltas(current)
+        return {name: tensor + deltas[name].to(tensor.dtype) for name, tensor in current.items()}
+
+    def deltas(self, tensors: Any) -> dict[str, torch.Tensor]:
+        own = dict(self.named_parameters())
+        result = {}
+        for t in self.targets:
+            delta = t.delta(own[f"{t.front}lora_A.weight"], own[f"{t.front}lora_B.weight"])
+            result[t.name] = delta.reshape(tensors[t.name].shape)
+        return result
+
+    @property
+    def changed_names(self) -> tuple[str, ...]:
+        return tuple(t.name for t in self.targets)
+
+    @classmethod
+    def memory_name(cls, suffix: str, adapter_name: str) -> str:
+        front, tensor, rest = suffix.rpartition("lora_")
+        first, dot, leaf = rest.partition(".")
+        return f"{front}{tensor}{first}.{adapter_name}{dot}{leaf}"

@@ -1,0 +1,116 @@
+"""LoRA (arXiv 2106.09685): its record, and which of its relatives a config asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from splice.base.layers import LayerKind
+from splice.config import PeftType
+from splice.errors import UnsupportedLayerError
+from splice.kinds.layer import AdapterLayer
+from splice.kinds.registry import Combining, Method, register
+from splice.methods.default_targets import LORA_TARGETS
+from splice.methods.lora.alora import AloraLinear
+from splice.methods.lora.attention import LoraAttention
+from splice.methods.lora.bdlora import BdLoraLinear
+from splice.methods.lora.config import LoraConfig, LoraRuntimeConfig, active_variants, check, with_rank
+from splice.methods.lora.dora import DoraConv, DoraEmbedding, DoraLinear
+from splice.methods.lora.inits import LOFTQ, check_init_on, loading_notes, takes_from_base
+from splice.methods.lora.kasa import KasaLinear, kasa_loss
+from splice.methods.lora.layers import LoraConv, LoraEmbedding, LoraLayer, LoraLinear
+from splice.methods.lora.loftq import LoftqLinear
+from splice.methods.lora.mica import MicaEmbedding, MicaLinear
+from splice.methods.lora.monteclora import MontecloraLinear, monteclora_loss
+from splice.methods.lora.parameters import LoraParameters
+from splice.methods.lora.residual import TakenDoraLinear, TakenLinear
+from splice.methods.lora.velora import VeloraLinear
+
+__all__ = ["METHOD", "LoraConfig", "LoraLayer", "LoraRuntimeConfig", "with_rank"]
+
+_CONVOLUTIONS = (LayerKind.CONV1D, LayerKind.CONV2D, LayerKind.CONV3D)
+_LINEAR = (LayerKind.LINEAR, LayerKind.TRANSPOSED_LINEAR)
+_LAYERS: Mapping[LayerKind, type[AdapterLayer]] = MappingProxyType(
+    {
+        **dict.fromkeys(_LINEAR, LoraLinear),
+        LayerKind.EMBEDDING: LoraEmbedding,
+        **dict.fromkeys(_CONVOLUTIONS, LoraConv),
+        LayerKind.ATTENTION: LoraAttention,
+    }
+)
+# By the field of the config that asks for it.
+_VARIANTS: Mapping[str, Mapping[LayerKind, type[AdapterLayer]]] = MappingProxyType(
+    {
+        "use_dora": {
+            **dict.fromkeys(_LINEAR, DoraLinear),
+            LayerKind.EMBEDDING: DoraEmbedding,
+            **dict.fromkeys(_CONVOLUTIONS, DoraConv),
+        },
+        "alora_invocation_tokens": dict.fromkeys(_LINEAR, AloraLinear),
+        "use_bdlora": dict.fromkeys(_LINEAR, BdLoraLinear),
+        "kasa_config": {LayerKind.LINEAR: KasaLinear},
+        "monteclora_config": dict.fromkeys(_LINEAR, MontecloraLinear),
+        "velora_config": dict.fromkeys(_LINEAR, VeloraLinear),
+    }
+)
+
+
+# By the same fields, for initialisations that take something out of the base weight.
+_TAKEN: Mapping[str, type[AdapterLayer]] = MappingProxyType({"": TakenLinear, "use_dora": TakenDoraLinear})
+_MICA: Mapping[LayerKind, type[AdapterLayer]] = MappingProxyType(
+    {**dict.fromkeys(_LINEAR, MicaLinear), LayerKind.EMBEDDING: MicaEmbedding}
+)
+
+
+def variant(config: LoraConfig, kind: LayerKind) -> type[AdapterLayer] | None:
+    """The adapter layer of the relative of LoRA that `config` asks for; None for plain LoRA.
+
+    Raises:
+        UnsupportedLayerError: (a ValueError) it cannot be put on such a layer.
+    """
+    asked, init = active_variants(config), config.init_lora_weights
+    check_init_on(init, kind)
+    if takes_from_base(init) and kind in _LINEAR:
+        return _TAKEN[asked[0] if asked else ""]
+    if init == LOFTQ:
+        return LoftqLinear
+    if not asked:
+        return _MICA[kind] if init == "mica" else None
+    layers = _VARIANTS[asked[0]]
+    if kind not in layers:
+        raise UnsupportedLayerError(
+            f"`{asked[0]}` cannot be used on a layer of the kind {kind.name}; it can on: "
+            f"{', '.join(k.name for k in layers)}. Leave such layers out of the targets."
+        )
+    return layers[kind]
+
+
+_TENSOR_NAMES = frozenset(
+    {
+        "lora_A",
+        "lora_B",
+        "lora_embedding_A",
+        "lora_embedding_B",
+        "lora_magnitude_vector",
+        "lora_diag",
+        "lora_velora_embed",
+        "lora_monteclora_sampler",
+    }
+)
+METHOD = register(
+    Method(
+        name=PeftType.LORA,
+        config=LoraConfig,
+        prefix="lora_",
+        tensor_names=_TENSOR_NAMES,
+        layers=_LAYERS,
+        variant=variant,
+        parameters_layer=LoraParameters,
+        tuner_methods=MappingProxyType({"_get_kasa_loss": kasa_loss, "_get_monteclora_loss": monteclora_loss}),
+        default_targets=LORA_TARGETS,
+        combining=Combining.FACTORS,
+        check=check,
+        loading_notes=loading_notes,
+        paper="arXiv 2106.09685",
+    )
+)

@@ -1,0 +1,1 @@
+"""The methods that act on the call of a network rather than on its layers: prompt learning."""

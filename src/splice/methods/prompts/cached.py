@@ -1,0 +1,164 @@
+"""The kind of prompt that stands in the cache: keys and values of n positions before the first token, in every layer.
+
+The input and the output keep their length; the mask gets n ones in front, and positions start at n. Of an encoder-decoder
+the decoder's self-attention gets them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from splice.base.asking import asked
+from splice.config import TaskType, accepted_by
+from splice.kinds.layer import Forward
+from splice.methods.prompts.prompt import TYPED, Call, Prompt, PromptLayer, main_input, named_arguments
+from splice.methods.prompts.sizes import cache_sizes_of, rooms_of, text_config
+
+_CACHES = {"past_key_values", "cache"}
+_DECODER = ("decoder_input_ids", "decoder_inputs_embeds", "labels", "input_ids", "inputs_embeds")
+
+
+class CachedPrompt(PromptLayer):
+    """Virtual tokens as keys and values, (n, layers * 2 * heads * size of a head): a layer's keys, then its values."""
+
+    @classmethod
+    def place(cls, network: nn.Module, config: Any) -> str:
+        if any(asked(module, "gradient_checkpointing", False) for module in network.modules()):
+            raise ValueError(_checkpointing_text(config.peft_type.value))
+        if _CACHES.intersection(named_arguments(network)):
+            return ""
+        # The models that classify keep the cache of their backbone to themselves.
+        path: str = asked(network, "base_model_prefix", "")  # models of transformers have it
+        backbone = network._modules.get(path)
+        if backbone is None or not _CACHES.intersection(named_arguments(backbone)):
+            raise ValueError(
+                f"{type(network).__name__} does not support past key values which are required for {config.peft_type.value}: "
+                "neither its forward nor that of its backbone takes a cache."
+            )
+        return path
+
+    @classmethod
+    def resolved(cls, base: nn.Module, config: Any) -> dict[str, Any]:
+        return cache_sizes_of(base, config)
+
+    @classmethod
+    def slots(cls, base: nn.Module, config: Any, path: str) -> dict[str, tuple[int, ...]]:
+        sizes = cache_sizes_of(base, config)
+        return {"embedding.weight": (config.num_virtual_tokens, sizes["num_layers"] * 2 * sizes["token_dim"])}
+
+    def prepare(self, base: nn.Module, config: Any, path: str) -> None:
+        super().prepare(base, config, path)
+        sizes = cache_sizes_of(base, config)
+        self.method = config.peft_type.value
+        self.layers, self.heads = sizes["num_layers"], sizes["num_attention_heads"]
+        self.submodules = sizes["num_transformer_submodules"]
+        self.decodes = self.task == TaskType.SEQ_2_SEQ_LM
+        self.rooms = rooms_of(base, self.layers, self.heads, sizes["token_dim"] // self.heads)
+        skipped = sorted(set(range(self.layers)) - set(self.rooms))
+        if not self.rooms:
+            raise ValueError(f"{self.method}: no layer of {type(base).__name__} can take its keys and values")
+        if skipped:
+            text = f"{self.method}: layers {skipped} have no room for its keys and values, and go without them."
+            warnings.warn(text, stacklevel=2)
+
+    def virtual_tokens(self, call: Call) -> torch.Tensor:
+        return self.table().view(1, self.count, 2 * self.layers, self.heads, -1)
+
+    def prompted(self, call: Call, prompt: Prompt, inner: Forward) -> Any:
+        if self.training and torch.is_grad_enabled():
+            self._check_no_checkpointing()
+        call.pop("task_ids", None)
+        self.drop_types(call, unless=TYPED)
+        cache = self.cache_in(call)
+        past = 0 if cache is None else cache.get_seq_length()
+        kept = cache is not None or call.get("use_cache") is not False
+        if past == 0:
+            main = main_input(call, _DECODER if self.decodes else _DECODER[3:])
+            cache = self.filled(cache, prompt.values(call, main.shape[0]))
+            call[self.cache_name] = cache
+        length = main_input(call, _DECODER if self.decodes else _DECODER[3:]).shape[1]
+        front = "decoder_" if self.decodes else ""
+        self.set_mask(call, front + "attention_mask", prompt, length, past)
+        self._set_positions(call, front + "position_ids", prompt, length, past or prompt.count)
+        output = inner(**call)
+        return output if kept else _without(output, cache)
+
+    def _set_positions(self, call: Call, name: str, prompt: Prompt, length: int, past: int) -> None:
+        given = call.get(name)
+        if given is None:
+            self.set_positions(call, name, prompt, length, past)
+        else:
+            call[name] = given + prompt.count - (0 if prompt.short is None else prompt.short)
+
+    def filled(self, cache: Any, values: torch.Tensor) -> Any:
+        """`cache`, or a new one, with `values` (batch, n, 2 * layers, heads, size of a head) in it.
+
+        Raises:
+            ValueError: it cannot grow, or no layer can take the values.
+        """
+        from transformers import DynamicCache, EncoderDecoderCache
+
+        network = self.target[0]
+        values = values.to(network.dtype)
+        if self.decodes:
+            if self.submodules == 1:  # the reference's own result: one cache for both kinds of attention
+                cache = DynamicCache()
+            elif cache is None:
+                cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        elif cache is None:
+            cache = DynamicCache(**accepted_by(DynamicCache.__init__, {"config": text_config(network)}))
+        if cache.is_compileable:
+            raise ValueError(
+                f"{self.method}: a {type(cache).__name__} cannot be filled beforehand; use a cache that grows (for "
+                "`generate`: leave out `cache_implementation`)"
+            )
+        own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        self._fill(own, values)
+        return cache
+
+    def _fill(self, cache: Any, values: torch.Tensor) -> None:
+        devices = _devices(self.target[0])
+        for layer, (heads, dim) in self.rooms.items():
+            for_keys, for_values = self._of_layer(values, layer)
+            device = devices.get(layer, values.device)
+            cache.update(for_keys[:, :heads, :, :dim].to(device), for_values[:, :heads, :, :dim].to(device), layer)
+
+    def _of_layer(self, values: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer, each (batch, heads, n, size of a head).
+
+        With two submodules the reference deals out the layers of the table in pairs and keeps the first of each: decoder
+        layer l has those of layer 2 l, counted round. Trained checkpoints depend on it.
+        """
+        entry = 2 * layer if self.submodules == 1 else 4 * layer % (2 * self.layers)
+        return values[:, :, entry].transpose(1, 2), values[:, :, entry + 1].transpose(1, 2)
+
+    def _check_no_checkpointing(self) -> None:
+        """Layers that recompute themselves are called without the cache: the virtual tokens would be lost in silence."""
+        if any(asked(module, "gradient_checkpointing", False) for module in self.target[0].modules()):
+            raise ValueError(_checkpointing_text(self.method))
+
+
+def _without(output: Any, cache: Any) -> Any:
+    """`output` without the cache: `generate` that was told to use none takes up whatever a step returns."""
+    if isinstance(output, tuple):
+        return tuple(part for part in output if part is not cache)
+    return type(output)(**{name: part for name, part in output.items() if part is not cache})
+
+
+def _checkpointing_text(method: str) -> str:
+    return f"{method} does not work with gradient checkpointing. Call `model.gradient_checkpointing_disable()`."
+
+
+def _devices(network: nn.Module) -> dict[int, torch.device]:
+    """Layer -> its device, of a network that is spread over several."""
+    placed = asked(network, "hf_device_map")  # set by accelerate
+    found: dict[int, torch.device] = {}
+    for path, device in (placed or {}).items():
+        index = next((part for part in path.split(".") if part.isdigit()), None)
+        if index is not None and device not in ("cpu", "disk"):
+            found[int(index)] = torch.device(device)
+    return found

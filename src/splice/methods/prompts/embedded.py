@@ -1,0 +1,137 @@
+"""The kind of prompt that stands among the embedded inputs: [P; E] and a mask with ones in front.
+
+With n virtual tokens P (n, dim) and the embedded input E (batch, T, dim), the network gets n + T tokens, and its output is
+that long. While a decoder generates, P goes in with the first step and stays in the cache. Of an encoder-decoder the encoder
+gets it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch.nn import functional as F
+
+from splice.config import TaskType
+from splice.kinds.layer import AdapterLayer, Forward
+from splice.methods.prompts.prompt import TYPED, Call, Prompt, PromptLayer, main_input, prompt_of_rows
+from splice.selection import Choice
+
+if TYPE_CHECKING:
+    from splice.surgery.tuner import Tuner
+
+# The models that answer for every token: their labels grow with the input.
+_ONE_LABEL_A_TOKEN = (TaskType.CAUSAL_LM, TaskType.TOKEN_CLS)
+# While `generate` of a PeftModel runs: the encoder has been called already, with the virtual tokens.
+_encoded: ContextVar[bool] = ContextVar("splice_encoded", default=False)
+
+
+class EmbeddedPrompt(PromptLayer):
+    """Virtual tokens in the place of embedded ones."""
+
+    drops_positions: ClassVar[bool] = True
+
+    def virtual_tokens(self, call: Call) -> torch.Tensor:
+        # Of two submodules the first half is the encoder's; nothing reads the other.
+        return self.table()[None, : self.count]
+
+    def prompted(self, call: Call, prompt: Prompt, inner: Forward) -> Any:
+        if call.get("encoder_outputs") is not None:
+            if _encoded.get():
+                return inner(**call)
+            raise ValueError(
+                "`encoder_outputs` were made without the virtual tokens of the active adapter. Give the encoder's input "
+                "instead, and call `generate` of the PeftModel, not of its base model."
+            )
+        self.leave_out(call)
+        cache = self.cache_in(call)
+        past = 0 if cache is None else cache.get_seq_length()
+        _refuse_fixed(cache)
+        main = main_input(call, ("inputs_embeds", "input_ids"))
+        length = main.shape[1]
+        self.set_mask(call, "attention_mask", prompt, length, past)
+        new = length if past else length + prompt.count
+        self.set_positions(call, "position_ids", prompt, new, past)
+        return inner(**(call if past else self.in_front(call, prompt)))
+
+    def in_front(self, call: Call, prompt: Prompt) -> Call:
+        """`call` with embedded inputs that begin with the virtual tokens; everything that goes by tokens grows."""
+        embeds, ids = call.get("inputs_embeds"), call.pop("input_ids", None)
+        if embeds is None:
+            embeds = self.target[0].get_input_embeddings()(ids)
+        tokens = prompt.values(call, embeds.shape[0]).to(embeds.dtype)
+        call["inputs_embeds"] = torch.cat([tokens, embeds], dim=1)
+        if call.get("labels") is not None and self.task in _ONE_LABEL_A_TOKEN:
+            call["labels"] = F.pad(call["labels"], (prompt.count, 0), value=-100)
+        if call.get("token_type_ids") is not None:
+            call["token_type_ids"] = F.pad(call["token_type_ids"], (prompt.count, 0), value=0)
+        return call
+
+    def leave_out(self, call: Call) -> None:
+        """Take away what cannot be right with virtual tokens in front: the model works it out again."""
+        for name in ("position_ids", "cache_position", "task_ids"):
+            call.pop(name, None)
+        self.drop_types(call, unless=TYPED)
+
+    def encoder_inputs(self, call: Call, prompt: Prompt) -> Call:
+        """The arguments of `generate` of an encoder-decoder, with the virtual tokens in the encoder's input."""
+        if call.pop("encoder_outputs", None) is not None:
+            warnings.warn("`encoder_outputs` were made without virtual tokens. They are ignored.", stacklevel=4)
+        self.leave_out(call)
+        self.set_mask(call, "attention_mask", prompt, call["input_ids"].shape[1], 0)
+        return self.in_front(call, prompt)
+
+
+def _refuse_fixed(cache: Any) -> None:
+    if cache is not None and cache.is_compileable:
+        raise ValueError(
+            f"a {type(cache).__name__} has no room for virtual tokens; use a cache that grows (for `generate`: leave out "
+            "`cache_implementation`)"
+        )
+
+
+def generate_from(tuner: Tuner) -> Forward:
+    """`generate` of an encoder-decoder, which calls the encoder past the network: it gets the virtual tokens here."""
+    network: Any = tuner.model
+    # The network's own layers: they are there only with methods that act on its call.
+    layers = {name: placed[""] for name, placed in tuner.placed.items() if isinstance(placed.get(""), EmbeddedPrompt)}
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        choice = tuner.selection.current()
+        if not layers or (choice.rows is None and not choice.names):
+            return network.generate(*args, **kwargs)
+        if args:
+            raise TypeError("`generate` with virtual tokens takes its arguments by name (`input_ids=...`)")
+        if kwargs.get("input_ids") is None:
+            raise ValueError("`generate` with virtual tokens needs `input_ids`")
+        prompt = _chosen(layers, choice, kwargs["input_ids"])
+        if prompt is not None:
+            first = prompt.parts[0][0]
+            assert isinstance(first, EmbeddedPrompt)
+            kwargs = first.encoder_inputs(kwargs, prompt)
+        with encoded():
+            return network.generate(**kwargs)
+
+    return run
+
+
+def _chosen(layers: Mapping[str, AdapterLayer], choice: Choice, main: torch.Tensor) -> Prompt | None:
+    if choice.rows is not None:
+        return prompt_of_rows(layers, choice.rows, main)
+    layer = layers[choice.names[0]]
+    assert isinstance(layer, EmbeddedPrompt)
+    return Prompt(((layer, None),), layer.count)
+
+
+@contextmanager
+def encoded() -> Iterator[None]:
+    """Inside, outputs of an encoder hold the virtual tokens."""
+    token = _encoded.set(True)
+    try:
+        yield
+    finally:
+        _encoded.reset(token)

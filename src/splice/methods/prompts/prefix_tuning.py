@@ -1,0 +1,106 @@
+"""Prefix tuning: trained keys and values in front of those of every layer. Li & Liang, arXiv 2101.00190, section 4."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from splice.config import PeftType, PromptLearningConfig
+from splice.kinds.layer import Slots
+from splice.kinds.registry import Method, register
+from splice.methods.prompts.attributes import PROMPT_METHODS, PROMPT_VIEWS
+from splice.methods.prompts.cached import CachedPrompt
+from splice.methods.prompts.prompt import PromptLayer, Reparameterised, check_prompt
+from splice.methods.prompts.sizes import cache_sizes_of
+
+
+@dataclass
+class PrefixTuningConfig(PromptLearningConfig):
+    """Fields and defaults of the reference, in its order.
+
+    Raises:
+        ValueError: `init_weights` is unknown.
+    """
+
+    init_weights: str | None = None
+    encoder_hidden_size: int | None = None
+    prefix_projection: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.PREFIX_TUNING
+        if self.init_weights not in (None, "zero"):
+            raise ValueError(f"`init_weights` must be 'zero' or None, got {self.init_weights!r}")
+
+
+class PrefixTuning(CachedPrompt):
+    """The table of keys and values itself."""
+
+    @classmethod
+    def for_training(cls, config: Any) -> type[PromptLayer]:
+        return ProjectedPrefix if config.prefix_projection else cls
+
+    @classmethod
+    def resolved(cls, base: nn.Module, config: Any) -> dict[str, Any]:
+        sizes = super().resolved(base, config)
+        return {**sizes, "encoder_hidden_size": config.encoder_hidden_size or sizes["token_dim"]}
+
+    @classmethod
+    def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: PrefixTuningConfig) -> None:
+        (nn.init.zeros_ if config.init_weights == "zero" else nn.init.normal_)(tensors["embedding.weight"])
+
+
+class ProjectedPrefix(Reparameterised, PrefixTuning):
+    """The table as the output of a small network, which makes training steadier (section 4.3)."""
+
+    transform: Slots
+
+    @classmethod
+    def slots(cls, base: nn.Module, config: Any, path: str) -> dict[str, tuple[int, ...]]:
+        sizes = cache_sizes_of(base, config)
+        dim, width = sizes["token_dim"], sizes["num_layers"] * 2 * sizes["token_dim"]
+        hidden = config.encoder_hidden_size or dim
+        return {
+            "embedding.weight": (config.num_virtual_tokens, dim),
+            "transform.0.weight": (hidden, dim),
+            "transform.0.bias": (hidden,),
+            "transform.2.weight": (width, hidden),
+            "transform.2.bias": (width,),
+        }
+
+    @classmethod
+    def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: PrefixTuningConfig) -> None:
+        nn.init.normal_(tensors["embedding.weight"])
+        for name in ("transform.0", "transform.2"):
+            weight = tensors[f"{name}.weight"]
+            linear = nn.Linear(weight.shape[1], weight.shape[0])
+            weight.copy_(linear.weight)
+            tensors[f"{name}.bias"].copy_(linear.bias)
+        if config.init_weights == "zero":
+            nn.init.zeros_(tensors["transform.2.weight"])
+            nn.init.zeros_(tensors["transform.2.bias"])
+
+    def table(self) -> torch.Tensor:
+        first, last = self.transform._modules["0"], self.transform._modules["2"]
+        assert isinstance(first, Slots) and isinstance(last, Slots)
+        hidden = torch.tanh(F.linear(self.embedding.weight, first.weight, first.bias))
+        return F.linear(hidden, last.weight, last.bias)
+
+
+METHOD = register(
+    Method(
+        name=PeftType.PREFIX_TUNING,
+        config=PrefixTuningConfig,
+        prefix="prefix_tuning_",
+        tensor_names=frozenset({"prompt_embeddings"}),
+        network_layer=PrefixTuning,
+        check=check_prompt,
+        tuner_methods=PROMPT_METHODS,
+        tuner_views=PROMPT_VIEWS,
+        paper="arXiv 2101.00190",
+    )
+)

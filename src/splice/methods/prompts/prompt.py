@@ -1,0 +1,297 @@
+"""What all prompt-learning methods share: trained virtual tokens that stand in front of what a network is called with.
+
+An adapter of this kind has one adapter layer, on the network itself: what is adapted is its call. So whatever calls the
+network (a forward, each step of `generate`, a pipeline) gets the virtual tokens. Where they stand is a matter of two
+kinds: among the embedded inputs (`embedded.py`), or in the cache of keys and values (`cached.py`). A method says how they
+come about.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from splice.config import PromptLearningConfig, TaskType
+from splice.errors import UnsupportedFeatureError
+from splice.kinds.layer import AdapterLayer, Forward, Slots
+from splice.kinds.module_copy import WholeModule
+from splice.methods.prompts.sizes import sizes_of
+from splice.selection import Rows
+
+Call = dict[str, Any]
+PROMPT_KEY = "prompt_embeddings"
+# The tasks whose models get the caller's `token_type_ids`.
+TYPED = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS)
+
+
+class PromptHead(WholeModule):
+    """A module saved whole beside virtual tokens: the reference names it without `model.`, as they wrap nothing."""
+
+    @classmethod
+    def key(cls, path: str, suffix: str) -> str:
+        return f"base_model.{path}.{suffix}"
+
+    @classmethod
+    def full_memory_name(cls, path: str, suffix: str, adapter_name: str) -> str:
+        return cls.key(path, cls.memory_name(suffix, adapter_name))
+
+    def base_front(self, path: str) -> str:
+        return self.key(path, self.base_infix)
+
+
+class PromptLayer(AdapterLayer):
+    """The virtual tokens of one adapter. The target is the network, or the part of it that takes a cache.
+
+    Attributes:
+        count: how many virtual tokens stand in front of a row.
+        names: the parameters of the target's own forward.
+        task: the `task_type` of the adapter.
+    """
+
+    embedding: Slots
+    target: tuple[Any]
+    # Whether positions that the caller gives are worked out anew.
+    drops_positions: ClassVar[bool] = False
+    head: ClassVar[type[WholeModule]] = PromptHead
+
+    @classmethod
+    def place(cls, network: nn.Module, config: Any) -> str:
+        """Path of the module whose call takes the virtual tokens.
+
+        Raises:
+            ValueError: the network cannot take any.
+        """
+        return ""
+
+    @classmethod
+    def for_training(cls, config: Any) -> type[PromptLayer]:
+        """The class of a new adapter that is to be trained, where more is trained than a checkpoint holds."""
+        return cls
+
+    @classmethod
+    def resolved(cls, base: nn.Module, config: Any) -> dict[str, Any]:
+        return sizes_of(base, config)
+
+    @classmethod
+    def slots(cls, base: nn.Module, config: Any, path: str) -> dict[str, tuple[int, ...]]:
+        sizes = sizes_of(base, config)
+        return {
+            "embedding.weight": (config.num_virtual_tokens * sizes["num_transformer_submodules"], sizes["token_dim"])
+        }
+
+    @classmethod
+    def key(cls, path: str, suffix: str) -> str:
+        return PROMPT_KEY if suffix == "embedding.weight" else suffix
+
+    @classmethod
+    def held_dtype(cls, base: nn.Module, suffix: str, autocast: bool) -> torch.dtype:
+        return torch.float32
+
+    @classmethod
+    def full_memory_name(cls, path: str, suffix: str, adapter_name: str) -> str:
+        return f"prompt_encoder.{adapter_name}.{suffix}"
+
+    def base_front(self, path: str) -> str:
+        return f"base_model.{path}." if path else "base_model."
+
+    def prepare(self, base: nn.Module, config: Any, path: str) -> None:
+        self.count = int(config.num_virtual_tokens)
+        self.task = config.task_type
+        self.names = named_arguments(base)
+        # In a tuple: as an attribute of its own the network would become a child of this layer.
+        self.__dict__["target"] = (base,)
+
+    def table(self) -> torch.Tensor:
+        """Every virtual token, one a row, in float32: what a checkpoint holds."""
+        return self.embedding.weight
+
+    def forward(self, indices: torch.Tensor | None = None, task_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Those rows of the table; people call the reference's prompt encoders so."""
+        return self.table() if indices is None else F.embedding(indices, self.table())
+
+    def virtual_tokens(self, call: Call) -> torch.Tensor:
+        """(rows, count, ...) for this call; one row where all are the same."""
+        raise NotImplementedError
+
+    def prompted(self, call: Call, prompt: Prompt, inner: Forward) -> Any:
+        """What `inner` gives with the virtual tokens of `prompt` in front of the input."""
+        raise NotImplementedError
+
+    def wrapped(self, inner: Forward) -> Forward:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return self.prompted(self.bound(args, kwargs), Prompt(((self, None),), self.count), inner)
+
+        return run
+
+    @classmethod
+    def wrapped_rows(cls, layers: Mapping[str, AdapterLayer], rows: Rows, inner: Forward) -> Forward:
+        """As `wrapped`, with an adapter for each row."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            first = next(layer for layer in layers.values() if isinstance(layer, PromptLayer))
+            call = first.bound(args, kwargs)
+            prompt = prompt_of_rows(layers, rows, main_input(call))
+            return inner(**call) if prompt is None else prompt.parts[0][0].prompted(call, prompt, inner)
+
+        return run
+
+    def bound(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+        """All arguments by name."""
+        return {**dict(zip(self.names, args)), **kwargs}
+
+    @property
+    def cache_name(self) -> str:
+        """What the target calls its cache: transformers is about to rename it."""
+        return "past_key_values" if "past_key_values" in self.names else "cache"
+
+    def cache_in(self, call: Call) -> Any:
+        """The cache of this call under either of its names, or None."""
+        given = call.pop("past_key_values", None)
+        given = call.get("cache") if given is None else given
+        call.pop("cache", None)
+        if given is not None:
+            call[self.cache_name] = given
+        return given
+
+    def drop_types(self, call: Call, unless: Sequence[TaskType]) -> None:
+        """Take the types of tokens away, except for these tasks: adapters are trained without."""
+        if self.task not in unless and call.pop("token_type_ids", None) is not None:
+            text = f"Token type ids are not supported for {self.task} with virtual tokens. They are ignored."
+            warnings.warn(text, stacklevel=4)
+
+    def set_mask(self, call: Call, name: str, prompt: Prompt, length: int, past: int) -> None:
+        """Let the mask cover the virtual tokens too. Rows with fewer of them are padded in front."""
+        mask = call.get(name)
+        if mask is None:
+            if prompt.short is None:
+                return
+            batch, seen = len(prompt.short), max(past - prompt.count, 0)
+            mask = torch.ones(batch, seen + length, dtype=torch.long, device=prompt.short.device)
+        if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+            raise ValueError(
+                f"virtual tokens need `{name}` of shape (batch, tokens), got "
+                f"{tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__}; masks that are worked out "
+                "beforehand do not know of them. While generating, use a cache that grows (not a static one)."
+            )
+        if past == 0 or mask.shape[1] != past + length:
+            call[name] = torch.cat([prompt.mask(mask), mask], dim=1)
+
+    def set_positions(self, call: Call, name: str, prompt: Prompt, length: int, past: int) -> None:
+        """Positions for rows that are padded in front, counted from their own first token."""
+        if prompt.short is not None:
+            positions = torch.arange(past, past + length, device=prompt.short.device) - prompt.short
+            call[name] = positions.clamp(min=0)
+
+
+def named_arguments(module: nn.Module) -> tuple[str, ...]:
+    """The names of what a module's forward takes, in their order."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return tuple(n for n, p in inspect.signature(type(module).forward).parameters.items() if p.kind in named)[1:]
+
+
+_MAIN = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "labels")
+
+
+def main_input(call: Call, names: Sequence[str] = _MAIN) -> torch.Tensor:
+    """The argument that tells how many rows there are.
+
+    Raises:
+        ValueError: none of the known ones is given.
+    """
+    found = next((call[name] for name in names if call.get(name) is not None), None)
+    if found is None:
+        raise ValueError("You have to provide either input_ids or inputs_embeds")
+    return found  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The virtual tokens of one call: one adapter's for all rows, or each row's own.
+
+    Attributes:
+        parts: adapter layers with the indices of their rows; None stands for all rows.
+        count: the number of virtual tokens in front of every row, padding included.
+        short: (batch, 1), how many fewer each row has; None where all have `count`.
+    """
+
+    parts: tuple[tuple[PromptLayer, torch.Tensor | None], ...]
+    count: int
+    short: torch.Tensor | None = None
+
+    def values(self, call: Call, batch: int) -> torch.Tensor:
+        """(batch, count, ...) in float32; zeros where a row is padded."""
+        layer, rows = self.parts[0]
+        tokens = layer.virtual_tokens(call)
+        if rows is None:
+            return tokens.expand(batch, *tokens.shape[1:])
+        result = tokens.new_zeros(batch, self.count, *tokens.shape[2:])
+        for layer, rows in self.parts:
+            tokens = layer.virtual_tokens(call)
+            assert rows is not None
+            result[rows, self.count - layer.count :] = tokens if len(tokens) == 1 else tokens[rows]
+        return result
+
+    def mask(self, like: torch.Tensor) -> torch.Tensor:
+        """(batch, count): what the mask `like` has in front."""
+        ones = like.new_ones(like.shape[0], self.count)
+        if self.short is None:
+            return ones
+        return (torch.arange(self.count, device=like.device) >= self.short).to(like.dtype)
+
+
+def prompt_of_rows(layers: Mapping[str, AdapterLayer], rows: Rows, main: torch.Tensor) -> Prompt | None:
+    """Raises UnsupportedFeatureError where rows of different lengths cannot stand in one batch."""
+    parts = []
+    for group in rows.groups(main.shape[0], main.device):
+        layer = layers[group.name]
+        assert isinstance(layer, PromptLayer)
+        parts.append((layer, group.index))
+    if not parts:
+        return None
+    count = max(layer.count for layer, _ in parts)
+    short = torch.full((main.shape[0], 1), count, device=main.device)
+    for layer, index in parts:
+        short[index] -= layer.count
+    if all(layer.count == count for layer, _ in parts) and sum(len(index) for _, index in parts) == len(short):
+        return Prompt(tuple(parts), count)
+    first = parts[0][0]
+    if first.task != TaskType.CAUSAL_LM or "position_ids" not in first.names:
+        raise UnsupportedFeatureError(
+            f"`adapter_names`: rows get different numbers of virtual tokens ({sorted({*(count - short[:, 0]).tolist()})}), "
+            f"and {type(first).__name__} can pad rows only for CAUSAL_LM models that take `position_ids`; this is "
+            f"{first.task}. Choose adapters with the same `num_virtual_tokens` and no '__base__', or call them one by one."
+        )
+    return Prompt(tuple(parts), count, short)
+
+
+class Reparameterised(PromptLayer):
+    """Mixed into the layer of a new adapter whose table is worked out from other tensors while it is trained.
+
+    A checkpoint holds the table, as the reference writes it, so training cannot go on from one where it stopped.
+    """
+
+    @classmethod
+    def key(cls, path: str, suffix: str) -> str:
+        return suffix if suffix == PROMPT_KEY else f"prompt_encoder.{suffix}"
+
+    def stored_slots(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield PROMPT_KEY, self.table().detach()
+
+
+def check_prompt(config: PromptLearningConfig) -> None:
+    """Raises ValueError for what no prompt-learning method can work with."""
+    count = config.num_virtual_tokens
+    if not isinstance(count, int) or isinstance(count, bool) or count <= 0:
+        raise ValueError(f"`num_virtual_tokens` should be a positive integer, got {count!r}")
+    if config.task_type is None:
+        raise ValueError(
+            f"a {config.peft_type} config needs a `task_type`: it decides where the virtual tokens go. "
+            f"One of {', '.join(member.value for member in TaskType)}."
+        )

@@ -1,0 +1,93 @@
+"""Prompt tuning: trained vectors in front of the embedded input. Lester et al., arXiv 2104.08691, section 2."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import nn
+
+from splice.config import PeftType, PromptLearningConfig
+from splice.kinds.registry import Method, register
+from splice.methods.prompts.attributes import PROMPT_METHODS, PROMPT_VIEWS
+from splice.methods.prompts.embedded import EmbeddedPrompt
+from splice.methods.prompts.prompt import check_prompt
+
+
+class PromptTuningInit(str, Enum):
+    """What the virtual tokens start from: an embedded text, rows of the vocabulary, or noise."""
+
+    TEXT = "TEXT"
+    SAMPLE_VOCAB = "SAMPLE_VOCAB"
+    RANDOM = "RANDOM"
+
+
+@dataclass
+class PromptTuningConfig(PromptLearningConfig):
+    """Fields and defaults of the reference, in its order.
+
+    Raises:
+        ValueError: fields contradict each other.
+    """
+
+    prompt_tuning_init: PromptTuningInit | str = PromptTuningInit.RANDOM
+    prompt_tuning_init_text: str | None = None
+    tokenizer_name_or_path: str | None = None
+    tokenizer_kwargs: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.PROMPT_TUNING
+        from_text = self.prompt_tuning_init == PromptTuningInit.TEXT
+        if from_text and not (self.tokenizer_name_or_path and self.prompt_tuning_init_text):
+            raise ValueError("prompt_tuning_init='TEXT' needs `tokenizer_name_or_path` and `prompt_tuning_init_text`")
+        if self.tokenizer_kwargs and not from_text:
+            raise ValueError("tokenizer_kwargs only valid when using prompt_tuning_init='TEXT'.")
+
+
+class PromptTuning(EmbeddedPrompt):
+    """The virtual tokens, (n * submodules, dim)."""
+
+    @classmethod
+    def initialise(cls, tensors: dict[str, torch.Tensor], base: Any, config: PromptTuningConfig) -> None:
+        start_tokens(tensors["embedding.weight"], base, config)
+
+
+def start_tokens(rows: torch.Tensor, base: Any, config: PromptTuningConfig) -> None:
+    """Fill `rows` with the values that virtual tokens start from."""
+    nn.init.normal_(rows)  # also where it is overwritten, so that the same seed gives what it gives in the reference
+    embeddings = base.get_input_embeddings()
+    if config.prompt_tuning_init == PromptTuningInit.SAMPLE_VOCAB:
+        ids = torch.randint(0, embeddings.weight.shape[0], (len(rows),))
+        rows.copy_(embeddings(ids.to(embeddings.weight.device)))
+    elif config.prompt_tuning_init == PromptTuningInit.TEXT:
+        rows.copy_(embeddings(_text_ids(config, len(rows)).to(embeddings.weight.device)))
+
+
+def _text_ids(config: PromptTuningConfig, count: int) -> torch.Tensor:
+    """Token ids of the initial text, repeated or cut to `count`."""
+    from transformers import AutoTokenizer
+
+    # Never run code that a checkpoint's config asks for.
+    options = {k: v for k, v in (config.tokenizer_kwargs or {}).items() if k != "trust_remote_code"}
+    ids: list[int] = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **options)(
+        config.prompt_tuning_init_text
+    )["input_ids"]
+    return torch.tensor((ids * (count // len(ids) + 1))[:count])
+
+
+METHOD = register(
+    Method(
+        name=PeftType.PROMPT_TUNING,
+        config=PromptTuningConfig,
+        prefix="prompt_tuning_",
+        tensor_names=frozenset({"prompt_embeddings"}),
+        network_layer=PromptTuning,
+        check=check_prompt,
+        tuner_methods=PROMPT_METHODS,
+        tuner_views=PROMPT_VIEWS,
+        paper="arXiv 2104.08691",
+    )
+)

@@ -1,1 +1,0 @@
-"""Reading and writing the weights of base layers, whatever they are stored as."""
