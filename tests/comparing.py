@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import splice
-from splice.surgery.adapted import ADAPTERS
+from splice.base.layers import ADAPTERS
 from tests.bases import Base, run
 
 # Far below what any mistake in the mathematics makes of these models (their outputs are about 1).

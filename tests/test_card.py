@@ -12,7 +12,7 @@ import yaml
 from torch import nn
 
 import splice
-from splice.config import FORMAT_VERSION
+from splice.checkpoint.format import FORMAT_VERSION
 from tests import bases
 
 LORA = {"r": 4, "target_modules": ["q_proj"]}

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import splice
-from splice.loading.fingerprint import METADATA_KEY, Match
+from splice.checkpoint.format import METADATA_KEY
+from splice.loading.fingerprint import Match
 from tests import bases
 from tests.broken import SAFETENSORS, Around, adapter_tensors, bert, by_reference, llama, load, output, parts, unchanged
 from tests.samples import Case, network_cases, plain_cases

@@ -18,8 +18,8 @@ from torch import nn
 import splice
 from splice.base.layers import LayerKind, kind_of
 from splice.config import TargetRule
+from splice.kinds.matching import TargetMatcher, value_for
 from splice.kinds.registry import Method, all_methods
-from splice.loading.targets import TargetMatcher, value_for
 from tests import bases
 from tests.bases import Base, run
 from tests.comparing import assert_close, load_both

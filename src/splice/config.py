@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
 
-from splice.errors import CheckpointError, PeftWarning
-
-CONFIG_NAME = "adapter_config.json"
-# Configs are exchanged with the reference, so what we write names the format's version, not ours.
-FORMAT_VERSION = "0.21.2"
+from splice.checkpoint.fields import UnknownFields, read_fields
+from splice.checkpoint.format import CONFIG_NAME, FORMAT_VERSION
+from splice.errors import CheckpointError, PeftWarning, warn
 
 
 class PeftType(str, Enum):
@@ -236,38 +232,6 @@ class PromptLearningConfig(PeftConfig):
 
 
 @dataclass(frozen=True)
-class UnknownFields:
-    """Fields of a config file that no config class here has: what a newer or another library wrote."""
-
-    values: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def switched_on(self) -> dict[str, Any]:
-        """Those that may change what the adapter computes: set to something other than null, false or empty."""
-        return {name: value for name, value in self.values.items() if value not in (None, False, 0, "", [], {})}
-
-
-def read_fields(text: bytes, place: str) -> dict[str, Any]:
-    """Parse the bytes of a config file into its fields.
-
-    Raises:
-        CheckpointError: it is a pointer to a file that was not fetched, not UTF-8, not JSON, or not a JSON object.
-    """
-    from splice.checkpoint.foreign import LFS_START, lfs_pointer
-
-    if text.startswith(LFS_START):
-        raise CheckpointError(lfs_pointer(place))
-    try:
-        # Editors of Windows put a byte order mark in front.
-        fields = json.loads(text.decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{place} is not valid JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{place} holds a JSON {type(fields).__name__}; an adapter config is an object")
-    return fields
-
-
-@dataclass(frozen=True)
 class ReadConfig:
     """A config as it was read.
 
@@ -307,7 +271,7 @@ def read_config(text: bytes, place: str) -> ReadConfig:
     old = legacy({k: v for k, v in fields.items() if k not in known})
     unknown = UnknownFields({k: v for k, v in fields.items() if k not in known and k not in old})
     if unknown.values:
-        warnings.warn(_unknown_fields_message(unknown, config_class, fields, place), PeftWarning, stacklevel=3)
+        warn(_unknown_fields_message(unknown, config_class, fields, place), PeftWarning)
     values, notes = cleaned({k: v for k, v in fields.items() if k in known}, config_class)
     try:
         check_kinds(values)
@@ -350,9 +314,3 @@ def copy_config(config: PeftConfig, **changes: Any) -> PeftConfig:
     for name, value in changes.items():
         setattr(clone, name, value)
     return clone
-
-
-def accepted_by(function: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Those of `options` that `function` has parameters for."""
-    parameters = inspect.signature(function).parameters
-    return {k: v for k, v in options.items() if k in parameters}

@@ -1,8 +1,13 @@
-"""Every exception and warning class of splice."""
+"""Every exception and warning class of splice, and the one way to warn."""
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence
+
+# Frames that a warning never blames: what stands between us and whoever called us.
+_BETWEEN = frozenset({"splice", "torch", "contextlib", "functools"})
 
 
 class PeftError(Exception):
@@ -56,3 +61,11 @@ class AdapterMismatchError(PeftError, RuntimeError):
         self.missing = list(missing)
         self.unexpected = list(unexpected)
         self.mismatched = list(mismatched)
+
+
+def warn(text: str, category: type[Warning] = UserWarning) -> None:
+    """Warn, and blame the first frame that is neither ours nor torch's: the line that a reader can change."""
+    level, frame = 2, sys._getframe(1).f_back
+    while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _BETWEEN:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, category, stacklevel=level + 1 if frame is not None else level)

@@ -12,8 +12,8 @@ from splice.injecting import inject_adapter_in_model as inject_adapter_in_model
 from splice.kinds.layer import HALVES
 from splice.kinds.module_copy import WholeModule
 from splice.loading.saving import get_peft_model_state_dict as get_peft_model_state_dict
-from splice.loading.saving import tuner_of
 from splice.loading.state import set_peft_model_state_dict as set_peft_model_state_dict
+from splice.surgery.tuner import tuner_of
 
 __all__ = [
     "cast_adapter_dtype",

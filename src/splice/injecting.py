@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
+from splice.base.bare import walk_bare
 from splice.checkpoint.keys import PREFIX, parse_key
 from splice.config import PeftConfig, copy_config
-from splice.errors import NoMatchingPeftModuleError
-from splice.kinds.module_copy import walk_bare
+from splice.errors import NoMatchingPeftModuleError, warn
+from splice.kinds.matching import TargetMatcher
 from splice.kinds.registry import Method, method_named
 from splice.loading.creating import new_adapter
 from splice.loading.report import grouped
-from splice.loading.targets import TargetMatcher, resolved_rule
+from splice.loading.targets import resolved_rule
 from splice.surgery.tuner import Tuner
 from splice.surgery.undo import Undo
 
@@ -85,11 +85,10 @@ def _of_layers(config: PeftConfig, method: Method, model: nn.Module, state_dict:
     selected = {path for path in modules if path and selects(path)}
     if selected != paths:
         more, less = "; ".join(grouped(sorted(paths - selected))), "; ".join(grouped(sorted(selected - paths)))
-        warnings.warn(
+        warn(
             "The layers that the state_dict speaks of are not those that the config selects; the state_dict decides. "
             f"In the state_dict alone: {more or 'none'}. In the config alone: {less or 'none'}.",
             RuntimeWarning,
-            stacklevel=3,
         )
     nothing = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
     changes = {name: value for name, value in nothing.items() if name in vars(config)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import nn
 
 from splice.base.asking import asked
 from splice.config import PeftConfig
-from splice.errors import PeftWarning
+from splice.errors import PeftWarning, warn
 from splice.kinds.layer import AdapterLayer, Call
 from splice.loading.creating import new_adapter
 from splice.loading.in_memory import checkpoint_from
@@ -283,7 +282,7 @@ class PeftModel(nn.Module):
             text = (
                 "`save_pretrained` writes to disk and has done so; to publish the adapter, call `push_to_hub(repo_id)`."
             )
-            warnings.warn(text, PeftWarning, stacklevel=2)
+            warn(text, PeftWarning)
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         """Write the README.md of a repository into a folder, or bring the one there up to date; what it says stays."""
@@ -413,7 +412,8 @@ class PeftModel(nn.Module):
         majority_sign_method: str = "total",
     ) -> None:
         """Combine adapters into a new one; see `merging/combine.py` for the combinations."""
-        from splice.loading.combining import Combination, add_weighted_adapter
+        from splice.loading.combining import add_weighted_adapter
+        from splice.methods.lora.combining import Combination
 
         combination = Combination(
             combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method

@@ -8,12 +8,9 @@ from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    from splice.surgery.adapted import Host
 
 BASE = "__base__"
 
@@ -75,8 +72,23 @@ class Choice:
 NOTHING = Choice()
 
 # A call may bring its own choice. It belongs to one selection and one thread, so no other call sees it.
-_COUNTING = threading.Lock()
 _of_this_call: ContextVar[tuple[Selection, Choice] | None] = ContextVar("splice_choice", default=None)
+
+
+class OwnLock:
+    """A lock that a copy of its owner gets anew: plain ones can be neither copied nor pickled."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[OwnLock], tuple[()]]:
+        return OwnLock, ()
 
 
 class Selection:
@@ -85,14 +97,17 @@ class Selection:
     def __init__(self) -> None:
         self.active: tuple[str, ...] = ()
         self.enabled = True
-        self._shared = NOTHING
+        # Counts how often it was set. What a single layer was told holds for one epoch.
+        self.epoch = 0
+        # What every call uses that brings no choice of its own.
+        self.choice = NOTHING
         # Calls in progress that brought a choice of their own. While there are none, nobody looks for one: a plain number
         # is what compiled graphs can guard on.
         self._own_choices = 0
+        self._counting = OwnLock()
         # Adapters that are in base weights now, and on how many layers.
         self.merged: dict[str, int] = {}
-        # Layers that were told something of their own, and whether flags of parameters were changed on a layer alone.
-        self._elsewhere: list[Host] = []
+        # Whether flags of parameters were changed on a layer alone, so that nothing is known of the adapter's as a whole.
         self.flags_changed = False
 
     @property
@@ -100,39 +115,35 @@ class Selection:
         """The selection of the model."""
         return self
 
-    def only_here(self, host: Host) -> Selection:
-        """A selection for one layer, which begins as this one and lasts until this one is set."""
-        self._elsewhere.append(host)
+    def only_here(self) -> LayerSelection:
+        """A selection for one layer, which begins as this one and holds until this one is set."""
         return LayerSelection(self)
 
     def set(self, names: Sequence[str]) -> None:
-        for host in self._elsewhere:
-            host.selection = self
-        self._elsewhere.clear()
+        """Make these adapters the active ones, on every layer."""
         self.active = tuple(names)
-        self._shared = Choice(self.active) if self.enabled else NOTHING
+        self.epoch += 1
+        self.choice = Choice(self.active) if self.enabled else NOTHING
 
     def enable(self, enabled: bool) -> None:
+        """Whether adapters take effect, on every layer."""
         self.enabled = enabled
         self.set(self.active)
 
     def current(self) -> Choice:
         """What the running call uses."""
         if not self._own_choices:
-            return self._shared
-        return self.of_this_call() or self._shared
+            return self.choice
+        return self.of_this_call() or self.choice
 
     def of_this_call(self) -> Choice | None:
-        """What the running call brought."""
-        own = _of_this_call.get()
+        """What the running call brought, if anything."""
+        own = _of_this_call.get() if self._own_choices else None
         return own[1] if own is not None and own[0] is self else None
 
-    def for_this_call(self, choice: Choice) -> AbstractContextManager[None]:
-        """Inside, calls made by this thread use `choice`."""
-        return self._for_this_call(choice)
-
     @contextmanager
-    def _for_this_call(self, choice: Choice) -> Iterator[None]:
+    def for_this_call(self, choice: Choice) -> Iterator[None]:
+        """Inside, calls made by this thread use `choice`."""
         self._count(1)
         token = _of_this_call.set((self, choice))
         try:
@@ -142,28 +153,56 @@ class Selection:
             self._count(-1)
 
     def _count(self, change: int) -> None:
-        with _COUNTING:
+        with self._counting:
             self._own_choices += change
 
 
-class LayerSelection(Selection):
-    """The selection of one layer that was told something of its own."""
+class LayerSelection:
+    """What one layer alone was told. It goes stale as soon as the model is told something: nobody has to be notified."""
 
     def __init__(self, model: Selection) -> None:
-        super().__init__()
-        self.model = model
-        self.enabled = model.enabled
-        self.set(model.active)
+        self.root = model
+        self._follow()
+
+    def _follow(self) -> None:
+        self._epoch = self.root.epoch
+        self._active, self._enabled, self._choice = self.root.active, self.root.enabled, self.root.choice
+
+    def _renew(self) -> None:
+        if self._epoch != self.root.epoch:
+            self._follow()
 
     @property
-    def root(self) -> Selection:
-        return self.model
+    def active(self) -> tuple[str, ...]:
+        self._renew()
+        return self._active
 
-    def only_here(self, host: Host) -> Selection:
+    @property
+    def enabled(self) -> bool:
+        self._renew()
+        return self._enabled
+
+    def only_here(self) -> LayerSelection:
+        """Itself: it is the layer's alone already."""
         return self
 
+    def set(self, names: Sequence[str]) -> None:
+        """Make these adapters the active ones on this layer."""
+        self._renew()
+        self._active = tuple(names)
+        self._choice = Choice(self._active) if self._enabled else NOTHING
+
+    def enable(self, enabled: bool) -> None:
+        """Whether adapters take effect on this layer."""
+        self._renew()
+        self._enabled = enabled
+        self.set(self._active)
+
     def current(self) -> Choice:
-        return (self.model.of_this_call() if self.model._own_choices else None) or self._shared
+        """What the running call uses here: what it brought, if it brought anything."""
+        self._renew()
+        return self.root.of_this_call() or self._choice
 
     def for_this_call(self, choice: Choice) -> AbstractContextManager[None]:
-        return self.model.for_this_call(choice)
+        """As of the model's selection."""
+        return self.root.for_this_call(choice)

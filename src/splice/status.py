@@ -9,9 +9,11 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
+from splice.base.bare import original_class
 from splice.kinds.layer import AdapterLayer
-from splice.surgery.adapted import Adapted, original_class
-from splice.surgery.tuner import Tuner, is_whole
+from splice.surgery.adapted import Adapted
+from splice.surgery.names import is_whole
+from splice.surgery.tuner import Tuner
 
 Irregular = Literal["irregular"]
 
@@ -61,7 +63,7 @@ def get_layer_status(model: nn.Module) -> list[LayerStatus]:
 
 
 def _tuner(model: Any) -> Tuner:
-    from splice.loading.saving import tuner_of
+    from splice.surgery.tuner import tuner_of
 
     tuner, _ = tuner_of(model)
     if not tuner.adapted:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from splice.config import PeftConfig, TaskType
+from splice.errors import warn
 from splice.mixed import PeftMixedModel
 from splice.model import PeftModel
 
@@ -22,7 +22,7 @@ class _TaskModel(PeftModel):
             prompt = self.base_model.method.network_layer
             if prompt is not None and prompt.drops_positions:
                 text = "Position ids are not supported with virtual tokens among the inputs. They are ignored."
-                warnings.warn(text, stacklevel=4)
+                warn(text)
         return super().forward(adapter_names=names, **arguments)
 
 

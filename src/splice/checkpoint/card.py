@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from splice.base.asking import asked
 from splice.base.conversions import is_pretrained
 from splice.checkpoint.files import write_text
-from splice.config import FORMAT_VERSION, PeftType, TaskType
-from splice.errors import PeftWarning
+from splice.checkpoint.format import FORMAT_VERSION
+from splice.config import PeftType, TaskType
+from splice.errors import PeftWarning, warn
 
 if TYPE_CHECKING:
     from splice.model import PeftModel
@@ -70,7 +70,7 @@ def _read(place: Path) -> Any:
         return ModelCard.load(place)
     except Exception as error:  # of whoever reads YAML
         text = f"{place} cannot be read, so it is left as it is: {error}"
-        warnings.warn(text, PeftWarning, stacklevel=4)
+        warn(text, PeftWarning)
         return None
 
 

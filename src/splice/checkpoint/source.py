@@ -9,11 +9,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from splice.checkpoint.download import download
-from splice.config import CONFIG_NAME
+from splice.checkpoint.format import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME
 from splice.errors import CheckpointError
-
-SAFETENSORS_NAME = "adapter_model.safetensors"
-BIN_NAME = "adapter_model.bin"
 
 
 @dataclass
@@ -60,7 +57,7 @@ class Source:
         Raises:
             CheckpointError: it cannot be found, and the message says what is there instead.
         """
-        from splice.loading.saving import finished_config
+        from splice.checkpoint.writing import finished_config
 
         path = self._file(CONFIG_NAME)
         if path is None:

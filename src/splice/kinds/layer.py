@@ -18,21 +18,13 @@ from torch import nn
 from splice.base.dense import dtype_of
 from splice.checkpoint.keys import format_key
 from splice.config import PeftConfig
+from splice.kinds.light_module import LightModule, Slots
 
 if TYPE_CHECKING:
     from splice.surgery.tuner import Tuner
 
 Forward = Callable[..., Any]
 HALVES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
-
-
-_PRISTINE = dict(nn.Module().__dict__)
-_COLLECTIONS = {name: type(value) for name, value in _PRISTINE.items() if isinstance(value, (dict, set))}
-# What every module has; all others are for hooks, which next to none of ours ever gets.
-_NEEDED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-_EMPTIED = tuple((name, _COLLECTIONS[name]) for name in _NEEDED)
-_PLAIN_STATE = {name: value for name, value in _PRISTINE.items() if name not in _COLLECTIONS}
-_PLAIN = frozenset({int, float, bool, str, tuple})
 
 
 class Factors(NamedTuple):
@@ -67,66 +59,6 @@ def cast_to(x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     """
     check_values(own, x)
     return x if x.dtype is own.dtype or not x.is_floating_point() else x.to(own.dtype)
-
-
-class _MadeWhenAsked:
-    """A collection of hooks, made when it is first asked for; from then on it is the module's own attribute."""
-
-    def __init__(self, name: str, kind: type) -> None:
-        self.name, self.kind = name, kind
-
-    def __get__(self, module: nn.Module | None, owner: type) -> Any:
-        return self if module is None else module.__dict__.setdefault(self.name, self.kind())
-
-
-class LightModule(nn.Module):
-    """A module that is made in a tenth of the time.
-
-    A load makes hundreds of them, and would spend most of its time in `nn.Module.__init__` and `__setattr__`: the first
-    makes a dozen collections for hooks, the second looks for the name in three registries even where a number is set.
-    """
-
-    def __init__(self) -> None:
-        state = self.__dict__
-        state.update(_PLAIN_STATE)
-        for name, kind in _EMPTIED:
-            state[name] = kind()
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if type(value) in _PLAIN:
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
-
-
-for _name in _COLLECTIONS.keys() - set(_NEEDED):
-    setattr(LightModule, _name, _MadeWhenAsked(_name, _COLLECTIONS[_name]))
-
-
-class Slots(LightModule):
-    """A holder of tensors; nested holders make dotted names. It computes nothing.
-
-    `bias` exists as None until it is held, so that code may ask for it as of any linear layer.
-    """
-
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._parameters["bias"] = None
-
-    def named_slots(self, front: str) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor held here and below, its name behind `front`."""
-        for name, parameter in self._parameters.items():
-            if parameter is not None:
-                yield front + name, parameter
-        for name, buffer in self._buffers.items():
-            assert buffer is not None
-            yield front + name, buffer
-        for name, child in self._modules.items():
-            assert isinstance(child, Slots)
-            yield from child.named_slots(f"{front}{name}.")
 
 
 @dataclass
@@ -382,28 +314,3 @@ class AdapterLayer(LightModule):
             return
         parameter = tensor if type(tensor) is nn.Parameter else nn.Parameter(tensor, requires_grad=False)
         holder._parameters[leaf] = parameter
-
-
-class Additive(AdapterLayer):
-    """The kind `y + scale * delta(dropout(x))`: LoRA and most of its relatives."""
-
-    mergeable = True
-    scale: float = 1.0
-    dropout: float = 0.0
-
-    def delta(self, x: torch.Tensor) -> torch.Tensor:
-        """The unscaled update for `x`, already in the dtype of the adapter's tensors."""
-        raise NotImplementedError
-
-    def around(self, x: torch.Tensor, inner: Forward) -> torch.Tensor:
-        y: torch.Tensor = inner(x)
-        h = self.cast_input(x)
-        if self.dropout and self.training:
-            h = nn.functional.dropout(h, self.dropout)
-        # The scale is folded into the sum: one kernel instead of two.
-        out = torch.add(y, self.delta(h), alpha=self.scale)
-        return out if out.dtype is y.dtype else out.to(y.dtype)
-
-    def cast_input(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` in the dtype of the adapter's own tensors."""
-        raise NotImplementedError

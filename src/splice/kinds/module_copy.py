@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -11,9 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from splice.base.layers import ADAPTERS
+from splice.base.bare import bare_copy, own_tensors
 from splice.config import PeftConfig
-from splice.kinds.layer import AdapterLayer, Forward, LightModule
+from splice.kinds.layer import AdapterLayer, Forward
+from splice.kinds.light_module import LightModule
 
 
 class WholeModule(AdapterLayer):
@@ -92,111 +91,3 @@ class WholeModule(AdapterLayer):
     @classmethod
     def memory_name(cls, suffix: str, adapter_name: str) -> str:
         return f"modules_to_save.{adapter_name}.{suffix}"
-
-
-class BiasOnly(AdapterLayer):
-    """A trained bias on a module that is no target otherwise (`bias="all"`)."""
-
-    base_infix = ""
-    mergeable = True
-
-    @classmethod
-    def slots(cls, base: nn.Module, config: Any, path: str) -> dict[str, tuple[int, ...]]:
-        bias = base._parameters["bias"]
-        assert bias is not None
-        return {"bias": tuple(bias.shape)}
-
-    @classmethod
-    def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: Any) -> None:
-        copy_bias(tensors["bias"], base)
-
-    def wrapped(self, inner: Forward) -> Forward:
-        return inner  # the host calls it with the trained bias in place
-
-    def deltas(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {}
-
-    @property
-    def changed_names(self) -> tuple[str, ...]:
-        return ()
-
-    def named_slots(self) -> Iterator[tuple[str, torch.Tensor]]:
-        assert self.trained_bias is not None
-        yield "bias", self.trained_bias
-
-    def attribute_of(self, suffix: str) -> str:
-        return "trained_bias"
-
-    @classmethod
-    def memory_name(cls, suffix: str, adapter_name: str) -> str:
-        return suffix
-
-
-def copy_bias(tensor: torch.Tensor, base: nn.Module) -> None:
-    """Start a trained bias from the base's own."""
-    bias = base._parameters["bias"]
-    assert bias is not None
-    tensor.copy_(bias.detach())
-
-
-def own_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and persistent buffers of `module` and below, without what adapters added: its `state_dict`, live."""
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            yield prefix + name, parameter
-    for name, buffer in module._buffers.items():
-        if buffer is not None and name not in module._non_persistent_buffers_set:
-            yield prefix + name, buffer
-    for name, child in bare_children(module):
-        yield from own_tensors(child, f"{prefix}{name}.")
-
-
-def bare_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The children of `module` that were there before any adapter."""
-    adapted = "splice_host" in module.__dict__
-    for name, child in module._modules.items():
-        if child is not None and not (adapted and name == ADAPTERS):
-            yield name, child
-
-
-def walk_bare(network: nn.Module) -> dict[str, nn.Module]:
-    """Every module of the base model by path, each once; what adapters added is not entered.
-
-    So the cost does not depend on how many adapters there are.
-    """
-    found: dict[str, nn.Module] = {}
-    seen: set[int] = set()
-
-    def walk(module: nn.Module, path: str) -> None:
-        if id(module) in seen:
-            return
-        seen.add(id(module))
-        found[path] = module
-        skip = ADAPTERS if "splice_host" in module.__dict__ else None
-        for name, child in module._modules.items():
-            if child is not None and name != skip:
-                walk(child, f"{path}.{name}" if path else name)
-
-    walk(network, "")
-    return found
-
-
-def bare_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A deep copy of `module` as it is without adapters and without hooks, which stay on the original."""
-    from splice.surgery.adapted import original_class
-
-    cls = original_class(module)
-    clone = cls.__new__(cls)
-    state = {
-        k: v for k, v in module.__dict__.items() if k not in ("splice_host", "_hf_hook", "_old_forward", "forward")
-    }
-    patched = module.__dict__.get("forward")
-    if "splice_host" in module.__dict__:
-        patched = module.__dict__["splice_host"].own_forward
-    if patched is not None and "_hf_hook" not in module.__dict__:
-        state["forward"] = patched
-    state["_modules"] = dict(bare_children(module))
-    state.update({name: OrderedDict() for name in state if name.endswith(("_hooks", "_hooks_with_kwargs"))})
-    memo[id(module)] = clone  # a forward that was set on the object is then the clone's own
-    clone.__dict__.update(copy.deepcopy(state, memo))
-    return clone

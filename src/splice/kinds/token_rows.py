@@ -176,7 +176,7 @@ def _embed_scale(base: Any) -> Any:
 
 def _is_plain(base: Any) -> bool:
     """Whether the layer's rows can be put in place one by one, and not only by calling it with another weight."""
-    from splice.surgery.adapted import original_class  # which itself builds on adapter layers
+    from splice.base.bare import original_class
 
     cls: Any = original_class(base)
     if kind_of(base) is LayerKind.LINEAR:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -11,21 +10,13 @@ from splice.base.dense import device_of
 from splice.checkpoint.header import Entry
 from splice.checkpoint.tensors import Weights
 from splice.config import PeftConfig
-from splice.kinds.layer import AdapterLayer
-from splice.kinds.module_copy import WholeModule, copy_bias
+from splice.kinds.module_copy import WholeModule
+from splice.kinds.trained_bias import copy_bias
 from splice.loading.plan import Plan
 from splice.loading.tying import tensors_for
-from splice.surgery.placement import Placement
+from splice.surgery.placement import Built, Placement
 
 _BATCH_BYTES = 8_000_000
-
-
-@dataclass(frozen=True)
-class Built:
-    """An adapter layer that is finished and not yet attached."""
-
-    placement: Placement
-    layer: AdapterLayer
 
 
 def build_loaded(plan: Plan, config: PeftConfig, weights: Weights, autocast: bool) -> list[Built]:

@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from splice.kinds.module_copy import BiasOnly, WholeModule, own_tensors
-from splice.surgery.adapted import original_class
+from splice.base.bare import original_class, own_tensors
+from splice.checkpoint.format import METADATA_KEY
+from splice.kinds.module_copy import WholeModule
+from splice.kinds.trained_bias import BiasOnly
 
 if TYPE_CHECKING:
     from splice.surgery.tuner import Tuner
 
-# Where it stands in the metadata of a safetensors file.
-METADATA_KEY = "splice_base"
 _VERSION = 1
 _SAMPLES = 8
 # More layers than this are thinned out evenly: the header of the file stays small, and a load costs little more for it.

@@ -12,7 +12,8 @@ from splice.checkpoint.keys import renamed
 from splice.checkpoint.tensors import TensorsInMemory
 from splice.config import PeftConfig
 from splice.errors import CheckpointError
-from splice.loading.load import Checkpoint, LoadOptions, open_checkpoint
+from splice.kinds.reading import Checkpoint
+from splice.loading.load import LoadOptions, open_checkpoint
 
 
 def checkpoint_from(

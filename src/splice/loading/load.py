@@ -6,7 +6,6 @@ import gc
 import logging
 import os
 import time
-import warnings
 from collections import namedtuple
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,29 +16,28 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from splice.checkpoint.header import Entry
+from splice.base.bare import original_class, walk_bare
 from splice.checkpoint.keys import renamed
 from splice.checkpoint.source import Source
-from splice.checkpoint.tensors import Weights, open_weights
+from splice.checkpoint.tensors import open_weights
 from splice.config import PeftConfig, ReadConfig, copy_config, read_config
-from splice.errors import AdapterMismatchError, PeftWarning
+from splice.errors import AdapterMismatchError, PeftWarning, warn
 from splice.kinds.layer import AdapterLayer
-from splice.kinds.module_copy import walk_bare
+from splice.kinds.reading import Checkpoint
 from splice.kinds.registry import Method, method_named
 from splice.kinds.shared import SharedTensors
 from splice.loading.advice import advice, outdated
-from splice.loading.commit import Built, build_loaded
-from splice.loading.creating import check_together, write_back
+from splice.loading.commit import build_loaded
 from splice.loading.fingerprint import Match
 from splice.loading.other_base import about_base, compare_base, other_architecture
-from splice.loading.plan import Plan, fit
-from splice.loading.published.fitting import Fitted, fitted
+from splice.loading.plan import Fitted, Plan, fit, write_back
+from splice.loading.published.fitting import fitted
 from splice.loading.published.vocabulary import fitted_resized
 from splice.loading.report import LoadReport, grouped, mismatch_error
 from splice.loading.tying import repeated_keys
 from splice.methods.lora.stacked import as_stacked
-from splice.surgery.adapted import original_class
-from splice.surgery.placement import Placement
+from splice.surgery.placement import Built, Placement
+from splice.surgery.together import check_together
 from splice.surgery.tuner import Tuner
 from splice.surgery.undo import Undo
 
@@ -69,22 +67,6 @@ class LoadOptions:
     @property
     def resizes_vocabulary(self) -> bool:
         return bool(self.extra.get("resize_vocabulary"))
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint that has been opened: its config, and its tensors by their names after any mapping."""
-
-    config: PeftConfig
-    weights: Weights
-    names: Mapping[str, str]
-    # Of the config: fields of long ago, and what of it was read in another way than it is written.
-    legacy: Mapping[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-    @property
-    def entries(self) -> dict[str, Entry]:
-        return {name: self.weights.entries[own] for name, own in self.names.items()}
 
 
 @dataclass(frozen=True)
@@ -173,7 +155,7 @@ def load_new(
         _leave_biases_trainable(built)
     base = compare_base(tuner, checkpoint.weights, options.adapter_name)
     for line in (*found.warnings, *about_base(base, _bases(config, tuner.model)), *method.loading_notes(config)):
-        warnings.warn(f"adapter {options.adapter_name!r}: {line}.", PeftWarning, stacklevel=4)
+        warn(f"adapter {options.adapter_name!r}: {line}.", PeftWarning)
     return report(plan, built, options, (*checkpoint.notes, *found.notes), base.match)
 
 
@@ -190,7 +172,7 @@ def _set_runtime(config: Any, options: LoadOptions) -> None:
     if "runtime_config" in vars(config):
         config.runtime_config = replace(config.runtime_config, ephemeral_gpu_offload=True)
     else:
-        warnings.warn("Ephemeral GPU offloading is not supported by this method; it is ignored.", stacklevel=4)
+        warn("Ephemeral GPU offloading is not supported by this method; it is ignored.")
 
 
 def check_base_copies(plan: Plan, checkpoint: Checkpoint) -> None:
@@ -239,9 +221,7 @@ def settle(
     """
     if plan.mismatched and options.ignores_sizes:
         shown = [f"{key}: {found} in the checkpoint, {needed} in the model" for key, found, needed in plan.mismatched]
-        warnings.warn(
-            "Some weights were ignored because their sizes differ:\n" + "\n".join(shown), PeftWarning, stacklevel=4
-        )
+        warn("Some weights were ignored because their sizes differ:\n" + "\n".join(shown), PeftWarning)
         plan.missing += [key for key, _, _ in plan.mismatched]
         plan.mismatched = []
         if not plan.unexpected and set(plan.missing) <= {line.partition(": ")[0] for line in shown}:
@@ -256,7 +236,7 @@ def settle(
     for what, keys in (("missing adapter keys", plan.missing), ("unexpected keys", plan.unexpected)):
         if keys:
             text = f"Found {what} while loading the checkpoint: {grouped(keys)}."
-            warnings.warn(text, PeftWarning, stacklevel=4)
+            warn(text, PeftWarning)
 
 
 def _bases(config: PeftConfig, network: nn.Module) -> str:
@@ -319,7 +299,7 @@ def load_into(tuner: Tuner, checkpoint: Checkpoint, options: LoadOptions, undo: 
     _overwrite(pairs)
     base = compare_base(tuner, checkpoint.weights, name)
     for line in about_base(base, _bases(tuner.peft_config[name], tuner.model)):
-        warnings.warn(f"adapter {name!r}: {line}.", PeftWarning, stacklevel=3)
+        warn(f"adapter {name!r}: {line}.", PeftWarning)
     return report(plan, present, options, base=base.match)
 
 

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from splice.base.bare import original_class
 from splice.checkpoint.tensors import Weights
 from splice.loading.fingerprint import Comparison, Match, compare, fingerprint_of, read_fingerprint
 from splice.loading.report import grouped
-from splice.surgery.adapted import original_class
 
 if TYPE_CHECKING:
     from splice.surgery.tuner import Tuner

@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from splice.base.bare import walk_bare
 from splice.checkpoint.header import Entry
 from splice.checkpoint.keys import format_key
 from splice.checkpoint.tensors import DTYPES
 from splice.config import PeftConfig, TargetRule, copy_config
 from splice.errors import UnsupportedLayerError
-from splice.kinds.module_copy import BiasOnly, WholeModule, walk_bare
+from splice.kinds.module_copy import WholeModule
+from splice.kinds.reading import Checkpoint
 from splice.kinds.registry import Method
+from splice.kinds.trained_bias import BiasOnly
 from splice.loading.targets import default_modules, resolved_rule, select, select_parameters
 from splice.loading.tying import EMBEDDING_NAMES, Repeated, followers, repeated_keys, token_rows, tying
 from splice.surgery.placement import Placement
@@ -276,3 +279,22 @@ def _shape_text(shape: Sequence[int]) -> str:
 def _is_floating(dtype: str) -> bool:
     known: Any = DTYPES.get(dtype)
     return known is not None and bool(known.is_floating_point)
+
+
+def write_back(config: PeftConfig, plan: Plan) -> None:
+    """What the config left open is filled in, as users of the reference read it: default targets, "all-linear", heads."""
+    for name, value in plan.resolved.items():
+        # Heads of a task are saved whole also by methods whose configs cannot say so.
+        if value is not None and name in vars(config) and value != getattr(config, name):
+            setattr(config, name, value)
+
+
+@dataclass
+class Fitted:
+    """A plan, the checkpoint and the config that it is for, and what was read in another way than it is written."""
+
+    plan: Plan
+    checkpoint: Checkpoint
+    config: PeftConfig
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -13,29 +11,21 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from splice.base.bare import original_class, own_tensors, walk_bare
 from splice.base.embeddings import input_embeddings, output_embeddings_path
 from splice.base.layers import ADAPTERS
 from splice.checkpoint.card import write_card
-from splice.checkpoint.files import beside, flush, write_text
 from splice.checkpoint.keys import PREFIX, format_key
-from splice.checkpoint.source import BIN_NAME, SAFETENSORS_NAME
-from splice.config import CONFIG_NAME, PeftConfig
-from splice.errors import PeftWarning
-from splice.kinds.module_copy import own_tensors, walk_bare
-from splice.loading.fingerprint import METADATA_KEY, fingerprint_of
+from splice.checkpoint.writing import write_checkpoint
+from splice.config import PeftConfig
+from splice.errors import PeftWarning, warn
+from splice.loading.fingerprint import fingerprint_of
 from splice.loading.tying import EMBEDDING_NAMES
 from splice.methods.lora.unchanged_base import plain_config, plain_tensors
-from splice.surgery.adapted import original_class
-from splice.surgery.tuner import Tuner
+from splice.surgery.tuner import Tuner, tuner_of
 
 if TYPE_CHECKING:
     from splice.model import PeftModel
-
-# A config that belongs to weights which may be in place already; a load finishes what a crash cut off.
-INCOMING_CONFIG = "adapter_config.json.incoming"
-# What a `.bin` file cannot say itself: the digest of the weights that the incoming config belongs to.
-INCOMING_DIGEST = "adapter_model.bin.incoming"
-_CONFIG_DIGEST = "config_sha256"
 
 
 def save(
@@ -138,7 +128,7 @@ def get_peft_model_state_dict(
     if save_embedding_layers == "auto":
         embeddings = _targeted_embeddings(tuner, adapter_name)
         if not embeddings and _is_resized(tuner, adapter_name):
-            warnings.warn("Setting `save_embedding_layers` to `True` as the vocabulary was resized.", stacklevel=2)
+            warn("Setting `save_embedding_layers` to `True` as the vocabulary was resized.")
             embeddings = _all_embeddings(tuner, adapter_name)
     else:
         embeddings = _all_embeddings(tuner, adapter_name) if save_embedding_layers else {}
@@ -151,7 +141,7 @@ def _all_embeddings(tuner: Tuner, adapter_name: str) -> dict[str, torch.Tensor]:
     modules = walk_bare(tuner.model)
     paths = (input_embeddings(tuner.model, modules).path, output_embeddings_path(tuner.model, modules))
     if not paths[0]:
-        warnings.warn("Could not identify the embedding layers of the base model; none are saved.", stacklevel=3)
+        warn("Could not identify the embedding layers of the base model; none are saved.")
     found, adapted = {}, set[str]()
     for path in filter(None, paths):
         layer = tuner.placed[adapter_name].get(path)
@@ -197,19 +187,8 @@ def _targeted_embeddings(tuner: Tuner, adapter_name: str) -> dict[str, torch.Ten
         if path.rpartition(".")[2] in named and layer.base_infix == "base_layer." and weight is not None:
             found[format_key(path, "base_layer.weight")] = weight.detach()
     if found:
-        warnings.warn(
-            f"Setting `save_embedding_layers` to `True` as embedding layers are targets: {sorted(found)}", stacklevel=4
-        )
+        warn(f"Setting `save_embedding_layers` to `True` as embedding layers are targets: {sorted(found)}")
     return found
-
-
-def tuner_of(model: Any) -> tuple[Tuner, str]:
-    """The tuner of a PeftModel or of a network that carries adapters, and what stands before paths in its state dict."""
-    from splice.model import PeftModel
-
-    if isinstance(model, PeftModel):
-        return model.base_model, PREFIX
-    return Tuner.of(model), ""
 
 
 def _first(state_dict: Mapping[str, torch.Tensor], names: tuple[str, ...], key: str) -> torch.Tensor:
@@ -225,110 +204,8 @@ def _first(state_dict: Mapping[str, torch.Tensor], names: tuple[str, ...], key: 
 def _warn_of_shards(tensors: Mapping[str, torch.Tensor], own: bool) -> None:
     empty = [name for name, tensor in tensors.items() if tensor.numel() == 0]
     if own and empty:
-        warnings.warn(
+        warn(
             f"{len(empty)} tensors have no elements ({empty[0]}): under ZeRO-3 or FSDP, gather the parameters and pass "
             "them as `state_dict`. What is written now cannot be loaded.",
             PeftWarning,
-            stacklevel=4,
         )
-
-
-def write_checkpoint(
-    folder: Path, tensors: Mapping[str, torch.Tensor], config: str, safe_serialization: bool, base: str = ""
-) -> None:
-    """Put a checkpoint into `folder`; `base` is the fingerprint of its base.
-
-    Both files are complete on disk before either takes its name. The weights go first, and it is written down which config
-    is theirs; should a crash come between the two, the new config lies beside and a load takes it (`finished_config`).
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = folder / (SAFETENSORS_NAME if safe_serialization else BIN_NAME)
-    _finish(folder)
-    try:
-        _put(folder, weights, tensors, config, base)
-    finally:
-        _finish(folder)
-        for name in (INCOMING_CONFIG, INCOMING_DIGEST):
-            (folder / name).unlink(missing_ok=True)
-
-
-def _put(folder: Path, weights: Path, tensors: Mapping[str, torch.Tensor], config: str, base: str) -> None:
-    with beside(weights) as new_weights:
-        if weights.name == SAFETENSORS_NAME:
-            from safetensors.torch import save_file
-
-            digest = hashlib.sha256(config.encode()).hexdigest()
-            metadata = {"format": "pt", _CONFIG_DIGEST: digest, **({METADATA_KEY: base} if base else {})}
-            save_file(_independent(tensors), new_weights, metadata=metadata)
-            _sort_metadata(new_weights)
-        else:
-            torch.save({name: tensor.detach() for name, tensor in tensors.items()}, new_weights)
-            write_text(folder / INCOMING_DIGEST, _digest(new_weights))
-        flush(new_weights)
-        write_text(folder / INCOMING_CONFIG, config)
-        os.replace(new_weights, weights)
-
-
-def _finish(folder: Path) -> None:
-    """Give the config of the weights that are in place its name, if a save has not come so far."""
-    if any(_is_incoming_of(folder / name) for name in (SAFETENSORS_NAME, BIN_NAME)):
-        os.replace(folder / INCOMING_CONFIG, folder / CONFIG_NAME)
-
-
-def finished_config(config: Path) -> bytes:
-    """The bytes of the config that belongs to the weights beside it: the incoming one, where a save was cut off."""
-    weights = (config.parent / name for name in (SAFETENSORS_NAME, BIN_NAME))
-    first = next((path for path in weights if path.exists()), None)  # the one that a load takes
-    incoming = first is not None and _is_incoming_of(first)
-    return (config.parent / INCOMING_CONFIG if incoming else config).read_bytes()
-
-
-def _is_incoming_of(weights: Path) -> bool:
-    """Whether the incoming config is that of these weights."""
-    from splice.checkpoint.header import read_header
-    from splice.errors import CheckpointError
-
-    incoming = weights.parent / INCOMING_CONFIG
-    if not incoming.exists() or not weights.is_file():
-        return False
-    if weights.name == BIN_NAME:
-        noted = weights.parent / INCOMING_DIGEST
-        return noted.exists() and noted.read_text(encoding="utf-8") == _digest(weights)
-    try:
-        wanted = read_header(weights).metadata.get(_CONFIG_DIGEST)
-    except CheckpointError:
-        return False  # the load will say what is wrong with the weights
-    return hashlib.sha256(incoming.read_bytes()).hexdigest() == wanted
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        found = hashlib.sha256()
-        while piece := file.read(1 << 20):
-            found.update(piece)
-    return found.hexdigest()
-
-
-def _sort_metadata(path: Path) -> None:
-    """Bring the metadata of a safetensors file into one order, so that a checkpoint can be told by its hash."""
-    with open(path, "rb+") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= size:  # it is padded with spaces
-            file.seek(8)
-            file.write(text.ljust(size))
-
-
-def _independent(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous tensors that share no memory with one another, as safetensors needs them."""
-    seen: set[tuple[Any, ...]] = set()
-    result = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().contiguous()
-        storage = (tensor.device, tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes())
-        shares = tensor.numel() > 0 and storage in seen
-        seen.add(storage)
-        result[name] = tensor.clone() if shares else tensor
-    return result

@@ -13,8 +13,9 @@ from torch import nn
 from splice.checkpoint.keys import PREFIX, renamed
 from splice.checkpoint.source import Source
 from splice.checkpoint.tensors import TensorsInMemory, open_weights
-from splice.loading.load import Checkpoint, LoadOptions, LoadResult, load_into
-from splice.loading.saving import tuner_of
+from splice.kinds.reading import Checkpoint
+from splice.loading.load import LoadOptions, LoadResult, load_into
+from splice.surgery.tuner import tuner_of
 from splice.surgery.undo import Undo
 
 

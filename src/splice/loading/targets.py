@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
-from functools import lru_cache
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -14,93 +12,10 @@ from splice.base.conversions import is_pretrained
 from splice.base.layers import LayerKind, kind_of
 from splice.config import PeftConfig, TargetRule, TaskType
 from splice.errors import NoMatchingPeftModuleError
+from splice.kinds.matching import ALL_LINEAR, TargetMatcher, matching_parameters
 from splice.kinds.registry import Method
 
-ALL_LINEAR = "all-linear"
 NO_TARGETS = "dummy-target-modules"
-
-
-def value_for(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
-    """The value of the first key of `pattern` that matches the module at `path`, else `default`.
-
-    A key is a regular expression for the end of the path, from a dot on; `^` anchors it to the whole path.
-    """
-    for key, value in pattern.items():
-        if _tail_pattern(key).match(path):
-            return value
-    return default
-
-
-@lru_cache(maxsize=1024)
-def _tail_pattern(key: str) -> re.Pattern[str]:
-    return expression(rf"(.*\.)?({key})$", key, "a pattern of ranks or alphas")
-
-
-def expression(text: str, given: str, what: str) -> re.Pattern[str]:
-    """`text` as a regular expression, made of what the config has.
-
-    Raises:
-        ValueError: `given`, in `what`, is none.
-    """
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise ValueError(f"{given!r}, in {what} of the config, is no regular expression: {error}") from error
-
-
-class TargetMatcher:
-    """Decides for one module path after the other whether a rule selects it.
-
-    Lists of names are looked up by the last component of a path, so that a decision costs the same for two names
-    as for six hundred.
-    """
-
-    def __init__(self, rule: TargetRule) -> None:
-        self.rule = rule
-        self.selects = _name_test(rule.target_modules)
-        self.excludes = _name_test(rule.exclude_modules)
-        self.saved = [
-            expression(rf"(^|.*\.){entry}($|\..*)", entry, "modules_to_save") for entry in rule.modules_to_save or ()
-        ]
-        layers = rule.layers_to_transform
-        self.layers = {layers} if isinstance(layers, int) else set(layers or ())
-        patterns = [rule.layers_pattern] if isinstance(rule.layers_pattern, str) else rule.layers_pattern or []
-        self.layer_index = [
-            expression(rf"(^|.*?\.){p}\.(?P<index>\d+)\.", p, "layers_pattern") for p in patterns if p
-        ] or [re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")]
-
-    def is_excluded(self, path: str) -> bool:
-        return self.excludes(path) or any(pattern.match(path) for pattern in self.saved)
-
-    def is_selected(self, path: str) -> bool:
-        if not self.selects(path):
-            return False
-        named_in_full = not isinstance(self.rule.target_modules, str) and path in (self.rule.target_modules or ())
-        return not self.layers or named_in_full or self._layer_is_selected(path)
-
-    def __call__(self, path: str) -> bool:
-        return self.is_selected(path) and not self.is_excluded(path)
-
-    def _layer_is_selected(self, path: str) -> bool:
-        found = next((m for m in (pattern.match(path) for pattern in self.layer_index) if m), None)
-        return found is not None and int(found["index"]) in self.layers
-
-
-def _name_test(names: Iterable[str] | str | None) -> Any:
-    if names is None:
-        return lambda path: False
-    if isinstance(names, str):
-        full_match = expression(names, names, "target_modules or exclude_modules").fullmatch
-        return lambda path: full_match(path) is not None
-    by_last: dict[str, list[str]] = {}
-    for name in names:
-        by_last.setdefault(name.rpartition(".")[2], []).append(name)
-
-    def matches(path: str) -> bool:
-        entries = by_last.get(path.rpartition(".")[2], ())
-        return any(path == entry or path.endswith("." + entry) for entry in entries)
-
-    return matches
 
 
 def resolved_rule(
@@ -210,15 +125,6 @@ def select_parameters(rule: TargetRule, modules: Mapping[str, nn.Module], adapte
     if entries and not found and not adapted:
         raise NoMatchingPeftModuleError(f"Target parameters {sorted(entries)} not found in the base model.")
     return found
-
-
-def matching_parameters(module: nn.Module, path: str, entries: Iterable[str]) -> list[str]:
-    """Names of the parameters registered on `module` itself that `entries` select, in the order of registration."""
-    tails = tuple("." + entry for entry in entries)
-    full = [
-        (name, f".{path}.{name}" if path else f".{name}") for name, p in module._parameters.items() if p is not None
-    ]
-    return [name for name, spelled in full if tails and spelled.endswith(tails)]
 
 
 def _nothing_matched(rule: TargetRule, all_excluded: bool) -> str:

@@ -7,7 +7,6 @@ one. It does where the config says so (`ensure_weight_tying`), and always where 
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -17,12 +16,12 @@ from torch import nn
 from splice.base.embeddings import InputEmbeddings, input_embeddings
 from splice.base.layers import kind_of
 from splice.config import PeftConfig, TargetRule
-from splice.errors import UnsupportedFeatureError
+from splice.errors import UnsupportedFeatureError, warn
 from splice.kinds.layer import AdapterLayer
+from splice.kinds.matching import TargetMatcher
 from splice.kinds.module_copy import WholeModule
 from splice.kinds.registry import Method
 from splice.kinds.token_rows import RowsConfig, TokenRowsBeside
-from splice.loading.targets import TargetMatcher
 from splice.surgery.placement import Placement
 
 # What the reference calls embeddings when it decides what to tie and what to save.
@@ -97,7 +96,7 @@ def _warn(embeddings: InputEmbeddings, wanted: bool, touched: bool, known: bool)
         )
     else:
         return
-    warnings.warn(text, stacklevel=2)
+    warn(text)
 
 
 def _with_embeddings(targets: Any, embeddings: InputEmbeddings) -> Any:

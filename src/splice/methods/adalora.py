@@ -8,7 +8,6 @@ c = alpha / (r + 1e-5): `y = base(x) + c * B (E * A) x`, E a column of r values.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -20,9 +19,11 @@ from torch.nn import functional as F
 
 from splice.base.layers import LayerKind, features, kind_of
 from splice.config import PeftType
-from splice.kinds.layer import Additive, cast_to
+from splice.errors import warn
+from splice.kinds.additive import Additive
+from splice.kinds.layer import cast_to
 from splice.kinds.registry import Method, register
-from splice.kinds.shared import operation_of
+from splice.kinds.weight_delta import operation_of
 from splice.methods.adalora_budget import update_and_allocate
 from splice.methods.default_targets import ADALORA_TARGETS
 from splice.methods.lora.config import LoraConfig
@@ -62,7 +63,7 @@ class AdaLoraConfig(LoraConfig):
             text = (
                 "Note that `r` is not used in AdaLora and will be ignored. If you intended to set the initial rank, use"
             )
-            warnings.warn(f"{text} `init_r` instead.", stacklevel=3)
+            warn(f"{text} `init_r` instead.")
         if self.total_step is None or self.total_step <= 0:
             raise ValueError(
                 f"AdaLoRA's ranks follow a schedule: `total_step` should be a positive integer, got {self.total_step!r}"

@@ -19,7 +19,7 @@ from torch import nn
 from splice.base.layers import LayerKind, features, kind_of
 from splice.config import PeftType
 from splice.kinds.registry import Method, register
-from splice.kinds.shared import WeightDelta
+from splice.kinds.weight_delta import WeightDelta
 from splice.methods.default_targets import LORA_TARGETS
 from splice.methods.targeted import TargetedConfig, check_positive
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from splice.base.layers import features
 from splice.kinds.layer import Forward
-from splice.kinds.shared import WeightDelta
-from splice.loading.targets import value_for
+from splice.kinds.matching import value_for
+from splice.kinds.weight_delta import WeightDelta
 from splice.methods.targeted import check_positive
 
 if TYPE_CHECKING:

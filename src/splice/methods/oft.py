@@ -9,7 +9,6 @@ checkpoint belongs to one of the two, as its config says.
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -17,7 +16,7 @@ from typing import Any, ClassVar
 
 from splice.base.layers import LayerKind
 from splice.config import PeftType
-from splice.errors import CheckpointError, PeftWarning
+from splice.errors import CheckpointError, PeftWarning, warn
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.registry import Method, register
 from splice.methods.default_targets import LORA_TARGETS
@@ -73,11 +72,10 @@ class OFTConfig(TargetedConfig):
         version = str(fields.get("peft_version"))
         found = re.match(r"(\d+)\.(\d+)", version)
         if fields.get("use_cayley_neumann") and (found is None or (int(found[1]), int(found[2])) < (0, 18)):
-            warnings.warn(
+            warn(
                 f"{place}: the adapter was made with version {version} and `use_cayley_neumann`; the series changed "
                 "slightly in version 0.18, so the output is not quite what was trained.",
                 PeftWarning,
-                stacklevel=5,
             )
 
 

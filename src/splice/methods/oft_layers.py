@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -10,8 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from splice.base.layers import LayerKind, features, kind_of
-from splice.kinds.layer import Forward, Slots, cast_to
-from splice.kinds.shared import InputTransform
+from splice.errors import warn
+from splice.kinds.input_transform import InputTransform
+from splice.kinds.layer import Forward, cast_to
+from splice.kinds.light_module import Slots
 from splice.methods.rotations import cayley, nearest_divisor, series, skew_places
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class OFTLayer(InputTransform):
             ("oft_block_size", config.oft_block_size, block) if config.oft_block_size else ("r", config.r, count)
         )
         if wanted != used:  # a checkpoint's own shapes say so already
-            warnings.warn(f"Invalid `{name}` ({wanted})! Adjusted `{name}` to ({used}).", stacklevel=2)
+            warn(f"Invalid `{name}` ({wanted})! Adjusted `{name}` to ({used}).")
         (values,) = tensors.values()
         nn.init.zeros_(values) if config.init_weights else nn.init.normal_(values, std=0.1)
 

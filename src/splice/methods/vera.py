@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from splice.base.dense import dtype_of
 from splice.base.layers import LayerKind, features, kind_of
 from splice.config import PeftType
-from splice.kinds.layer import HALVES, Additive, cast_to
+from splice.kinds.additive import Additive
+from splice.kinds.layer import HALVES, cast_to
 from splice.kinds.registry import Method, register
 from splice.kinds.shared import SharedTensors
 from splice.methods.default_targets import LORA_TARGETS

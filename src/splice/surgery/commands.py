@@ -6,11 +6,13 @@ something of its own gets a selection of its own, until the model is told the ne
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from splice.errors import warn
+from splice.surgery.detach import detach
 from splice.surgery.layer_attributes import View, method_view
+from splice.surgery.merging import merge_layer, unmerge_layer
 
 
 class LayerCommands:
@@ -24,9 +26,9 @@ class LayerCommands:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         host = self.splice_host
         if host.merged:
-            warnings.warn("Adapter cannot be set when the layer is merged. Unmerging it first.", stacklevel=4)
-            unmerge(self)
-        host.selection = host.selection.only_here(host)
+            warn("Adapter cannot be set when the layer is merged. Unmerging it first.")
+            unmerge_layer(host)
+        host.selection = host.selection.only_here()
         host.selection.set(names)
         host.selection.root.flags_changed = True
         for name, adapter in host.layers.items():
@@ -37,8 +39,8 @@ class LayerCommands:
         """Whether adapters take effect on this layer. Enabling makes the active ones trainable, disabling freezes all."""
         host = self.splice_host
         if not enabled and host.merged:
-            unmerge(self)
-        host.selection = host.selection.only_here(host)
+            unmerge_layer(host)
+        host.selection = host.selection.only_here()
         host.selection.enable(enabled)
         host.selection.root.flags_changed = True
         for name, adapter in host.layers.items():
@@ -55,8 +57,6 @@ class LayerCommands:
     @method_view
     def delete_adapter(self, adapter_name: str) -> None:
         """Take the adapter off this layer; an unknown name is ignored."""
-        from splice.surgery.adapted import detach
-
         if adapter_name in self.splice_host.merged:
             raise ValueError(f"Adapter {adapter_name!r} is merged here; call `unmerge()` before deleting it.")
         if adapter_name in self.splice_host.layers:
@@ -65,26 +65,17 @@ class LayerCommands:
     @method_view
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add these adapters (the active ones, if none are named) to this layer's weights."""
-        from splice.surgery.merging import merge_layer
-
-        merge_layer(self, adapter_names, safe_merge)  # type: ignore[arg-type]
+        merge_layer(self.splice_host, adapter_names, safe_merge)
 
     @method_view
     def unmerge(self) -> None:
         """Give this layer back the very parameters it had before."""
         if not self.splice_host.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=4)
-        unmerge(self)
+            warn("Already unmerged. Nothing to do.")
+        unmerge_layer(self.splice_host)
 
     adapter_layer_names = View(lambda layer: _tensor_names(layer))
     other_param_names = View(lambda layer: ("r", "lora_alpha", "scaling"))
-
-
-def unmerge(layer: Any) -> None:
-    """`unmerge` of a layer, without a warning."""
-    from splice.surgery.merging import unmerge_layer
-
-    unmerge_layer(layer)
 
 
 def _tensor_names(layer: Any) -> tuple[str, ...]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-
-from splice.errors import PeftWarning
+from splice.errors import PeftWarning, warn
 from splice.surgery.tuner import Tuner
 
 
@@ -14,10 +12,9 @@ def warn_if_unused(tuner: Tuner) -> None:
         return
     unused = tuner.unused_layers()
     if unused and len(unused) == len(tuner.active_paths()):
-        warnings.warn(
+        warn(
             f"The active adapter {tuner.active_adapter!r} is loaded and had no effect: the first call reached none of "
             f"its {len(unused)} layers ({unused[0]}, ...). The model may use their weights without calling them, or may "
             "not use this part at all. See `model.unused_layers()`.",
             PeftWarning,
-            stacklevel=4,
         )

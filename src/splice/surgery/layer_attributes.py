@@ -9,16 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, MutableMapping
 from functools import partial
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from torch import nn
 
-from splice.kinds.module_copy import bare_children
+from splice.base.bare import bare_children, original_class
+from splice.kinds.host import Host
+from splice.kinds.layer import AdapterLayer
 from splice.selection import NOTHING
-
-if TYPE_CHECKING:
-    from splice.kinds.layer import AdapterLayer
-    from splice.surgery.adapted import Host
 
 
 class NamedView(nn.Module):
@@ -88,8 +86,6 @@ class View:
         self.name = name
 
     def __get__(self, layer: Any, owner: type) -> Any:
-        from splice.surgery.adapted import original_class
-
         if layer is None:
             return self
         for tensors in (layer._parameters, layer._buffers, layer._modules):
@@ -194,8 +190,6 @@ class AdaptedViews:
     @method_view
     def get_base_layer(self) -> nn.Module:
         """The layer without adapters: the same tensors, seen through the class that the layer had."""
-        from splice.surgery.adapted import original_class
-
         layer = cast(nn.Module, self)
         cls = original_class(layer)
         bare = cls.__new__(cls)

@@ -6,110 +6,143 @@ parameter that is shared with another module (tied embeddings) is left alone the
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from splice.base.dense import added, in_linear_layout
-from splice.errors import PeftWarning
+from splice.errors import PeftWarning, warn
+from splice.kinds.host import Host, first_conflict, in_order
 from splice.kinds.layer import AdapterLayer
-from splice.surgery.adapted import Adapted, detach, first_conflict, in_order
-
-if TYPE_CHECKING:
-    from splice.surgery.tuner import Tuner
+from splice.selection import Selection
 
 
 @dataclass(frozen=True)
 class Merged:
     """The new tensors of one layer, worked out and not yet in it."""
 
-    layer: Adapted
+    # The layer's host.
+    host: Host
+    # The adapters that are in the tensors now.
     names: list[str]
+    # New tensors of the base layer by name.
     tensors: dict[str, torch.Tensor]
 
 
-def merge(tuner: Tuner, adapter_names: list[str] | None, safe_merge: bool) -> None:
-    """Merge the adapters (default: the active ones) on every layer that has them.
+def merge(hosts: Mapping[str, Host], selection: Selection, names: Sequence[str], safe_merge: bool) -> None:
+    """Merge these adapters on every layer that has them.
+
+    Args:
+        hosts: of the adapted layers, by path.
+        selection: of the model.
+        names: of the adapters, as `adapters_to_merge` gives them.
+        safe_merge: work out all layers before the first is changed, and refuse values that are not finite.
 
     Raises:
-        TypeError: `adapter_names` is a string.
         NotImplementedError: an adapter cannot be merged on one of its layers; no layer has been changed.
         ValueError: with `safe_merge`, a merged weight would not be finite; no layer has been changed.
     """
-    names = adapters_to_merge(tuner, adapter_names)
-    layers = _layers_with(tuner, names)
-    check_mergeable(layers, names)
-    ties = _ties(tuner, layers, names)
-    # With `safe_merge` every layer is worked out before the first one is changed.
-    worked_out = (merged_tensors(layer, names, safe_merge) for layer in layers if layer not in ties)
-    for item in list(worked_out) if safe_merge else worked_out:
-        put(item)
-    for layer, leader in ties.items():
-        put(_as_leader(layer, leader, names))
+    for _ in _merging(hosts, names, safe_merge, progressbar=False):
+        pass
     for name in names:  # also those whose layers have nothing to merge
-        tuner.selection.merged.setdefault(name, 0)
+        selection.merged.setdefault(name, 0)
 
 
-def merge_layer(layer: Adapted, adapter_names: list[str] | None, safe_merge: bool) -> None:
+def merge_for_good(hosts: Mapping[str, Host], names: Sequence[str], safe_merge: bool, progressbar: bool) -> None:
+    """As `merge`, without a way back: the memory of each old weight is given back as soon as the new one is in place."""
+    for host in _merging(hosts, names, safe_merge, progressbar):
+        host.originals.clear()
+    for host in hosts.values():
+        host.originals.clear()
+
+
+def merge_layer(host: Host, adapter_names: list[str] | None, safe_merge: bool) -> None:
     """`merge` on one layer alone."""
-    if isinstance(adapter_names, str):
-        raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}")
-    host = layer.splice_host
-    asked = host.selection.active if adapter_names is None else adapter_names
-    names = [name for name in asked if name in host.layers and name not in host.merged]
+    names = [name for name in _named(adapter_names, host.selection.active) if name in host.layers]
+    names = [name for name in names if name not in host.merged]
     if host.merged:
-        warnings.warn(f"Already merged adapters: {host.merged}; merging {names} in addition.", stacklevel=4)
-    check_mergeable([layer], names)
-    put(merged_tensors(layer, names, safe_merge))
+        warn(f"Already merged adapters: {host.merged}; merging {names} in addition.")
+    check_mergeable([host], names)
+    put(merged_tensors(host, names, safe_merge))
 
 
-def adapters_to_merge(tuner: Tuner, adapter_names: list[str] | None) -> list[str]:
-    """The adapters that a merge still has to add."""
-    if isinstance(adapter_names, str):
-        raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}")
-    asked = tuner.active_adapters if adapter_names is None else adapter_names
-    already = tuner.merged
-    names = [name for name in asked if name in tuner.peft_config and name not in already]
+def adapters_to_merge(selection: Selection, known: Container[str], adapter_names: list[str] | None) -> list[str]:
+    """The adapters that a merge still has to add: those named, or the active ones.
+
+    Raises:
+        TypeError: `adapter_names` is a string.
+    """
+    already = list(selection.merged)
+    names = [n for n in _named(adapter_names, selection.active) if n in known and n not in already]
     if already:
         new = f"; merging {names} in addition" if names else "; nothing to do"
-        warnings.warn(f"Already merged adapters: {already}{new}.", stacklevel=4)
+        warn(f"Already merged adapters: {already}{new}.")
     return names
 
 
-def _layers_with(tuner: Tuner, names: Iterable[str]) -> list[Adapted]:
-    return [layer for layer in tuner.adapted.values() if any(name in layer.splice_host.layers for name in names)]
+def _named(adapter_names: list[str] | None, active: Sequence[str]) -> Sequence[str]:
+    if isinstance(adapter_names, str):
+        raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}")
+    return active if adapter_names is None else adapter_names
 
 
-def _ties(tuner: Tuner, layers: Iterable[Adapted], names: Iterable[str]) -> dict[Adapted, Adapted]:
-    """Layers that share a weight with another one, and keep sharing it: all that is merged there is shared too."""
-    found: dict[Adapted, Adapted] = {}
-    for layer in layers:
-        present = [layer.splice_host.layers[n] for n in names if n in layer.splice_host.layers]
+def _merging(hosts: Mapping[str, Host], names: Sequence[str], safe_merge: bool, progressbar: bool) -> Iterator[Host]:
+    """Merge on one layer after the other, and give each when it is done."""
+    concerned = [host for host in hosts.values() if any(name in host.layers for name in names)]
+    check_mergeable(concerned, names)
+    ties = _ties(hosts, concerned, names)
+    own = [host for host in concerned if host.path not in ties]
+    worked_out = (merged_tensors(host, names, safe_merge) for host in _with_progress(own, progressbar))
+    # With `safe_merge` every layer is worked out before the first one is changed.
+    for item in list(worked_out) if safe_merge else worked_out:
+        put(item)
+        yield item.host
+    for host in concerned:
+        if host.path in ties:
+            put(_as_leader(host, ties[host.path], names))
+            yield host
+
+
+def _with_progress(hosts: list[Host], progressbar: bool) -> Iterable[Host]:
+    if not progressbar:
+        return hosts
+    from tqdm import tqdm
+
+    return cast(Iterable[Host], tqdm(hosts, desc="Merging", unit="layer"))
+
+
+def _ties(hosts: Mapping[str, Host], concerned: Iterable[Host], names: Iterable[str]) -> dict[str, Host]:
+    """Path of a layer that shares its weight with another one, and keeps sharing it -> the host of that one.
+
+    All that is merged on such a layer is shared too.
+    """
+    found: dict[str, Host] = {}
+    for host in concerned:
+        present = [host.layers[name] for name in names if name in host.layers]
         paths = {adapter.leader for adapter in present}
-        leader = tuner.adapted.get(paths.pop()) if len(paths) == 1 else None
+        leader = hosts.get(paths.pop()) if len(paths) == 1 else None
         if leader is None or any(adapter.stays_merged for adapter in present):
             continue
-        same = set(leader.splice_host.layers).intersection(names) == set(layer.splice_host.layers).intersection(names)
-        if same and _weight(leader) is _weight(layer):
-            found[layer] = leader
+        same = set(leader.layers).intersection(names) == set(host.layers).intersection(names)
+        if same and _weight(leader) is _weight(host):
+            found[host.path] = leader
     return found
 
 
-def _weight(layer: Adapted) -> nn.Parameter | None:
-    return cast(nn.Module, layer)._parameters.get("weight")
+def _weight(host: Host) -> nn.Parameter | None:
+    return host.base._parameters.get("weight")
 
 
-def _as_leader(layer: Adapted, leader: Adapted, names: Iterable[str]) -> Merged:
+def _as_leader(host: Host, leader: Host, names: Iterable[str]) -> Merged:
     weight = _weight(leader)
     assert weight is not None
-    return Merged(layer, [name for name in names if name in layer.splice_host.layers], {"weight": weight})
+    return Merged(host, [name for name in names if name in host.layers], {"weight": weight})
 
 
-def check_mergeable(layers: Iterable[Adapted], names: Iterable[str]) -> None:
+def check_mergeable(hosts: Iterable[Host], names: Iterable[str]) -> None:
     """Raise for what cannot be merged, while nothing has been changed yet.
 
     Raises:
@@ -118,12 +151,11 @@ def check_mergeable(layers: Iterable[Adapted], names: Iterable[str]) -> None:
         ValueError: two adapters put different things in the place of the same tensors.
     """
     names = list(names)
-    for layer in layers:
-        host = layer.splice_host
+    for host in hosts:
         clash = first_conflict(host.layers, [*host.merged, *names])
         if clash is not None:
             raise ValueError(f"{host.path}: adapters {clash[0]!r} and {clash[1]!r} cannot both be merged: {clash[2]}.")
-        _check_reaches_output(layer, [*host.merged, *names])
+        _check_reaches_output(host, [*host.merged, *names])
         for name in names:
             adapter = host.layers.get(name)
             if adapter is None:
@@ -132,21 +164,19 @@ def check_mergeable(layers: Iterable[Adapted], names: Iterable[str]) -> None:
             if not adapter.mergeable:
                 raise NotImplementedError(f"{what} cannot be merged: its update is no change of the layer's weight")
             if not adapter.merges_exactly:
-                warnings.warn(
+                warn(
                     f"{what} computes something on this layer that no weight does: merged, the output is another one.",
                     PeftWarning,
-                    stacklevel=5,
                 )
-            if any(p is not None and p.is_meta for p in layer._parameters.values()):
+            if any(p is not None and p.is_meta for p in host.base._parameters.values()):
                 raise NotImplementedError(f"{what} cannot be merged while the layer's weights are offloaded")
-            lacking = [n for n in adapter.changed_names if layer._parameters.get(n) is None]
+            lacking = [n for n in adapter.changed_names if host.base._parameters.get(n) is None]
             if lacking:
                 raise RuntimeError(f"{what} changes the {lacking[0]}, and the base layer has none to merge it into")
 
 
-def _check_reaches_output(layer: Adapted, names: list[str]) -> None:
+def _check_reaches_output(host: Host, names: list[str]) -> None:
     """What stands around a copy of the whole layer cannot go into the base's weight: the copy does not read that."""
-    host = layer.splice_host
     present = in_order(host.layers, names)
     whole = [host.layers[name].stays_merged for name in present]
     if True in whole and not whole[-1]:
@@ -157,9 +187,8 @@ def _check_reaches_output(layer: Adapted, names: list[str]) -> None:
 
 
 @torch.no_grad()
-def merged_tensors(layer: Adapted, names: Iterable[str], safe: bool) -> Merged:
-    """The base tensors of `layer` with the adapters in them, one after the other."""
-    host = layer.splice_host
+def merged_tensors(host: Host, names: Iterable[str], safe: bool) -> Merged:
+    """The base tensors of a layer with the adapters in them, one after the other."""
     new = [name for name in names if name in host.layers]
     present, tensors = in_order(host.layers, new), {}
     if present != new or (host.merged and present and host.layers[present[0]].first_outside):
@@ -170,13 +199,13 @@ def merged_tensors(layer: Adapted, names: Iterable[str], safe: bool) -> Merged:
         adapter = host.layers[name]
         if adapter.stays_merged:  # its copy goes on computing; `merge_and_unload` puts it in place
             continue
-        tensors.update(_with_adapter(layer, adapter, tensors))
+        tensors.update(_with_adapter(host.base, adapter, tensors))
         if safe:
             _check_finite(tensors, host.path, name)
-    return Merged(layer, [n for n in new if not host.layers[n].stays_merged], tensors)
+    return Merged(host, [n for n in new if not host.layers[n].stays_merged], tensors)
 
 
-def _with_adapter(layer: Adapted, adapter: AdapterLayer, so_far: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _with_adapter(layer: nn.Module, adapter: AdapterLayer, so_far: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     own = {name: tensor for name, tensor in layer._parameters.items() if tensor is not None}
     result: dict[str, torch.Tensor] = {}
     if adapter.trained_bias is not None:
@@ -200,32 +229,32 @@ def _check_finite(tensors: dict[str, torch.Tensor], path: str, name: str) -> Non
 
 def put(item: Merged) -> None:
     """Put worked-out tensors in place, keeping what they replace."""
-    layer = cast(Any, item.layer)
-    host = item.layer.splice_host
+    host = item.host
+    registry: dict[str, nn.Parameter | None] = host.base._parameters
     for name, tensor in item.tensors.items():
-        old = layer._parameters[name]
+        old = registry[name]
+        assert old is not None
         host.originals.setdefault(name, old)
         new = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=old.requires_grad)
-        layer._parameters[name] = new
+        registry[name] = new
     host.merged.extend(item.names)
     counts = host.selection.root.merged
     for name in item.names:
         counts[name] = counts.get(name, 0) + 1
 
 
-def unmerge(tuner: Tuner) -> None:
+def unmerge(hosts: Iterable[Host], selection: Selection) -> None:
     """Put back the parameters that merging replaced: the same objects, with the same bytes."""
-    if not tuner.merged:
-        warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
-    for layer in tuner.adapted.values():
-        unmerge_layer(layer)
-    tuner.selection.merged.clear()
+    if not selection.merged:
+        warn("Already unmerged. Nothing to do.")
+    for host in hosts:
+        unmerge_layer(host)
+    selection.merged.clear()
 
 
-def unmerge_layer(layer: Adapted) -> None:
+def unmerge_layer(host: Host) -> None:
     """Put back the parameters that merging replaced on one layer."""
-    host = layer.splice_host
-    cast(Any, layer)._parameters.update(host.originals)
+    host.base._parameters.update(host.originals)
     host.originals.clear()
     counts = host.selection.root.merged
     for name in host.merged:
@@ -235,68 +264,12 @@ def unmerge_layer(layer: Adapted) -> None:
     host.merged.clear()
 
 
-def merge_and_unload(tuner: Tuner, progressbar: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
-    """Merge, then take every adapter off. Merged layers keep their new weights."""
-    names = adapters_to_merge(tuner, adapter_names)
-    layers = _layers_with(tuner, names)
-    check_mergeable(layers, names)
-    ties = _ties(tuner, layers, names)
-    own = [layer for layer in layers if layer not in ties]
-    worked_out = (merged_tensors(layer, names, safe_merge) for layer in _with_progress(own, progressbar))
-    for item in list(worked_out) if safe_merge else worked_out:
-        put(item)
-        # There is no way back from here, so the old weight's memory is given back layer by layer.
-        item.layer.splice_host.originals.clear()
-    for layer, leader in ties.items():
-        put(_as_leader(layer, leader, names))
-    for layer in tuner.adapted.values():
-        layer.splice_host.originals.clear()
-    network = _take_off(tuner, names or tuner.active_adapters, keep_layers=True)
-    _note_untied(network)
-    return network
-
-
-def _with_progress(layers: list[Adapted], progressbar: bool) -> Iterable[Adapted]:
-    if not progressbar:
-        return layers
-    from tqdm import tqdm
-
-    return cast(Iterable[Adapted], tqdm(layers, desc="Merging", unit="layer"))
-
-
-def unload(tuner: Tuner) -> nn.Module:
-    """Take every adapter off. The base weights are what they were before the first adapter came."""
-    if tuner.merged:
-        unmerge(tuner)
-    return _take_off(tuner, [])
-
-
-def _take_off(tuner: Tuner, keep_copies_of: list[str], keep_layers: bool = False) -> nn.Module:
-    """Detach everything; copies of whole modules stay in place for the adapters named."""
-    for path, layer in list(tuner.adapted.items()):
-        copies = [layer.splice_host.layers[n] for n in keep_copies_of if n in layer.splice_host.layers]
-        whole = next((c for c in copies if c.stays_merged), None)
-        for name in list(layer.splice_host.layers):
-            detach(cast(nn.Module, layer), name)
-        if whole is not None:
-            tuner.model.set_submodule(path, cast(Any, whole).module)
-    tuner.adapted.clear()
-    tuner.placed.clear()
-    tuner.peft_config.clear()
-    tuner.selection.merged.clear()
-    tuner.selection.set([])
-    tuner.restore_base(keep_layers)
-    return tuner.model
-
-
-def _note_untied(network: Any) -> None:
+def note_untied(network: Any) -> None:
     """A merge may have given one of two tied layers a weight of its own; the model's config must not tie them again."""
     config = network.__dict__.get("config")
     if config is None or isinstance(config, dict) or not vars(config).get("tie_word_embeddings"):
         return
     inputs, outputs = network.get_input_embeddings(), network.get_output_embeddings()
     if inputs is not None and outputs is not None and inputs.weight is not outputs.weight:
-        warnings.warn(
-            "The embeddings are no longer tied after the merge; `tie_word_embeddings` is set to False.", stacklevel=4
-        )
+        warn("The embeddings are no longer tied after the merge; `tie_word_embeddings` is set to False.")
         config.tie_word_embeddings = False

@@ -54,3 +54,11 @@ class Placement:
     def dtype(self, suffix: str, autocast: bool) -> torch.dtype:
         """The dtype of a tensor in memory; with `autocast` half-precision adapters are held in float32."""
         return self.layer_class.held_dtype(self.base, suffix, autocast)
+
+
+@dataclass(frozen=True)
+class Built:
+    """An adapter layer that is finished and not yet attached."""
+
+    placement: Placement
+    layer: AdapterLayer

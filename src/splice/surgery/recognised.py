@@ -11,7 +11,7 @@ from typing import Any, cast
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.module_copy import WholeModule
 from splice.surgery.adapted import Adapted
-from splice.surgery.tuner import is_whole
+from splice.surgery.names import is_whole
 
 
 class _Recognising(type):

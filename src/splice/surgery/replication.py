@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from splice.kinds.module_copy import bare_copy, walk_bare
+from splice.base.bare import bare_copy, walk_bare
 
 _LAYERS = re.compile(r"((model|transformer)\.)*(layers|h)|bert\.encoder\.layer")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -12,17 +11,23 @@ import torch
 from torch import nn
 
 from splice.base.asking import asked
+from splice.base.bare import walk_bare
 from splice.base.layers import ADAPTERS
 from splice.checkpoint.keys import PREFIX, SHORT_PREFIX, format_key
 from splice.config import PeftConfig
+from splice.errors import warn
+from splice.kinds.host import AdapterDict, Host, first_conflict
 from splice.kinds.layer import AdapterLayer
-from splice.kinds.module_copy import walk_bare
 from splice.kinds.registry import Method, method_named
 from splice.kinds.shared import SharedTensors
-from splice.loading.commit import Built
 from splice.selection import BASE, Rows, Selection
-from splice.surgery.adapted import Adapted, AdapterDict, Host, attach, detach, first_conflict
+from splice.surgery.adapted import Adapted
 from splice.surgery.base_changes import BaseChanges
+from splice.surgery.detach import detach
+from splice.surgery.merging import adapters_to_merge, merge, merge_for_good, note_untied, unmerge
+from splice.surgery.names import base_front, is_whole, own_names
+from splice.surgery.placement import Built
+from splice.surgery.swap import attach
 from splice.surgery.weight_readers import weight_readers
 
 TUNER = "splice_tuner"
@@ -188,7 +193,7 @@ class Tuner(nn.Module):
         self.check_known(names)
         self._check_apart(names)
         if self.merged:
-            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
+            warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
             self.unmerge_adapter()
         self.selection.set(names)
         self.train_only([] if inference_mode else names)
@@ -290,17 +295,19 @@ class Tuner(nn.Module):
 
     # -- merging and taking off
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Add the adapters (the active ones, if none are named) to the base weights; see `merging/merge.py`."""
-        from splice.surgery.merging import merge
+    @property
+    def hosts(self) -> dict[str, Host]:
+        """What the adapted layers carry, by path."""
+        return {path: layer.splice_host for path, layer in self.adapted.items()}
 
-        merge(self, adapter_names, safe_merge)
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Add the adapters (the active ones, if none are named) to the base weights; see `surgery/merging.py`."""
+        names = adapters_to_merge(self.selection, self.peft_config, adapter_names)
+        merge(self.hosts, self.selection, names, safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Give every merged layer back the very parameters it had before."""
-        from splice.surgery.merging import unmerge
-
-        unmerge(self)
+        unmerge(self.hosts.values(), self.selection)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter off and forget it.
@@ -320,9 +327,7 @@ class Tuner(nn.Module):
         remaining = [name for name in self.selection.active if name != deleted]
         if not remaining and self.peft_config:
             remaining = [min(self.peft_config)]
-            warnings.warn(
-                f"Adapter {deleted!r} was active and is deleted now; {remaining[0]!r} is active instead.", stacklevel=4
-            )
+            warn(f"Adapter {deleted!r} was active and is deleted now; {remaining[0]!r} is active instead.")
             self.set_requires_grad(remaining)
         self.selection.set(remaining)
 
@@ -330,15 +335,34 @@ class Tuner(nn.Module):
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
         """The network with the adapters in its weights and nothing else left of them. This object is done with."""
-        from splice.surgery.merging import merge_and_unload
-
-        return merge_and_unload(self, progressbar, safe_merge, adapter_names)
+        names = adapters_to_merge(self.selection, self.peft_config, adapter_names)
+        merge_for_good(self.hosts, names, safe_merge, progressbar)
+        network = self._take_off(names or self.active_adapters, keep_layers=True)
+        note_untied(network)
+        return network
 
     def unload(self) -> nn.Module:
         """The network as it was before the first adapter came, trained heads and biases included."""
-        from splice.surgery.merging import unload
+        if self.merged:
+            self.unmerge_adapter()
+        return self._take_off([])
 
-        return unload(self)
+    def _take_off(self, keep_copies_of: list[str], keep_layers: bool = False) -> nn.Module:
+        """Detach everything; copies of whole modules stay in place for the adapters named."""
+        for path, host in self.hosts.items():
+            copies = [host.layers[name] for name in keep_copies_of if name in host.layers]
+            whole = next((copy for copy in copies if copy.stays_merged), None)
+            for name in list(host.layers):
+                detach(host.base, name)
+            if whole is not None:
+                self.model.set_submodule(path, cast(Any, whole).module)
+        self.adapted.clear()
+        self.placed.clear()
+        self.peft_config.clear()
+        self.selection.merged.clear()
+        self.selection.set([])
+        self.restore_base(keep_layers)
+        return self.model
 
     # -- reporting
 
@@ -436,19 +460,7 @@ def _set_flags(places: Iterable[tuple[Mapping[str, Any], str]], requires_grad: b
             continue
 
 
-def own_names(layer: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name of every parameter and buffer of the base layer, also those that `state_dict` leaves out."""
-    for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
-        if not name.startswith(f"{ADAPTERS}."):
-            yield name, tensor
-
-
-def base_front(host: Host) -> str:
-    """What the reference puts before the names of the base's own tensors on an adapted layer."""
-    layers = list(host.layers.values())
-    return next((layer for layer in layers if layer.base_infix), layers[0]).base_front(host.path)
-
-
-def is_whole(layer: Adapted) -> bool:
-    """Whether the layer only carries copies of itself, or biases, and no method's tensors."""
-    return all(adapter.base_infix != "base_layer." for adapter in layer.splice_host.layers.values())
+def tuner_of(model: nn.Module) -> tuple[Tuner, str]:
+    """The tuner of a PeftModel or of a network that carries adapters, and what stands before paths in its state dict."""
+    below = model._modules.get("base_model")
+    return (below, PREFIX) if isinstance(below, Tuner) else (Tuner.of(model), "")

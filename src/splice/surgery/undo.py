@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from splice.kinds.module_copy import walk_bare
+from splice.base.bare import walk_bare
 from splice.surgery.tuner import Tuner
 
 

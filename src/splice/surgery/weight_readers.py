@@ -7,21 +7,36 @@ the parent's own switch, and attention is shown the adapted weight. The last ada
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from splice.kinds.layer import AdapterLayer
+from splice.base.bare import GUARD, original_class
+from splice.kinds.host import Host, host_of, in_order
+from splice.kinds.layer import AdapterLayer
+from splice.surgery.generated import Generated, generated
 
-GUARD = "splice_guard"
-# Held while a layer's tensors read as others than its own: another thread may call the same layer with another selection.
-SHOWING = threading.RLock()
+
+@dataclass
+class Guard:
+    """What a parent carries while layers below it are adapted.
+
+    Attributes:
+        original: the class that the parent had before.
+        reader: the class among those known to read weights that it is of.
+        was: the switch of its fused path as it was; None where it has no switch.
+        users: paths of the adapted layers below.
+    """
+
+    original: type[nn.Module]
+    reader: type[nn.Module]
+    was: object
+    users: set[str] = field(default_factory=set)
 
 
 def weight_readers(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -36,28 +51,28 @@ def readers_above(readers: Mapping[str, nn.Module], path: str) -> list[nn.Module
 
 def guard_reader(parent: nn.Module, path: str) -> None:
     """Keep `parent` from stepping around the layer at `path`, until it is released."""
-    guard = parent.__dict__.get(GUARD)
+    guard: Guard | None = parent.__dict__.get(GUARD)
     if guard is None:
-        cls = next(c for c in _READERS if isinstance(parent, c))
-        was = getattr(parent, _SWITCH[cls]) if cls in _SWITCH else None
-        guard = parent.__dict__[GUARD] = {"users": set(), "class": cls, "was": was}
-    guard["users"].add(path)
-    if guard["class"] in _SWITCH:
-        setattr(parent, _SWITCH[guard["class"]], False)
-    elif not isinstance(parent, _ShowsAdaptedWeights):
-        parent.__class__ = _shown_class(type(parent))
+        reader = next(cls for cls in _READERS if isinstance(parent, cls))
+        was = getattr(parent, _SWITCH[reader]) if reader in _SWITCH else None
+        guard = parent.__dict__[GUARD] = Guard(original_class(parent), reader, was)
+    guard.users.add(path)
+    if guard.reader in _SWITCH:
+        setattr(parent, _SWITCH[guard.reader], False)
+    elif not isinstance(parent, ShowsAdaptedWeights):
+        parent.__class__ = generated(ShowsAdaptedWeights, type(parent))
 
 
 def release_reader(parent: nn.Module, path: str) -> None:
     """The layer at `path` is adapted no longer; with the last one the parent is what it was."""
-    guard = parent.__dict__.get(GUARD)
+    guard: Guard | None = parent.__dict__.get(GUARD)
     if guard is None:
         return
-    guard["users"].discard(path)
-    if guard["users"]:
+    guard.users.discard(path)
+    if guard.users:
         return
-    if guard["class"] in _SWITCH:
-        setattr(parent, _SWITCH[guard["class"]], guard["was"])
+    if guard.reader in _SWITCH:
+        setattr(parent, _SWITCH[guard.reader], guard.was)
     else:
         parent.__class__ = below_guard(type(parent))
     del parent.__dict__[GUARD]
@@ -69,57 +84,35 @@ _SWITCH: dict[type[nn.Module], str] = {
     nn.TransformerEncoder: "use_nested_tensor",
 }
 _READERS: tuple[type[nn.Module], ...] = (*_SWITCH, nn.MultiheadAttention)
-_shown_classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-class _ShowsAdaptedWeights:
+class ShowsAdaptedWeights(Generated):
     """Mixed into an attention whose `out_proj` is adapted: during a call, `out_proj.weight` is the adapted weight."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:
-            stack.enter_context(SHOWING)
             for child in cast(nn.Module, self).children():
-                if "splice_host" in child.__dict__:
-                    stack.enter_context(adapted_weight_shown(child))
+                host = host_of(child)
+                if host is not None:
+                    stack.enter_context(host.lock)
+                    stack.enter_context(adapted_weight_shown(child, host))
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        from splice.surgery.adapted import Adapted, original_class
-
-        layer = cast(nn.Module, self)
-        adapted = isinstance(layer, Adapted)
-        return _new_shown, (original_class(layer) if adapted else below_guard(type(layer)), adapted), self.__dict__
-
-
-def _shown_class(cls: type[nn.Module]) -> type[nn.Module]:
-    if cls not in _shown_classes:
-        _shown_classes[cls] = type(f"Adapted{cls.__name__}", (_ShowsAdaptedWeights, cls), {})
-    return _shown_classes[cls]
-
-
-def _new_shown(cls: type[nn.Module], adapted: bool) -> nn.Module:
-    from splice.surgery.adapted import adapted_class
-
-    shown = _shown_class(adapted_class(cls) if adapted else cls)
-    return shown.__new__(shown)
 
 
 def below_guard(cls: type[nn.Module]) -> type[nn.Module]:
     """`cls` without the class that a guard put on top."""
-    return cls.__mro__[2] if issubclass(cls, _ShowsAdaptedWeights) else cls
+    guarded = next((c for c in cls.__mro__ if c.__bases__[:1] == (ShowsAdaptedWeights,)), None)
+    return cls if guarded is None else guarded.__bases__[1]
 
 
 def with_guard_of(layer: nn.Module, cls: type[nn.Module]) -> type[nn.Module]:
     """`cls`, with the guard's class on top if `layer` has it: attention may be guarded and adapted itself, in this order."""
-    return _shown_class(cls) if isinstance(layer, _ShowsAdaptedWeights) else cls
+    return generated(ShowsAdaptedWeights, cls) if isinstance(layer, ShowsAdaptedWeights) else cls
 
 
 @contextmanager
-def adapted_weight_shown(layer: Any) -> Iterator[None]:
+def adapted_weight_shown(layer: nn.Module, host: Host) -> Iterator[None]:
     """Inside, `layer.weight` and `layer.bias` read as the weights that the selected adapters amount to."""
-    from splice.surgery.adapted import in_order
-
-    host = layer.splice_host
     choice = host.selection.current()
     if choice.rows is not None:
         raise ValueError(f"{host.path}: its weight is read by its parent, so rows cannot have adapters of their own")

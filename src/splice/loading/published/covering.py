@@ -11,10 +11,11 @@ from torch import nn
 
 from splice.config import PeftConfig, TargetRule, copy_config
 from splice.errors import PeftError
+from splice.kinds.matching import ALL_LINEAR, TargetMatcher, value_for
 from splice.kinds.registry import Method
 from splice.loading.published.relocating import Move, template
 from splice.loading.report import grouped
-from splice.loading.targets import ALL_LINEAR, TargetMatcher, resolved_rule, select_parameters, value_for
+from splice.loading.targets import resolved_rule, select_parameters
 
 # Fields that give values to layers by their paths.
 _PATTERNS = ("rank_pattern", "alpha_pattern")

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from splice.base.asking import asked
+from splice.base.bare import own_tensors
 from splice.checkpoint.foreign import foreign_names
 from splice.checkpoint.header import Entry
 from splice.checkpoint.keys import PREFIX, format_key, parse_key
 from splice.config import PeftConfig, copy_config
-from splice.kinds.module_copy import own_tensors
 from splice.kinds.registry import Method
-from splice.loading.plan import Plan, fit, lay_out
+from splice.loading.plan import Fitted, Plan, fit, lay_out
 from splice.loading.published.covering import explicit, same_values, uncovered
 from splice.loading.published.relocating import Move, find_moves
 from splice.loading.published.spelling import spelled
@@ -28,18 +28,7 @@ from splice.methods.lora.merged_linear import as_plain
 from splice.methods.lora.stacked import as_stacked
 
 if TYPE_CHECKING:
-    from splice.loading.load import Checkpoint
-
-
-@dataclass
-class Fitted:
-    """A plan, the checkpoint and the config that it is for, and what was read in another way than it is written."""
-
-    plan: Plan
-    checkpoint: Checkpoint
-    config: PeftConfig
-    notes: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    from splice.kinds.reading import Checkpoint
 
 
 def fitted(

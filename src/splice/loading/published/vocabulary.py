@@ -10,16 +10,17 @@ import torch
 from torch import nn
 
 from splice.base.asking import asked
+from splice.base.bare import own_tensors, walk_bare
 from splice.base.conversions import is_pretrained
 from splice.base.layers import LayerKind, kind_of
 from splice.checkpoint.header import Entry
 from splice.checkpoint.keys import PREFIX
-from splice.kinds.module_copy import WholeModule, own_tensors, walk_bare
+from splice.kinds.module_copy import WholeModule
 from splice.loading.plan import Plan
 
 if TYPE_CHECKING:
-    from splice.loading.load import Checkpoint
-    from splice.loading.published.fitting import Fitted
+    from splice.kinds.reading import Checkpoint
+    from splice.loading.plan import Fitted
     from splice.surgery.tuner import Tuner
     from splice.surgery.undo import Undo
 

@@ -6,7 +6,6 @@ sequence of tokens; its last occurrence in a row counts. The cache of everything
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from splice.errors import PeftWarning
+from splice.errors import PeftWarning, warn
 from splice.kinds.layer import Factors, Forward
 from splice.methods.lora.config import LoraConfig
 from splice.methods.lora.layers import LoraLinear
@@ -178,4 +177,4 @@ def _beams(tuner: Tuner, call: Any) -> int:
 
 def _warn_off() -> None:
     text = "aLoRA needs `input_ids` to find its invocation; without them the adapter has no effect in this call."
-    warnings.warn(text, PeftWarning, stacklevel=6)
+    warn(text, PeftWarning)

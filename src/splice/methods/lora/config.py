@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from splice.config import PeftConfig, PeftType, TargetRule, TaskType
-from splice.errors import UnsupportedFeatureError
+from splice.errors import UnsupportedFeatureError, warn
 from splice.methods.lora.inits import LOFTQ, check_init, takes_from_base
 from splice.methods.lora.subconfigs import SUBCONFIGS, CordaConfig, EvaConfig, LoftQConfig, parsed
 
@@ -114,7 +113,7 @@ def _check_fields_agree(config: LoraConfig) -> None:
     if config.init_lora_weights == "loftq" and not config.loftq_config:
         raise ValueError("`loftq_config` must be specified when `init_lora_weights` is 'loftq'.")
     if config.loftq_config and config.init_lora_weights != "loftq":
-        warnings.warn("`loftq_config` is given but `init_lora_weights` is not 'loftq'; it is ignored.", stacklevel=4)
+        warn("`loftq_config` is given but `init_lora_weights` is not 'loftq'; it is ignored.")
         config.loftq_config = {}
 
 
@@ -124,13 +123,13 @@ def _complete_init(config: LoraConfig) -> None:
         given, asked = getattr(config, name) is not None, config.init_lora_weights == init
         if asked and not given:
             text = f"`init_lora_weights` is {init!r} but `{name}` is not specified. Using the default config."
-            warnings.warn(text, stacklevel=4)
+            warn(text)
             setattr(config, name, default())
         elif given and not asked:
             text = f"`{name}` specified but will be ignored when `init_lora_weights` is not {init!r}."
-            warnings.warn(text, stacklevel=4)
+            warn(text)
     if config.alora_invocation_tokens is not None and config.task_type != TaskType.CAUSAL_LM:
-        warnings.warn("aLoRA is currently only supported for CAUSAL_LM task.", stacklevel=4)
+        warn("aLoRA is currently only supported for CAUSAL_LM task.")
 
 
 # Relatives of LoRA, by the fields that ask for them. At most one can be asked for.

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from splice.kinds.layer import Forward, Slots
+from splice.kinds.layer import Forward
+from splice.kinds.light_module import Slots
 from splice.kinds.original import Original
-from splice.kinds.shared import operation_of
+from splice.kinds.weight_delta import operation_of
 from splice.methods.lora.config import LoraConfig
 from splice.methods.lora.layers import LoraConv, LoraEmbedding, LoraLayer, LoraLinear
 

@@ -23,8 +23,8 @@ from torch import nn
 from splice.base.conversions import renaming_of, stackings_of
 from splice.base.layers import kind_of
 from splice.config import PeftConfig, TargetRule, copy_config
+from splice.kinds.matching import ALL_LINEAR, TargetMatcher, matching_parameters, value_for
 from splice.kinds.registry import Method
-from splice.loading.targets import ALL_LINEAR, TargetMatcher, matching_parameters, value_for
 
 # What of a config changes where it names layers that are parameters now.
 FIELDS = ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern")

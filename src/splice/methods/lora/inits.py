@@ -7,7 +7,6 @@ is the sum of `W - s B0 A0` and `s B A`. The checkpoint holds A and B alone, so 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from splice.base.layers import LayerKind
-from splice.errors import PeftWarning, UnsupportedFeatureError, UnsupportedLayerError
+from splice.errors import PeftWarning, UnsupportedFeatureError, UnsupportedLayerError, warn
 
 if TYPE_CHECKING:
     from splice.methods.lora.config import LoraConfig
@@ -153,7 +152,7 @@ def initialise_linear(a: torch.Tensor, b: torch.Tensor, init: object) -> None:
         )
     if init == "eva":
         text = "EVA starts A from data, which splice does not collect: A starts as with init_lora_weights=True."
-        warnings.warn(text, PeftWarning, stacklevel=2)
+        warn(text, PeftWarning)
     if init == "gaussian":
         nn.init.normal_(a, std=1 / a.shape[0])
     else:

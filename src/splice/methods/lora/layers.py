@@ -17,8 +17,10 @@ from torch.nn import functional as F
 
 from splice.base.asking import asked
 from splice.base.layers import LayerKind, features, kind_of
-from splice.kinds.layer import Additive, Factors, Forward, Slots, cast_to
-from splice.loading.targets import value_for
+from splice.kinds.additive import Additive
+from splice.kinds.layer import Factors, Forward, cast_to
+from splice.kinds.light_module import Slots
+from splice.kinds.matching import value_for
 from splice.methods.lora.config import LoraConfig
 from splice.methods.lora.inits import initialise_linear
 

@@ -20,7 +20,7 @@ from splice.checkpoint.tensors import Weights
 from splice.config import PeftType, copy_config
 
 if TYPE_CHECKING:
-    from splice.loading.load import Checkpoint
+    from splice.kinds.reading import Checkpoint
 
 _B = ".lora_B.weight"
 

@@ -6,7 +6,6 @@ Sengupta et al., "Robust and Efficient Fine-tuning of LLMs with Bayesian Reparam
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from splice.base.dense import dtype_of
-from splice.errors import PeftWarning
-from splice.kinds.layer import Slots
+from splice.errors import PeftWarning, warn
+from splice.kinds.light_module import Slots
 from splice.methods.lora.config import LoraConfig
 from splice.methods.lora.layers import LoraLinear
 
@@ -85,7 +84,7 @@ class MontecloraLinear(LoraLinear):
         )
         blurred: torch.Tensor = a + (self.options.sample_scaler * noise).to(a.dtype)
         if not bool(torch.isfinite(blurred.detach()).all()):
-            warnings.warn("MonteCLoRA drew noise that is not finite; A is used without it.", PeftWarning, stacklevel=2)
+            warn("MonteCLoRA drew noise that is not finite; A is used without it.", PeftWarning)
             return a
         with torch.no_grad():
             sampler.gaussian_var_prior.copy_(torch.diag(variance))

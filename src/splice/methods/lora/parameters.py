@@ -19,7 +19,7 @@ from torch import nn
 
 from splice.base.asking import asked
 from splice.kinds.layer import AdapterLayer, Forward
-from splice.loading.targets import matching_parameters, value_for
+from splice.kinds.matching import matching_parameters, value_for
 
 if TYPE_CHECKING:
     from splice.methods.lora.config import LoraConfig

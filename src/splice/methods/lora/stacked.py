@@ -23,7 +23,7 @@ from splice.kinds.registry import Method
 from splice.methods.lora.experts import Stack, experts_of, joined_values, part_values, restated, scale_of
 
 if TYPE_CHECKING:
-    from splice.loading.load import Checkpoint
+    from splice.kinds.reading import Checkpoint
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from splice.config import PeftConfig, PeftType, copy_config
+from splice.errors import warn
 
 _BASE_CHANGING = ("pissa", "corda", "olora", "lora_ga")
 
@@ -39,7 +39,7 @@ def plain_config(config: PeftConfig) -> PeftConfig:
         )
     if init is not True and not (isinstance(init, str) and init.startswith(_BASE_CHANGING)):
         use = f"has no use with init_lora_weights={init!r}, which leaves the base as it is"
-        warnings.warn(f"`path_initial_model_for_weight_conversion` {use}.", stacklevel=3)
+        warn(f"`path_initial_model_for_weight_conversion` {use}.")
     return copy_config(
         config,
         init_lora_weights=True,

@@ -6,14 +6,14 @@ the decoder's self-attention gets them.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
-from splice.base.asking import asked
-from splice.config import TaskType, accepted_by
+from splice.base.asking import accepted_by, asked
+from splice.config import TaskType
+from splice.errors import warn
 from splice.kinds.layer import Forward
 from splice.methods.prompts.prompt import TYPED, Call, Prompt, PromptLayer, main_input, named_arguments
 from splice.methods.prompts.sizes import cache_sizes_of, rooms_of, text_config
@@ -63,7 +63,7 @@ class CachedPrompt(PromptLayer):
             raise ValueError(f"{self.method}: no layer of {type(base).__name__} can take its keys and values")
         if skipped:
             text = f"{self.method}: layers {skipped} have no room for its keys and values, and go without them."
-            warnings.warn(text, stacklevel=2)
+            warn(text)
 
     def virtual_tokens(self, call: Call) -> torch.Tensor:
         return self.table().view(1, self.count, 2 * self.layers, self.heads, -1)

@@ -7,7 +7,6 @@ gets it.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,6 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from splice.config import TaskType
+from splice.errors import warn
 from splice.kinds.layer import AdapterLayer, Forward
 from splice.methods.prompts.prompt import TYPED, Call, Prompt, PromptLayer, main_input, prompt_of_rows
 from splice.selection import Choice
@@ -80,7 +80,7 @@ class EmbeddedPrompt(PromptLayer):
     def encoder_inputs(self, call: Call, prompt: Prompt) -> Call:
         """The arguments of `generate` of an encoder-decoder, with the virtual tokens in the encoder's input."""
         if call.pop("encoder_outputs", None) is not None:
-            warnings.warn("`encoder_outputs` were made without virtual tokens. They are ignored.", stacklevel=4)
+            warn("`encoder_outputs` were made without virtual tokens. They are ignored.")
         self.leave_out(call)
         self.set_mask(call, "attention_mask", prompt, call["input_ids"].shape[1], 0)
         return self.in_front(call, prompt)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from splice.config import PeftType, PromptLearningConfig
-from splice.kinds.layer import Slots
+from splice.kinds.light_module import Slots
 from splice.kinds.registry import Method, register
 from splice.methods.prompts.attributes import PROMPT_METHODS, PROMPT_VIEWS
 from splice.methods.prompts.cached import CachedPrompt

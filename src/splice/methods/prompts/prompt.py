@@ -9,7 +9,6 @@ come about.
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -19,8 +18,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from splice.config import PromptLearningConfig, TaskType
-from splice.errors import UnsupportedFeatureError
-from splice.kinds.layer import AdapterLayer, Forward, Slots
+from splice.errors import UnsupportedFeatureError, warn
+from splice.kinds.layer import AdapterLayer, Forward
+from splice.kinds.light_module import Slots
 from splice.kinds.module_copy import WholeModule
 from splice.methods.prompts.sizes import sizes_of
 from splice.selection import Rows
@@ -164,7 +164,7 @@ class PromptLayer(AdapterLayer):
         """Take the types of tokens away, except for these tasks: adapters are trained without."""
         if self.task not in unless and call.pop("token_type_ids", None) is not None:
             text = f"Token type ids are not supported for {self.task} with virtual tokens. They are ignored."
-            warnings.warn(text, stacklevel=4)
+            warn(text)
 
     def set_mask(self, call: Call, name: str, prompt: Prompt, length: int, past: int) -> None:
         """Let the mask cover the virtual tokens too. Rows with fewer of them are padded in front."""

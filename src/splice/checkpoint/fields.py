@@ -1,0 +1,41 @@
+"""The fields of a config file as they stand in it, before any config class makes something of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from splice.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class UnknownFields:
+    """Fields of a config file that no config class here has: what a newer or another library wrote."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def switched_on(self) -> dict[str, Any]:
+        """Those that may change what the adapter computes: set to something other than null, false or empty."""
+        return {name: value for name, value in self.values.items() if value not in (None, False, 0, "", [], {})}
+
+
+def read_fields(text: bytes, place: str) -> dict[str, Any]:
+    """Parse the bytes of a config file into its fields.
+
+    Raises:
+        CheckpointError: it is a pointer to a file that was not fetched, not UTF-8, not JSON, or not a JSON object.
+    """
+    from splice.checkpoint.foreign import LFS_START, lfs_pointer
+
+    if text.startswith(LFS_START):
+        raise CheckpointError(lfs_pointer(place))
+    try:
+        # Editors of Windows put a byte order mark in front.
+        fields = json.loads(text.decode("utf-8-sig"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{place} is not valid JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{place} holds a JSON {type(fields).__name__}; an adapter config is an object")
+    return fields

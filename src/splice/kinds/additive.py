@@ -1,0 +1,33 @@
+"""The kind `y + scale * delta(dropout(x))`: something is added to what the base layer gives."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from splice.kinds.layer import AdapterLayer, Forward
+
+
+class Additive(AdapterLayer):
+    """The kind `y + scale * delta(dropout(x))`: LoRA and most of its relatives."""
+
+    mergeable = True
+    scale: float = 1.0
+    dropout: float = 0.0
+
+    def delta(self, x: torch.Tensor) -> torch.Tensor:
+        """The unscaled update for `x`, already in the dtype of the adapter's tensors."""
+        raise NotImplementedError
+
+    def around(self, x: torch.Tensor, inner: Forward) -> torch.Tensor:
+        y: torch.Tensor = inner(x)
+        h = self.cast_input(x)
+        if self.dropout and self.training:
+            h = nn.functional.dropout(h, self.dropout)
+        # The scale is folded into the sum: one kernel instead of two.
+        out = torch.add(y, self.delta(h), alpha=self.scale)
+        return out if out.dtype is y.dtype else out.to(y.dtype)
+
+    def cast_input(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` in the dtype of the adapter's own tensors."""
+        raise NotImplementedError

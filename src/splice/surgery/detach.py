@@ -1,0 +1,40 @@
+"""Taking an adapter layer off; with the last one a layer becomes exactly what it was."""
+
+from __future__ import annotations
+
+from types import MethodType
+
+from torch import nn
+
+from splice.base.bare import HOST
+from splice.base.layers import ADAPTERS
+from splice.kinds.host import AdapterDict, Host
+from splice.surgery.weight_readers import below_guard, release_reader, with_guard_of
+
+
+def detach(layer: nn.Module, name: str) -> None:
+    """Take the adapter off; with its last adapter the layer becomes exactly what it was.
+
+    Also of a layer whose `attach` was interrupted at any point.
+    """
+    host, adapters = layer.__dict__.get(HOST), layer._modules.get(ADAPTERS)
+    if isinstance(adapters, AdapterDict):
+        dropped = adapters.drop(name)
+        if dropped is not None and dropped.shows and host is not None:
+            host.shows = any(adapter.shows for adapter in host.layers.values())
+    if host is not None and not host.layers:
+        _swap_back(layer, host)
+
+
+def _swap_back(layer: nn.Module, host: Host) -> None:
+    for parent in host.readers:
+        release_reader(parent, host.path)
+    adapted, cls = below_guard(type(layer)), host.original
+    layer.__class__ = with_guard_of(layer, cls)
+    # A hook may have come or gone in the meantime; wherever our forward was left, the base's own takes its place.
+    for name in ("_old_forward", "forward"):
+        standing = layer.__dict__.get(name)
+        if isinstance(standing, MethodType) and standing.__func__ is adapted.__dict__.get("forward"):
+            layer.__dict__[name] = host.own_forward or cls.forward.__get__(layer)
+    layer._modules.pop(ADAPTERS, None)
+    del layer.__dict__[HOST]

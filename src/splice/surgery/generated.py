@@ -1,0 +1,51 @@
+"""Classes that are made at run time: a mixin in front of a layer's own class, made once for each pair of the two.
+
+They stand in no module, so pickle cannot find them by name. Each carries the recipe by which it is made again.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, TypeAlias
+
+from torch import nn
+
+# The class of the layer as it was, and what was put in front of it, one after the other.
+Recipe: TypeAlias = "tuple[type[nn.Module], tuple[type[Generated], ...]]"
+
+_made: dict[tuple[type[Generated], type[nn.Module]], type[nn.Module]] = {}
+
+
+class Generated:
+    """The root of what is put in front of a layer's class."""
+
+    splice_recipe: ClassVar[Recipe]
+
+    @classmethod
+    def members_for(cls, base: type[nn.Module]) -> dict[str, Any]:
+        """What the generated class has of its own, in front of `base`."""
+        return {}
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _made_again, type(self).splice_recipe, self.__dict__
+
+
+def generated(mixin: type[Generated], base: type[nn.Module]) -> type[nn.Module]:
+    """The class with `mixin` in front of `base`."""
+    found = _made.get((mixin, base))
+    if found is None:
+        original, mixins = base.splice_recipe if issubclass(base, Generated) else (base, ())
+        members = {
+            "__module__": base.__module__,
+            "splice_recipe": (original, (*mixins, mixin)),
+            **mixin.members_for(base),
+        }
+        found = _made[mixin, base] = type(f"Adapted{original.__name__}", (mixin, base), members)
+    return found
+
+
+def _made_again(original: type[nn.Module], mixins: tuple[type[Generated], ...]) -> nn.Module:
+    """An empty instance, for pickle and `copy` to fill."""
+    cls = original
+    for mixin in mixins:
+        cls = generated(mixin, cls)
+    return cls.__new__(cls)

@@ -1,0 +1,46 @@
+"""Which adapters can stand together on one model."""
+
+from __future__ import annotations
+
+from splice.config import PeftConfig
+from splice.kinds.registry import method_named
+from splice.surgery.tuner import Tuner
+
+
+def check_mixed(config: PeftConfig) -> None:
+    """Raise where an adapter with this config cannot stand beside those of other methods.
+
+    Raises:
+        ValueError: it is no adapter of layers.
+    """
+    method = method_named(config.peft_type, "the config")
+    if method.network_layer is not None:
+        raise ValueError(
+            f"{method.name.value} acts on the call of the whole network, and cannot be mixed with adapters of other methods."
+        )
+
+
+def check_together(tuner: Tuner, config: PeftConfig) -> None:
+    """Raise where an adapter with this config cannot stand beside those that are there.
+
+    Raises:
+        ValueError: another method, a second adapter that trains biases of the base, or what the method's own rule refuses.
+    """
+    new = config.trained_biases()
+    if tuner.mixes_methods:
+        check_mixed(config)
+    for name, other in tuner.peft_config.items():
+        if other.peft_type != config.peft_type and not tuner.mixes_methods:
+            raise ValueError(
+                f"Cannot combine adapters with different peft types: {name!r} is {other.peft_type} and the new one is "
+                f"{config.peft_type}."
+            )
+        if new != "none" and other.trained_biases() != "none":
+            raise ValueError(
+                f"only one adapter of a model can train biases: {name!r} has bias={other.trained_biases()!r} and the new "
+                f"one {new!r}. When using multiple adapters, set bias to 'none' for all adapters but one."
+            )
+    if tuner.peft_config and not tuner.mixes_methods:
+        own_rule = tuner.method.check_beside
+        if own_rule is not None:
+            own_rule(config, tuner.peft_config)
