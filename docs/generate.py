@@ -6,7 +6,8 @@ import inspect
 import sys
 from pathlib import Path
 
-from splice.kinds.registry import Combining, Method, all_methods
+from splice.kinds.combining import Summed
+from splice.kinds.registry import Method, all_methods
 
 _HEAD = """# Methods
 
@@ -36,6 +37,16 @@ def merges(method: Method) -> bool:
     return any(layer is not None and layer.mergeable for layer in layers)
 
 
+def combining(method: Method) -> str:
+    """How several of its adapters become one, in words."""
+    if method.combine is None:
+        return ""
+    summed = isinstance(method.combine, Summed)
+    return (
+        "each tensor is the weighted sum of theirs" if summed else "by their low-rank factors, in one of several ways"
+    )
+
+
 def row(method: Method) -> str:
     """One line of the table."""
     file = next(module for module in sys.modules.values() if vars(module).get("METHOD") is method)
@@ -47,7 +58,7 @@ def row(method: Method) -> str:
         ", ".join(layers_of(method)),
         _word(merges(method)),
         _word(not method.exclusive),
-        "" if method.combining is Combining.NONE else method.combining.value,
+        combining(method),
         method.paper,
     ]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import splice
-from splice.kinds.registry import Combining, all_methods
+from splice.kinds.combining import Summed
+from splice.kinds.registry import all_methods
 from tests import bases
 from tests.bases import Base, run
 from tests.comparing import Pair, assert_close, differ, load_both, trainable_names
@@ -220,7 +221,7 @@ def test_a_name_that_is_taken_is_left_alone(shared_checkpoint: Any) -> None:
 
 
 def summed(cases: list[Case]) -> Any:
-    return pytest.mark.parametrize("case", [c for c in cases if c.method.combining is Combining.SUM], ids=str)
+    return pytest.mark.parametrize("case", [c for c in cases if isinstance(c.method.combine, Summed)], ids=str)
 
 
 @summed([*kind_cases(), *plain_cases(bases.LLAMA)])
@@ -267,7 +268,7 @@ def test_ways_of_combining_factors_are_refused(case: Case, shared_checkpoint: An
 @pytest.mark.parametrize("method", all_methods().values(), ids=lambda method: method.name.value)
 def test_methods_that_cannot_be_combined_say_so(method: Any, shared_checkpoint: Any) -> None:
     cases = [case for case in plain_cases(bases.LINEAR) if case.method is method]
-    if method.combining is not Combining.NONE or not cases:
+    if method.combine is not None or not cases:
         pytest.skip("it can be, or it is not on layers")
     model = splice.PeftModel.from_pretrained(bases.LINEAR.build(), shared_checkpoint(bases.LINEAR, cases[0].config()))
     with pytest.raises(splice.UnsupportedFeatureError, match="cannot be combined"):

@@ -9,8 +9,8 @@ from importlib import import_module
 from typing import Any
 
 _PUBLIC = {
-    "splice.model": ["PeftModel"],
     "splice.tasks": [
+        "PeftModel",
         "PeftModelForCausalLM",
         "PeftModelForFeatureExtraction",
         "PeftModelForQuestionAnswering",
@@ -31,8 +31,6 @@ _PUBLIC = {
         "UnknownMethodError",
         "UnsupportedFeatureError",
     ],
-    "splice.methods.lora.config": ["LoraConfig", "LoraRuntimeConfig"],
-    "splice.methods.prompts.prompt_tuning": ["PromptTuningConfig", "PromptTuningInit"],
     "splice.loading.report": ["LoadReport"],
     "splice.loading.saving": ["get_peft_model_state_dict"],
     "splice.loading.state": ["load_peft_weights", "set_peft_model_state_dict"],
@@ -41,19 +39,26 @@ _PUBLIC = {
 _PLACES = {name: module for module, names in _PUBLIC.items() for name in names}
 
 __version__ = "0.1.0"
-__all__ = sorted(_PLACES)
 
 
 def __getattr__(name: str) -> Any:
     if name in _PLACES:
         value = getattr(import_module(_PLACES[name]), name)
-    elif name.endswith("Config"):  # every method brings one, and stands in no list
-        value = import_module("splice.kinds.registry").config_class(name)
+    elif name == "__all__":
+        value = sorted({*_PLACES, *_of_methods()})
+    elif not name.startswith("_") and name in _of_methods():
+        value = _of_methods()[name]
     else:
         raise AttributeError(f"module 'splice' has no attribute {name!r}")
     globals()[name] = value
     return value
 
 
+def _of_methods() -> dict[str, type]:
+    """Every method brings a config, and stands in no list."""
+    found: dict[str, type] = import_module("splice.kinds.registry").public_classes()
+    return found
+
+
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_PLACES])
+    return sorted({*globals(), *_PLACES, *_of_methods()})

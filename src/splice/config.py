@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -9,11 +10,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any, ClassVar, TypeVar
 
+from splice.checkpoint.cleaning import check_kinds, cleaned
 from splice.checkpoint.fields import UnknownFields, read_fields
+from splice.checkpoint.foreign import what_config
 from splice.checkpoint.format import CONFIG_NAME, FORMAT_VERSION
-from splice.errors import CheckpointError, PeftWarning, warn
+from splice.checkpoint.publishing import Publication, publish
+from splice.checkpoint.source import Source
+from splice.discovery import find_methods
+from splice.errors import CheckpointError, PeftWarning, UnknownMethodError, warn
 
 
 class PeftType(str, Enum):
@@ -95,6 +102,12 @@ class TargetRule:
     target_parameters: list[str] | None = None
 
 
+C = TypeVar("C", bound="PeftConfig")
+
+# The config classes of the methods, by `peft_type`. Each enters itself when it is defined.
+_CLASSES: dict[PeftType, type[PeftConfig]] = {}
+
+
 @dataclass
 class PeftConfig:
     """Fields that every adapter config has, in the order of the reference's constructor.
@@ -111,11 +124,25 @@ class PeftConfig:
     revision: str | None = None
     inference_mode: bool = False
 
+    # The `peft_type` of its checkpoints; a class that says one is found by it. None where a class is only built upon.
+    method: ClassVar[PeftType | None] = None
     is_prompt_learning: ClassVar[bool] = False
     # Fields that live in memory only.
     runtime_fields: ClassVar[frozenset[str]] = frozenset({"runtime_config"})
+    # Fields that older files have and that mean nothing to the config any more; a reading of the method may ask for them.
+    legacy_fields: ClassVar[frozenset[str]] = frozenset()
+    # Fields with values for single layers, by patterns of their paths -> the field with the value of all others.
+    pattern_fields: ClassVar[Mapping[str, str]] = MappingProxyType({})
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        name = cls.__dict__.get("method")
+        if name is not None and _CLASSES.setdefault(name, cls).__qualname__ != cls.__qualname__:
+            raise KeyError(f"{cls.__qualname__}: {name} is taken, by {_CLASSES[name].__module__}")
 
     def __post_init__(self) -> None:
+        if self.method is not None:
+            self.peft_type = self.method
         if self.peft_version is None:
             self.peft_version = FORMAT_VERSION
         if self.task_type is not None and self.task_type not in list(TaskType):
@@ -181,8 +208,6 @@ class PeftConfig:
         tags: list[str] | None = None,
     ) -> str:
         """Upload `adapter_config.json`, as one commit; arguments as in `PeftModel.push_to_hub`."""
-        from splice.checkpoint.publishing import Publication, publish
-
         target = Publication(
             repo_id, commit_message, commit_description, private, token, revision, create_pr, tags or ()
         )
@@ -203,8 +228,6 @@ class PeftConfig:
             CheckpointError: (a ValueError) there is no readable `adapter_config.json`.
             UnknownMethodError: (a KeyError) `peft_type` names no known method.
         """
-        from splice.checkpoint.source import Source
-
         source = Source.from_options(pretrained_model_name_or_path, subfolder=subfolder, options=kwargs)
         return parse_config(source.config_text(), str(source.config_place))
 
@@ -257,18 +280,14 @@ def parse_config(text: bytes, place: str) -> PeftConfig:
 
 def read_config(text: bytes, place: str) -> ReadConfig:
     """As `parse_config`, with what was understood beyond the fields of today."""
-    from splice.checkpoint.cleaning import check_kinds, cleaned, legacy
-    from splice.checkpoint.foreign import what_config
-    from splice.kinds.registry import method_named
-
     fields = read_fields(text, place)
     if "peft_type" not in fields:
         what = what_config(fields)
         raise CheckpointError(f"{place} has no 'peft_type': it does not say which kind of adapter this is.{what}")
-    config_class = method_named(fields["peft_type"], place).config
+    config_class = class_of(fields["peft_type"], place)
     config_class.check_file(fields, place)
     known = {f.name for f in dataclasses.fields(config_class) if f.init} - config_class.runtime_fields
-    old = legacy({k: v for k, v in fields.items() if k not in known})
+    old = {k: v for k, v in fields.items() if k in config_class.legacy_fields}
     unknown = UnknownFields({k: v for k, v in fields.items() if k not in known and k not in old})
     if unknown.values:
         warn(_unknown_fields_message(unknown, config_class, fields, place), PeftWarning)
@@ -299,17 +318,39 @@ def _jsonable(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} cannot be written to {CONFIG_NAME}: {value!r}")
 
 
+def class_of(peft_type: object, place: str) -> type[PeftConfig]:
+    """The config class of a method; `place` says where its name was read, for the message.
+
+    Raises:
+        CheckpointError: (a ValueError) the name is no string.
+        UnknownMethodError: (a KeyError) there is no such method.
+    """
+    find_methods()
+    if not isinstance(peft_type, str):
+        raise CheckpointError(f"{place}: peft_type is {peft_type!r}; it must be a string such as 'LORA'")
+    if peft_type in _CLASSES:
+        return _CLASSES[PeftType(peft_type)]
+    text = f"{place}: unknown peft_type {peft_type!r}; known are {', '.join(sorted(m.value for m in _CLASSES))}."
+    if peft_type.upper() in _CLASSES:
+        text += f" Did you mean {peft_type.upper()!r}?"
+    elif peft_type in list(PeftType):
+        text += " The method exists, and this version cannot load it yet."
+    raise UnknownMethodError(text)
+
+
+def all_classes() -> Mapping[PeftType, type[PeftConfig]]:
+    """The config class of every method, by its `peft_type`."""
+    find_methods()
+    return MappingProxyType(_CLASSES)
+
+
 def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
     """The config object of `config_dict["peft_type"]`; unknown fields are a TypeError, as in any constructor."""
-    from splice.kinds.registry import method_named
-
-    return method_named(config_dict["peft_type"], "the given dict").config(**config_dict)
+    return class_of(config_dict["peft_type"], "the given dict")(**config_dict)
 
 
-def copy_config(config: PeftConfig, **changes: Any) -> PeftConfig:
+def copy_config(config: C, **changes: object) -> C:
     """An independent copy with `changes`: neither shares containers with the other."""
-    import copy
-
     clone = copy.deepcopy(config)
     for name, value in changes.items():
         setattr(clone, name, value)

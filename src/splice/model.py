@@ -12,18 +12,26 @@ import torch
 from torch import nn
 
 from splice.base.asking import asked
-from splice.config import PeftConfig
+from splice.checkpoint.card import write_card
+from splice.checkpoint.publishing import Publication, publish
+from splice.config import PeftConfig, TaskType
 from splice.errors import PeftWarning, warn
+from splice.kinds.combining import Combination
 from splice.kinds.layer import AdapterLayer, Call
+from splice.loading.combining import add_weighted_adapter
 from splice.loading.creating import new_adapter
 from splice.loading.in_memory import checkpoint_from
 from splice.loading.load import Loaded, LoadOptions, load_into, load_new
 from splice.loading.report import LoadReport
+from splice.loading.saving import facts_of, save
 from splice.selection import Choice
 from splice.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from splice.surgery.first_call import warn_if_unused
 from splice.surgery.tuner import Tuner
 from splice.surgery.undo import Undo
+
+# The classes of PeftModels by their task. `tasks.py` defines them, and each enters itself.
+_CLASSES: dict[TaskType, type[PeftModel]] = {}
 
 
 class PeftModel(nn.Module):
@@ -46,11 +54,23 @@ class PeftModel(nn.Module):
         ValueError: the config cannot be applied to a layer that it selects.
     """
 
+    # The task that the class is for; None for any.
+    task: ClassVar[TaskType | None] = None
     # Modules that are always saved whole, and methods that the base model must have, for a task.
     heads: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[tuple[str, ...]] = ()
     # Whether its adapters may be of several methods.
     mixes_methods: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if cls.task is not None:
+            _CLASSES.setdefault(cls.task, cls)
+
+    @classmethod
+    def class_for(cls, config: PeftConfig) -> type[PeftModel]:
+        """The class of a PeftModel with this config: by its task type, else this one. A mixed model is for any task."""
+        return cls if cls.mixes_methods or config.task_type is None else _CLASSES[TaskType(config.task_type)]
 
     def __init__(
         self,
@@ -135,14 +155,12 @@ class PeftModel(nn.Module):
             NoMatchingPeftModuleError: (a ValueError) its config selects nothing in this model.
             UnknownMethodError: (a KeyError) its `peft_type` is not known.
         """
-        from splice.tasks import class_for
-
         options = LoadOptions(
             adapter_name, is_trainable, autocast_adapter_dtype, ephemeral_gpu_offload, key_mapping, strict, kwargs
         )
         mapping = key_mapping if key_mapping is not None else asked(model, "_checkpoint_conversion_mapping")
         checkpoint = checkpoint_from(model_id, tensors, config, options, mapping)
-        peft_model: PeftModel = object.__new__(class_for(checkpoint.config, cls))
+        peft_model: PeftModel = object.__new__(cls.class_for(checkpoint.config))
         peft_model._wrap(model)
         tuner = peft_model.base_model
         undo = Undo(tuner)
@@ -266,10 +284,8 @@ class PeftModel(nn.Module):
         Raises:
             ValueError: `save_directory` is a file, or an adapter is unknown.
         """
-        from splice.loading.saving import save
-
         save(
-            self,
+            self.base_model,
             save_directory,
             safe_serialization,
             selected_adapters,
@@ -286,11 +302,9 @@ class PeftModel(nn.Module):
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         """Write the README.md of a repository into a folder, or bring the one there up to date; what it says stays."""
-        from splice.checkpoint.card import write_card
-
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        write_card(self, folder)
+        write_card(folder, facts_of(self.base_model))
 
     def push_to_hub(
         self,
@@ -330,7 +344,6 @@ class PeftModel(nn.Module):
         Raises:
             As `save_pretrained`, before anything is asked of the Hub; huggingface_hub.errors.HfHubHTTPError: it refuses.
         """
-        from splice.checkpoint.publishing import Publication, publish
 
         def write(folder: Path) -> None:
             self.save_pretrained(folder, safe_serialization, selected_adapters, save_embedding_layers)
@@ -412,8 +425,6 @@ class PeftModel(nn.Module):
         majority_sign_method: str = "total",
     ) -> None:
         """Combine adapters into a new one; see `merging/combine.py` for the combinations."""
-        from splice.loading.combining import add_weighted_adapter
-        from splice.methods.lora.combining import Combination
 
         combination = Combination(
             combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method
@@ -431,7 +442,7 @@ class PeftModel(nn.Module):
             **kwargs: passed on.
         """
         output = self._call(self.get_base_model().__call__, adapter_names, False, *args, **kwargs)
-        return output if self.base_model.loss_term is None else self.base_model.with_loss_terms(output)
+        return self.base_model.with_loss_terms(output) if self.base_model.loss_terms else output
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Call the base model's `generate`; `adapter_names` as in `forward`."""

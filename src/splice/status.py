@@ -13,7 +13,7 @@ from splice.base.bare import original_class
 from splice.kinds.layer import AdapterLayer
 from splice.surgery.adapted import Adapted
 from splice.surgery.names import is_whole
-from splice.surgery.tuner import Tuner
+from splice.surgery.tuner import Tuner, tuner_of
 
 Irregular = Literal["irregular"]
 
@@ -63,8 +63,6 @@ def get_layer_status(model: nn.Module) -> list[LayerStatus]:
 
 
 def _tuner(model: Any) -> Tuner:
-    from splice.surgery.tuner import tuner_of
-
     tuner, _ = tuner_of(model)
     if not tuner.adapted:
         raise ValueError("No adapter layers found in the model; please ensure that it carries an adapter.")

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from splice.config import PeftConfig, TaskType
 from splice.errors import warn
+from splice.kinds.network import network_layers
+from splice.loading.creating import adopt_base
 from splice.mixed import PeftMixedModel
-from splice.model import PeftModel
+from splice.model import PeftModel as PeftModel  # with all of its classes known
 
 
 class _TaskModel(PeftModel):
@@ -18,11 +20,11 @@ class _TaskModel(PeftModel):
 
     def _forward(self, names: Sequence[str] | None, given: dict[str, Any], more: dict[str, Any]) -> Any:
         arguments = {name: value for name, value in {**given, **more}.items() if value is not None}
-        if "position_ids" in arguments and self.base_model.selection.current().names:
-            prompt = self.base_model.method.network_layer
-            if prompt is not None and prompt.drops_positions:
-                text = "Position ids are not supported with virtual tokens among the inputs. They are ignored."
-                warn(text)
+        if "position_ids" in arguments:
+            around = network_layers(self.base_model)
+            names_now = self.base_model.selection.current().names
+            if any(around[name].drops_positions for name in names_now if name in around):
+                warn("Position ids are not supported with virtual tokens among the inputs. They are ignored.")
         return super().forward(adapter_names=names, **arguments)
 
 
@@ -62,12 +64,14 @@ class _LabelledModel(_TaskModel):
 class PeftModelForCausalLM(_LabelledModel):
     """A PeftModel of a decoder that continues its input."""
 
+    task = TaskType.CAUSAL_LM
     needs: ClassVar[tuple[str, ...]] = ("prepare_inputs_for_generation",)
 
 
 class PeftModelForSeq2SeqLM(_TaskModel):
     """A PeftModel of an encoder-decoder."""
 
+    task = TaskType.SEQ_2_SEQ_LM
     needs: ClassVar[tuple[str, ...]] = ("prepare_inputs_for_generation",)
 
     def forward(  # type: ignore[override]
@@ -108,26 +112,30 @@ class PeftModelForSeq2SeqLM(_TaskModel):
 
         Virtual tokens in the encoder's input need `input_ids` by that name.
         """
-        from splice.methods.prompts.embedded import generate_from
-
-        return self._call(generate_from(self.base_model), adapter_names, True, *args, **kwargs)
+        base: Any = self.get_base_model()
+        around = next(iter(network_layers(self.base_model).values()), None)
+        generate = base.generate if around is None else around.generate_of(self.base_model)
+        return self._call(generate, adapter_names, True, *args, **kwargs)
 
 
 class PeftModelForSequenceClassification(_LabelledModel):
     """A PeftModel that labels sequences; its head is trained, saved and loaded with the adapter."""
 
+    task = TaskType.SEQ_CLS
     heads: ClassVar[tuple[str, ...]] = ("classifier", "score")
 
 
 class PeftModelForTokenClassification(_LabelledModel):
     """A PeftModel that labels tokens; its head is trained, saved and loaded with the adapter."""
 
+    task = TaskType.TOKEN_CLS
     heads: ClassVar[tuple[str, ...]] = ("classifier", "score")
 
 
 class PeftModelForQuestionAnswering(_TaskModel):
     """A PeftModel that marks spans; its head is trained, saved and loaded with the adapter."""
 
+    task = TaskType.QUESTION_ANS
     heads: ClassVar[tuple[str, ...]] = ("qa_outputs",)
 
     def forward(  # type: ignore[override]
@@ -171,6 +179,8 @@ class PeftModelForQuestionAnswering(_TaskModel):
 class PeftModelForFeatureExtraction(_TaskModel):
     """A PeftModel that gives hidden states."""
 
+    task = TaskType.FEATURE_EXTRACTION
+
     def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
@@ -195,23 +205,6 @@ class PeftModelForFeatureExtraction(_TaskModel):
             "task_ids": task_ids,
         }
         return self._forward(adapter_names, given, kwargs)
-
-
-TASK_CLASSES: dict[TaskType, type[PeftModel]] = {
-    TaskType.CAUSAL_LM: PeftModelForCausalLM,
-    TaskType.SEQ_2_SEQ_LM: PeftModelForSeq2SeqLM,
-    TaskType.SEQ_CLS: PeftModelForSequenceClassification,
-    TaskType.TOKEN_CLS: PeftModelForTokenClassification,
-    TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
-    TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
-}
-
-
-def class_for(config: PeftConfig, default: type[PeftModel]) -> type[PeftModel]:
-    """The class of a PeftModel with this config: by its task type, else `default`. A mixed model is for any task."""
-    if default.mixes_methods:
-        return default
-    return default if config.task_type is None else TASK_CLASSES[TaskType(config.task_type)]
 
 
 def get_peft_model(
@@ -239,8 +232,6 @@ def get_peft_model(
         NoMatchingPeftModuleError: the config selects nothing.
         ValueError: the config cannot be applied to a layer that it selects.
     """
-    from splice.loading.creating import adopt_base
-
     adopt_base(peft_config, model, revision)
-    cls = PeftMixedModel if mixed else class_for(peft_config, PeftModel)
+    cls = PeftMixedModel if mixed else PeftModel.class_for(peft_config)
     return cls(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from splice.base.asking import asked
-from splice.base.conversions import is_pretrained
 from splice.checkpoint.files import write_text
 from splice.checkpoint.format import FORMAT_VERSION
-from splice.config import PeftType, TaskType
 from splice.errors import PeftWarning, warn
-
-if TYPE_CHECKING:
-    from splice.model import PeftModel
 
 CARD_NAME = "README.md"
 _VERSIONS = "### Framework versions"
@@ -27,15 +22,41 @@ model = PeftModel.from_pretrained(base_model, "<folder or id>")
 ```"""
 
 
-def write_card(model: PeftModel, folder: Path) -> None:
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card says of a model, as far as the model knows it."""
+
+    # Names that the base goes by, the surest first: ids of the Hub, and folders of this machine.
+    bases: tuple[str, ...] = ()
+    # Tags that follow from the model and its adapters.
+    tags: tuple[str, ...] = ()
+    # What the Hub offers to do with the model, if the task says so.
+    pipeline: str | None = None
+
+    @property
+    def base(self) -> str | None:
+        """The Hub id of the base. The Hub refuses a card that names a folder, and nobody else has that folder."""
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+        for name in self.bases:
+            try:
+                validate_repo_id(name)
+            except HFValidationError:
+                continue
+            if not Path(name).exists():
+                return name
+        return None
+
+
+def write_card(folder: Path, facts: CardFacts) -> None:
     """Bring the card in `folder` up to date, or write a first one. What its author wrote, text and tags, stays.
 
     Adapters are worth more than their card: one that cannot be read is left as it is, with a warning.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    place = folder / CARD_NAME
-    base = _base(model)
+    place, base = folder / CARD_NAME, facts.base
     if place.exists():
         card = _read(place)
         if card is None:
@@ -44,9 +65,9 @@ def write_card(model: PeftModel, folder: Path) -> None:
         card = ModelCard.from_template(ModelCardData(), get_started_code=_CODE, base_model=base)
     data = card.data
     data.library_name = "peft"
-    add_tags(data, _tags(model, base))
-    if not data.get("pipeline_tag") and _task(model) == TaskType.CAUSAL_LM:
-        data.pipeline_tag = "text-generation"
+    add_tags(data, sorted({*facts.tags, *([f"base_model:adapter:{base}"] if base else ())}))
+    if facts.pipeline and not data.get("pipeline_tag"):
+        data.pipeline_tag = facts.pipeline
     if base and not data.get("base_model"):
         data.base_model = base
     card.text = _with_version(card.text)
@@ -79,40 +100,6 @@ def add_tags(data: Any, tags: Iterable[str]) -> None:
     present = data.get("tags") or []
     present = [present] if isinstance(present, str) else list(present)
     data.tags = [*present, *(tag for tag in tags if tag not in present)]
-
-
-def _tags(model: PeftModel, base: str | None) -> list[str]:
-    network = model.get_base_model()
-    tags = set[str](asked(network, "model_tags") or ())
-    if is_pretrained(network):
-        tags.add("transformers")
-    if any(config.peft_type == PeftType.LORA for config in model.peft_config.values()):
-        tags.add("lora")
-    if base:
-        tags.add(f"base_model:adapter:{base}")
-    return sorted(tags)
-
-
-def _task(model: PeftModel) -> object:
-    return next((config.task_type for config in model.peft_config.values()), None)
-
-
-def _base(model: PeftModel) -> str | None:
-    """The Hub id of the base. The Hub refuses a card that names a folder, and nobody else has that folder."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
-    network = vars(model.get_base_model())
-    named = [asked(network.get("config"), "_name_or_path"), network.get("name_or_path")]
-    named += [c.base_model_name_or_path for c in model.peft_config.values()]
-    for name in filter(None, named):
-        try:
-            validate_repo_id(name)
-        except HFValidationError:
-            continue
-        if not Path(name).exists():
-            return str(name)
-    return None
 
 
 def _with_version(text: str) -> str:

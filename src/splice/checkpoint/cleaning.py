@@ -10,11 +10,6 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
-# What the merged-linear LoRA of 2023 had beside the fields of today.
-ENABLE_LORA = "enable_lora"
-# Switches of the old training code that say nothing about the adapter.
-_MEANINGLESS = ("merge_weights", ENABLE_LORA)
-
 
 def cleaned(values: Mapping[str, Any], config_class: type) -> tuple[dict[str, Any], list[str]]:
     """`values` with their meaning spelled as `config_class` does, and a line for each that changed."""
@@ -28,11 +23,6 @@ def cleaned(values: Mapping[str, Any], config_class: type) -> tuple[dict[str, An
             result[field.name] = meant
             notes.append(f"the config has {field.name}={_shown(value)}: read as {_shown(meant)}")
     return result, notes
-
-
-def legacy(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of long ago that are understood, though no config has them any more."""
-    return {name: values[name] for name in _MEANINGLESS if name in values}
 
 
 def check_kinds(values: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from splice.checkpoint.foreign import LFS_START, lfs_pointer
 from splice.errors import CheckpointError
 
 
@@ -27,8 +28,6 @@ def read_fields(text: bytes, place: str) -> dict[str, Any]:
     Raises:
         CheckpointError: it is a pointer to a file that was not fetched, not UTF-8, not JSON, or not a JSON object.
     """
-    from splice.checkpoint.foreign import LFS_START, lfs_pointer
-
     if text.startswith(LFS_START):
         raise CheckpointError(lfs_pointer(place))
     try:

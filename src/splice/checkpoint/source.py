@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from splice.checkpoint.download import download
+from splice.checkpoint.download import download, listing
 from splice.checkpoint.format import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME
+from splice.checkpoint.incoming import finished_config
 from splice.errors import CheckpointError
 
 
@@ -57,8 +58,6 @@ class Source:
         Raises:
             CheckpointError: it cannot be found, and the message says what is there instead.
         """
-        from splice.checkpoint.writing import finished_config
-
         path = self._file(CONFIG_NAME)
         if path is None:
             raise CheckpointError(f"Can't find '{CONFIG_NAME}' at '{self._shown_place()}'.{self._why_not()}")
@@ -110,8 +109,6 @@ class Source:
             return " There is no such folder."
         if self.unreachable is not None:
             return f" It is not in the cache, and the Hub was not asked or cannot be reached: {self.unreachable}"
-        from splice.checkpoint.download import listing
-
         names = listing(self.location, self.options, self.commit)
         folders = sorted(str(PurePosixPath(n).parent) for n in names if PurePosixPath(n).name == CONFIG_NAME)
         others = [f for f in folders if f not in (".", self.subfolder)]

@@ -13,16 +13,7 @@ import torch
 
 from splice.checkpoint.files import beside, flush, write_text
 from splice.checkpoint.format import BIN_NAME, CONFIG_NAME, METADATA_KEY, SAFETENSORS_NAME
-
-# A config that belongs to weights which may be in place already; a load finishes what a crash cut off.
-INCOMING_CONFIG = "adapter_config.json.incoming"
-
-
-# What a `.bin` file cannot say itself: the digest of the weights that the incoming config belongs to.
-INCOMING_DIGEST = "adapter_model.bin.incoming"
-
-
-_CONFIG_DIGEST = "config_sha256"
+from splice.checkpoint.incoming import CONFIG_DIGEST, INCOMING_CONFIG, INCOMING_DIGEST, digest_of, is_incoming_of
 
 
 def write_checkpoint(
@@ -50,12 +41,12 @@ def _put(folder: Path, weights: Path, tensors: Mapping[str, torch.Tensor], confi
             from safetensors.torch import save_file
 
             digest = hashlib.sha256(config.encode()).hexdigest()
-            metadata = {"format": "pt", _CONFIG_DIGEST: digest, **({METADATA_KEY: base} if base else {})}
+            metadata = {"format": "pt", CONFIG_DIGEST: digest, **({METADATA_KEY: base} if base else {})}
             save_file(_independent(tensors), new_weights, metadata=metadata)
             _sort_metadata(new_weights)
         else:
             torch.save({name: tensor.detach() for name, tensor in tensors.items()}, new_weights)
-            write_text(folder / INCOMING_DIGEST, _digest(new_weights))
+            write_text(folder / INCOMING_DIGEST, digest_of(new_weights))
         flush(new_weights)
         write_text(folder / INCOMING_CONFIG, config)
         os.replace(new_weights, weights)
@@ -63,42 +54,8 @@ def _put(folder: Path, weights: Path, tensors: Mapping[str, torch.Tensor], confi
 
 def _finish(folder: Path) -> None:
     """Give the config of the weights that are in place its name, if a save has not come so far."""
-    if any(_is_incoming_of(folder / name) for name in (SAFETENSORS_NAME, BIN_NAME)):
+    if any(is_incoming_of(folder / name) for name in (SAFETENSORS_NAME, BIN_NAME)):
         os.replace(folder / INCOMING_CONFIG, folder / CONFIG_NAME)
-
-
-def finished_config(config: Path) -> bytes:
-    """The bytes of the config that belongs to the weights beside it: the incoming one, where a save was cut off."""
-    weights = (config.parent / name for name in (SAFETENSORS_NAME, BIN_NAME))
-    first = next((path for path in weights if path.exists()), None)  # the one that a load takes
-    incoming = first is not None and _is_incoming_of(first)
-    return (config.parent / INCOMING_CONFIG if incoming else config).read_bytes()
-
-
-def _is_incoming_of(weights: Path) -> bool:
-    """Whether the incoming config is that of these weights."""
-    from splice.checkpoint.header import read_header
-    from splice.errors import CheckpointError
-
-    incoming = weights.parent / INCOMING_CONFIG
-    if not incoming.exists() or not weights.is_file():
-        return False
-    if weights.name == BIN_NAME:
-        noted = weights.parent / INCOMING_DIGEST
-        return noted.exists() and noted.read_text(encoding="utf-8") == _digest(weights)
-    try:
-        wanted = read_header(weights).metadata.get(_CONFIG_DIGEST)
-    except CheckpointError:
-        return False  # the load will say what is wrong with the weights
-    return hashlib.sha256(incoming.read_bytes()).hexdigest() == wanted
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        found = hashlib.sha256()
-        while piece := file.read(1 << 20):
-            found.update(piece)
-    return found.hexdigest()
 
 
 def _sort_metadata(path: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -18,10 +18,8 @@ from torch import nn
 from splice.base.dense import dtype_of
 from splice.checkpoint.keys import format_key
 from splice.config import PeftConfig
+from splice.kinds.adapters import Adapters
 from splice.kinds.light_module import LightModule, Slots
-
-if TYPE_CHECKING:
-    from splice.surgery.tuner import Tuner
 
 Forward = Callable[..., Any]
 HALVES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
@@ -179,11 +177,11 @@ class AdapterLayer(LightModule):
         return inner(x)
 
     @classmethod
-    def call_context(cls, tuner: Tuner, names: Sequence[str], call: Call) -> AbstractContextManager[None]:
+    def call_context(cls, adapters: Adapters, names: Sequence[str], call: Call) -> AbstractContextManager[None]:
         """What holds while the PeftModel is called; asked of methods whose layers set `reads_call`.
 
         Args:
-            tuner: of the model.
+            adapters: those of the model.
             names: its adapters with such layers.
             call: what it was called with; options that are not the base model's are taken out.
         """

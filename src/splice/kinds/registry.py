@@ -2,46 +2,58 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from splice.base.layers import LayerKind, kind_of
-from splice.config import PeftConfig, PeftType
-from splice.errors import CheckpointError, UnknownMethodError, UnsupportedLayerError
+from splice.config import PeftConfig, PeftType, class_of
+from splice.discovery import find_methods
+from splice.errors import UnsupportedLayerError
+from splice.kinds.adapters import Adapters
+from splice.kinds.combining import Combine
 from splice.kinds.layer import AdapterLayer
+from splice.kinds.network import NetworkLayer
+from splice.kinds.reading import Reader
 from splice.kinds.shared import SharedTensors
 
-if TYPE_CHECKING:
-    from splice.methods.prompts.prompt import PromptLayer
-    from splice.surgery.tuner import Tuner
-
 _METHODS: dict[PeftType, Method] = {}
-_searched: list[str] = []
-_PACKAGE = "splice.methods"
 
 
 def _nothing_to_check(config: Any) -> None:
     return None
 
 
+def _as_it_is(config: Any, network: nn.Module, modules: Mapping[str, nn.Module]) -> Any:
+    return config
+
+
 def _nothing_to_note(config: Any) -> list[str]:
     return []
 
 
-class Combining(Enum):
-    """How several adapters of a method become one new adapter (`add_weighted_adapter`)."""
+class UnchangedBase(Protocol):
+    """How an adapter whose initialisation took something out of the base becomes one for the base as it was."""
 
-    NONE = "they cannot be combined"
-    FACTORS = "by their low-rank factors, in one of several ways that the caller chooses"
-    SUM = "each tensor is the weighted sum of theirs"
+    def __call__(
+        self, config: Any, tensors: Mapping[str, torch.Tensor], before: Mapping[str, torch.Tensor], place: str
+    ) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
+        """Its config and its tensors.
+
+        Args:
+            config: of the adapter as it is.
+            tensors: of the adapter as it is, by their keys.
+            before: those right after its initialisation.
+            place: where these lie, for messages.
+
+        Raises:
+            ValueError: `before` is no such adapter, or the config has no such form.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -59,19 +71,25 @@ class Method:
         parameters_layer: the adapter layer for bare parameters of a module; None where it cannot be put on them.
         network_layer: the adapter layer for the network as a whole, of methods that act on its call: prompt learning.
         shared: what holds the tensors that all layers of an adapter use; None where each layer has its own only.
-        tuner_methods: what training with it needs, by name: called with the tuner first, found on the model.
-        tuner_views: what is read on a model with it, by name: worked out from the tuner.
-        loss_term: what a forward in training adds to the loss, given the tuner and an active adapter's name.
+        tuner_methods: what training with it needs, by name: called with the adapters first, found on the model.
+        tuner_views: what is read on a model with it, by name: worked out from the adapters.
+        loss_term: what a forward in training adds to the loss, given the adapters and an active adapter's name.
         default_targets: modules to target by `config.model_type`, where the config names none.
         find_targets: where the config names none and there is no default: what to target on a network, given its modules.
         default_modules: the same for each further field of the config that names modules.
         follows_ties: whether layers that are tied to adapted input embeddings always share their adapter layer's tensors.
         exclusive: whether only one of its adapters can take effect at a time.
-        combining: how several adapters become one.
+        combine: how several adapters become one (`add_weighted_adapter`); None where they cannot.
+        readings: ways in which its adapters were written before, asked in turn where a checkpoint does not fit as it is.
+        restated: the config that says of this network what a config says of an earlier form of it; the same one, mostly.
+        for_unchanged_base: how an adapter is written for the base before its initialisation changed that; None where none
+            of its initialisations does.
+        tags: what the model card of such an adapter is tagged with.
         outdated_names: first components of tensors' names that only earlier versions wrote, and what to do about them.
         check: raises where a config asks for something that is wrong or not supported, before anything is read.
         loading_notes: a line for each thing that whoever loads an adapter with this config is warned of.
         check_beside: raises where an adapter with the first config cannot stand beside those with the others, by name.
+        exports: classes that are public beside its config.
         paper: where the method is described.
     """
 
@@ -83,21 +101,26 @@ class Method:
     variant: Callable[[Any, LayerKind], type[AdapterLayer] | None] | None = None
     other_layer: type[AdapterLayer] | None = None
     parameters_layer: type[AdapterLayer] | None = None
-    network_layer: type[PromptLayer] | None = None
+    network_layer: type[NetworkLayer] | None = None
     shared: type[SharedTensors] | None = None
     tuner_methods: Mapping[str, Callable[..., Any]] = field(default_factory=lambda: MappingProxyType({}))
-    tuner_views: Mapping[str, Callable[[Tuner], Any]] = field(default_factory=lambda: MappingProxyType({}))
-    loss_term: Callable[[Tuner, str], torch.Tensor] | None = None
+    tuner_views: Mapping[str, Callable[[Adapters], Any]] = field(default_factory=lambda: MappingProxyType({}))
+    loss_term: Callable[[Adapters, str], torch.Tensor] | None = None
     default_targets: Mapping[str, list[str] | str] = field(default_factory=lambda: MappingProxyType({}))
     find_targets: Callable[[nn.Module, Mapping[str, nn.Module]], str] | None = None
     default_modules: Mapping[str, Mapping[str, list[str]]] = field(default_factory=lambda: MappingProxyType({}))
     follows_ties: bool = False
     exclusive: bool = False
-    combining: Combining = Combining.NONE
+    combine: Combine | None = None
+    readings: tuple[Reader, ...] = ()
+    restated: Callable[[Any, nn.Module, Mapping[str, nn.Module]], PeftConfig] = _as_it_is
+    for_unchanged_base: UnchangedBase | None = None
+    tags: tuple[str, ...] = ()
     outdated_names: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     check: Callable[[Any], None] = _nothing_to_check
     loading_notes: Callable[[Any], list[str]] = _nothing_to_note
     check_beside: Callable[[Any, Mapping[str, Any]], None] | None = None
+    exports: tuple[type, ...] = ()
     paper: str = ""
 
     def layer_for(self, base: nn.Module, path: str, config: PeftConfig) -> type[AdapterLayer]:
@@ -133,39 +156,34 @@ def register(method: Method) -> Method:
 
 def all_methods() -> Mapping[PeftType, Method]:
     """Every method that is known, in the order of the files' names."""
-    if not _searched:
-        _searched.append(_PACKAGE)
-        for module in pkgutil.walk_packages(importlib.import_module(_PACKAGE).__path__, _PACKAGE + "."):
-            importlib.import_module(module.name)
+    find_methods()
     return MappingProxyType(_METHODS)
 
 
-def method_named(peft_type: Any, place: str) -> Method:
-    """The method of a config's `peft_type`; `place` says where it was read, for the message.
+def method_of(config: PeftConfig) -> Method:
+    """The record of a config's method.
 
     Raises:
         UnknownMethodError: (a KeyError) there is no such method.
     """
-    methods = all_methods()
-    if not isinstance(peft_type, str):
-        raise CheckpointError(f"{place}: peft_type is {peft_type!r}; it must be a string such as 'LORA'")
-    if peft_type in methods:
-        return methods[PeftType(peft_type)]
-    text = f"{place}: unknown peft_type {peft_type!r}; known are {', '.join(sorted(m.value for m in methods))}."
-    if peft_type.upper() in methods:
-        text += f" Did you mean {peft_type.upper()!r}?"
-    elif peft_type in list(PeftType):
-        text += " The method exists, and this version cannot load it yet."
-    raise UnknownMethodError(text)
+    return method_named(config.peft_type, "the config")
 
 
-def config_class(name: str) -> type[PeftConfig]:
-    """The config class of this name, whichever method it belongs to.
+def method_named(peft_type: object, place: str) -> Method:
+    """The method of a `peft_type`; `place` says where it was read, for the message.
 
     Raises:
-        AttributeError: no method has it.
+        CheckpointError: (a ValueError) the name is no string.
+        UnknownMethodError: (a KeyError) there is no such method.
     """
+    name = class_of(peft_type, place).method
+    assert name is not None
+    return _METHODS[name]
+
+
+def public_classes() -> dict[str, type]:
+    """What the methods add to the public names: their configs, and what belongs to these."""
+    found: dict[str, type] = {}
     for method in all_methods().values():
-        if method.config.__name__ == name:
-            return method.config
-    raise AttributeError(f"module 'splice' has no attribute {name!r}: no method that is known has such a config")
+        found.update({cls.__name__: cls for cls in (method.config, *method.exports)})
+    return found

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from splice.base.asking import asked
+from splice.base.bare import original_class
 from splice.base.layers import LayerKind, features, kind_of
 from splice.config import PeftConfig
 from splice.errors import UnsupportedLayerError
@@ -176,8 +177,6 @@ def _embed_scale(base: Any) -> Any:
 
 def _is_plain(base: Any) -> bool:
     """Whether the layer's rows can be put in place one by one, and not only by calling it with another weight."""
-    from splice.base.bare import original_class
-
     cls: Any = original_class(base)
     if kind_of(base) is LayerKind.LINEAR:
         return cls.forward is nn.Linear.forward

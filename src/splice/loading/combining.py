@@ -1,30 +1,20 @@
-"""Several adapters combined into one new adapter.
-
-Of a method whose tensors add up (`Combining.SUM`) each tensor is the weighted sum of theirs. The rest is about LoRA.
-
-With A_i, B_i and scale s_i of adapter i and its weight w_i, D_i = s_i B_i A_i is its update. The exact combinations are
-`cat` and `svd` (of sum w_i D_i, truncated); `linear` and the pruning ones work on the factors, as the reference does.
-TIES is Yadav et al., arXiv 2306.01708; DARE is Yu et al., arXiv 2311.03099.
-"""
+"""Several adapters combined into one new adapter, in the way that their method's record has."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from splice.config import PeftConfig, copy_config
-from splice.errors import UnsupportedFeatureError, warn
+from splice.errors import UnsupportedFeatureError
+from splice.kinds.combining import Combination
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.module_copy import WholeModule
-from splice.kinds.registry import Combining
-from splice.methods.lora.combining import _PRUNING, TYPES, Combination, _factors, _fitted, _new_rank, _part
-from splice.methods.lora.config import with_rank
+from splice.kinds.registry import Method, method_of
 from splice.surgery.placement import Built, Placement
-
-if TYPE_CHECKING:
-    from splice.surgery.tuner import Tuner
+from splice.surgery.tuner import Tuner
 
 
 @torch.no_grad()
@@ -37,40 +27,46 @@ def add_weighted_adapter(
 
     Raises:
         ValueError: an adapter is unknown, the combination is, or the adapters cannot be combined that way.
+        UnsupportedFeatureError: adapters of their method have no sum.
     """
     if name in tuner.peft_config:
         return
     tuner.check_new(name)
-    if tuner.method.combining is not Combining.FACTORS:
-        _check_summed(tuner, combination)
+    method = _method_of(tuner, adapters, weights)
+    combine = method.combine
+    if combine is None:
+        raise UnsupportedFeatureError(f"adapters of {method.name.value} cannot be combined into a new one")
     if len(adapters) == 1:
+        combine.check(combination, method.name.value)
         combination = Combination("linear")
-    _check(tuner, adapters, weights, combination)
-    summed = tuner.method.combining is Combining.SUM
-    rank = 0 if summed else _new_rank(tuner, adapters, combination)
-    config = _united(tuner, adapters)
-    if not summed:  # rsLoRA's scale would be sqrt(rank) here, so the new adapter is a plain one of scale 1
-        config = with_rank(config, rank)  # type: ignore[arg-type]
+    combine.check(combination, method.name.value)
+    _check_layers(tuner, adapters)
+    configs = [tuner.peft_config[adapter] for adapter in adapters]
+    config = combine.config(_united(configs, method), configs, combination)
     built = []
     for path in dict.fromkeys(path for adapter in adapters for path in tuner.placed[adapter]):
         present = [(tuner.placed[a][path], w) for a, w in zip(adapters, weights) if path in tuner.placed[a]]
-        built.append(_combined(tuner, path, present, config, combination, rank))
+        built.append(_combined(tuner, path, present, config, combination, method))
     tuner.commit(name, config, built, freeze_base=False)
 
 
-def _check(tuner: Tuner, adapters: Sequence[str], weights: Sequence[float], combination: Combination) -> None:
-    tuner.check_known(adapters)
+def _method_of(tuner: Tuner, adapters: Sequence[str], weights: Sequence[float]) -> Method:
+    """The method that all these adapters are of; each is asked."""
     if not adapters or len(adapters) != len(weights):
         raise ValueError(f"needs one weight for each adapter, got {list(adapters)} and {list(weights)}")
-    if combination.kind not in TYPES:
-        raise ValueError(f"Invalid combination_type: {combination.kind!r}; known are {', '.join(TYPES)}")
-    if combination.kind.removesuffix("_svd") in _PRUNING:
-        if combination.density is None or combination.density < 0:
-            raise ValueError(f"{combination.kind!r} needs a `density` of at least 0, got {combination.density}")
-        if combination.density >= 1:
-            warn("density of 1 or more: nothing is pruned")
-    if combination.majority_sign_method not in ("total", "frequency"):
-        raise ValueError(f"Unimplemented majority_sign_method {combination.majority_sign_method!r}")
+    tuner.check_known(adapters)
+    methods = {name: method_of(tuner.peft_config[name]) for name in adapters}
+    first = methods[adapters[0]]
+    other = next((name for name, method in methods.items() if method is not first), None)
+    if other is not None:
+        raise ValueError(
+            f"adapters of several methods cannot be combined: {adapters[0]!r} is {first.name.value} and {other!r} is "
+            f"{methods[other].name.value}"
+        )
+    return first
+
+
+def _check_layers(tuner: Tuner, adapters: Sequence[str]) -> None:
     tied = [path for a in adapters for path, layer in tuner.placed[a].items() if layer.leader or layer.own_config]
     if tied:
         raise UnsupportedFeatureError(
@@ -83,21 +79,9 @@ def _check(tuner: Tuner, adapters: Sequence[str], weights: Sequence[float], comb
         )
 
 
-def _check_summed(tuner: Tuner, combination: Combination) -> None:
-    method = tuner.method
-    if method.combining is Combining.NONE:
-        raise UnsupportedFeatureError(f"adapters of {method.name.value} cannot be combined into a new one")
-    if combination not in (Combination("svd"), Combination("linear")):
-        raise ValueError(
-            f"{combination} is a way to combine low-rank factors; {method.name.value} has none, and its adapters are "
-            "combined by the weighted sum of their tensors. Leave these arguments out."
-        )
-
-
-def _united(tuner: Tuner, adapters: Sequence[str]) -> PeftConfig:
+def _united(configs: Sequence[PeftConfig], method: Method) -> PeftConfig:
     """The config of the first adapter, on the layers of all of them."""
-    names = ("target_modules", *tuner.method.default_modules)
-    configs = [tuner.peft_config[a] for a in adapters]
+    names = ("target_modules", *method.default_modules)
     united = {name: _union([getattr(config, name) for config in configs], name) for name in names}
     return copy_config(configs[0], inference_mode=True, **united)
 
@@ -111,38 +95,20 @@ def _union(values: Sequence[Any], name: str) -> Any:
 
 
 def _combined(
-    tuner: Tuner, path: str, present: Sequence[tuple[Any, float]], config: Any, how: Combination, rank: int
+    tuner: Tuner,
+    path: str,
+    present: Sequence[tuple[AdapterLayer, float]],
+    config: PeftConfig,
+    how: Combination,
+    method: Method,
 ) -> Built:
-    base: Any = tuner.adapted[path]
+    base = tuner.hosts[path].base
     first = present[0][0]
-    if isinstance(first, WholeModule):
-        copied = {name: tensor.detach().clone() for name, tensor in first.named_slots()}
-        placement = Placement(path, base, WholeModule, {n: tuple(t.shape) for n, t in copied.items()})
-        return Built(placement, WholeModule(base, config, path, copied))
     cls = type(first)
-    slots = cls.slots(base, config, path)
-    if tuner.method.combining is Combining.SUM:
-        return Built(Placement(path, base, cls, slots), cls(base, config, path, _summed(slots, present, path)))
-    parts = [_part(layer, weight) for layer, weight in present]
-    a, b = _factors(parts, how, rank)
-    fresh = {name: torch.zeros(shape) for name, shape in slots.items()}
-    cls.initialise(fresh, base, config)
-    tensors = _fitted(slots, cls.names, a, b, first, fresh)
+    if isinstance(first, WholeModule):
+        tensors = {name: tensor.detach().clone() for name, tensor in first.named_slots()}
+    else:
+        assert method.combine is not None
+        tensors = method.combine.tensors(base, path, config, present, how)
+    slots = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     return Built(Placement(path, base, cls, slots), cls(base, config, path, tensors))
-
-
-def _summed(
-    slots: dict[str, tuple[int, ...]], present: Sequence[tuple[AdapterLayer, float]], path: str
-) -> dict[str, torch.Tensor]:
-    """Each tensor as the weighted sum of those that the adapters have on this layer."""
-    result: dict[str, torch.Tensor] = {}
-    for layer, weight in present:
-        for name, tensor in layer.named_slots():
-            if tuple(tensor.shape) != slots[name]:
-                raise ValueError(
-                    f"{path}: {name} is {tuple(tensor.shape)} in one of the adapters, and would be {slots[name]}: they "
-                    "act on this layer in different ways, so their sum has no meaning."
-                )
-            part = weight * tensor.detach()
-            result[name] = result[name] + part if name in result else part
-    return result

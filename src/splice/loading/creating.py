@@ -12,7 +12,6 @@ from splice.errors import warn
 from splice.kinds.registry import method_named
 from splice.loading.commit import build_new
 from splice.loading.plan import Plan, lay_out, write_back
-from splice.methods.lora.experts import FIELDS, with_stacked_experts
 from splice.surgery.placement import Built
 from splice.surgery.together import check_together
 from splice.surgery.tuner import Tuner
@@ -42,10 +41,9 @@ def new_adapter(
     check_together(tuner, config)
     tuner.stack_layers(config)
     method, modules = method_named(config.peft_type, "the config"), walk_bare(tuner.model)
-    meant = with_stacked_experts(config, tuner.model, modules, method)
+    meant = method.restated(config, tuner.model, modules)
     plan = lay_out(tuner.model, meant, method, heads, modules, new=True)
-    if meant is not config:
-        for name in FIELDS:
-            setattr(config, name, getattr(meant, name))
+    for name, value in vars(meant).items() if meant is not config else ():
+        setattr(config, name, value)
     write_back(config, plan)
     return plan, build_new(plan, config, autocast, on_meta=low_cpu_mem_usage)

@@ -35,7 +35,6 @@ from splice.loading.published.fitting import fitted
 from splice.loading.published.vocabulary import fitted_resized
 from splice.loading.report import LoadReport, grouped, mismatch_error
 from splice.loading.tying import repeated_keys
-from splice.methods.lora.stacked import as_stacked
 from splice.surgery.placement import Built, Placement
 from splice.surgery.together import check_together
 from splice.surgery.tuner import Tuner
@@ -280,10 +279,12 @@ def load_into(tuner: Tuner, checkpoint: Checkpoint, options: LoadOptions, undo: 
     method = method_named(checkpoint.config.peft_type, "the config")
     plan = fit(plan_of_present(tuner, name), checkpoint.entries)
     if not plan.fits:  # weights from before the experts' layers were stacked, over those that were made of such
-        stacked = as_stacked(checkpoint, checkpoint.config, tuner.model, walk_bare(tuner.model), method)
-        if stacked is not None:
-            checkpoint = replace(stacked[0], config=checkpoint.config)
-            plan = fit(plan_of_present(tuner, name), checkpoint.entries)
+        modules = walk_bare(tuner.model)
+        for reader in method.readings:
+            reading = reader(checkpoint, checkpoint.config, tuner.model, modules)
+            if reading is not None:
+                checkpoint = replace(reading.checkpoint, config=checkpoint.config)
+                plan = fit(plan_of_present(tuner, name), checkpoint.entries)
     settle(plan, tuner.model, checkpoint, checkpoint.config, method, options)
     plan.sources = {key: checkpoint.names[own] for key, own in plan.sources.items()}
     values = build_loaded(plan, checkpoint.config, checkpoint.weights, options.autocast)

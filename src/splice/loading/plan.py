@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,15 +19,13 @@ from splice.checkpoint.tensors import DTYPES
 from splice.config import PeftConfig, TargetRule, copy_config
 from splice.errors import UnsupportedLayerError
 from splice.kinds.module_copy import WholeModule
+from splice.kinds.network import NetworkLayer
 from splice.kinds.reading import Checkpoint
 from splice.kinds.registry import Method
 from splice.kinds.trained_bias import BiasOnly
 from splice.loading.targets import default_modules, resolved_rule, select, select_parameters
 from splice.loading.tying import EMBEDDING_NAMES, Repeated, followers, repeated_keys, token_rows, tying
 from splice.surgery.placement import Placement
-
-if TYPE_CHECKING:
-    from splice.methods.prompts.prompt import PromptLayer
 
 
 @dataclass
@@ -155,7 +153,7 @@ def _with_heads(rule: TargetRule, heads: Sequence[str]) -> TargetRule:
 def _lay_out_prompt(
     network: nn.Module,
     config: PeftConfig,
-    layer_class: type[PromptLayer],
+    layer_class: type[NetworkLayer],
     heads: Sequence[str],
     modules: Mapping[str, nn.Module],
     new: bool,

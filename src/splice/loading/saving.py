@@ -6,30 +6,31 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from splice.base.asking import asked
 from splice.base.bare import original_class, own_tensors, walk_bare
+from splice.base.conversions import is_pretrained
 from splice.base.embeddings import input_embeddings, output_embeddings_path
 from splice.base.layers import ADAPTERS
-from splice.checkpoint.card import write_card
+from splice.checkpoint.card import CardFacts, write_card
 from splice.checkpoint.keys import PREFIX, format_key
+from splice.checkpoint.source import Source
+from splice.checkpoint.tensors import open_weights
 from splice.checkpoint.writing import write_checkpoint
-from splice.config import PeftConfig
+from splice.config import PeftConfig, TaskType, copy_config
 from splice.errors import PeftWarning, warn
+from splice.kinds.registry import method_of
 from splice.loading.fingerprint import fingerprint_of
 from splice.loading.tying import EMBEDDING_NAMES
-from splice.methods.lora.unchanged_base import plain_config, plain_tensors
 from splice.surgery.tuner import Tuner, tuner_of
-
-if TYPE_CHECKING:
-    from splice.model import PeftModel
 
 
 def save(
-    model: PeftModel,
+    tuner: Tuner,
     save_directory: str | os.PathLike[str],
     safe_serialization: bool,
     selected_adapters: list[str] | None,
@@ -42,27 +43,61 @@ def save(
     folder = Path(save_directory)
     if folder.is_file():
         raise ValueError(f"Provided path ({folder}) should be a directory, not a file")
-    names = list(model.peft_config) if selected_adapters is None else list(selected_adapters)
-    unknown = sorted(set(names) - set(model.peft_config))
+    names = list(tuner.peft_config) if selected_adapters is None else list(selected_adapters)
+    unknown = sorted(set(names) - set(tuner.peft_config))
     if unknown:
         raise ValueError(
-            f"Adapters {unknown} cannot be saved: the model has {list(model.peft_config)}, given were {names}"
+            f"Adapters {unknown} cannot be saved: the model has {list(tuner.peft_config)}, given were {names}"
         )
     for name in names:
         _check_place(name)
     for name in names:
-        tensors = get_peft_model_state_dict(model, state_dict, name, save_embedding_layers=save_embedding_layers)
+        tensors = tensors_to_save(tuner, name, state_dict, save_embedding_layers)
         _warn_of_shards(tensors, state_dict is None)
-        config = model.peft_config[name]
+        config = tuner.peft_config[name]
         if initial is not None:
-            config, tensors = plain_config(config), plain_tensors(tensors, initial)
+            config, tensors = _for_unchanged_base(config, tensors, initial)
         if is_main_process:
             place = folder if name == "default" else folder / name
-            base = fingerprint_of(model.base_model, name).text() if safe_serialization else ""
-            write_checkpoint(place, tensors, config_text(config, model.get_base_model()), safe_serialization, base)
+            base = fingerprint_of(tuner, name).text() if safe_serialization else ""
+            write_checkpoint(place, tensors, config_text(config, tuner.model), safe_serialization, base)
     if is_main_process and names:
         folder.mkdir(parents=True, exist_ok=True)
-        write_card(model, folder)
+        write_card(folder, facts_of(tuner))
+
+
+def _for_unchanged_base(
+    config: PeftConfig, tensors: Mapping[str, torch.Tensor], initial: str | os.PathLike[str]
+) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
+    """The adapter as one for the base before its initialisation took something out of it.
+
+    Raises:
+        ValueError: no initialisation of its method changes the base, or `initial` is another adapter.
+    """
+    method = method_of(config)
+    if method.for_unchanged_base is None:
+        raise ValueError(
+            "`path_initial_model_for_weight_conversion` is for methods with initialisations that change the base; this is "
+            f"{method.name.value}, which has none."
+        )
+    source = Source.from_options(initial, None, {})
+    weights = open_weights(source.weights())
+    before = dict(zip(weights.entries, weights.read(list(weights.entries))))
+    return method.for_unchanged_base(config, tensors, before, str(initial))
+
+
+def facts_of(tuner: Tuner) -> CardFacts:
+    """What the model card says of a model."""
+    network, configs = tuner.model, list(tuner.peft_config.values())
+    tags = {tag for config in configs for tag in method_of(config).tags}
+    tags |= set(asked(network, "model_tags") or ())  # models of transformers may have some
+    if is_pretrained(network):
+        tags.add("transformers")
+    fields = vars(network)
+    named = [asked(fields.get("config"), "_name_or_path"), fields.get("name_or_path")]
+    named += [config.base_model_name_or_path for config in configs]
+    causal = bool(configs) and configs[0].task_type == TaskType.CAUSAL_LM
+    return CardFacts(tuple(filter(None, named)), tuple(tags), "text-generation" if causal else None)
 
 
 def _check_place(name: str) -> None:
@@ -77,8 +112,6 @@ def _check_place(name: str) -> None:
 
 def config_text(config: PeftConfig, network: nn.Module) -> str:
     """The text of `adapter_config.json` for an adapter of `network`."""
-    from splice.config import copy_config
-
     name = config.base_model_name_or_path
     if name is None:
         name = network.__dict__.get("name_or_path") or None
@@ -110,6 +143,21 @@ def get_peft_model_state_dict(
     """
     network: Any = model._orig_mod if unwrap_compiled and isinstance(model, torch._dynamo.OptimizedModule) else model
     tuner, prefix = tuner_of(network)
+    tensors = tensors_to_save(tuner, adapter_name, state_dict, save_embedding_layers)
+    return tensors if prefix else {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+
+
+def tensors_to_save(
+    tuner: Tuner,
+    adapter_name: str,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    save_embedding_layers: str | bool = "auto",
+) -> dict[str, torch.Tensor]:
+    """The tensors of one adapter by their keys; arguments as in `get_peft_model_state_dict`.
+
+    Raises:
+        KeyError: there is no such adapter, or `state_dict` lacks one of its tensors.
+    """
     if adapter_name not in tuner.placed:
         raise KeyError(f"no adapter {adapter_name!r}; there are {list(tuner.placed)}")
     result = {}
@@ -124,7 +172,7 @@ def get_peft_model_state_dict(
                     format_key(path, f"{ADAPTERS}.{adapter_name}.{layer.attribute_of(suffix)}"),
                 )
                 value = _first(state_dict, spelled, key)
-            result[key if prefix else key.removeprefix(PREFIX)] = value
+            result[key] = value
     if save_embedding_layers == "auto":
         embeddings = _targeted_embeddings(tuner, adapter_name)
         if not embeddings and _is_resized(tuner, adapter_name):
@@ -132,7 +180,7 @@ def get_peft_model_state_dict(
             embeddings = _all_embeddings(tuner, adapter_name)
     else:
         embeddings = _all_embeddings(tuner, adapter_name) if save_embedding_layers else {}
-    result.update({key if prefix else key.removeprefix(PREFIX): tensor for key, tensor in embeddings.items()})
+    result.update(embeddings)
     return result
 
 

@@ -29,6 +29,7 @@ class FourierFTConfig(TargetedConfig):
     """Fields and defaults of the reference, in its order."""
 
     method: ClassVar[PeftType] = PeftType.FOURIERFT
+    pattern_fields = MappingProxyType({"n_frequency_pattern": "n_frequency"})
 
     n_frequency: int = 1000
     scaling: float = 150.0

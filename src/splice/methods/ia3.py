@@ -18,8 +18,9 @@ from torch import nn
 
 from splice.base.layers import LayerKind, features, kind_of
 from splice.config import PeftType
+from splice.kinds.combining import Summed
 from splice.kinds.layer import AdapterLayer, Forward, cast_to
-from splice.kinds.registry import Combining, Method, register
+from splice.kinds.registry import Method, register
 from splice.methods.default_targets import IA3_FEEDFORWARD, IA3_TARGETS
 from splice.methods.targeted import TargetedConfig
 
@@ -150,7 +151,7 @@ METHOD = register(
         ),
         default_targets=IA3_TARGETS,
         default_modules=MappingProxyType({"feedforward_modules": IA3_FEEDFORWARD}),
-        combining=Combining.SUM,
+        combine=Summed(),
         paper="arXiv 2205.05638",
     )
 )

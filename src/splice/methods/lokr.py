@@ -28,6 +28,7 @@ class LoKrConfig(TargetedConfig):
 
     method: ClassVar[PeftType] = PeftType.LOKR
     index_needs_names: ClassVar[bool] = False
+    pattern_fields = MappingProxyType({"rank_pattern": "r", "alpha_pattern": "alpha"})
 
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, int] = field(default_factory=dict)

@@ -6,7 +6,7 @@ Yeh et al., "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -17,11 +17,21 @@ from splice.kinds.matching import value_for
 from splice.kinds.weight_delta import WeightDelta
 from splice.methods.targeted import check_positive
 
-if TYPE_CHECKING:
-    from splice.methods.loha import LoHaConfig
-    from splice.methods.lokr import LoKrConfig
 
-    LycorisConfig: TypeAlias = LoHaConfig | LoKrConfig
+class LycorisConfig(Protocol):
+    """The fields that the configs of both have."""
+
+    # Rank of the factors, at least 1, and the numerator of the scale alpha / r.
+    r: int
+    alpha: int
+    # Values for single layers, by patterns of their paths.
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, int]
+    # Probabilities with which rows of an update, or a whole update, are left out in training.
+    rank_dropout: float
+    module_dropout: float
+    # Whether factors of convolutions have a core with the kernel's axes between them.
+    use_effective_conv2d: bool
 
 
 def check(config: LycorisConfig) -> None:

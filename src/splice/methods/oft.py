@@ -14,13 +14,19 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-from splice.base.layers import LayerKind
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from splice.base.layers import LayerKind, features, kind_of
 from splice.config import PeftType
 from splice.errors import CheckpointError, PeftWarning, warn
-from splice.kinds.layer import AdapterLayer
+from splice.kinds.input_transform import InputTransform
+from splice.kinds.layer import AdapterLayer, Forward, cast_to
+from splice.kinds.light_module import Slots
 from splice.kinds.registry import Method, register
 from splice.methods.default_targets import LORA_TARGETS
-from splice.methods.oft_layers import OFTConv, OFTEmbedding, OFTLayer
+from splice.methods.rotations import cayley, nearest_divisor, series, skew_places
 from splice.methods.targeted import TargetedConfig
 
 
@@ -86,6 +92,167 @@ def _check(config: OFTConfig) -> None:
             raise ValueError(f"`{name}` should be a whole number of at least 0 but the value passed is {value!r}")
     if not isinstance(config.init_weights, bool):
         raise ValueError(f"Unknown initialization init_weights={config.init_weights!r}; it is true or false")
+
+
+def blocks(size: int, config: OFTConfig) -> tuple[int, int]:
+    """How many blocks the input has, and of which size: as near to what the config asks for as can be."""
+    if config.oft_block_size:
+        block = nearest_divisor(size, config.oft_block_size)
+        return size // block, block
+    count = nearest_divisor(size, config.r)
+    return count, size // count
+
+
+class OFTLayer(InputTransform):
+    """OFT on a linear layer."""
+
+    tensor_name: ClassVar[str] = "oft_R.weight"
+    oft_R: Slots
+
+    @classmethod
+    def size(cls, base: Any, path: str = "") -> int:
+        """How many values are rotated together.
+
+        Raises:
+            ValueError: the layer cannot be adapted.
+        """
+        return features(base)[0]
+
+    @classmethod
+    def slots(cls, base: nn.Module, config: OFTConfig, path: str) -> dict[str, tuple[int, ...]]:
+        count, block = blocks(cls.size(base, path), config)
+        return {cls.tensor_name: (1 if config.block_share else count, block * (block - 1) // 2)}
+
+    @classmethod
+    def resolved(cls, base: nn.Module, config: OFTConfig) -> dict[str, Any]:
+        return {"fan_in_fan_out": False} if kind_of(base) is LayerKind.LINEAR else {}
+
+    def prepare(self, base: nn.Module, config: OFTConfig, path: str) -> None:
+        self.r, self.oft_block_size = blocks(self.size(base, path), config)
+        self.places = skew_places(self.oft_block_size)
+        self.terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else None
+        self.radius = config.eps if config.coft else None
+
+    @classmethod
+    def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: OFTConfig) -> None:
+        count, block = blocks(cls.size(base), config)
+        name, wanted, used = (
+            ("oft_block_size", config.oft_block_size, block) if config.oft_block_size else ("r", config.r, count)
+        )
+        if wanted != used:  # a checkpoint's own shapes say so already
+            warn(f"Invalid `{name}` ({wanted})! Adjusted `{name}` to ({used}).")
+        (values,) = tensors.values()
+        nn.init.zeros_(values) if config.init_weights else nn.init.normal_(values, std=0.1)
+
+    def values(self) -> torch.Tensor:
+        """The trained tensor (blocks, values above the diagonal)."""
+        return self.oft_R.weight
+
+    def rotation(self) -> torch.Tensor:
+        """The blocks of R, (blocks, s, s) or (1, s, s) where they share one; in the dtype of the trained tensor.
+
+        It is worked out at every call: nothing tells that values were changed through `.data`.
+        """
+        own = self.values()
+        if self.radius is not None:
+            self._project(own, self.radius)
+        # Half precision has no `solve`, and the powers of the series would be rounded one by one.
+        q = self._skew(own if own.dtype in (torch.float32, torch.float64) else own.float())
+        found = cayley(q) if self.terms is None else series(q, self.terms)
+        return found.to(own.dtype)
+
+    def rotated(self, x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+        """`x` (..., size) with each block of its last dimension multiplied by that of `rotation`."""
+        cut = x.reshape(*x.shape[:-1], self.r, 1, self.oft_block_size)
+        return torch.matmul(cut, rotation).flatten(-3)
+
+    def transform(self, x: torch.Tensor) -> torch.Tensor:
+        own = cast_to(x, self.values())
+        return self.rotated(own, self.rotation()).to(x.dtype)
+
+    def delta_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        rotation = self.rotation().mT.to(torch.promote_types(weight.dtype, torch.float32))
+        wide = weight.to(rotation.dtype)
+        return self.rotated(wide.flatten(1), rotation).view_as(wide) - wide
+
+    def _skew(self, own: torch.Tensor) -> torch.Tensor:
+        place, sign = self.places
+        if place.device != own.device or sign.dtype is not own.dtype:
+            self.places = place, sign = place.to(own.device), sign.to(own)
+        if not own.shape[1]:  # blocks of one value, which cannot be turned
+            return own.new_zeros(len(own), 1, 1)
+        return own.index_select(1, place).view(-1, *sign.shape) * sign
+
+    @torch.no_grad()
+    def _project(self, own: torch.Tensor, eps: float) -> None:
+        """COFT: bring blocks back that are too far from the identity. In place, as what is saved has to be."""
+        radius = eps / len(own) ** 0.5
+        norm = own.norm(dim=1, keepdim=True) * 2**0.5
+        own.copy_(torch.where(norm > radius, own * (radius / norm), own))
+
+
+class OFTEmbedding(OFTLayer):
+    """OFT on an embedding: what was looked up is rotated, so the first of several adapters is the innermost."""
+
+    tensor_name = "oft_embedding_R.weight"
+    oft_embedding_R: Slots
+    keeps_input = True
+    first_outside = False
+
+    @classmethod
+    def size(cls, base: Any, path: str = "") -> int:
+        return features(base)[1]
+
+    def values(self) -> torch.Tensor:
+        return self.oft_embedding_R.weight
+
+    def around(self, x: torch.Tensor, inner: Forward) -> Any:
+        return self.transform(inner(x))
+
+    def delta_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        rotation = self.rotation().to(torch.promote_types(weight.dtype, torch.float32))
+        wide = weight.to(rotation.dtype)
+        return self.rotated(wide, rotation) - wide
+
+
+class OFTConv(OFTLayer):
+    """OFT on a two-dimensional convolution.
+
+    With a kernel of one pixel its channels are rotated. With a larger one the reference takes the image apart into
+    patches, rotates each and adds them up again in an order that is not theirs, so it is no rotation, not even at the
+    start. Adapters were trained with exactly that, so it is done here as well. No weight does the same: merging gives
+    `W R^T`, what was meant.
+    """
+
+    @classmethod
+    def size(cls, base: Any, path: str = "") -> int:
+        kernel = base.kernel_size
+        if base.dilation[0] > 1:
+            raise ValueError(
+                f"{path}: Conv2d with dilation > 1 is not supported by OFT; exclude it with `exclude_modules`."
+            )
+        if base.groups > 1 or kernel[0] != kernel[1]:
+            raise ValueError(
+                f"{path}: OFT is not defined on a Conv2d with groups (here {base.groups}) or with a kernel that is no square "
+                f"(here {kernel}); exclude it with `exclude_modules`."
+            )
+        return int(base.in_channels * kernel[0] ** 2)
+
+    def prepare(self, base: Any, config: OFTConfig, path: str) -> None:
+        super().prepare(base, config, path)
+        self.kernel = base.kernel_size[0]
+        self.merges_exactly = self.kernel == 1
+
+    def transform(self, x: torch.Tensor) -> torch.Tensor:
+        rotation = self.rotation()
+        image = cast_to(x if x.dim() == 4 else x.unsqueeze(0), rotation)
+        patches = F.unfold(image, self.kernel).mT  # (batch, places, channels * k * k)
+        turned = self.rotated(patches, rotation)
+        height, width = image.shape[2:]
+        rows, columns = height - self.kernel + 1, width - self.kernel + 1
+        places = turned.view(-1, rows, columns, image.shape[1], self.kernel, self.kernel)
+        mixed = places.permute(0, 3, 1, 2, 4, 5).reshape(len(image), -1, rows * columns)
+        return F.fold(mixed, (height, width), self.kernel).reshape(x.shape).to(x.dtype)
 
 
 _LAYERS: Mapping[LayerKind, type[AdapterLayer]] = MappingProxyType(

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from splice.config import PeftConfig, PeftType, TargetRule
+from splice.config import PeftConfig, TargetRule
 
 
 @dataclass
@@ -20,13 +20,11 @@ class TargetedConfig(PeftConfig):
         ValueError: fields contradict each other.
     """
 
-    method: ClassVar[PeftType]
     # Whether a regular expression as `target_modules` excludes choosing layers by index; otherwise the index is ignored.
     index_needs_names: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = self.method
         fields = vars(self)
         for name in ("target_modules", "exclude_modules"):
             if isinstance(fields.get(name), list):

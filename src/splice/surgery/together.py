@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from splice.config import PeftConfig
-from splice.kinds.registry import method_named
+from splice.kinds.registry import method_of
 from splice.surgery.tuner import Tuner
 
 
@@ -13,7 +13,7 @@ def check_mixed(config: PeftConfig) -> None:
     Raises:
         ValueError: it is no adapter of layers.
     """
-    method = method_named(config.peft_type, "the config")
+    method = method_of(config)
     if method.network_layer is not None:
         raise ValueError(
             f"{method.name.value} acts on the call of the whole network, and cannot be mixed with adapters of other methods."
@@ -40,7 +40,6 @@ def check_together(tuner: Tuner, config: PeftConfig) -> None:
                 f"only one adapter of a model can train biases: {name!r} has bias={other.trained_biases()!r} and the new "
                 f"one {new!r}. When using multiple adapters, set bias to 'none' for all adapters but one."
             )
-    if tuner.peft_config and not tuner.mixes_methods:
-        own_rule = tuner.method.check_beside
-        if own_rule is not None:
-            own_rule(config, tuner.peft_config)
+    own_rule = method_of(config).check_beside
+    if own_rule is not None:
+        own_rule(config, {name: c for name, c in tuner.peft_config.items() if c.peft_type == config.peft_type})

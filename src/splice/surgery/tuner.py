@@ -16,9 +16,10 @@ from splice.base.layers import ADAPTERS
 from splice.checkpoint.keys import PREFIX, SHORT_PREFIX, format_key
 from splice.config import PeftConfig
 from splice.errors import warn
+from splice.kinds.adapters import Adapters
 from splice.kinds.host import AdapterDict, Host, first_conflict
 from splice.kinds.layer import AdapterLayer
-from splice.kinds.registry import Method, method_named
+from splice.kinds.registry import Method, method_of
 from splice.kinds.shared import SharedTensors
 from splice.selection import BASE, Rows, Selection
 from splice.surgery.adapted import Adapted
@@ -58,7 +59,9 @@ class Tuner(nn.Module):
         self.splice_shared = AdapterDict()
         # Adapters that have to know what the model is called with, and which of their layers.
         self.reading: dict[str, set[type[AdapterLayer]]] = {}
-        self.loss_term: Callable[[Tuner, str], torch.Tensor] | None = None
+        # The record of each adapter's own method, and what it adds to the loss.
+        self._methods: dict[str, Method] = {}
+        self.loss_terms: dict[str, Callable[[Adapters, str], torch.Tensor]] = {}
         self._trainable: set[str] = set()
         self._places: dict[str, list[tuple[dict[str, nn.Parameter | None], str]]] = {}
         self._base_changes = BaseChanges()
@@ -74,13 +77,13 @@ class Tuner(nn.Module):
         return self.model(*args, **kwargs)
 
     def with_loss_terms(self, output: Any) -> Any:
-        """The output of a forward, with what the method of adapters in training adds to its loss."""
-        term = self.loss_term
+        """The output of a forward, with what the methods of adapters in training add to its loss."""
         # Outputs without labels, and models that give a plain tensor, have no loss.
-        loss = asked(output, "loss") if term is not None else None
-        if term is not None and loss is not None:
+        loss = asked(output, "loss")
+        if loss is not None:
             for name in self.selection.current().names:
-                if name in self._trainable:
+                term = self.loss_terms.get(name)
+                if term is not None and name in self._trainable:
                     loss = loss + term(self, name)
             output.loss = loss
         return output
@@ -91,8 +94,7 @@ class Tuner(nn.Module):
         except AttributeError:
             if name == "model":  # not there before __init__, as while unpickling
                 raise
-            if self.__dict__.get("peft_config"):
-                method = self.method
+            for method in self.__dict__.get("_methods", {}).values():
                 if name in method.tuner_methods:
                     return partial(method.tuner_methods[name], self)
                 if name in method.tuner_views:
@@ -114,7 +116,9 @@ class Tuner(nn.Module):
         readers = weight_readers(modules)
         self.placed[name] = {item.placement.path: item.layer for item in built}
         self.peft_config[name] = config
-        self.loss_term = self.method.loss_term
+        method = self._methods[name] = method_of(config)
+        if method.loss_term is not None:
+            self.loss_terms[name] = method.loss_term
         self.model.__dict__[TUNER] = (self,)
         self.model.__dict__["peft_config"] = self.peft_config
         self._share(name, [item.layer for item in built])
@@ -149,6 +153,8 @@ class Tuner(nn.Module):
                 self.adapted.pop(path, None)
         del self.placed[name]
         self.peft_config.pop(name, None)
+        self._methods.pop(name, None)
+        self.loss_terms.pop(name, None)
         self._trainable.discard(name)
         self._places.pop(name, None)
         if not self.placed:
@@ -359,6 +365,8 @@ class Tuner(nn.Module):
         self.adapted.clear()
         self.placed.clear()
         self.peft_config.clear()
+        self._methods.clear()
+        self.loss_terms.clear()
         self.selection.merged.clear()
         self.selection.set([])
         self.restore_base(keep_layers)
@@ -368,12 +376,9 @@ class Tuner(nn.Module):
 
     @property
     def prefix(self) -> str:
-        return self.method.prefix
-
-    @property
-    def method(self) -> Method:
-        config = next(iter(self.peft_config.values()))
-        return method_named(config.peft_type, "the first adapter")
+        """What the names of the active adapter's tensors begin with."""
+        name = next(iter(self.selection.active or self._methods))
+        return self._methods[name].prefix
 
     @property
     def targeted_module_names(self) -> list[str]:
@@ -415,7 +420,7 @@ class Tuner(nn.Module):
     def reference_names(self) -> dict[str, str]:
         """Name of a tensor below the PeftModel -> its name in the reference, where the two differ."""
         names: dict[str, str] = {}
-        if self.peft_config and self.method.network_layer is not None:
+        if any(method.network_layer is not None for method in self._methods.values()):
             # Virtual tokens wrap nothing: below the reference's PeftModel comes the network itself.
             names = {PREFIX + name: SHORT_PREFIX + name for name, _ in own_names(self.model)}
         for adapter_name, shared in self.splice_shared._modules.items():

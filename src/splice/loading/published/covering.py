@@ -12,14 +12,10 @@ from torch import nn
 from splice.config import PeftConfig, TargetRule, copy_config
 from splice.errors import PeftError
 from splice.kinds.matching import ALL_LINEAR, TargetMatcher, value_for
-from splice.kinds.registry import Method
+from splice.kinds.registry import Method, method_of
 from splice.loading.published.relocating import Move, template
 from splice.loading.report import grouped
 from splice.loading.targets import resolved_rule, select_parameters
-
-# Fields that give values to layers by their paths.
-_PATTERNS = ("rank_pattern", "alpha_pattern")
-_DEFAULTS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
 
 
 @dataclass
@@ -113,14 +109,14 @@ def explicit(config: PeftConfig, move: Move, modules: Mapping[str, nn.Module], r
     changes.update(
         {name: None for name in ("exclude_modules", "layers_to_transform", "layers_pattern") if name in fields}
     )
-    for name in _PATTERNS:
+    for name, default_field in config.pattern_fields.items():
         if fields.get(name):
-            default = fields.get(_DEFAULTS[name])
+            default = fields[default_field]
             values = {new: value_for(fields[name], old, default) for old, new in move.to.items()}
             changes[name] = {"^" + re.escape(new): value for new, value in values.items() if value != default}
-    if "feedforward_modules" in fields:
-        feeds = TargetMatcher(TargetRule(target_modules=fields["feedforward_modules"]))
-        changes["feedforward_modules"] = {new for old, new in move.to.items() if feeds(old)}
+    for name in method_of(config).default_modules:
+        names = TargetMatcher(TargetRule(target_modules=fields[name]))
+        changes[name] = {new for old, new in move.to.items() if names(old)}
     return copy_config(config, **changes)
 
 
@@ -134,12 +130,12 @@ def _shortest(targets: list[str], modules: Mapping[str, nn.Module], rule: Target
 def same_values(config: PeftConfig, move: Move) -> bool:
     """Whether the config gives every layer under its new path what it gave it under the old one."""
     fields = vars(config)
-    for name in _PATTERNS:
+    for name in config.pattern_fields:
         pattern = fields.get(name) or {}
         if any(value_for(pattern, old, None) != value_for(pattern, new, None) for old, new in move.to.items()):
             return False
-    feed = fields.get("feedforward_modules")
-    if feed is None:
-        return True
-    feeds = TargetMatcher(TargetRule(target_modules=feed))
-    return all(feeds(old) == feeds(new) for old, new in move.to.items())
+    for name in method_of(config).default_modules:
+        names = TargetMatcher(TargetRule(target_modules=fields[name]))
+        if any(names(old) != names(new) for old, new in move.to.items()):
+            return False
+    return True

@@ -24,8 +24,6 @@ from splice.loading.plan import Fitted, Plan, fit, lay_out
 from splice.loading.published.covering import explicit, same_values, uncovered
 from splice.loading.published.relocating import Move, find_moves
 from splice.loading.published.spelling import spelled
-from splice.methods.lora.merged_linear import as_plain
-from splice.methods.lora.stacked import as_stacked
 
 if TYPE_CHECKING:
     from splice.kinds.reading import Checkpoint
@@ -78,17 +76,12 @@ class _Mender:
 
     def mend(self, plan: Plan | None) -> Fitted | None:
         """What the checkpoint means; `plan` is that of what it says, if there is one."""
-        plain = as_plain(self.checkpoint, self.config)
-        if plain is not None:
-            self.checkpoint, self.config, note = plain
-            self.notes.append(note)
-            plan = self._plan(self.config, self.checkpoint)
-            if plan is not None and plan.fits:
-                return Fitted(plan, self.checkpoint, self.config, self.notes)
-        stacked = as_stacked(self.checkpoint, self.config, self.network, self.modules, self.method)
-        if stacked is not None:
-            self.checkpoint, self.config, notes = stacked
-            self.notes += notes
+        for reader in self.method.readings:
+            reading = reader(self.checkpoint, self.config, self.network, self.modules)
+            if reading is None:
+                continue
+            self.checkpoint, self.config = reading.checkpoint, reading.config
+            self.notes += reading.notes
             plan = self._plan(self.config, self.checkpoint)
             if plan is not None and plan.fits:
                 return Fitted(plan, self.checkpoint, self.config, self.notes)

@@ -10,18 +10,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from splice.errors import PeftWarning, warn
+from splice.kinds.adapters import Adapters
 from splice.kinds.layer import Factors, Forward
 from splice.methods.lora.config import LoraConfig
 from splice.methods.lora.layers import LoraLinear
-
-if TYPE_CHECKING:
-    from splice.surgery.tuner import Tuner
 
 Tokens = tuple[int, ...]
 _RECOMPUTED_TWICE = (
@@ -80,8 +78,8 @@ class AloraLinear(LoraLinear):
         self.tokens: Tokens = tuple(config.alora_invocation_tokens)
 
     @classmethod
-    def call_context(cls, tuner: Tuner, names: Sequence[str], call: Any) -> Any:
-        return _invoked(tuner, names, call)
+    def call_context(cls, adapters: Adapters, names: Sequence[str], call: Any) -> Any:
+        return _invoked(adapters, names, call)
 
     def factors(self) -> Factors | None:
         return None  # not of every position
@@ -127,16 +125,16 @@ class AloraLinear(LoraLinear):
 
 
 @contextmanager
-def _invoked(tuner: Tuner, names: Sequence[str], call: Any) -> Iterator[None]:
+def _invoked(adapters: Adapters, names: Sequence[str], call: Any) -> Iterator[None]:
     """Inside, the adapters `names` know where they were invoked by the tokens of the call."""
     ids, given = call.input_ids, call.options.pop("alora_offsets", None)
     if ids is None and given is None:
         _warn_off()
         yield
         return
-    if call.generates and _beams(tuner, call) > 1:
+    if call.generates and _beams(adapters, call) > 1:
         raise ValueError("aLoRA does not support beam search (`num_beams` > 1): rows change places between steps.")
-    wanted: dict[str, Any] = {name: tuner.peft_config[name] for name in names}
+    wanted: dict[str, Any] = {name: adapters.peft_config[name] for name in names}
     tokens = {tuple(config.alora_invocation_tokens) for config in wanted.values()}
     length = ids.shape[-1] if ids is not None else max((offset or 0) for offset in given)
     if given is not None:
@@ -145,8 +143,8 @@ def _invoked(tuner: Tuner, names: Sequence[str], call: Any) -> Iterator[None]:
     else:
         rows = ids.reshape(-1, length)
         found = {sequence: _starts(rows, sequence) for sequence in tokens}
-    network: Any = tuner.model
-    again = tuner.training and torch.is_grad_enabled() and bool(network.__dict__.get("config"))
+    network: Any = adapters.model
+    again = adapters.training and torch.is_grad_enabled() and bool(network.__dict__.get("config"))
     recomputed = again and bool(network.is_gradient_checkpointing)
     token = _of_this_call.set(Invocations(length, found, recomputed))
     try:
@@ -166,8 +164,8 @@ def _starts(rows: torch.Tensor, tokens: Tokens) -> torch.Tensor:
     return torch.where(last < 0, length, last)
 
 
-def _beams(tuner: Tuner, call: Any) -> int:
-    network: Any = tuner.model
+def _beams(adapters: Adapters, call: Any) -> int:
+    network: Any = adapters.model
     configs = [call.options.get("generation_config"), network.generation_config]
     for holder in (call.options, *(vars(config) for config in configs if config is not None)):
         if holder.get("num_beams") is not None:

@@ -1,4 +1,9 @@
-"""Several LoRA adapters combined into one: the ways in which factors are summed, pruned and elected."""
+"""Several LoRA adapters combined into one: the ways in which factors are summed, pruned and elected.
+
+With A_i, B_i and scale s_i of adapter i and its weight w_i, D_i = s_i B_i A_i is its update. The exact combinations are
+`cat` and `svd` (of sum w_i D_i, truncated); `linear` and the pruning ones work on the factors, as the reference does.
+TIES is Yadav et al., arXiv 2306.01708; DARE is Yu et al., arXiv 2311.03099.
+"""
 
 from __future__ import annotations
 
@@ -8,27 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
+from splice.errors import warn
+from splice.kinds.combining import Combination, Combine, Weighted
+from splice.methods.lora.config import LoraConfig, with_rank
 from splice.methods.lora.layers import LoraLayer
-from splice.surgery.tuner import Tuner
 
 _PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
-
-
 TYPES = ("cat", "linear", "svd", *_PRUNING, *(f"{name}_svd" for name in _PRUNING))
-
-
-@dataclass(frozen=True)
-class Combination:
-    """How to combine; the fields are the arguments of `PeftModel.add_weighted_adapter`."""
-
-    kind: str
-    svd_rank: int | None = None
-    svd_clamp: float | None = None
-    svd_full_matrices: bool = True
-    svd_driver: str | None = None
-    density: float | None = None
-    majority_sign_method: str = "total"
 
 
 @dataclass(frozen=True)
@@ -45,24 +38,7 @@ class _Part:
         return self.scale * self.b @ self.a
 
 
-def _new_rank(tuner: Tuner, adapters: Sequence[str], combination: Combination) -> int:
-    ranks: list[int] = []
-    for adapter in adapters:
-        config: Any = tuner.peft_config[adapter]
-        ranks.append(max([config.r, *config.rank_pattern.values()]))
-    if combination.kind == "cat":
-        return sum(ranks)
-    if combination.kind.endswith("svd"):
-        return combination.svd_rank or max(ranks)
-    if len(set(ranks)) != 1:
-        raise ValueError(
-            f"All adapters must have the same r value when using combination_type {combination.kind!r}; got {ranks}. "
-            "'cat' and 'svd' combine different ranks."
-        )
-    return ranks[0]
-
-
-def _part(layer: LoraLayer, weight: float) -> _Part:
+def _part(layer: Any, weight: float) -> _Part:
     tensors = dict(layer.named_slots())
     a, b = (tensors[name].detach().flatten(1).float() for name in layer.names)
     return _Part(a, b, float(layer.scale), weight)
@@ -154,3 +130,46 @@ _MERGES: dict[str, _Merge] = {
     "ties": lambda t, w, how: _elected(_by_magnitude(t, how.density or 0), w, how.majority_sign_method),
     "dare_ties": lambda t, w, how: _elected(_at_random(t, how.density or 0), w, how.majority_sign_method),
 }
+
+
+class CombinedFactors(Combine):
+    """Low-rank updates: their factors are stacked, summed, or found again in the sum of the updates."""
+
+    def check(self, how: Combination, peft_type: str) -> None:
+        if how.kind not in TYPES:
+            raise ValueError(f"Invalid combination_type: {how.kind!r}; known are {', '.join(TYPES)}")
+        if how.kind.removesuffix("_svd") in _PRUNING:
+            if how.density is None or how.density < 0:
+                raise ValueError(f"{how.kind!r} needs a `density` of at least 0, got {how.density}")
+            if how.density >= 1:
+                warn("density of 1 or more: nothing is pruned")
+        if how.majority_sign_method not in ("total", "frequency"):
+            raise ValueError(f"Unimplemented majority_sign_method {how.majority_sign_method!r}")
+
+    def config(self, united: LoraConfig, configs: Sequence[LoraConfig], how: Combination) -> LoraConfig:
+        # rsLoRA's scale would be sqrt(rank) here, so the new adapter is a plain one of scale 1.
+        return with_rank(united, _new_rank(configs, how))
+
+    def tensors(
+        self, base: nn.Module, path: str, config: Any, layers: Weighted, how: Combination
+    ) -> dict[str, torch.Tensor]:
+        first: Any = layers[0][0]
+        a, b = _factors([_part(layer, weight) for layer, weight in layers], how, config.r)
+        slots = type(first).slots(base, config, path)
+        fresh = {name: torch.zeros(shape) for name, shape in slots.items()}
+        type(first).initialise(fresh, base, config)
+        return _fitted(slots, first.names, a, b, first, fresh)
+
+
+def _new_rank(configs: Sequence[LoraConfig], how: Combination) -> int:
+    ranks = [max([config.r, *config.rank_pattern.values()]) for config in configs]
+    if how.kind == "cat":
+        return sum(ranks)
+    if how.kind.endswith("svd"):
+        return how.svd_rank or max(ranks)
+    if len(set(ranks)) != 1:
+        raise ValueError(
+            f"All adapters must have the same r value when using combination_type {how.kind!r}; got {ranks}. "
+            "'cat' and 'svd' combine different ranks."
+        )
+    return ranks[0]

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
 
 from splice.config import PeftConfig, PeftType, TargetRule, TaskType
 from splice.errors import UnsupportedFeatureError, warn
 from splice.methods.lora.inits import LOFTQ, check_init, takes_from_base
 from splice.methods.lora.subconfigs import SUBCONFIGS, CordaConfig, EvaConfig, LoftQConfig, parsed
+
+# First components of the names of tensors in its checkpoints.
+TENSOR_NAMES = frozenset(
+    {
+        "lora_A",
+        "lora_B",
+        "lora_embedding_A",
+        "lora_embedding_B",
+        "lora_magnitude_vector",
+        "lora_diag",
+        "lora_velora_embed",
+        "lora_monteclora_sampler",
+    }
+)
 
 
 @dataclass
@@ -27,6 +42,11 @@ class LoraConfig(PeftConfig):
         ValueError: fields contradict each other.
         TypeError: `target_parameters` is a string, or a config inside this one is neither a config nor a dict.
     """
+
+    method: ClassVar[PeftType] = PeftType.LORA
+    # Of the merged-linear LoRA of 2023; the first says nothing about the adapter.
+    legacy_fields = frozenset({"merge_weights", "enable_lora"})
+    pattern_fields = MappingProxyType({"rank_pattern": "r", "alpha_pattern": "lora_alpha"})
 
     r: int = 8
     target_modules: list[str] | set[str] | str | None = None
@@ -66,7 +86,6 @@ class LoraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.LORA
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):

@@ -22,12 +22,9 @@ from torch import nn
 
 from splice.base.conversions import renaming_of, stackings_of
 from splice.base.layers import kind_of
-from splice.config import PeftConfig, TargetRule, copy_config
+from splice.config import TargetRule, copy_config
 from splice.kinds.matching import ALL_LINEAR, TargetMatcher, matching_parameters, value_for
-from splice.kinds.registry import Method
-
-# What of a config changes where it names layers that are parameters now.
-FIELDS = ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern")
+from splice.methods.lora.config import LoraConfig
 
 
 @dataclass(frozen=True)
@@ -64,10 +61,8 @@ class Experts:
         return {part for stack in self.stacks for part in stack.parts} | {_last(path) for path in self.routers}
 
 
-def experts_of(network: nn.Module, modules: Mapping[str, nn.Module], method: Method) -> Experts | None:
-    """The stacked experts of `network`, where it has any that this method can be put on."""
-    if method.parameters_layer is None:
-        return None
+def experts_of(network: nn.Module, modules: Mapping[str, nn.Module]) -> Experts | None:
+    """The stacked experts of `network`, where it has any."""
     known = {(stacking.container, stacking.parameter): stacking.parts for stacking in stackings_of(network)}
     stacks = []
     for path, module in modules.items():
@@ -100,20 +95,18 @@ def _dimensions(module: nn.Module, name: str) -> int:
 # -- the config
 
 
-def with_stacked_experts(
-    config: Any, network: nn.Module, modules: Mapping[str, nn.Module], method: Method
-) -> PeftConfig:
+def with_stacked_experts(config: LoraConfig, network: nn.Module, modules: Mapping[str, nn.Module]) -> LoraConfig:
     """The config that means for stacked experts what `config` says of the layers they were; itself, if it says nothing.
 
     Raises:
         ValueError: it names one of the parts of a parameter without the others, for a new adapter.
     """
-    experts = experts_of(network, modules, method)
+    experts = experts_of(network, modules)
     if experts is None or not config.target_modules:
-        return config  # type: ignore[no-any-return]
+        return config
     wanted, routers = _selected(config, experts)
     if not wanted and not routers:
-        return config  # type: ignore[no-any-return]
+        return config
     for stack, parts in wanted.items():
         if set(parts) != set(stack.parts):
             left = [part for part in stack.parts if part not in parts]
@@ -124,7 +117,7 @@ def with_stacked_experts(
     return restated(config, experts, wanted, routers)
 
 
-def _selected(config: Any, experts: Experts) -> tuple[dict[Stack, tuple[str, ...]], list[str]]:
+def _selected(config: LoraConfig, experts: Experts) -> tuple[dict[Stack, tuple[str, ...]], list[str]]:
     """Which parts of which stacks, and which routers, the config's targets mean."""
     rule: TargetRule = config.target_rule()
     everything = isinstance(rule.target_modules, str) and rule.target_modules.lower() == ALL_LINEAR
@@ -146,8 +139,8 @@ def _selected(config: Any, experts: Experts) -> tuple[dict[Stack, tuple[str, ...
 
 
 def restated(
-    config: Any, experts: Experts, wanted: Mapping[Stack, tuple[str, ...]], routers: Collection[str]
-) -> PeftConfig:
+    config: LoraConfig, experts: Experts, wanted: Mapping[Stack, tuple[str, ...]], routers: Collection[str]
+) -> LoraConfig:
     """`config` with these parts and routers among its parameters, and no longer among its modules."""
     spelled = [str(stack) for stack in wanted] + [f"{path}.weight" for path in routers]
     parameters = [*(config.target_parameters or ()), *_short(spelled, experts.modules)]
@@ -194,7 +187,7 @@ def _selects(name: str, layers: Collection[str]) -> bool:
     return any(f".{path}".endswith("." + name) for path in layers)
 
 
-def _values(config: Any, wanted: Mapping[Stack, tuple[str, ...]]) -> tuple[dict[str, int], dict[str, float]]:
+def _values(config: LoraConfig, wanted: Mapping[Stack, tuple[str, ...]]) -> tuple[dict[str, int], dict[str, float]]:
     """Patterns of ranks and alphas for these stacks, as far as they are not the config's own values."""
     found = {stack: joined_values(config, stack, parts) for stack, parts in wanted.items()}
     ranks: dict[str, int] = {}
@@ -208,7 +201,7 @@ def _values(config: Any, wanted: Mapping[Stack, tuple[str, ...]]) -> tuple[dict[
     return ranks, alphas
 
 
-def joined_values(config: Any, stack: Stack, parts: Sequence[str]) -> tuple[int, float]:
+def joined_values(config: LoraConfig, stack: Stack, parts: Sequence[str]) -> tuple[int, float]:
     """Rank and alpha of a stack, from those that the config gives to its parts; the scale is that of the first part."""
     each = [part_values(config, stack, part) for part in parts]
     rank = sum(r for r, _ in each)
@@ -217,12 +210,12 @@ def joined_values(config: Any, stack: Stack, parts: Sequence[str]) -> tuple[int,
     return rank, scale_of(config, *each[0]) * (math.sqrt(rank) if config.use_rslora else rank)
 
 
-def part_values(config: Any, stack: Stack, part: str) -> tuple[int, float]:
+def part_values(config: LoraConfig, stack: Stack, part: str) -> tuple[int, float]:
     """Rank and alpha that the config gives to the layers of one part."""
     path = f"{stack.owner}.0.{part}"
     return int(value_for(config.rank_pattern, path, config.r)), value_for(config.alpha_pattern, path, config.lora_alpha)
 
 
-def scale_of(config: Any, rank: int, alpha: float) -> float:
+def scale_of(config: LoraConfig, rank: int, alpha: float) -> float:
     """What the product of the factors is multiplied with."""
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)

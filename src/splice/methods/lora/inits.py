@@ -9,16 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from splice.base.layers import LayerKind
 from splice.errors import PeftWarning, UnsupportedFeatureError, UnsupportedLayerError, warn
-
-if TYPE_CHECKING:
-    from splice.methods.lora.config import LoraConfig
 
 _LINEAR = (LayerKind.LINEAR, LayerKind.TRANSPOSED_LINEAR)
 _NITER = "pissa_niter_"
@@ -82,9 +79,8 @@ def check_init_on(init: object, kind: LayerKind) -> None:
         raise UnsupportedLayerError("init_lora_weights='olora' cannot be used on weights that are stored transposed.")
 
 
-def loading_notes(config: LoraConfig) -> list[str]:
-    """What whoever loads an adapter with this config has to know."""
-    init = config.init_lora_weights
+def notes_about(init: object) -> list[str]:
+    """What whoever loads an adapter that began so has to know."""
     if isinstance(init, str) and init.startswith(_NITER):
         return [
             f"it was initialised with {init!r}, from random numbers that its checkpoint does not hold; unless splice made "

@@ -7,7 +7,7 @@ W' the weight but for its r smallest singular values: `y = W' x + s * B (d * (A 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,14 +15,12 @@ from torch.nn import functional as F
 
 from splice.base.layers import features
 from splice.errors import UnsupportedLayerError
+from splice.kinds.adapters import Adapters, layers_of
 from splice.kinds.layer import AdapterLayer
 from splice.methods.lora.config import LoraConfig
 from splice.methods.lora.inits import Taken
 from splice.methods.lora.layers import LoraLinear, product
 from splice.methods.lora.residual import Residual
-
-if TYPE_CHECKING:
-    from splice.surgery.tuner import Tuner
 
 
 class KasaLinear(Residual, LoraLinear):
@@ -75,16 +73,15 @@ class KasaLinear(Residual, LoraLinear):
         return found
 
 
-def kasa_loss(tuner: Tuner, adapter_names: str | Iterable[str] | None = None) -> Any:
+def kasa_loss(adapters: Adapters, adapter_names: str | Iterable[str] | None = None) -> Any:
     """The sum of KaSA's penalties, for a training loop to add to its loss; 0.0 where there is none.
 
     Args:
-        tuner: found on the model.
+        adapters: found on the model.
         adapter_names: of these adapters; of the active ones, if None.
     """
     if isinstance(adapter_names, str):
         adapter_names = [adapter_names]
-    names = tuner.active_adapters if adapter_names is None else list(adapter_names)
-    layers = [layer for name in names for layer in tuner.placed.get(name, {}).values()]
-    penalties = [layer.penalty() for layer in layers if isinstance(layer, KasaLinear)]
+    names = list(adapters.selection.active) if adapter_names is None else list(adapter_names)
+    penalties = [layer.penalty() for name in names for layer in layers_of(adapters, [name], KasaLinear).values()]
     return sum(penalties[1:], start=penalties[0]) if penalties else 0.0

@@ -10,17 +10,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from splice.checkpoint.cleaning import ENABLE_LORA
 from splice.checkpoint.header import Entry
 from splice.checkpoint.tensors import Weights
-from splice.config import PeftType, copy_config
-
-if TYPE_CHECKING:
-    from splice.kinds.reading import Checkpoint
+from splice.config import copy_config
+from splice.kinds.reading import Checkpoint, Reading
+from splice.methods.lora.config import LoraConfig
 
 _B = ".lora_B.weight"
 
@@ -42,9 +40,11 @@ class Unmerged:
         return [_plain(t, self.enabled) if name.endswith(_B) else t for name, t in zip(names, tensors)]
 
 
-def as_plain(checkpoint: Checkpoint, config: Any) -> tuple[Checkpoint, Any, str] | None:
-    """The checkpoint and its config as plain LoRA, and a line that says so; None where it is nothing of the kind."""
-    enabled = checkpoint.legacy.get(ENABLE_LORA) if config.peft_type == PeftType.LORA else None
+def as_plain(
+    checkpoint: Checkpoint, config: LoraConfig, network: nn.Module, modules: Mapping[str, nn.Module]
+) -> Reading | None:
+    """The checkpoint and its config as plain LoRA; None where it is nothing of the kind."""
+    enabled = checkpoint.legacy.get("enable_lora")
     if not isinstance(enabled, list) or not any(enabled) or not all(isinstance(e, bool) for e in enabled):
         return None
     parts, entries = sum(enabled), checkpoint.weights.entries
@@ -54,7 +54,7 @@ def as_plain(checkpoint: Checkpoint, config: Any) -> tuple[Checkpoint, Any, str]
     rank = parts * config.r
     plain = copy_config(config, r=rank, lora_alpha=parts * config.lora_alpha)
     note = f"merged-linear LoRA of rank {config.r} on parts {enabled} of each layer: read as plain LoRA of rank {rank}"
-    return dataclasses.replace(checkpoint, weights=Unmerged(checkpoint.weights, enabled)), plain, note
+    return Reading(dataclasses.replace(checkpoint, weights=Unmerged(checkpoint.weights, enabled)), plain, (note,))
 
 
 def _plain_entry(entry: Entry, enabled: Sequence[bool]) -> Entry:

@@ -7,7 +7,7 @@ Sengupta et al., "Robust and Efficient Fine-tuning of LLMs with Bayesian Reparam
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,12 +15,10 @@ from torch.nn import functional as F
 
 from splice.base.dense import dtype_of
 from splice.errors import PeftWarning, warn
+from splice.kinds.adapters import Adapters, layers_of
 from splice.kinds.light_module import Slots
 from splice.methods.lora.config import LoraConfig
 from splice.methods.lora.layers import LoraLinear
-
-if TYPE_CHECKING:
-    from splice.surgery.tuner import Tuner
 
 _SAMPLER = "lora_monteclora_sampler"
 _LAST_SAMPLE = (f"{_SAMPLER}.gaussian_var_prior", f"{_SAMPLER}.expert_weights")
@@ -129,16 +127,15 @@ def _wishart_diagonal(rank: int, device: torch.device) -> torch.Tensor:
     return squares
 
 
-def monteclora_loss(tuner: Tuner, adapter_names: str | Iterable[str] | None = None) -> Any:
+def monteclora_loss(adapters: Adapters, adapter_names: str | Iterable[str] | None = None) -> Any:
     """The mean of MonteCLoRA's penalties, for a training loop to add to its loss; 0.0 where there is none.
 
     Args:
-        tuner: found on the model.
+        adapters: found on the model.
         adapter_names: of these adapters; of the active ones, if None.
     """
     if isinstance(adapter_names, str):
         adapter_names = [adapter_names]
-    names = tuner.active_adapters if adapter_names is None else list(adapter_names)
-    layers = [layer for name in names for layer in tuner.placed.get(name, {}).values()]
-    penalties = [layer.penalty() for layer in layers if isinstance(layer, MontecloraLinear)]
+    names = list(adapters.selection.active) if adapter_names is None else list(adapter_names)
+    penalties = [layer.penalty() for name in names for layer in layers_of(adapters, [name], MontecloraLinear).values()]
     return torch.stack(penalties).mean() if penalties else 0.0

@@ -9,21 +9,26 @@ from splice.base.layers import LayerKind
 from splice.config import PeftType
 from splice.errors import UnsupportedLayerError
 from splice.kinds.layer import AdapterLayer
-from splice.kinds.registry import Combining, Method, register
+from splice.kinds.registry import Method, register
 from splice.methods.default_targets import LORA_TARGETS
 from splice.methods.lora.alora import AloraLinear
 from splice.methods.lora.attention import LoraAttention
 from splice.methods.lora.bdlora import BdLoraLinear
-from splice.methods.lora.config import LoraConfig, LoraRuntimeConfig, active_variants, check, with_rank
+from splice.methods.lora.combining import CombinedFactors
+from splice.methods.lora.config import TENSOR_NAMES, LoraConfig, LoraRuntimeConfig, active_variants, check, with_rank
 from splice.methods.lora.dora import DoraConv, DoraEmbedding, DoraLinear
-from splice.methods.lora.inits import LOFTQ, check_init_on, loading_notes, takes_from_base
+from splice.methods.lora.experts import with_stacked_experts
+from splice.methods.lora.inits import LOFTQ, check_init_on, notes_about, takes_from_base
 from splice.methods.lora.kasa import KasaLinear, kasa_loss
 from splice.methods.lora.layers import LoraConv, LoraEmbedding, LoraLayer, LoraLinear
 from splice.methods.lora.loftq import LoftqLinear
+from splice.methods.lora.merged_linear import as_plain
 from splice.methods.lora.mica import MicaEmbedding, MicaLinear
 from splice.methods.lora.monteclora import MontecloraLinear, monteclora_loss
 from splice.methods.lora.parameters import LoraParameters
 from splice.methods.lora.residual import TakenDoraLinear, TakenLinear
+from splice.methods.lora.stacked import as_stacked
+from splice.methods.lora.unchanged_base import for_unchanged_base
 from splice.methods.lora.velora import VeloraLinear
 
 __all__ = ["METHOD", "LoraConfig", "LoraLayer", "LoraRuntimeConfig", "with_rank"]
@@ -85,32 +90,25 @@ def variant(config: LoraConfig, kind: LayerKind) -> type[AdapterLayer] | None:
     return layers[kind]
 
 
-_TENSOR_NAMES = frozenset(
-    {
-        "lora_A",
-        "lora_B",
-        "lora_embedding_A",
-        "lora_embedding_B",
-        "lora_magnitude_vector",
-        "lora_diag",
-        "lora_velora_embed",
-        "lora_monteclora_sampler",
-    }
-)
 METHOD = register(
     Method(
         name=PeftType.LORA,
         config=LoraConfig,
         prefix="lora_",
-        tensor_names=_TENSOR_NAMES,
+        tensor_names=TENSOR_NAMES,
         layers=_LAYERS,
         variant=variant,
         parameters_layer=LoraParameters,
         tuner_methods=MappingProxyType({"_get_kasa_loss": kasa_loss, "_get_monteclora_loss": monteclora_loss}),
         default_targets=LORA_TARGETS,
-        combining=Combining.FACTORS,
+        combine=CombinedFactors(),
+        readings=(as_plain, as_stacked),
+        restated=with_stacked_experts,
+        for_unchanged_base=for_unchanged_base,
+        tags=("lora",),
+        exports=(LoraRuntimeConfig,),
         check=check,
-        loading_notes=loading_notes,
+        loading_notes=lambda config: notes_about(config.init_lora_weights),
         paper="arXiv 2106.09685",
     )
 )

@@ -10,7 +10,6 @@ import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,12 +17,10 @@ from torch import nn
 from splice.checkpoint.header import Entry
 from splice.checkpoint.keys import format_key, parse_key
 from splice.checkpoint.tensors import Weights
-from splice.config import PeftConfig, copy_config
-from splice.kinds.registry import Method
+from splice.config import copy_config
+from splice.kinds.reading import Checkpoint, Reading
+from splice.methods.lora.config import TENSOR_NAMES, LoraConfig
 from splice.methods.lora.experts import Stack, experts_of, joined_values, part_values, restated, scale_of
-
-if TYPE_CHECKING:
-    from splice.kinds.reading import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -104,10 +101,10 @@ class StackedExperts:
 
 
 def as_stacked(
-    checkpoint: Checkpoint, config: Any, network: nn.Module, modules: Mapping[str, nn.Module], method: Method
-) -> tuple[Checkpoint, PeftConfig, list[str]] | None:
-    """The checkpoint and its config for stacked experts, and lines that say so; None where it is nothing of the kind."""
-    experts = experts_of(network, modules, method)
+    checkpoint: Checkpoint, config: LoraConfig, network: nn.Module, modules: Mapping[str, nn.Module]
+) -> Reading | None:
+    """The checkpoint and its config for stacked experts; None where it is nothing of the kind."""
+    experts = experts_of(network, modules)
     if experts is None:
         return None
     entries = checkpoint.weights.entries
@@ -115,7 +112,7 @@ def as_stacked(
     tensors: dict[tuple[str, str], dict[int, dict[str, str]]] = {}
     owners, known_routers, routers = {stack.owner for stack in experts.stacks}, set(experts.routers), set[str]()
     for name, own in checkpoint.names.items():
-        key = parse_key(name, method.tensor_names)
+        key = parse_key(name, TENSOR_NAMES)
         path = "" if key is None else experts.rename(key.path)
         front, _, part = path.rpartition(".")
         owner, _, index = front.rpartition(".")
@@ -144,7 +141,7 @@ def as_stacked(
         notes.insert(
             0, f"the experts' layers ({shown}) are stacked parameters in this model: their tensors were joined"
         )
-    return dataclasses.replace(checkpoint, weights=weights, names=names), changed, notes
+    return Reading(dataclasses.replace(checkpoint, weights=weights, names=names), changed, tuple(notes))
 
 
 def _joined(
@@ -152,7 +149,7 @@ def _joined(
     parts: Sequence[str],
     tensors: Mapping[tuple[str, str], Mapping[int, Mapping[str, str]]],
     entries: Mapping[str, Entry],
-    config: Any,
+    config: LoraConfig,
 ) -> _Joined | None:
     """The recipe for a stack's tensors; None where an expert's are missing or of another shape."""
     experts, size_out, size_in = stack.shape
@@ -179,7 +176,7 @@ def _front(stack: Stack, wanted: Collection[Stack]) -> str:
     return format_key(stack.owner, "base_layer." * (len(order) - 1 - order.index(stack.name)))
 
 
-def _without_dropout(config: Any) -> tuple[PeftConfig, list[str]]:
+def _without_dropout(config: LoraConfig) -> tuple[LoraConfig, list[str]]:
     """Parameters are no layers that see an input; what they cannot have is left out."""
     if not config.lora_dropout:
         return config, []

@@ -7,32 +7,36 @@ is taken out of the base any more.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
-from splice.config import PeftConfig, PeftType, copy_config
+from splice.config import PeftType, copy_config
 from splice.errors import warn
+from splice.methods.lora.config import LoraConfig
 
 _BASE_CHANGING = ("pissa", "corda", "olora", "lora_ga")
 
 
-def plain_config(config: PeftConfig) -> PeftConfig:
-    """The config of the plain adapter.
+def for_unchanged_base(
+    config: LoraConfig, tensors: Mapping[str, torch.Tensor], before: Mapping[str, torch.Tensor], place: str
+) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """The config and the tensors of the plain adapter; arguments as `UnchangedBase` says.
 
     Raises:
-        ValueError: it is no LoRA, or its scales do not follow from one rank.
+        ValueError: its scales do not follow from one rank, or `before` has other tensors.
     """
-    if config.peft_type != PeftType.LORA:
+    return _plain_config(config), _plain_tensors(tensors, before, place)
+
+
+def _plain_config(config: LoraConfig) -> LoraConfig:
+    if config.method is not PeftType.LORA:
         raise ValueError(
             f"`path_initial_model_for_weight_conversion` is for LoRA, whose initialisations may change the base; this is "
             f"{config.peft_type}."
         )
-    own: Any = config
-    init = own.init_lora_weights
-    if own.use_rslora and (own.rank_pattern or own.alpha_pattern):
+    init = config.init_lora_weights
+    if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
         raise ValueError(
             "Passing `path_initial_model_for_weight_conversion` is not supported with `use_rslora` and rank_pattern or "
             "alpha_pattern: ranks that double would change the scales."
@@ -43,26 +47,20 @@ def plain_config(config: PeftConfig) -> PeftConfig:
     return copy_config(
         config,
         init_lora_weights=True,
-        r=2 * own.r,
-        lora_alpha=own.lora_alpha * (math.sqrt(2) if own.use_rslora else 2),
-        rank_pattern={key: 2 * rank for key, rank in own.rank_pattern.items()},
-        alpha_pattern={key: 2 * alpha for key, alpha in own.alpha_pattern.items()},
+        r=2 * config.r,
+        lora_alpha=config.lora_alpha * (math.sqrt(2) if config.use_rslora else 2),
+        rank_pattern={key: 2 * rank for key, rank in config.rank_pattern.items()},
+        alpha_pattern={key: 2 * alpha for key, alpha in config.alpha_pattern.items()},
     )
 
 
-def plain_tensors(tensors: Mapping[str, torch.Tensor], initial: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """The tensors of the plain adapter; `initial` holds the adapter as it was right after its initialisation.
-
-    Raises:
-        ValueError: it has other tensors.
-    """
-    from splice.loading.state import load_peft_weights  # which itself needs to know how names are saved
-
-    before = load_peft_weights(os.fspath(initial))
+def _plain_tensors(
+    tensors: Mapping[str, torch.Tensor], before: Mapping[str, torch.Tensor], place: str
+) -> dict[str, torch.Tensor]:
     factors = {name for name in tensors if _is_a(name) or _is_b(name)}
     missing = sorted(factors - before.keys())
     if missing:
-        raise ValueError(f"{initial} lacks {missing[0]}, so it is not this adapter as it was initialised.")
+        raise ValueError(f"{place} lacks {missing[0]}, so it is not this adapter as it was initialised.")
     result = dict(tensors)
     for name in factors:
         old = before[name].to(tensors[name])

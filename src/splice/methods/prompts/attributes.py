@@ -1,57 +1,57 @@
-"""What people's scripts read on a model with virtual tokens, by the reference's names. Each is worked out from the tuner."""
+"""What people's scripts read on a model with virtual tokens, by the reference's names, worked out from its adapters."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from splice.config import PromptLearningConfig
+from splice.kinds.adapters import Adapters, layers_of
 from splice.methods.prompts.cached import CachedPrompt
 from splice.methods.prompts.prompt import PromptLayer
 
-if TYPE_CHECKING:
-    from splice.surgery.tuner import Tuner
 
-
-def prompt_layer(tuner: Tuner, adapter_name: str) -> PromptLayer:
+def prompt_layer(adapters: Adapters, adapter_name: str) -> PromptLayer:
     """The layer with the virtual tokens of this adapter.
 
     Raises:
         ValueError: there is no such adapter.
     """
-    tuner.check_known([adapter_name])
-    return next(layer for layer in tuner.placed[adapter_name].values() if isinstance(layer, PromptLayer))
+    found = layers_of(adapters, [adapter_name], PromptLayer)
+    if not found:
+        raise ValueError(f"Adapter {adapter_name!r} not found; there are {list(adapters.peft_config)}.")
+    return next(iter(found.values()))
 
 
-def prompt_encoder(tuner: Tuner) -> dict[str, PromptLayer]:
+def prompt_encoder(adapters: Adapters) -> dict[str, PromptLayer]:
     """Adapter name -> its virtual tokens: `prompt_encoder["default"].embedding.weight`."""
-    return {name: prompt_layer(tuner, name) for name in tuner.placed}
+    return {name: prompt_layer(adapters, name) for name in adapters.placed}
 
 
-def prompt_tokens(tuner: Tuner) -> dict[str, torch.Tensor]:
+def prompt_tokens(adapters: Adapters) -> dict[str, torch.Tensor]:
     """Adapter name -> indices of its virtual tokens, for every submodule one after the other."""
     tokens = {}
-    for name, config in tuner.peft_config.items():
+    for name, config in adapters.peft_config.items():
         assert isinstance(config, PromptLearningConfig) and config.num_virtual_tokens is not None
         tokens[name] = torch.arange(config.num_virtual_tokens * (config.num_transformer_submodules or 1))
     return tokens
 
 
-def word_embeddings(tuner: Tuner) -> Any:
-    network: Any = tuner.model
+def word_embeddings(adapters: Adapters) -> Any:
+    network: Any = adapters.model
     return network.get_input_embeddings()
 
 
-def get_prompt_embedding_to_save(tuner: Tuner, adapter_name: str) -> torch.Tensor:
+def get_prompt_embedding_to_save(adapters: Adapters, adapter_name: str) -> torch.Tensor:
     """The table that a checkpoint of this adapter holds, on the CPU."""
-    return prompt_layer(tuner, adapter_name).table().detach().cpu()
+    return prompt_layer(adapters, adapter_name).table().detach().cpu()
 
 
 def get_prompt(
-    tuner: Tuner, batch_size: int, task_ids: torch.Tensor | None = None, max_cache_len: int | None = None
+    adapters: Adapters, batch_size: int, task_ids: torch.Tensor | None = None, max_cache_len: int | None = None
 ) -> Any:
     """What the active adapter puts in front of `batch_size` rows: a tensor (batch, tokens, dim), or a cache.
 
@@ -60,7 +60,7 @@ def get_prompt(
     """
     if max_cache_len is not None:
         raise ValueError("`max_cache_len`: a cache of a fixed length cannot hold virtual tokens; leave it out")
-    layer = prompt_layer(tuner, tuner.selection.active[0])
+    layer = prompt_layer(adapters, adapters.selection.active[0])
     call = {"task_ids": task_ids}
     if isinstance(layer, CachedPrompt):
         values = layer.virtual_tokens(call)
@@ -73,6 +73,6 @@ def get_prompt(
 PROMPT_METHODS: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {"get_prompt": get_prompt, "get_prompt_embedding_to_save": get_prompt_embedding_to_save}
 )
-PROMPT_VIEWS: Mapping[str, Callable[[Tuner], Any]] = MappingProxyType(
+PROMPT_VIEWS: Mapping[str, Callable[[Adapters], Any]] = MappingProxyType(
     {"prompt_encoder": prompt_encoder, "prompt_tokens": prompt_tokens, "word_embeddings": word_embeddings}
 )

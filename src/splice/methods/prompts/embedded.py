@@ -10,19 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch.nn import functional as F
 
 from splice.config import TaskType
 from splice.errors import warn
+from splice.kinds.adapters import Adapters
 from splice.kinds.layer import AdapterLayer, Forward
+from splice.kinds.network import network_layers
 from splice.methods.prompts.prompt import TYPED, Call, Prompt, PromptLayer, main_input, prompt_of_rows
 from splice.selection import Choice
-
-if TYPE_CHECKING:
-    from splice.surgery.tuner import Tuner
 
 # The models that answer for every token: their labels grow with the input.
 _ONE_LABEL_A_TOKEN = (TaskType.CAUSAL_LM, TaskType.TOKEN_CLS)
@@ -77,6 +77,10 @@ class EmbeddedPrompt(PromptLayer):
             call.pop(name, None)
         self.drop_types(call, unless=TYPED)
 
+    @classmethod
+    def generate_of(cls, adapters: Adapters) -> Forward:
+        return partial(_generate, adapters)
+
     def encoder_inputs(self, call: Call, prompt: Prompt) -> Call:
         """The arguments of `generate` of an encoder-decoder, with the virtual tokens in the encoder's input."""
         if call.pop("encoder_outputs", None) is not None:
@@ -94,29 +98,24 @@ def _refuse_fixed(cache: Any) -> None:
         )
 
 
-def generate_from(tuner: Tuner) -> Forward:
+def _generate(adapters: Adapters, *args: Any, **kwargs: Any) -> Any:
     """`generate` of an encoder-decoder, which calls the encoder past the network: it gets the virtual tokens here."""
-    network: Any = tuner.model
-    # The network's own layers: they are there only with methods that act on its call.
-    layers = {name: placed[""] for name, placed in tuner.placed.items() if isinstance(placed.get(""), EmbeddedPrompt)}
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        choice = tuner.selection.current()
-        if not layers or (choice.rows is None and not choice.names):
-            return network.generate(*args, **kwargs)
-        if args:
-            raise TypeError("`generate` with virtual tokens takes its arguments by name (`input_ids=...`)")
-        if kwargs.get("input_ids") is None:
-            raise ValueError("`generate` with virtual tokens needs `input_ids`")
-        prompt = _chosen(layers, choice, kwargs["input_ids"])
-        if prompt is not None:
-            first = prompt.parts[0][0]
-            assert isinstance(first, EmbeddedPrompt)
-            kwargs = first.encoder_inputs(kwargs, prompt)
-        with encoded():
-            return network.generate(**kwargs)
-
-    return run
+    network: Any = adapters.model
+    layers = network_layers(adapters)
+    choice = adapters.selection.current()
+    if choice.rows is None and not choice.names:
+        return network.generate(*args, **kwargs)
+    if args:
+        raise TypeError("`generate` with virtual tokens takes its arguments by name (`input_ids=...`)")
+    if kwargs.get("input_ids") is None:
+        raise ValueError("`generate` with virtual tokens needs `input_ids`")
+    prompt = _chosen(layers, choice, kwargs["input_ids"])
+    if prompt is not None:
+        first = prompt.parts[0][0]
+        assert isinstance(first, EmbeddedPrompt)
+        kwargs = first.encoder_inputs(kwargs, prompt)
+    with encoded():
+        return network.generate(**kwargs)
 
 
 def _chosen(layers: Mapping[str, AdapterLayer], choice: Choice, main: torch.Tensor) -> Prompt | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -26,13 +26,14 @@ class PrefixTuningConfig(PromptLearningConfig):
         ValueError: `init_weights` is unknown.
     """
 
+    method: ClassVar[PeftType] = PeftType.PREFIX_TUNING
+
     init_weights: str | None = None
     encoder_hidden_size: int | None = None
     prefix_projection: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.PREFIX_TUNING
         if self.init_weights not in (None, "zero"):
             raise ValueError(f"`init_weights` must be 'zero' or None, got {self.init_weights!r}")
 

@@ -22,6 +22,7 @@ from splice.errors import UnsupportedFeatureError, warn
 from splice.kinds.layer import AdapterLayer, Forward
 from splice.kinds.light_module import Slots
 from splice.kinds.module_copy import WholeModule
+from splice.kinds.network import NetworkLayer
 from splice.methods.prompts.sizes import sizes_of
 from splice.selection import Rows
 
@@ -46,7 +47,7 @@ class PromptHead(WholeModule):
         return self.key(path, self.base_infix)
 
 
-class PromptLayer(AdapterLayer):
+class PromptLayer(NetworkLayer):
     """The virtual tokens of one adapter. The target is the network, or the part of it that takes a cache.
 
     Attributes:
@@ -57,8 +58,6 @@ class PromptLayer(AdapterLayer):
 
     embedding: Slots
     target: tuple[Any]
-    # Whether positions that the caller gives are worked out anew.
-    drops_positions: ClassVar[bool] = False
     head: ClassVar[type[WholeModule]] = PromptHead
 
     @classmethod
@@ -69,11 +68,6 @@ class PromptLayer(AdapterLayer):
             ValueError: the network cannot take any.
         """
         return ""
-
-    @classmethod
-    def for_training(cls, config: Any) -> type[PromptLayer]:
-        """The class of a new adapter that is to be trained, where more is trained than a checkpoint holds."""
-        return cls
 
     @classmethod
     def resolved(cls, base: nn.Module, config: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -32,6 +32,8 @@ class PromptTuningConfig(PromptLearningConfig):
         ValueError: fields contradict each other.
     """
 
+    method: ClassVar[PeftType] = PeftType.PROMPT_TUNING
+
     prompt_tuning_init: PromptTuningInit | str = PromptTuningInit.RANDOM
     prompt_tuning_init_text: str | None = None
     tokenizer_name_or_path: str | None = None
@@ -39,7 +41,6 @@ class PromptTuningConfig(PromptLearningConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.PROMPT_TUNING
         from_text = self.prompt_tuning_init == PromptTuningInit.TEXT
         if from_text and not (self.tokenizer_name_or_path and self.prompt_tuning_init_text):
             raise ValueError("prompt_tuning_init='TEXT' needs `tokenizer_name_or_path` and `prompt_tuning_init_text`")
@@ -85,6 +86,7 @@ METHOD = register(
         prefix="prompt_tuning_",
         tensor_names=frozenset({"prompt_embeddings"}),
         network_layer=PromptTuning,
+        exports=(PromptTuningInit,),
         check=check_prompt,
         tuner_methods=PROMPT_METHODS,
         tuner_views=PROMPT_VIEWS,

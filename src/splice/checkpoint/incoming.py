@@ -1,0 +1,51 @@
+"""The config of a save that was cut off between its two files: told by the digest that the weights carry."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from splice.checkpoint.format import BIN_NAME, SAFETENSORS_NAME
+from splice.checkpoint.header import read_header
+from splice.errors import CheckpointError
+
+# A config that belongs to weights which may be in place already; a load finishes what a crash cut off.
+INCOMING_CONFIG = "adapter_config.json.incoming"
+
+
+# What a `.bin` file cannot say itself: the digest of the weights that the incoming config belongs to.
+INCOMING_DIGEST = "adapter_model.bin.incoming"
+
+
+CONFIG_DIGEST = "config_sha256"
+
+
+def finished_config(config: Path) -> bytes:
+    """The bytes of the config that belongs to the weights beside it: the incoming one, where a save was cut off."""
+    weights = (config.parent / name for name in (SAFETENSORS_NAME, BIN_NAME))
+    first = next((path for path in weights if path.exists()), None)  # the one that a load takes
+    incoming = first is not None and is_incoming_of(first)
+    return (config.parent / INCOMING_CONFIG if incoming else config).read_bytes()
+
+
+def is_incoming_of(weights: Path) -> bool:
+    """Whether the incoming config is that of these weights."""
+    incoming = weights.parent / INCOMING_CONFIG
+    if not incoming.exists() or not weights.is_file():
+        return False
+    if weights.name == BIN_NAME:
+        noted = weights.parent / INCOMING_DIGEST
+        return noted.exists() and noted.read_text(encoding="utf-8") == digest_of(weights)
+    try:
+        wanted = read_header(weights).metadata.get(CONFIG_DIGEST)
+    except CheckpointError:
+        return False  # the load will say what is wrong with the weights
+    return hashlib.sha256(incoming.read_bytes()).hexdigest() == wanted
+
+
+def digest_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        found = hashlib.sha256()
+        while piece := file.read(1 << 20):
+            found.update(piece)
+    return found.hexdigest()

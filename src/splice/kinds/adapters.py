@@ -1,0 +1,48 @@
+"""What a method may ask of the adapters on a network. The rooms above hand their tuner in; a method knows no more of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Protocol, TypeVar
+
+from torch import nn
+
+from splice.config import PeftConfig
+from splice.selection import Selection
+
+T = TypeVar("T")
+
+
+class Adapters(Protocol):
+    """The adapters of one network."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The network."""
+        ...
+
+    @property
+    def training(self) -> bool:
+        """Whether the network is being trained."""
+        ...
+
+    @property
+    def peft_config(self) -> Mapping[str, PeftConfig]:
+        """The configs, by adapter name, in the order they were added."""
+        ...
+
+    @property
+    def placed(self) -> Mapping[str, Mapping[str, object]]:
+        """For each adapter its adapter layers, by path; "" is the path of the network itself."""
+        ...
+
+    @property
+    def selection(self) -> Selection:
+        """Which adapters take effect."""
+        ...
+
+
+def layers_of(adapters: Adapters, names: Iterable[str], kind: type[T]) -> dict[str, T]:
+    """The layers of one class that these adapters have, by path; adapters that are not there have none."""
+    found = (item for name in names for item in adapters.placed.get(name, {}).items())
+    return {path: layer for path, layer in found if isinstance(layer, kind)}

@@ -1,0 +1,102 @@
+"""How several adapters of a method become one new adapter, layer by layer. A method's record has one way or none."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from splice.config import PeftConfig
+from splice.kinds.layer import AdapterLayer
+
+# The adapter layers that the adapters have on one base layer, each with its adapter's weight in the sum.
+Weighted: TypeAlias = "Sequence[tuple[AdapterLayer, float]]"
+
+
+@dataclass(frozen=True)
+class Combination:
+    """How to combine; the fields are the arguments of `PeftModel.add_weighted_adapter`."""
+
+    # The way, by the name that the caller gives it (`combination_type`).
+    kind: str
+    # Rank of the result, for ways that end in a decomposition; the largest of the adapters', if None.
+    svd_rank: int | None = None
+    # Quantile at which the factors are cut off after a decomposition; None for no cut.
+    svd_clamp: float | None = None
+    # Accepted for compatibility: only the leading vectors are used, so the others are never worked out.
+    svd_full_matrices: bool = True
+    # torch's method for the decomposition on CUDA; its own choice, if None.
+    svd_driver: str | None = None
+    # Share of the values that is kept, of ways that prune.
+    density: float | None = None
+    # How TIES elects a sign: "total" by the sum of the values, "frequency" by their number.
+    majority_sign_method: str = "total"
+
+
+class Combine(ABC):
+    """One way to combine adapters."""
+
+    @abstractmethod
+    def check(self, how: Combination, peft_type: str) -> None:
+        """Raise for a combination that this way does not know.
+
+        Raises:
+            ValueError: with what it does know.
+        """
+
+    @abstractmethod
+    def config(self, united: Any, configs: Sequence[Any], how: Combination) -> PeftConfig:
+        """The config of the new adapter.
+
+        Args:
+            united: the first adapter's config, on the layers of all of them.
+            configs: of the adapters.
+            how: the combination.
+
+        Raises:
+            ValueError: adapters with such configs cannot be combined that way.
+        """
+
+    @abstractmethod
+    def tensors(
+        self, base: nn.Module, path: str, config: PeftConfig, layers: Weighted, how: Combination
+    ) -> dict[str, torch.Tensor]:
+        """The tensors of the new adapter's layer on `base`, by their suffixes.
+
+        Raises:
+            ValueError: the layers have no sum.
+        """
+
+
+class Summed(Combine):
+    """Of methods whose tensors add up: each is the weighted sum of those that the adapters have."""
+
+    def check(self, how: Combination, peft_type: str) -> None:
+        if how not in (Combination("svd"), Combination("linear")):
+            raise ValueError(
+                f"{how} is a way to combine low-rank factors; {peft_type} has none, and its adapters are combined by the "
+                "weighted sum of their tensors. Leave these arguments out."
+            )
+
+    def config(self, united: Any, configs: Sequence[Any], how: Combination) -> PeftConfig:
+        return united  # type: ignore[no-any-return]
+
+    def tensors(
+        self, base: nn.Module, path: str, config: PeftConfig, layers: Weighted, how: Combination
+    ) -> dict[str, torch.Tensor]:
+        slots: Mapping[str, tuple[int, ...]] = type(layers[0][0]).slots(base, config, path)
+        result: dict[str, torch.Tensor] = {}
+        for layer, weight in layers:
+            for name, tensor in layer.named_slots():
+                if tuple(tensor.shape) != slots[name]:
+                    raise ValueError(
+                        f"{path}: {name} is {tuple(tensor.shape)} in one of the adapters, and would be {slots[name]}: they "
+                        "act on this layer in different ways, so their sum has no meaning."
+                    )
+                part = weight * tensor.detach()
+                result[name] = result[name] + part if name in result else part
+        return result

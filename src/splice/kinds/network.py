@@ -1,0 +1,49 @@
+"""The kind that acts on the call of the network as a whole, and not on its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import nn
+
+from splice.config import PeftConfig
+from splice.kinds.adapters import Adapters, layers_of
+from splice.kinds.layer import AdapterLayer
+from splice.kinds.module_copy import WholeModule
+
+
+class NetworkLayer(AdapterLayer):
+    """What one adapter puts on the call of the network, or of the part of it that takes what the adapter brings."""
+
+    # The adapter layer for modules that such an adapter saves whole.
+    head: ClassVar[type[WholeModule]] = WholeModule
+    # Whether positions that the caller gives are worked out anew.
+    drops_positions: ClassVar[bool] = False
+
+    @classmethod
+    def place(cls, network: nn.Module, config: Any) -> str:
+        """Path of the module whose call it acts on.
+
+        Raises:
+            ValueError: the network has none.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def for_training(cls, config: PeftConfig) -> type[NetworkLayer]:
+        """The class of a new adapter that is to be trained, where more is trained than a checkpoint holds."""
+        return cls
+
+    @classmethod
+    def generate_of(cls, adapters: Adapters) -> Callable[..., Any]:
+        """`generate` of the network, for encoder-decoders: these call their encoder without calling the network."""
+        network: Any = adapters.model
+        generate: Callable[..., Any] = network.generate
+        return generate
+
+
+def network_layers(adapters: Adapters) -> dict[str, NetworkLayer]:
+    """Adapter name -> what it puts on the call of the network, for all adapters that do."""
+    each = {name: layers_of(adapters, [name], NetworkLayer) for name in adapters.placed}
+    return {name: layer for name, found in each.items() for layer in found.values()}
