@@ -96,7 +96,7 @@ def test_a_second_adapter_and_back(case: Case, shared_checkpoint: Any) -> None:
 @every
 def test_two_active_at_once(case: Case, shared_checkpoint: Any) -> None:
     """Where both adapters have a head of their own, neither library lets both be active; that has its own test."""
-    if case.method.exclusive or splice.tasks.class_for(splice.get_peft_config(case.config()), splice.PeftModel).heads:
+    if case.method.exclusive or splice.PeftModel.class_for(splice.get_peft_config(case.config())).heads:
         pytest.skip("each adapter replaces a module as a whole")
     first = shared_checkpoint(case.base, case.config())
     pair = load_both(case.base, first, shared_checkpoint(case.base, case.other_config(), seed=1))
