@@ -59,8 +59,7 @@ class Tuner(nn.Module):
         self.splice_shared = AdapterDict()
         # Adapters that have to know what the model is called with, and which of their layers.
         self.reading: dict[str, set[type[AdapterLayer]]] = {}
-        # The record of each adapter's own method, and what it adds to the loss.
-        self._methods: dict[str, Method] = {}
+        # What each adapter's own method adds to the loss.
         self.loss_terms: dict[str, Callable[[Adapters, str], torch.Tensor]] = {}
         self._trainable: set[str] = set()
         self._places: dict[str, list[tuple[dict[str, nn.Parameter | None], str]]] = {}
@@ -94,7 +93,7 @@ class Tuner(nn.Module):
         except AttributeError:
             if name == "model":  # not there before __init__, as while unpickling
                 raise
-            for method in self.__dict__.get("_methods", {}).values():
+            for method in self.methods.values() if "peft_config" in self.__dict__ else ():
                 if name in method.tuner_methods:
                     return partial(method.tuner_methods[name], self)
                 if name in method.tuner_views:
@@ -116,7 +115,7 @@ class Tuner(nn.Module):
         readers = weight_readers(modules)
         self.placed[name] = {item.placement.path: item.layer for item in built}
         self.peft_config[name] = config
-        method = self._methods[name] = method_of(config)
+        method = method_of(config)
         if method.loss_term is not None:
             self.loss_terms[name] = method.loss_term
         self.model.__dict__[TUNER] = (self,)
@@ -153,7 +152,6 @@ class Tuner(nn.Module):
                 self.adapted.pop(path, None)
         del self.placed[name]
         self.peft_config.pop(name, None)
-        self._methods.pop(name, None)
         self.loss_terms.pop(name, None)
         self._trainable.discard(name)
         self._places.pop(name, None)
@@ -365,7 +363,6 @@ class Tuner(nn.Module):
         self.adapted.clear()
         self.placed.clear()
         self.peft_config.clear()
-        self._methods.clear()
         self.loss_terms.clear()
         self.selection.merged.clear()
         self.selection.set([])
@@ -377,8 +374,13 @@ class Tuner(nn.Module):
     @property
     def prefix(self) -> str:
         """What the names of the active adapter's tensors begin with."""
-        name = next(iter(self.selection.active or self._methods))
-        return self._methods[name].prefix
+        name = next(iter(self.selection.active or self.peft_config))
+        return self.methods[name].prefix
+
+    @property
+    def methods(self) -> dict[str, Method]:
+        """The record of each adapter's own method."""
+        return {name: method_of(config) for name, config in self.peft_config.items()}
 
     @property
     def targeted_module_names(self) -> list[str]:
@@ -420,7 +422,7 @@ class Tuner(nn.Module):
     def reference_names(self) -> dict[str, str]:
         """Name of a tensor below the PeftModel -> its name in the reference, where the two differ."""
         names: dict[str, str] = {}
-        if any(method.network_layer is not None for method in self._methods.values()):
+        if any(method.network_layer is not None for method in self.methods.values()):
             # Virtual tokens wrap nothing: below the reference's PeftModel comes the network itself.
             names = {PREFIX + name: SHORT_PREFIX + name for name, _ in own_names(self.model)}
         for adapter_name, shared in self.splice_shared._modules.items():
