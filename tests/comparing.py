@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import splice
-from splice.base.layers import ADAPTERS
+from splice.base.bare import walk_bare
+from splice.checkpoint.keys import PREFIX, SHORT_PREFIX, format_key
+from splice.kinds.network import NetworkLayer
 from tests.bases import Base, run
 
 # Far below what any mistake in the mathematics makes of these models (their outputs are about 1).
@@ -84,14 +86,61 @@ class Described:
     requires_grad: bool | None = None
 
 
+def names_in_reference(model: nn.Module) -> dict[str, str]:
+    """Name of a tensor of our PeftModel -> the name that the reference has for it, where the two differ."""
+    tuner: Any = model.base_model
+    around = any(isinstance(layer, NetworkLayer) for placed in tuner.placed.values() for layer in placed.values())
+    front = SHORT_PREFIX if around else PREFIX
+    names = {PREFIX + name: front + name for module in [tuner.model] for name, _ in _bare_tensors(module)}
+    taken = set()
+    for adapter_name, placed in tuner.placed.items():
+        for path, layer in placed.items():
+            for suffix in layer.registered:
+                theirs = layer.names.in_reference(path, suffix, adapter_name)
+                names[layer.names.in_tree(path, suffix, adapter_name)] = theirs
+                taken.add(theirs)
+    for path, host in tuner.hosts.items():
+        first = next((a for a in host.layers.values() if a.names.base), None)
+        for name, _ in _bare_tensors(host.base) if first is not None else ():
+            theirs = first.names.base_in_reference(path) + name
+            names[format_key(path, name)] = format_key(path, f"original_module.{name}") if theirs in taken else theirs
+        bias = format_key(path, "bias")
+        if first is None and bias in taken:
+            names[bias] = format_key(path, "original_module.bias")
+    return names
+
+
+def _bare_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for path, below in walk_bare(module).items():
+        for name, tensor in (*below._parameters.items(), *below._buffers.items()):
+            if tensor is not None:
+                yield (f"{path}.{name}" if path else name), tensor
+
+
+def named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """`named_parameters`, of a model of either library by the reference's names."""
+    names = names_in_reference(model) if isinstance(model, splice.PeftModel) else {}
+    return ((names.get(name, name), parameter) for name, parameter in model.named_parameters())
+
+
+def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """`state_dict`, likewise."""
+    names = names_in_reference(model) if isinstance(model, splice.PeftModel) else {}
+    return {names.get(name, name): tensor for name, tensor in model.state_dict().items()}
+
+
 def parameters_of(model: nn.Module) -> dict[str, Described]:
-    """Every parameter of a model by the name that `named_parameters` gives it."""
-    return {n: Described(tuple(p.shape), p.dtype, p.requires_grad) for n, p in model.named_parameters()}
+    """Every parameter of a model by the reference's name."""
+    return {n: Described(tuple(p.shape), p.dtype, p.requires_grad) for n, p in named(model)}
 
 
 def base_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of the base model by their own names, without those of adapters that are on it."""
-    return {n: p for n, p in network.named_parameters() if ADAPTERS not in n.split(".")}
+    first: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, parameter in _bare_tensors(network):
+        if isinstance(parameter, nn.Parameter):
+            first.setdefault(id(parameter), (name, parameter))
+    return dict(first.values())
 
 
 def in_base_terms(name: str) -> str:
@@ -100,7 +149,7 @@ def in_base_terms(name: str) -> str:
 
 
 def trainable_names(model: nn.Module) -> set[str]:
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name for name, parameter in named(model) if parameter.requires_grad}
 
 
 def tensors_in(folder: Path) -> dict[str, torch.Tensor]:

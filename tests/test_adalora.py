@@ -12,7 +12,7 @@ import torch
 import splice
 from tests import bases
 from tests.bases import Base, run
-from tests.comparing import assert_close, config_in, load_both, tensors_in
+from tests.comparing import assert_close, config_in, load_both, named, tensors_in
 
 SCHEDULE = {"init_r": 6, "target_r": 3, "total_step": 10, "tinit": 2, "tfinal": 3, "deltaT": 2, "lora_alpha": 9}
 places = pytest.mark.parametrize("base", [bases.LINEAR, bases.CONV2D, bases.TRANSPOSED, bases.LLAMA], ids=str)
@@ -46,8 +46,8 @@ def test_every_step_is_the_references(base: Base, shared_checkpoint: Any, tmp_pa
     for number in range(10):
         losses = pair.each(lambda model, number=number: step(model, base, number))
         assert losses is None or losses[1] == pytest.approx(losses[0], rel=1e-4)
-        theirs = {n: p.detach() for n, p in pair.reference.named_parameters() if ".lora_E." in n}
-        ours = dict(pair.ours.named_parameters())
+        theirs = {n: p.detach() for n, p in named(pair.reference) if ".lora_E." in n}
+        ours = dict(named(pair.ours))
         for name, tensor in theirs.items():
             assert torch.equal(ours[name].detach() == 0, tensor == 0), (number, name)
             assert_close(ours[name].detach(), tensor, factor=100)

@@ -28,7 +28,9 @@ from tests.comparing import (
     differ,
     in_base_terms,
     load_both,
+    named,
     parameters_of,
+    state_of,
     tensors_in,
     trainable_names,
 )
@@ -67,8 +69,8 @@ def test_an_embedding_that_clips_its_rows(case: Case, shared_checkpoint: Any) ->
     for _ in range(2):
         output = pair.assert_equal()
     assert differ(output, run(case.base.build(), case.base.inputs(3)))
-    theirs = dict(pair.reference.named_parameters())
-    for name, parameter in pair.ours.named_parameters():
+    theirs = dict(named(pair.reference))
+    for name, parameter in named(pair.ours):
         assert_close(parameter.detach(), theirs[name].detach())
 
 
@@ -119,7 +121,7 @@ def test_gradients(case: Case, shared_checkpoint: Any) -> None:
 def _gradients(model: Any, case: Case) -> dict[str, torch.Tensor]:
     output = bases.tensors_of(model(**case.base.inputs(3)))[0]
     output.square().sum().backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: p.grad for name, p in named(model) if p.grad is not None}
 
 
 @few
@@ -183,7 +185,7 @@ def test_half_precision_files_on_a_float32_base(case: Case, autocast: bool, shar
 
 def _dtypes(model: Any) -> dict[str, torch.dtype]:
     """Without the flags: where the reference casts an embedding's adapter, it makes the new parameters trainable."""
-    return {name: parameter.dtype for name, parameter in model.named_parameters()}
+    return {name: parameter.dtype for name, parameter in named(model)}
 
 
 @few
@@ -326,7 +328,7 @@ def test_a_new_adapter_changes_nothing_yet(case: Case) -> None:
 def test_names_shapes_dtypes_and_flags(case: Case, shared_checkpoint: Any) -> None:
     pair = load_both(case.base, shared_checkpoint(case.base, case.with_head()))
     assert_same_parameters(pair, case)
-    states = pair.reference.state_dict(), pair.ours.state_dict()
+    states = state_of(pair.reference), state_of(pair.ours)
     for name, tensor in states[0].items():
         assert torch.equal(states[1][name], tensor), name
 
@@ -339,13 +341,13 @@ def assert_same_parameters(pair: Pair, case: Case) -> None:
     theirs, ours = parameters_of(pair.reference), parameters_of(pair.ours)
     kept = {name: ours.pop(name) for name in set(ours) - set(theirs)}
     assert ours == theirs
-    assert set(pair.ours.state_dict()) - set(kept) == set(pair.reference.state_dict())
+    assert set(state_of(pair.ours)) - set(kept) == set(state_of(pair.reference))
     originals = dict(case.base.build().named_parameters())
     for name, described in kept.items():
         assert name.endswith("original_module.bias")
         assert not described.requires_grad
         original = originals[in_base_terms(name).removeprefix("base_model.model.")]
-        assert torch.equal(dict(pair.ours.named_parameters())[name], original)
+        assert torch.equal(dict(named(pair.ours))[name], original)
     assert case.trains_biases or not kept
 
 
@@ -354,7 +356,7 @@ def test_names_with_two_adapters(case: Case, shared_checkpoint: Any) -> None:
     first = shared_checkpoint(case.base, case.config(modules_to_save=[case.base.head]))
     pair = load_both(case.base, first, shared_checkpoint(case.base, case.other_config(), seed=1))
     assert parameters_of(pair.ours) == parameters_of(pair.reference)
-    assert set(pair.ours.state_dict()) == set(pair.reference.state_dict())
+    assert set(state_of(pair.ours)) == set(state_of(pair.reference))
 
 
 @few

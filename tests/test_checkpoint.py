@@ -17,6 +17,7 @@ import splice
 from splice.checkpoint.tensors import SafetensorsFile, TensorsInMemory, open_weights
 from tests import broken
 from tests.broken import BIN, SAFETENSORS, Parts, by_reference, in_fork, llama, load, output, parts
+from tests.comparing import named
 
 WEIGHTS = {"safetensors": SAFETENSORS, "bin": BIN}
 
@@ -183,7 +184,7 @@ def test_the_dtype_in_memory_is_that_of_the_reference(
     folder = Parts({name: tensor.to(stored) for name, tensor in made.tensors.items()}, made.config).write(tmp_path)
     ours = load(folder, llama().to(base), autocast_adapter_dtype=autocast)
     theirs = by_reference(folder, llama().to(base), autocast_adapter_dtype=autocast)
-    expected = dict(theirs.named_parameters())
+    expected = dict(named(theirs))
     for name, tensor in broken.adapter_tensors(ours).items():
         assert tensor.dtype is expected[name].dtype
         assert torch.equal(tensor, expected[name])

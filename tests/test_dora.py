@@ -21,7 +21,9 @@ from tests.comparing import (
     config_in,
     differ,
     load_both,
+    named,
     parameters_of,
+    state_of,
     tensors_in,
     trainable_names,
 )
@@ -41,7 +43,7 @@ def test_the_output_and_the_names_are_those_of_the_reference(base: Base, shared_
     pair = load_both(base, shared_checkpoint(base, config(base)), is_trainable=True)
     assert differ(pair.assert_equal(), run(base.build(), base.inputs(3)))
     assert parameters_of(pair.ours) == parameters_of(pair.reference)
-    assert set(pair.ours.state_dict()) == set(pair.reference.state_dict())
+    assert set(state_of(pair.ours)) == set(state_of(pair.reference))
     for name in ("lora_magnitude_vector", "scaling"):
         assert list(getattr(pair.ours.base_model.model.first, name)) == ["default"]
     weight = pair.ours.base_model.model.first.lora_magnitude_vector["default"].weight
@@ -57,7 +59,7 @@ def test_training(base: Base, dropout: float, shared_checkpoint: Any) -> None:
         model.train()
         torch.manual_seed(3)
         model(**base.inputs(3)).square().sum().backward()
-        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        found.append({name: p.grad for name, p in named(model) if p.grad is not None})
     assert set(found[1]) == set(found[0]) == trainable_names(pair.ours)
     for name, gradient in found[0].items():
         assert_close(found[1][name], gradient, factor=20)
@@ -135,11 +137,11 @@ def test_a_new_adapter_starts_where_that_of_the_reference_does(base: Base, initi
         torch.manual_seed(5)
         fields = config(base, init_lora_weights=initial, alpha_pattern={"second": 3}, inference_mode=True)
         made.append(library.get_peft_model(base.build(), library.get_peft_config(fields)))
-    reference, ours = (dict(model.named_parameters()) for model in made)
+    reference, ours = (dict(named(model)) for model in made)
     for name, tensor in ours.items():
         if "magnitude" in name:
             path = name.removeprefix("base_model.model.").partition(".lora")[0]
-            layer = made[1].base_model.model.get_submodule(path).splice_adapters["default"]
+            layer = made[1].base_model.model.get_submodule(path).splice_host.layers["default"]
             if initial:
                 assert_close(tensor, reference[name])
             assert_close(tensor.flatten(), layer.norm(layer.base_weight(tensor.dtype)).flatten())

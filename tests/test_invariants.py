@@ -218,7 +218,7 @@ def test_a_load_leaves_the_flags_of_others_alone(case: Case, shared_checkpoint: 
     """Of other adapters, and of base parameters that the user unfroze since."""
     model = loaded(case, shared_checkpoint, is_trainable=True)
     frozen = next(iter(model.base_model.placed["default"].values()))
-    frozen.requires_grad_(False)
+    frozen.set_trained(False)
     unfrozen = next(model.get_base_model().parameters())
     unfrozen.requires_grad = True
     flags = {name: described.requires_grad for name, described in parameters_of(model).items()}
@@ -449,9 +449,8 @@ def test_names_that_contain_each_other(names: tuple[str, str], shared_checkpoint
             model.set_adapter(name)
             outputs[name] = run(model, inputs)
             trainable = {id(p) for p in model.parameters() if p.requires_grad}
-            assert trainable == {
-                id(p) for layer in model.base_model.placed[name].values() for p in layer.trained_parameters()
-            }
+            own = model.base_model.placed[name].values()
+            assert trainable == {id(tensor) for layer in own for _, tensor in layer.named_slots()}
         model.save_pretrained(tmp_path)
         for name, folder in ((one, first), (other, second)):
             saved = tmp_path if name == "default" else tmp_path / name

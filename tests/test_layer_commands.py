@@ -9,7 +9,7 @@ import torch
 
 from tests import bases
 from tests.bases import run
-from tests.comparing import Pair, assert_close, load_both
+from tests.comparing import Pair, assert_close, load_both, named
 from tests.samples import Case, plain_cases
 
 BASE = bases.LINEAR
@@ -48,11 +48,11 @@ def test_one_layer_told_alone(case: Case, shared_checkpoint: Any) -> None:
     first = pair.assert_equal()
     pair.each(lambda model: layers(model)[0].set_adapter("second"))
     assert not torch.equal(pair.assert_equal(), first)
-    flags = [{n: p.requires_grad for n, p in m.named_parameters()} for m in (pair.ours, pair.reference)]
+    flags = [{n: p.requires_grad for n, p in named(m)} for m in (pair.ours, pair.reference)]
     assert flags[0] == flags[1]
     pair.each(lambda model: model.set_adapter("default"))
     assert torch.equal(pair.assert_equal(), first)
-    trained = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (pair.ours, pair.reference)]
+    trained = [{n for n, p in named(m) if p.requires_grad} for m in (pair.ours, pair.reference)]
     assert trained[0] == trained[1]
 
 
@@ -96,7 +96,7 @@ def test_flags_of_one_layer(case: Case, shared_checkpoint: Any) -> None:
     pair = both(case, shared_checkpoint)
     pair.each(lambda model: layers(model)[1].set_requires_grad("second"))
     pair.each(lambda model: layers(model)[1].set_requires_grad(["unknown"], False))
-    flags = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (pair.ours, pair.reference)]
+    flags = [{n for n, p in named(m) if p.requires_grad} for m in (pair.ours, pair.reference)]
     assert flags[0] == flags[1] != set()
     names = layers(pair.reference)[0].adapter_layer_names
     assert set(layers(pair.ours)[0].adapter_layer_names) <= {

@@ -148,7 +148,7 @@ def test_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
     """It is rounded in float32, and held as the base is."""
     trained(tmp_path, 4, 1)
     model = load(tmp_path, Net().to(dtype))
-    layer = model.base_model.model.lin.splice_adapters["default"]
+    layer = model.base_model.model.lin.splice_host.layers["default"]
     assert layer.quantised.dtype is dtype
     assert torch.equal(layer.quantised, rounded(KNOWN["weight"].to(dtype).float(), 4).to(dtype))
 

@@ -22,7 +22,9 @@ from tests.comparing import (
     config_in,
     differ,
     load_both,
+    named,
     parameters_of,
+    state_of,
     tensors_in,
     trainable_names,
 )
@@ -59,7 +61,7 @@ def test_the_output_is_that_of_the_reference(base: Base, fields: dict[str, Any],
     pair = load_both(base, shared_checkpoint(base, config(base, **fields)), is_trainable=True)
     assert differ(pair.assert_equal(), run(base.build(), base.inputs(3)))
     assert parameters_of(pair.ours) == parameters_of(pair.reference)
-    assert set(pair.ours.state_dict()) == set(pair.reference.state_dict())
+    assert set(state_of(pair.ours)) == set(state_of(pair.reference))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -72,7 +74,7 @@ def test_training(base: Base, fields: dict[str, Any], dropout: float, shared_che
     for model in (pair.reference, pair.ours):
         torch.manual_seed(3)
         model.train()(**base.inputs(3)).square().sum().backward()
-        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        found.append({name: p.grad for name, p in named(model) if p.grad is not None})
     assert set(found[1]) == set(found[0]) == trainable_names(pair.ours)
     for name, gradient in found[0].items():
         assert_close(found[1][name], gradient, factor=30)
@@ -128,7 +130,7 @@ def test_a_new_adapter_starts_at_the_base(base: Base, fields: dict[str, Any], tm
     expected = run(base.build(), base.inputs(3))
     for model in made:
         assert_close(run(model, base.inputs(3)), expected)
-    reference, ours = (dict(model.named_parameters()) for model in made)
+    reference, ours = (dict(named(model)) for model in made)
     for a, b in ((n, n.replace("lora_A", "lora_B")) for n in ours if "lora_A" in n):
         assert_close(ours[b] @ ours[a], reference[b] @ reference[a], factor=3)
     with torch.no_grad():

@@ -23,7 +23,9 @@ from tests.comparing import (
     config_in,
     differ,
     load_both,
+    named,
     parameters_of,
+    state_of,
     tensors_in,
     trainable_names,
 )
@@ -53,7 +55,7 @@ def test_the_output_is_that_of_the_reference(case: Case, names: list[str], share
     output = pair.assert_equal()
     assert differ(output, run(case.base.build(), case.base.inputs(3)))
     assert parameters_of(pair.ours) == parameters_of(pair.reference)
-    assert set(pair.ours.state_dict()) == set(pair.reference.state_dict())
+    assert set(state_of(pair.ours)) == set(state_of(pair.reference))
 
 
 @every
@@ -63,7 +65,7 @@ def test_gradients(case: Case, names: list[str], shared_checkpoint: Any) -> None
     found = []
     for model in (pair.reference, pair.ours):
         model(**case.base.inputs(3)).square().sum().backward()
-        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        found.append({name: p.grad for name, p in named(model) if p.grad is not None})
     assert set(found[1]) == set(found[0]) == trainable_names(pair.ours)
     for name, gradient in found[0].items():
         assert_close(found[1][name], gradient, factor=10)

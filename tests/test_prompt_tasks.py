@@ -21,6 +21,7 @@ from tests.comparing import (
     config_in,
     differ,
     load_both,
+    named,
     tensors_in,
     trainable_names,
 )
@@ -82,8 +83,8 @@ def test_saved_again_and_read_by_both(case: Case, shared_checkpoint: Any, tmp_pa
     pair.ours.save_pretrained(tmp_path)
     assert_same_tensors(tensors_in(tmp_path), tensors_in(folder))
     assert config_in(tmp_path) == config_in(folder)
-    theirs = {name for name, _ in pair.reference.named_parameters()}
-    assert {name for name, _ in pair.ours.named_parameters()} == theirs
+    theirs = {name for name, _ in named(pair.reference)}
+    assert {name for name, _ in named(pair.ours)} == theirs
     again = peft.PeftModel.from_pretrained(case.base.build(), str(tmp_path))
     assert_same_tensors(peft.get_peft_model_state_dict(again), splice.get_peft_model_state_dict(pair.ours))
 

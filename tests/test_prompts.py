@@ -22,6 +22,7 @@ from tests.comparing import (
     config_in,
     differ,
     load_both,
+    named,
     tensors_in,
     trainable_names,
 )
@@ -159,8 +160,8 @@ def test_a_new_one_is_trained_as_in_the_reference(case: Case, tmp_path: Path) ->
 def test_names_and_counts(case: Case, shared_checkpoint: Any) -> None:
     folder = shared_checkpoint(case.base, case.config())
     pair = load_both(case.base, folder, shared_checkpoint(case.base, case.other_config(), seed=1))
-    theirs = {name for name, _ in pair.reference.named_parameters()}
-    assert {name for name, _ in pair.ours.named_parameters()} == theirs
+    theirs = {name for name, _ in named(pair.reference)}
+    assert {name for name, _ in named(pair.ours)} == theirs
     assert_same_tensors(splice.get_peft_model_state_dict(pair.ours), peft.get_peft_model_state_dict(pair.reference))
     assert pair.ours.active_adapters == pair.reference.active_adapters
     assert pair.ours.get_nb_trainable_parameters()[1] == pair.reference.get_nb_trainable_parameters()[1]

@@ -17,7 +17,7 @@ import splice
 from splice.selection import BASE
 from tests import bases
 from tests.bases import Inputs, run
-from tests.comparing import assert_close, differ
+from tests.comparing import assert_close, differ, named
 from tests.samples import SAMPLES, Case, kind_cases, plain_cases
 
 ROWS = ["default", BASE, "second", "default", "second"]
@@ -149,7 +149,7 @@ def test_rows_of_one_token(dtypes: tuple[str, str], shared_checkpoint: Any) -> N
     model: Any = splice.PeftModel.from_pretrained(base.build(), shared_checkpoint(base, config))
     model.load_adapter(shared_checkpoint(base, config, seed=1), "other")
     for name, dtype in zip(("default", "other"), dtypes):
-        for key, parameter in model.named_parameters():
+        for key, parameter in named(model):
             if f".{name}." in key:
                 parameter.data = parameter.to(getattr(torch, dtype))
     inputs = {key: tensor[:, :1] for key, tensor in base.inputs(3).items()}
@@ -165,7 +165,7 @@ def test_gradients_of_mixed_rows_reach_each_adapter(case: Case, shared_checkpoin
     model.set_requires_grad(["default", "second"])
     inputs = case.base.inputs(4)
     model(**inputs, adapter_names=["default", "second", "default", BASE]).square().sum().backward()
-    mixed = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    mixed = {name: p.grad.clone() for name, p in named(model) if p.grad is not None}
     assert {name for name in ("default", "second") for key in mixed if name in key.split(".")[-2:]} == {
         "default",
         "second",
@@ -174,7 +174,7 @@ def test_gradients_of_mixed_rows_reach_each_adapter(case: Case, shared_checkpoin
         model.zero_grad()
         model.set_adapter(name)
         model(x=inputs["x"][rows]).square().sum().backward()
-        for key, parameter in model.named_parameters():
+        for key, parameter in named(model):
             if parameter.requires_grad:
                 assert_close(mixed[key], parameter.grad, factor=3)
 

@@ -20,7 +20,7 @@ import splice
 from splice.kinds.module_copy import WholeModule
 from tests import bases
 from tests.bases import Inputs, run
-from tests.comparing import Pair, Snapshot, assert_close, base_parameters, differ, load_both, parameters_of
+from tests.comparing import Pair, Snapshot, assert_close, base_parameters, differ, load_both, named, parameters_of
 from tests.samples import Case, kind_cases, plain_cases
 
 MODELS = (bases.LINEAR, bases.EMBEDDING, bases.CONV2D, bases.MIXED, bases.LLAMA, bases.BERT, bases.T5)
@@ -77,8 +77,8 @@ def test_the_steps_are_those_of_the_reference(case: Case, shared_checkpoint: Any
     pair = load_both(case.base, folder, is_trainable=True)
     losses = [train(model.train(), case.base.inputs(4), steps=5) for model in (pair.reference, pair.ours)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-    theirs = dict(pair.reference.named_parameters())
-    for name, parameter in pair.ours.named_parameters():
+    theirs = dict(named(pair.reference))
+    for name, parameter in named(pair.ours):
         torch.testing.assert_close(parameter, theirs[name], rtol=1e-3, atol=1e-4)
 
 
@@ -193,8 +193,8 @@ def test_gradient_checkpointing(case: Case, before: bool, reentrant: bool, share
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loss_of(model.train(), case.base.inputs(3)).backward()
-        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
-    for name, parameter in expected.named_parameters():
+        found.append({name: p.grad for name, p in named(model) if p.requires_grad})
+    for name, parameter in named(expected):
         if parameter.requires_grad:
             assert found[0][name] is not None
             assert found[1][name] is not None, name
@@ -572,7 +572,7 @@ def test_two_processes_train_as_one(case: Case, shared_checkpoint: Any, tmp_path
     single = splice.PeftModel.from_pretrained(case.base.build(), folder, is_trainable=True).train()
     _two_steps(single, case.base.inputs(4))
     ranks = [torch.load(f"{result}.{rank}", weights_only=True) for rank in range(2)]
-    expected = {name: p.detach() for name, p in single.named_parameters() if p.requires_grad}
+    expected = {name: p.detach() for name, p in named(single) if p.requires_grad}
     assert set(ranks[0]) == set(ranks[1]) == set(expected)
     for name, tensor in expected.items():
         assert torch.equal(ranks[0][name], ranks[1][name]), name

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from splice.base.dense import HALVES
 from splice.injecting import inject_adapter_in_model as inject_adapter_in_model
-from splice.kinds.layer import HALVES
 from splice.kinds.module_copy import WholeModule
+from splice.kinds.slot import Role
 from splice.loading.saving import get_peft_model_state_dict as get_peft_model_state_dict
 from splice.loading.state import set_peft_model_state_dict as set_peft_model_state_dict
 from splice.surgery.tuner import tuner_of
@@ -57,6 +58,6 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
     if not autocast_adapter_dtype:
         return
     for layer in tuner_of(model)[0].placed[adapter_name].values():
-        for parameter in () if isinstance(layer, WholeModule) else layer.parameters():
-            if parameter.dtype in HALVES:
-                parameter.data = parameter.data.to(torch.float32)
+        for registry, name, slot in () if isinstance(layer, WholeModule) else layer.registered.values():
+            if slot.role is not Role.BUFFER and registry[name].dtype in HALVES:
+                registry[name].data = registry[name].data.to(torch.float32)

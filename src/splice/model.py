@@ -16,8 +16,8 @@ from splice.checkpoint.card import write_card
 from splice.checkpoint.publishing import Publication, publish
 from splice.config import PeftConfig, TaskType
 from splice.errors import PeftWarning, warn
+from splice.kinds.call import Call, ReadsCall
 from splice.kinds.combining import Combination
-from splice.kinds.layer import AdapterLayer, Call
 from splice.loading.combining import add_weighted_adapter
 from splice.loading.creating import new_adapter
 from splice.loading.in_memory import checkpoint_from
@@ -38,9 +38,8 @@ class PeftModel(nn.Module):
     """A base model with adapters.
 
     The base model is changed in place and reversibly: its layers stay the same objects with the same parameters, and
-    take on subclasses of their own classes while an adapter is on them. Its parameter and `state_dict` names, seen from
-    here, are those of the reference (`base_model.model.<path>.base_layer.weight`, `...lora_A.<adapter>.weight`); the base
-    model keeps its own.
+    take on subclasses of their own classes while an adapter is on them. All names are those of the tree of modules: the
+    base's tensors keep theirs, and an adapter's stand on the layer it adapts (`...q_proj.lora_A.<adapter>.weight`).
 
     Args:
         model: the base model.
@@ -106,6 +105,7 @@ class PeftModel(nn.Module):
         nn.Module.__init__(self)
         self.base_model = Tuner.of(model)
         self.base_model.mixes_methods = self.mixes_methods
+        self.base_model.stand_in(self._modules)
         self.load_report: LoadReport | None = None
         self._unused_checked = True
 
@@ -479,7 +479,7 @@ class PeftModel(nn.Module):
         ids = next((kwargs[n] for n in ("input_ids", "inputs") if kwargs.get(n) is not None), args[0] if args else None)
         call = Call(ids, kwargs, generates)
         with ExitStack() as stack:
-            for layer_class in set[type[AdapterLayer]]().union(*reading.values()):
+            for layer_class in set[type[ReadsCall]]().union(*reading.values()):
                 names = [name for name, classes in reading.items() if layer_class in classes]
                 stack.enter_context(layer_class.call_context(self.base_model, names, call))
             yield
@@ -511,38 +511,6 @@ class PeftModel(nn.Module):
 
     def get_model_status(self) -> ModelStatus:
         return get_model_status(self)
-
-    # -- the reference's names for what is in memory
-
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        names = self._reference_names(prefix + "." if prefix else "")
-        for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
-            yield names.get(name, name), parameter
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
-        state = super().state_dict(*args, **kwargs)
-        names = self._reference_names(prefix)
-        # In one pass: one tensor's name in the reference may be another one's here.
-        renamed = [(names.get(name, name), state.pop(name)) for name in list(state)]
-        state.update(renamed)
-        state.update({prefix + again: state[prefix + name] for again, name in self.base_model.repeated_names().items()})
-        return state
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        ours = {theirs: own for own, theirs in self._reference_names("").items()}
-        theirs = {own: name for name, own in ours.items()}
-        again = self.base_model.repeated_names()
-        known = {ours.get(name, name): tensor for name, tensor in state_dict.items() if name not in again}
-        result = super().load_state_dict(known, strict, assign)
-        for keys in (result.missing_keys, result.unexpected_keys):
-            keys[:] = [theirs.get(key, key) for key in keys]
-        return result
-
-    def _reference_names(self, prefix: str) -> dict[str, str]:
-        return {prefix + ours: prefix + theirs for ours, theirs in self.base_model.reference_names().items()}
 
     def __getattr__(self, name: str) -> Any:
         try:

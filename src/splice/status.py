@@ -11,6 +11,7 @@ from torch import nn
 
 from splice.base.bare import original_class
 from splice.kinds.layer import AdapterLayer
+from splice.kinds.slot import Role
 from splice.surgery.adapted import Adapted
 from splice.surgery.names import is_whole
 from splice.surgery.tuner import Tuner, tuner_of
@@ -81,7 +82,8 @@ def _status_of(path: str, layer: Adapted) -> LayerStatus:
         active_adapters=[n for n in host.selection.active if n in host.layers or not is_whole(layer)],
         merged_adapters=list(host.merged),
         requires_grad={
-            name: _agreed(p.requires_grad for p in a.trained_parameters()) for name, a in host.layers.items()
+            name: _agreed(r[n].requires_grad for r, n, _ in a.tensors_by_role(Role.TRAINED))
+            for name, a in host.layers.items()
         },
         available_adapters=sorted(host.layers),
         devices={name: _devices(adapter) for name, adapter in host.layers.items()},

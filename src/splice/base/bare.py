@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import nn
-
-from splice.base.layers import ADAPTERS
 
 # Under which attributes an adapted layer, and a parent that is guarded because it reads weights, keep what they carry.
 HOST = "splice_host"
@@ -18,10 +16,17 @@ GUARD = "splice_guard"
 
 
 class Carried(Protocol):
-    """What a walk asks of that which a layer carries: the class it had before."""
+    """What a walk asks of that which a layer carries."""
 
     @property
-    def original(self) -> type[nn.Module]: ...
+    def original(self) -> type[nn.Module]:
+        """The class that the layer had before."""
+        ...
+
+    @property
+    def added(self) -> Container[str]:
+        """Names of the modules below it that are not its own."""
+        ...
 
 
 def own_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
@@ -38,9 +43,10 @@ def own_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, torc
 
 def bare_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The children of `module` that were there before any adapter."""
-    adapted = HOST in module.__dict__
+    carried: Carried | None = module.__dict__.get(HOST)
+    added = () if carried is None else carried.added
     for name, child in module._modules.items():
-        if child is not None and not (adapted and name == ADAPTERS):
+        if child is not None and name not in added:
             yield name, child
 
 
@@ -57,9 +63,8 @@ def walk_bare(network: nn.Module) -> dict[str, nn.Module]:
             return
         seen.add(id(module))
         found[path] = module
-        skip = ADAPTERS if HOST in module.__dict__ else None
-        for name, child in module._modules.items():
-            if child is not None and name != skip:
+        for name, child in bare_children(module) if HOST in module.__dict__ else module._modules.items():
+            if child is not None:
                 walk(child, f"{path}.{name}" if path else name)
 
     walk(network, "")

@@ -7,7 +7,11 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from splice.base.layers import ADAPTERS, LayerKind, kind_of
+from splice.base.bare import bare_children
+from splice.base.layers import LayerKind, kind_of
+
+# Dtypes whose adapters are held in float32, unless the caller wants the base's.
+HALVES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
 
 
 def device_of(layer: nn.Module) -> torch.device:
@@ -48,6 +52,5 @@ def added(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
 def _own_tensors(layer: nn.Module) -> Iterator[torch.Tensor]:
     yield from (p for p in layer._parameters.values() if p is not None)
     yield from (b for b in layer._buffers.values() if b is not None)
-    for name, child in layer.named_children():
-        if name != ADAPTERS:
-            yield from child.parameters()
+    for _, child in bare_children(layer):
+        yield from child.parameters()

@@ -7,9 +7,6 @@ from typing import Any
 
 from torch import nn
 
-# Under which name an adapted layer registers its adapter layers. `adapters` alone could be a member of the base's own.
-ADAPTERS = "splice_adapters"
-
 
 class LayerKind(Enum):
     """The kinds of base layer that adapters can be put on."""

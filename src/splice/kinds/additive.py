@@ -5,14 +5,19 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from splice.kinds.layer import AdapterLayer, Forward
+from splice.kinds.effect import Forward
+from splice.kinds.layer import AdapterLayer
 
 
 class Additive(AdapterLayer):
     """The kind `y + scale * delta(dropout(x))`: LoRA and most of its relatives."""
 
     mergeable = True
+    # What the update is multiplied with.
     scale: float = 1.0
+    # The scale that follows from the config, of layers whose scale scripts may change for a while; None of all others.
+    initial_scale: float | None = None
+    # Probability with which a feature of the input is dropped before the update sees it, in training.
     dropout: float = 0.0
 
     def delta(self, x: torch.Tensor) -> torch.Tensor:

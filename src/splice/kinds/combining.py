@@ -12,6 +12,7 @@ from torch import nn
 
 from splice.config import PeftConfig
 from splice.kinds.layer import AdapterLayer
+from splice.kinds.slot import Slot
 
 # The adapter layers that the adapters have on one base layer, each with its adapter's weight in the sum.
 Weighted: TypeAlias = "Sequence[tuple[AdapterLayer, float]]"
@@ -88,14 +89,14 @@ class Summed(Combine):
     def tensors(
         self, base: nn.Module, path: str, config: PeftConfig, layers: Weighted, how: Combination
     ) -> dict[str, torch.Tensor]:
-        slots: Mapping[str, tuple[int, ...]] = type(layers[0][0]).slots(base, config, path)
+        slots: Mapping[str, Slot] = type(layers[0][0]).slots(base, config, path)
         result: dict[str, torch.Tensor] = {}
         for layer, weight in layers:
             for name, tensor in layer.named_slots():
-                if tuple(tensor.shape) != slots[name]:
+                if tuple(tensor.shape) != slots[name].shape:
                     raise ValueError(
-                        f"{path}: {name} is {tuple(tensor.shape)} in one of the adapters, and would be {slots[name]}: they "
-                        "act on this layer in different ways, so their sum has no meaning."
+                        f"{path}: {name} is {tuple(tensor.shape)} in one of the adapters, and would be "
+                        f"{slots[name].shape}: they act on this layer in different ways, so their sum has no meaning."
                     )
                 part = weight * tensor.detach()
                 result[name] = result[name] + part if name in result else part

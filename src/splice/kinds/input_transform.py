@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from splice.kinds.layer import AdapterLayer, Forward
+from splice.kinds.effect import Forward
+from splice.kinds.layer import AdapterLayer
 
 
 class InputTransform(AdapterLayer):

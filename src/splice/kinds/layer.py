@@ -1,137 +1,124 @@
-"""An adapter layer: what one adapter puts on one target, and the kinds that methods build on.
+"""An adapter layer: what one adapter puts on one target. Slots, names, file form and effects are small parts of it.
 
-A method supplies `slots` (which tensors, of which shape), `prepare` (numbers that follow from the config), `initialise`
-and its mathematics. Everything else (attaching, selecting, merging, dtypes, devices, dropout, saving) is hosted once.
+A method supplies `slots` (which tensors, of which shape), `prepare` (numbers that follow from the config), `initialise` and
+its mathematics. Everything else (attaching, selecting, merging, dtypes, devices, dropout, saving) is hosted once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
 from torch import nn
 
-from splice.base.dense import dtype_of
-from splice.checkpoint.keys import format_key
 from splice.config import PeftConfig
-from splice.kinds.adapters import Adapters
-from splice.kinds.light_module import LightModule, Slots
-
-Forward = Callable[..., Any]
-HALVES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
-
-
-class Factors(NamedTuple):
-    """An update of a linear layer that is a plain product: `scale * b a`, with a (r, in) and b (out, r)."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: float
+from splice.kinds.container import Holder
+from splice.kinds.effect import Effect
+from splice.kinds.file_form import FileForm
+from splice.kinds.names import BIAS, LayerNames, Names
+from splice.kinds.slot import Role, Slot
+from splice.kinds.weight_effect import WeightEffect
 
 
-OFFLOADED = (
-    "the adapter's tensors are on the meta device: they were left empty (low_cpu_mem_usage), or offloaded by hooks that came "
-    "after the adapter. Dispatch or offload the base model first, then load the adapter."
-)
+class Registered(NamedTuple):
+    """Where a tensor is registered. The place stays while FSDP, `.to` or `load_state_dict` replace the tensor in it."""
+
+    # `_parameters` or `_buffers` of the module that holds it.
+    registry: dict[str, Any]
+    # Its name there.
+    name: str
+    # What it is.
+    slot: Slot
 
 
-def check_values(own: torch.Tensor, x: torch.Tensor) -> None:
-    """Raise where `own`, a tensor of an adapter, has no values to compute with `x`.
+class Home(NamedTuple):
+    """Where the containers of an adapter layer stand."""
 
-    Raises:
-        RuntimeError: it is on the meta device, and `x` is not.
-    """
-    if own.is_meta and not x.is_meta:
-        raise RuntimeError(OFFLOADED)
-
-
-def cast_to(x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """The input `x` in the dtype of `own`, a tensor of an adapter; indices stay as they are.
-
-    Raises:
-        RuntimeError: `own` has no values.
-    """
-    check_values(own, x)
-    return x if x.dtype is own.dtype or not x.is_floating_point() else x.to(own.dtype)
+    # `_modules` of the adapted layer, or of what stands for the network as a whole.
+    modules: dict[str, nn.Module | None]
+    # Those of them that adapters put there.
+    added: dict[str, nn.Module]
 
 
-@dataclass
-class Call:
-    """What a PeftModel was called with.
+class Held:
+    """A tensor of an adapter layer by its suffix, looked up where it is registered: `a = Held("lora_A.weight")`."""
 
-    Attributes:
-        input_ids: the tokens, if it was given any.
-        options: all named arguments, as they are passed on.
-        generates: whether it is a call of `generate`.
-    """
+    def __init__(self, suffix: str = "") -> None:
+        self.suffix = suffix
 
-    input_ids: torch.Tensor | None
-    options: dict[str, Any]
-    generates: bool
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.suffix = self.suffix or name
+
+    @overload
+    def __get__(self, layer: None, owner: type) -> Held: ...
+
+    @overload
+    def __get__(self, layer: AdapterLayer, owner: type) -> torch.Tensor: ...
+
+    def __get__(self, layer: AdapterLayer | None, owner: type) -> torch.Tensor | Held:
+        return self if layer is None else layer.tensor(self.suffix)
 
 
-class AdapterLayer(LightModule):
+class AdapterLayer(Effect, WeightEffect):
     """Tensors and mathematics of one adapter on one target.
 
-    Its state-dict names are the suffixes that stand in the checkpoint (`lora_A.weight`).
+    It is no module. Its tensors stand in the tree, in containers on the adapted layer, and it reads them there: whoever
+    exchanges parameters in the tree need not know of it.
 
     Args:
-        base: the target. It is read, never kept: a reference would put the base under the adapter's name.
+        base: the target.
         config: the adapter's config.
         path: dotted path of the target in the base model.
-        tensors: one tensor for every name in `slots(base, config, path)`, made for this layer alone.
+        slots: what `slots(base, config, path)` gives.
+        tensors: one tensor for every slot, made for this layer alone.
     """
 
-    # How the reference spells the tensors of the base layer once this is on it (`base_layer.weight`).
-    base_infix: str = "base_layer."
-    # True where `inner` is called with the very input `x`: then its output may be computed once for several adapters.
-    keeps_input: bool = True
-    # Of several active adapters the first is the innermost; the first that the input meets where this is True.
-    first_outside: ClassVar[bool] = False
-    # Suffixes of tensors that are never trained: they are held as buffers.
-    frozen: ClassVar[frozenset[str]] = frozenset()
-    # Parameters that are none to train: the reference registers a number or two so.
-    never_trained: ClassVar[frozenset[str]] = frozenset()
-    # Whether `deltas` gives the whole update, and whether its `weight` is (out, in) however the base stores it.
-    mergeable: bool = False
-    linear_layout: ClassVar[bool] = True
-    # Whether the base with the merged tensors computes what the adapter does; where not, merging says so.
-    merges_exactly: bool = True
-    # Whether it goes on computing while it is merged: the base's own tensors cannot hold what it is.
-    stays_merged: bool = False
-    trained_bias: nn.Parameter | None
-    # Whether it has to know what the PeftModel was called with.
-    reads_call: ClassVar[bool] = False
-    # Whether `shown` gives anything: asked at every call.
-    shows: bool = False
-    # Names that the reference gives its tensors as a whole -> the attribute of this layer.
-    aliases: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    # The path of the layer of the same adapter whose tensors this one shares, where two base layers are tied.
-    leader: str = ""
+    # How its tensors are called.
+    names: Names = LayerNames()
+    # What of them a checkpoint holds.
+    file_form: ClassVar[FileForm] = FileForm()
     # Own suffix -> suffix of the tensor it is the transpose of, where it shares those of a layer of another class.
     transposes: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    # What all layers of its adapter share, in a tuple: it is no child, and the same object for all of them.
-    shared: tuple[AdapterLayer, ...] = ()
+    # Numbers that scripts read and set on an adapted layer, by the reference's names -> the attribute of this layer.
+    numbers: ClassVar[Mapping[str, str]] = MappingProxyType({"scaling": "scale", "r": "r"})
+    # Whether it uses tensors that all layers of its adapter share.
     uses_shared: ClassVar[bool] = False
+    # The adapter layer that holds these, in a tuple; empty until it is joined.
+    shared: tuple[AdapterLayer, ...] = ()
+    # The path of the layer of the same adapter whose tensors this one shares, where two base layers are tied.
+    leader: str = ""
     # The config it was made from, where that is not the adapter's.
     own_config: PeftConfig | None = None
+    # Where its tensors stand in the tree; None until it is attached.
+    home: Home | None = None
 
-    def __init__(self, base: nn.Module, config: PeftConfig, path: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        super().__init__()
-        self._parameters["trained_bias"] = None
-        for name, tensor in tensors.items():
-            self._hold(name, tensor)
-        if self.trained_bias is not None:
+    def __init__(
+        self,
+        base: nn.Module,
+        config: PeftConfig,
+        path: str,
+        slots: Mapping[str, Slot],
+        tensors: Mapping[str, torch.Tensor],
+    ) -> None:
+        self.base = base
+        # By container: the module that will be this adapter's entry there.
+        self.entries: dict[str, nn.Module] = {}
+        # Tensors that are entries themselves, until they are registered in their containers.
+        self.loose: dict[str, Any] = {}
+        self.registered: dict[str, Registered] = {}
+        for suffix, tensor in tensors.items():
+            self.hold(suffix, tensor, slots[suffix])
+        if BIAS in self.registered:
             self.shows = True
         self.prepare(base, config, path)
 
+    # -- what a method supplies
+
     @classmethod
-    def slots(cls, base: nn.Module, config: Any, path: str) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor that this adapter has on `base`; nothing is allocated.
+    def slots(cls, base: nn.Module, config: Any, path: str) -> dict[str, Slot]:
+        """Every tensor that this adapter has on `base`, by suffix; nothing is allocated.
 
         Raises:
             ValueError: the config cannot be applied to this layer.
@@ -149,166 +136,102 @@ class AdapterLayer(LightModule):
         return {}
 
     @classmethod
-    def key(cls, path: str, suffix: str) -> str:
-        """The name of a tensor in the checkpoint."""
-        return format_key(path, suffix)
-
-    @classmethod
-    def held_dtype(cls, base: nn.Module, suffix: str, autocast: bool) -> torch.dtype:
-        """The dtype of a tensor in memory: the base's, or float32 for half-precision bases with `autocast`."""
-        own = dtype_of(base)
-        if suffix in ("bias", "base_layer.bias"):
-            return own
-        return torch.float32 if own in HALVES and (autocast or own.itemsize == 1) else own
+    def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: Any) -> None:
+        """Fill the empty `tensors` of a new adapter in place, by suffix; those that a checkpoint holds."""
+        raise NotImplementedError
 
     def prepare(self, base: nn.Module, config: Any, path: str) -> None:
         """Work out what does not change between calls."""
 
-    @classmethod
-    def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: Any) -> None:
-        """Fill the empty `tensors` of a new adapter in place."""
-        raise NotImplementedError
-
     def begin(self) -> None:
         """Bring a new adapter's tensors where they start, if that takes more than `initialise` knows of."""
 
-    def around(self, x: torch.Tensor, inner: Forward) -> Any:
-        """The adapted output for `x`. `inner` is the base layer, or the next adapter layer in."""
-        return inner(x)
-
-    @classmethod
-    def call_context(cls, adapters: Adapters, names: Sequence[str], call: Call) -> AbstractContextManager[None]:
-        """What holds while the PeftModel is called; asked of methods whose layers set `reads_call`.
-
-        Args:
-            adapters: those of the model.
-            names: its adapters with such layers.
-            call: what it was called with; options that are not the base model's are taken out.
-        """
-        raise NotImplementedError
-
-    def wrapped(self, inner: Forward) -> Forward:
-        """`around` as a function of the base layer's own arguments."""
-        around = self.around
-        return lambda x: around(x, inner)
-
-    def wrapped_for(self, inner: Forward, rows: torch.Tensor) -> Forward:
-        """`wrapped` for these rows of a batch alone, which are all that it is called with."""
-        return self.wrapped(inner)
-
-    @classmethod
-    def wrapped_rows(cls, layers: Mapping[str, AdapterLayer], rows: Any, inner: Forward) -> Forward | None:
-        """`wrapped` for a batch with an adapter for each row, of methods for which rows cannot be taken one by one.
-
-        Args:
-            layers: the adapter layers of the base layer, by adapter name.
-            rows: which adapter each row has, a `Rows`.
-            inner: the base layer.
-        """
-        return None
-
-    def delta_weight(self, weight: torch.Tensor) -> torch.Tensor | None:
-        """What merging adds to the dense `weight`, (out, in) for linear layers; None where it cannot be merged."""
-        return None
-
-    def delta_bias(self) -> torch.Tensor | None:
-        """What merging adds to the base bias; None for nothing."""
-        return None
+    # -- its tensors
 
     @property
-    def changed_names(self) -> tuple[str, ...]:
-        """The base tensors that merging changes."""
-        return ("weight",) if self.delta_bias() is None else ("weight", "bias")
+    def training(self) -> bool:
+        """Whether the layer is being trained."""
+        return self.base.training
 
-    def deltas(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What merging adds to each of `changed_names`, given these tensors of the base."""
-        weight, bias = self.delta_weight(tensors["weight"]), self.delta_bias()
-        found = {"weight": weight, "bias": bias}
-        return {name: delta for name, delta in found.items() if delta is not None}
+    def tensor(self, suffix: str) -> torch.Tensor:
+        """The tensor as it is now."""
+        registry, name, _ = self.registered[suffix]
+        found: torch.Tensor = registry[name]
+        return found
 
-    def replaced(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What merging puts in the place of these tensors of the base, before anything is added."""
-        return {}
+    def find(self, suffix: str) -> torch.Tensor | None:
+        """The tensor as it is now; None where this layer has none of that name."""
+        return self.tensor(suffix) if suffix in self.registered else None
 
-    def conflict(self, other: AdapterLayer) -> str:
-        """Why this one and that of another adapter on the same layer cannot take effect together; empty if they can."""
-        return ""
+    def keep(self, suffix: str, tensor: torch.Tensor) -> None:
+        """Have, as a buffer that no checkpoint holds, what the layer worked out itself; again in the place of the old."""
+        known = self.registered.get(suffix)
+        if known is None:
+            self.hold(suffix, tensor, Slot(tuple(tensor.shape), Role.BUFFER, stored=False))
+        else:
+            known.registry[known.name] = tensor
 
-    def factors(self) -> Factors | None:
-        """The update as a plain product of the layer's input, where it is one now: then rows are worked out together."""
-        return None
-
-    def shown(self, base: nn.Module) -> dict[str, torch.Tensor]:
-        """Tensors that take the place of the base's own of the same name while `base` computes."""
-        return {} if self.trained_bias is None else {"bias": self.trained_bias}
+    @property
+    def trained_bias(self) -> torch.Tensor | None:
+        """The bias that the adapter trains in the place of the base's own."""
+        return self.find(BIAS)
 
     def named_slots(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor under its suffix in the checkpoint."""
-        for name, parameter in self._parameters.items():
-            if parameter is not None:
-                yield ("base_layer.bias" if name == "trained_bias" else name), parameter
-        for name, buffer in self._buffers.items():
-            if buffer is not None and name not in self._non_persistent_buffers_set:
-                yield name, buffer
-        for name, child in self._modules.items():
-            assert isinstance(child, Slots)
-            yield from child.named_slots(f"{name}.")
+        """Every tensor that a checkpoint holds, in the form it has in memory, by suffix."""
+        for suffix, (registry, name, slot) in self.registered.items():
+            if slot.stored:
+                yield suffix, registry[name]
 
-    def stored_slots(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What a checkpoint holds of this layer; other than `named_slots` where it is worked out from those."""
-        yield from self.named_slots()
-
-    def join(self, shared: AdapterLayer) -> None:
-        """Take what all layers of this adapter share; called once, of methods whose record has `shared`."""
-        if type(self).uses_shared:
-            self.shared = (shared,)
-
-    def attribute_of(self, suffix: str) -> str:
-        """The dotted attribute of this layer that holds the tensor with this suffix."""
-        return "trained_bias" if suffix == "base_layer.bias" else suffix
-
-    @classmethod
-    def memory_name(cls, suffix: str, adapter_name: str) -> str:
-        """How the reference names the tensor in memory: the adapter's name stands behind the first component."""
-        if suffix == "base_layer.bias":
-            return suffix
-        first, dot, rest = suffix.partition(".")
-        return f"{first}.{adapter_name}{dot}{rest}"
-
-    @classmethod
-    def full_memory_name(cls, path: str, suffix: str, adapter_name: str) -> str:
-        """How the reference names the tensor in memory, seen from the PeftModel."""
-        return format_key(path, cls.memory_name(suffix, adapter_name))
-
-    def base_front(self, path: str) -> str:
-        """What the reference puts before the names of the base's own tensors, once this is on it."""
-        return format_key(path, self.base_infix)
+    def tensors_by_role(self, role: Role) -> Iterator[Registered]:
+        """Where the tensors of one role are registered."""
+        return (item for item in self.registered.values() if item.slot.role is role)
 
     def set_trained(self, trained: bool) -> None:
         """Whether the tensors of this layer are trained."""
-        for parameter in self.trained_parameters():
-            if parameter.is_leaf:  # under FSDP there are others
-                parameter.requires_grad = trained
+        for registry, name, _ in self.tensors_by_role(Role.TRAINED):
+            if registry[name].is_leaf:  # under FSDP there are others
+                registry[name].requires_grad = trained
 
-    def trained_parameters(self) -> list[nn.Parameter]:
-        """Those that are trained where the adapter is."""
-        return [parameter for name, parameter in self.named_parameters() if name not in self.never_trained]
+    def hold(self, suffix: str, tensor: torch.Tensor, slot: Slot) -> None:
+        """Take a tensor into the slot: the very parameter where it is one, which then is shared."""
+        container, leaf = self.names.place(suffix)
+        if leaf:
+            *parents, name = leaf.split(".")
+            holder = self.entries.get(container)
+            if holder is None:
+                holder = self.entries[container] = self.new_entry(container)
+            for parent in parents:
+                below = holder._modules.get(parent)
+                if below is None:
+                    below = holder._modules[parent] = Holder()
+                holder = below
+            registry: dict[str, Any] = holder._buffers if slot.role is Role.BUFFER else holder._parameters
+            if slot.role is Role.BUFFER and not slot.stored:
+                holder._non_persistent_buffers_set.add(name)
+        else:
+            registry, name = self.loose, container
+        if slot.role is not Role.BUFFER and type(tensor) is not nn.Parameter:
+            tensor = nn.Parameter(tensor, requires_grad=False)
+        registry[name] = tensor
+        self.registered[suffix] = Registered(registry, name, slot)
 
-    def train(self, mode: bool = True) -> AdapterLayer:
-        """Only this layer has a mode; its holders of tensors have none."""
-        self.__dict__["training"] = mode
-        return self
+    def new_entry(self, container: str) -> nn.Module:
+        """The module for tensors whose names go on behind the container."""
+        return Holder()
 
-    def _hold(self, name: str, tensor: torch.Tensor) -> None:
-        *parents, leaf = self.attribute_of(name).split(".")
-        holder: nn.Module = self
-        for parent in parents:
-            child = holder._modules.get(parent)
-            if child is None:
-                child = holder._modules[parent] = Slots()
-            holder = child
-        if name in self.frozen:
-            holder._buffers[leaf] = tensor
-            return
-        parameter = tensor if type(tensor) is nn.Parameter else nn.Parameter(tensor, requires_grad=False)
-        holder._parameters[leaf] = parameter
+    def leave_empty(self) -> None:
+        """Have no values, on the meta device, until they are loaded."""
+        for registry, name, _ in self.registered.values():
+            tensor = registry[name]
+            empty = tensor.detach().to(torch.device("meta"))
+            is_parameter = isinstance(tensor, nn.Parameter)
+            registry[name] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+
+    def join(self, shared: AdapterLayer) -> None:
+        """Take what all layers of this adapter share; called once, of methods whose record has `shared`."""
+        if self.uses_shared:
+            self.shared = (shared,)
+
+    def shown(self, base: nn.Module) -> dict[str, torch.Tensor]:
+        bias = self.trained_bias
+        return {} if bias is None else {"bias": bias}

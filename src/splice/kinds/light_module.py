@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
 
 _PRISTINE = dict(nn.Module().__dict__)
@@ -59,29 +57,3 @@ class LightModule(nn.Module):
 
 for _name in _COLLECTIONS.keys() - set(_NEEDED):
     setattr(LightModule, _name, _MadeWhenAsked(_name, _COLLECTIONS[_name]))
-
-
-class Slots(LightModule):
-    """A holder of tensors; nested holders make dotted names. It computes nothing.
-
-    `bias` exists as None until it is held, so that code may ask for it as of any linear layer.
-    """
-
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._parameters["bias"] = None
-
-    def named_slots(self, front: str) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor held here and below, its name behind `front`."""
-        for name, parameter in self._parameters.items():
-            if parameter is not None:
-                yield front + name, parameter
-        for name, buffer in self._buffers.items():
-            assert buffer is not None
-            yield front + name, buffer
-        for name, child in self._modules.items():
-            assert isinstance(child, Slots)
-            yield from child.named_slots(f"{front}{name}.")

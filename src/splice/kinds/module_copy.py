@@ -1,18 +1,19 @@
-"""What an adapter keeps as a whole: copies of modules (`modules_to_save`) and trained biases."""
+"""Trained copies of whole modules (`modules_to_save`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from types import MappingProxyType
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from splice.base.bare import bare_copy, own_tensors
 from splice.config import PeftConfig
-from splice.kinds.layer import AdapterLayer, Forward
-from splice.kinds.light_module import LightModule
+from splice.kinds.effect import Effect, Forward
+from splice.kinds.layer import AdapterLayer, Registered
+from splice.kinds.names import CopyNames
+from splice.kinds.slot import Role, Slot
 
 
 class WholeModule(AdapterLayer):
@@ -21,46 +22,55 @@ class WholeModule(AdapterLayer):
     The copy is made around the tensors it is given: nothing is copied only to be overwritten.
     """
 
-    base_infix = "original_module."
+    names: CopyNames = CopyNames("modules_to_save", "original_module.")
     mergeable = True
     stays_merged = True
-    aliases = MappingProxyType({"modules_to_save": "module"})
     module: nn.Module
-    # What stands before the names of the module's own tensors.
-    front: ClassVar[str] = ""
 
-    def __init__(self, base: nn.Module, config: PeftConfig, path: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        LightModule.__init__(self)
-        self._parameters["trained_bias"] = None
-        own = dict(own_tensors(base))
+    def __init__(
+        self,
+        base: nn.Module,
+        config: PeftConfig,
+        path: str,
+        slots: Mapping[str, Slot],
+        tensors: Mapping[str, torch.Tensor],
+    ) -> None:
+        super().__init__(base, config, path, slots, {})
+        own, front = dict(own_tensors(base)), self.names.front
         memo: dict[int, Any] = {}
-        for name, tensor in tensors.items():
-            original = own[name.removeprefix(self.front)]
+        for suffix, tensor in tensors.items():
+            original = own[suffix.removeprefix(front)]
             given = type(tensor) is nn.Parameter or not isinstance(original, nn.Parameter)
             memo[id(original)] = tensor if given else nn.Parameter(tensor, requires_grad=False)
-        self.module = bare_copy(base, memo)
-        self.prepare(base, config, path)
+        self.module = self.entries[self.names.container] = bare_copy(base, memo)
+        for suffix in tensors:
+            parent, _, leaf = suffix.removeprefix(front).rpartition(".")
+            holder = self.module.get_submodule(parent)
+            registry: dict[str, Any] = holder._parameters if leaf in holder._parameters else holder._buffers
+            self.registered[suffix] = Registered(registry, leaf, slots[suffix])
+        self.prepare_copy()
+
+    def prepare_copy(self) -> None:
+        """Work out what follows from the copy."""
 
     @classmethod
-    def slots(cls, base: nn.Module, config: Any, path: str) -> dict[str, tuple[int, ...]]:
+    def slots(cls, base: nn.Module, config: Any, path: str) -> dict[str, Slot]:
         if isinstance(base, (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)):
             raise TypeError(f"modules_to_save cannot be applied to {path!r}: a {type(base).__name__} has no forward")
-        return {cls.front + name: tuple(tensor.shape) for name, tensor in own_tensors(base)}
-
-    @classmethod
-    def held_dtype(cls, base: nn.Module, suffix: str, autocast: bool) -> torch.dtype:
-        return dict(own_tensors(base, cls.front))[suffix].dtype
+        return {
+            cls.names.front + name: Slot(
+                tuple(tensor.shape),
+                Role.TRAINED if isinstance(tensor, nn.Parameter) else Role.BUFFER,
+                dtype=tensor.dtype,
+            )
+            for name, tensor in own_tensors(base)
+        }
 
     @classmethod
     def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: Any) -> None:
-        own = dict(own_tensors(base, cls.front))
+        own = dict(own_tensors(base, cls.names.front))
         for name, tensor in tensors.items():
             tensor.copy_(own[name].detach())
-
-    def train(self, mode: bool = True) -> WholeModule:
-        self.__dict__["training"] = mode
-        self.module.train(mode)
-        return self
 
     def around(self, x: Any, inner: Forward) -> Any:
         return self.module(x)
@@ -79,15 +89,5 @@ class WholeModule(AdapterLayer):
     def changed_names(self) -> tuple[str, ...]:
         return ()
 
-    def named_slots(self) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from own_tensors(self.module, self.front)
-
-    def attribute_of(self, suffix: str) -> str:
-        return f"module.{suffix.removeprefix(self.front)}"
-
-    def conflict(self, other: AdapterLayer) -> str:
+    def conflict(self, other: Effect) -> str:
         return "both replace it with a copy of their own" if isinstance(other, WholeModule) else ""
-
-    @classmethod
-    def memory_name(cls, suffix: str, adapter_name: str) -> str:
-        return f"modules_to_save.{adapter_name}.{suffix}"

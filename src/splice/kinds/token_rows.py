@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -20,8 +21,13 @@ from splice.base.bare import original_class
 from splice.base.layers import LayerKind, features, kind_of
 from splice.config import PeftConfig
 from splice.errors import UnsupportedLayerError
-from splice.kinds.layer import AdapterLayer, Forward, check_values
-from splice.kinds.original import Original
+from splice.kinds.casting import check_values
+from splice.kinds.effect import Effect, Forward
+from splice.kinds.file_form import FileForm
+from splice.kinds.layer import AdapterLayer, Held
+from splice.kinds.names import LayerNames, Place
+from splice.kinds.original import original_tensor, tensor_in_use
+from splice.kinds.slot import Slot
 
 
 @dataclass
@@ -48,12 +54,17 @@ class TokenRows(AdapterLayer):
 
     mergeable = True
     suffix: ClassVar[str] = "trainable_tokens_delta"
-    trainable_tokens_delta: nn.Parameter
-    sorted_tokens: torch.Tensor
-    row_of: torch.Tensor
+    # Worked out from the indices: which tokens, in order, and the row of each.
+    sorted_tokens = Held()
+    row_of = Held()
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """The trained rows, (n, dim)."""
+        return self.tensor(self.suffix)
 
     @classmethod
-    def slots(cls, base: nn.Module, config: Any, path: str) -> dict[str, tuple[int, ...]]:
+    def slots(cls, base: nn.Module, config: Any, path: str) -> dict[str, Slot]:
         kind = kind_of(base)
         if kind not in _KINDS:
             raise UnsupportedLayerError(
@@ -62,18 +73,16 @@ class TokenRows(AdapterLayer):
         first, second = features(base)
         count, dim = (first, second) if kind is LayerKind.EMBEDDING else (second, first)
         check_indices(config.token_indices, count, path)
-        return {cls.suffix: (len(config.token_indices), dim)}
+        return {cls.suffix: Slot((len(config.token_indices), dim))}
 
     def prepare(self, base: nn.Module, config: Any, path: str) -> None:
         self.tokens = tuple(config.token_indices)
         # Of a token that is named twice the last row counts.
         rows = {token: row for row, token in enumerate(self.tokens)}
-        device = self.trainable_tokens_delta.device
+        device = self.rows.device
         ordered = sorted(rows)
-        self._buffers["sorted_tokens"] = torch.tensor(ordered, device=device)
-        self._buffers["row_of"] = torch.tensor([rows[token] for token in ordered], device=device)
-        self._non_persistent_buffers_set |= {"sorted_tokens", "row_of"}
-        self.base = Original(base)
+        self.keep("sorted_tokens", torch.tensor(ordered, device=device))
+        self.keep("row_of", torch.tensor([rows[token] for token in ordered], device=device))
         self.is_linear = kind_of(base) is LayerKind.LINEAR
         self.padding_row = rows.get(vars(base).get("padding_idx"))
         self.shows = self.shows or not _is_plain(base)
@@ -85,24 +94,24 @@ class TokenRows(AdapterLayer):
         if not config.init_weights:
             nn.init.normal_(rows)
             return
-        weight = Original(base).tensor("weight")
+        weight = original_tensor(base, "weight")
         assert weight is not None
         rows.copy_(weight[torch.tensor(config.token_indices, device=weight.device)])
 
     def around(self, x: torch.Tensor, inner: Forward) -> Any:
         y = inner(x)
-        check_values(self.trainable_tokens_delta, y)
-        rows = self.trainable_tokens_delta.to(y.dtype)
+        check_values(self.rows, y)
+        rows = self.rows.to(y.dtype)
         if self.is_linear:
             chosen = rows[self.row_of]
-            bias = self.base.shown("bias")
+            bias = tensor_in_use(self.base, "bias")
             found = F.linear(x, chosen, None if bias is None else bias[self.sorted_tokens])
             return y.index_copy(-1, self.sorted_tokens, found.to(y.dtype))
         ids = x.long()
         place = torch.searchsorted(self.sorted_tokens, ids).clamp(max=len(self.sorted_tokens) - 1)
         hit = self.sorted_tokens[place] == ids
         found = F.embedding(self.row_of[place], rows, self.padding_row)
-        scale = _embed_scale(self.base.layer)
+        scale = _embed_scale(self.base)
         if scale is not None:
             found = found * (scale.to(found.dtype) if isinstance(scale, torch.Tensor) else scale)
         return torch.where(hit.unsqueeze(-1), found, y)
@@ -116,7 +125,7 @@ class TokenRows(AdapterLayer):
 
     def replaced(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         weight = tensors["weight"]
-        rows = self.trainable_tokens_delta[self.row_of].to(device=weight.device, dtype=weight.dtype)
+        rows = self.rows[self.row_of].to(device=weight.device, dtype=weight.dtype)
         return {"weight": weight.index_copy(0, self.sorted_tokens.to(weight.device), rows)}
 
     def deltas(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -126,32 +135,26 @@ class TokenRows(AdapterLayer):
     def changed_names(self) -> tuple[str, ...]:
         return ("weight",)
 
-    def conflict(self, other: AdapterLayer) -> str:
+    def conflict(self, other: Effect) -> str:
         both = set(self.tokens) & set(other.tokens) if isinstance(other, TokenRows) else None
         return f"both bring rows for the tokens {sorted(both)}" if both else ""
 
-    def named_slots(self) -> Iterator[tuple[str, torch.Tensor]]:
-        yield self.suffix, self.trainable_tokens_delta
-        if self.trained_bias is not None:
-            yield "base_layer.bias", self.trained_bias
 
-    def attribute_of(self, suffix: str) -> str:
-        return "trainable_tokens_delta" if suffix == self.suffix else super().attribute_of(suffix)
+class OfLeader(FileForm):
+    """Only the layer whose rows others share is in a checkpoint."""
+
+    def to_file(self, layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from () if layer.leader else layer.named_slots()
 
 
 class TokenRowsBeside(TokenRows):
     """The same beside the layers of another method (`trainable_token_indices`)."""
 
-    base_infix = "token_adapter.base_layer."
     suffix = "token_adapter.trainable_tokens_delta"
-
-    def stored_slots(self) -> Iterator[tuple[str, torch.Tensor]]:
-        if not self.leader:
-            yield from self.named_slots()
-
-    @classmethod
-    def memory_name(cls, suffix: str, adapter_name: str) -> str:
-        return f"{suffix}.{adapter_name}"
+    names = LayerNames(
+        "token_adapter.base_layer.", MappingProxyType({suffix: Place("token_adapter.trainable_tokens_delta", "")})
+    )
+    file_form = OfLeader()
 
 
 def check_indices(indices: Sequence[int], count: int, path: str) -> None:

@@ -1,31 +1,47 @@
-"""A trained bias of a base layer."""
+"""A trained bias in the place of a base layer's own, on a module that is no target otherwise (`bias="all"`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
-from splice.kinds.layer import AdapterLayer, Forward
+from splice.kinds.effect import Forward
+from splice.kinds.layer import AdapterLayer
+from splice.kinds.names import BIAS_CONTAINER, LayerNames, Names, Place
+from splice.kinds.slot import Slot
+
+_SUFFIX = "bias"
+
+
+class _BiasNames(LayerNames):
+    """The reference trains the base's own bias, so in its memory it has no name of the adapter's."""
+
+    def in_reference(self, path: str, suffix: str, adapter_name: str) -> str:
+        return self.path_in_reference(path) + _SUFFIX
 
 
 class BiasOnly(AdapterLayer):
-    """A trained bias on a module that is no target otherwise (`bias="all"`)."""
+    """The bias alone."""
 
-    base_infix = ""
+    names: Names = _BiasNames("", MappingProxyType({_SUFFIX: Place(BIAS_CONTAINER, "")}))
     mergeable = True
+    shows = True
 
     @classmethod
-    def slots(cls, base: nn.Module, config: Any, path: str) -> dict[str, tuple[int, ...]]:
-        bias = base._parameters["bias"]
-        assert bias is not None
-        return {"bias": tuple(bias.shape)}
+    def slots(cls, base: nn.Module, config: Any, path: str) -> dict[str, Slot]:
+        return {_SUFFIX: bias_slot(base)}
 
     @classmethod
     def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: Any) -> None:
-        copy_bias(tensors["bias"], base)
+        copy_bias(tensors[_SUFFIX], base)
+
+    @property
+    def trained_bias(self) -> torch.Tensor | None:
+        return self.tensor(_SUFFIX)
 
     def wrapped(self, inner: Forward) -> Forward:
         return inner  # the host calls it with the trained bias in place
@@ -37,16 +53,12 @@ class BiasOnly(AdapterLayer):
     def changed_names(self) -> tuple[str, ...]:
         return ()
 
-    def named_slots(self) -> Iterator[tuple[str, torch.Tensor]]:
-        assert self.trained_bias is not None
-        yield "bias", self.trained_bias
 
-    def attribute_of(self, suffix: str) -> str:
-        return "trained_bias"
-
-    @classmethod
-    def memory_name(cls, suffix: str, adapter_name: str) -> str:
-        return suffix
+def bias_slot(base: nn.Module) -> Slot:
+    """The slot of a trained bias of `base`: as the base's own, whatever the adapter's other tensors are."""
+    bias = base._parameters["bias"]
+    assert bias is not None
+    return Slot(tuple(bias.shape), dtype=bias.dtype)
 
 
 def copy_bias(tensor: torch.Tensor, base: nn.Module) -> None:

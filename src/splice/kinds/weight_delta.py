@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from splice.base.layers import LayerKind, kind_of
 from splice.kinds.additive import Additive
-from splice.kinds.layer import cast_to
+from splice.kinds.casting import cast_to
 
 _CONVOLUTIONS = {LayerKind.CONV1D: F.conv1d, LayerKind.CONV2D: F.conv2d, LayerKind.CONV3D: F.conv3d}
 

@@ -110,5 +110,5 @@ def _combined(
     else:
         assert method.combine is not None
         tensors = method.combine.tensors(base, path, config, present, how)
-    slots = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return Built(Placement(path, base, cls, slots), cls(base, config, path, tensors))
+    slots = cls.slots(base, config, path)
+    return Built(Placement(path, base, cls, slots), cls(base, config, path, slots, tensors))

@@ -11,6 +11,7 @@ from splice.checkpoint.header import Entry
 from splice.checkpoint.tensors import Weights
 from splice.config import PeftConfig
 from splice.kinds.module_copy import WholeModule
+from splice.kinds.names import BIAS
 from splice.kinds.trained_bias import copy_bias
 from splice.loading.plan import Plan
 from splice.loading.tying import tensors_for
@@ -73,7 +74,7 @@ def build_new(plan: Plan, config: PeftConfig, autocast: bool, on_meta: bool = Fa
     for item in built:
         item.layer.begin()
         if on_meta:
-            item.layer.to(torch.device("meta"))
+            item.layer.leave_empty()
     return built + _followers(plan, built, config)
 
 
@@ -88,19 +89,20 @@ def new_tensors(placement: Placement, config: PeftConfig, autocast: bool) -> dic
     """Tensors for one layer of a new adapter: drawn in float32, then brought to their dtype and device."""
     whole = issubclass(placement.layer_class, WholeModule)
     drawn = {
-        suffix: torch.empty(shape, dtype=placement.dtype(suffix, autocast) if whole else torch.float32)
-        for suffix, shape in placement.slots.items()
+        suffix: torch.empty(slot.shape, dtype=placement.dtype(suffix, autocast) if whole else torch.float32)
+        for suffix, slot in placement.slots.items()
     }
-    own = {suffix: tensor for suffix, tensor in drawn.items() if suffix != "base_layer.bias"}
+    own = {suffix: tensor for suffix, tensor in drawn.items() if suffix != BIAS}
     placement.layer_class.initialise(own, placement.base, placement.own_config or config)
-    if "base_layer.bias" in drawn:
-        copy_bias(drawn["base_layer.bias"], placement.base)
+    if BIAS in drawn:
+        copy_bias(drawn[BIAS], placement.base)
     device = device_of(placement.base)
     return {s: t.to(device=device, dtype=placement.dtype(s, autocast)) for s, t in drawn.items()}
 
 
 def _build(placement: Placement, config: PeftConfig, tensors: Mapping[str, torch.Tensor]) -> Built:
-    layer = placement.layer_class(placement.base, placement.own_config or config, placement.path, tensors)
+    config = placement.own_config or config
+    layer = placement.layer_class(placement.base, config, placement.path, placement.slots, tensors)
     if placement.own_config is not None:
         layer.own_config = placement.own_config
     if placement.leader:

@@ -26,6 +26,7 @@ from splice.kinds.layer import AdapterLayer
 from splice.kinds.reading import Checkpoint
 from splice.kinds.registry import Method, method_named
 from splice.kinds.shared import SharedTensors
+from splice.kinds.slot import Slot
 from splice.loading.advice import advice, outdated
 from splice.loading.commit import build_loaded
 from splice.loading.fingerprint import Match
@@ -161,8 +162,9 @@ def load_new(
 def _leave_biases_trainable(built: Sequence[Built]) -> None:
     """The reference trains biases that an adapter brings even where the adapter is loaded for inference."""
     for item in built:
-        if item.layer.trained_bias is not None:
-            item.layer.trained_bias.requires_grad = True
+        bias = item.layer.trained_bias
+        if bias is not None:
+            bias.requires_grad = True
 
 
 def _set_runtime(config: Any, options: LoadOptions) -> None:
@@ -317,7 +319,7 @@ def plan_of_present(tuner: Tuner, name: str) -> Plan:
             path,
             cast(nn.Module, tuner.adapted.get(path, tuner.model)),
             type(layer),
-            _shapes(layer),
+            _slots(layer),
             own_config=layer.own_config,
             leader=layer.leader,
         )
@@ -327,6 +329,7 @@ def plan_of_present(tuner: Tuner, name: str) -> Plan:
     return Plan(leading, config.target_rule(), repeated=repeated_keys(following, leading))
 
 
-def _shapes(layer: AdapterLayer) -> dict[str, tuple[int, ...]]:
-    loaded = (item for item in layer.named_slots() if item[0] not in layer.never_trained)
-    return {suffix: tuple(tensor.shape) for suffix, tensor in loaded}
+def _slots(layer: AdapterLayer) -> dict[str, Slot]:
+    """The slots of a layer as it is now: ranks may have been pruned."""
+    stored = ((suffix, item.slot) for suffix, item in layer.registered.items() if item.slot.stored)
+    return {suffix: slot._replace(shape=tuple(layer.tensor(suffix).shape)) for suffix, slot in stored}

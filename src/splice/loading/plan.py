@@ -19,10 +19,11 @@ from splice.checkpoint.tensors import DTYPES
 from splice.config import PeftConfig, TargetRule, copy_config
 from splice.errors import UnsupportedLayerError
 from splice.kinds.module_copy import WholeModule
+from splice.kinds.names import BIAS
 from splice.kinds.network import NetworkLayer
 from splice.kinds.reading import Checkpoint
 from splice.kinds.registry import Method
-from splice.kinds.trained_bias import BiasOnly
+from splice.kinds.trained_bias import BiasOnly, bias_slot
 from splice.loading.targets import default_modules, resolved_rule, select, select_parameters
 from splice.loading.tying import EMBEDDING_NAMES, Repeated, followers, repeated_keys, token_rows, tying
 from splice.surgery.placement import Placement
@@ -67,8 +68,8 @@ class Plan:
     def slots(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """(key, shape) of every tensor that the adapter has."""
         for placement in self.placements:
-            for suffix, shape in placement.slots.items():
-                yield placement.key(suffix), shape
+            for suffix, slot in placement.slots.items():
+                yield placement.key(suffix), slot.shape
 
 
 def lay_out(
@@ -106,10 +107,9 @@ def lay_out(
     selected = {path: base for path, base in select(rule, modules).items() if path not in tied.left_out}
     placements = _on_targets(selected, method, config)
     if method.shared is not None and placements:
-        shapes = method.shared.shapes([(p.path, p.base) for p in placements], config)
+        slots = method.shared.shared_slots([(p.path, p.base) for p in placements], config)
         # On the device of one of the layers, and in its precision: the last one's, as in the reference.
-        last, stored = placements[-1].base, method.shared.is_stored(config)
-        placements.insert(0, Placement("", last, method.shared, shapes, stored))
+        placements.insert(0, Placement("", placements[-1].base, method.shared, slots))
     if rule.target_parameters and method.parameters_layer is not None:
         adapted = {p.path: p for p in placements}
         owners = select_parameters(rule, modules, adapted)
@@ -231,7 +231,7 @@ def _with_biases(placements: list[Placement], modules: Mapping[str, nn.Module], 
             if placement is not None:
                 result.append(placement)
         elif placement is not None:
-            result.append(replace(placement, slots={**placement.slots, "base_layer.bias": tuple(own.shape)}))
+            result.append(replace(placement, slots={**placement.slots, BIAS: bias_slot(module)}))
         elif bias == "all":
             result.append(Placement.of(path, module, BiasOnly, PeftConfig()))
     return result
@@ -239,11 +239,14 @@ def _with_biases(placements: list[Placement], modules: Mapping[str, nn.Module], 
 
 def fit(plan: Plan, entries: Mapping[str, Entry]) -> Plan:
     """Fill in where each tensor of the checkpoint goes, and list what does not fit."""
-    taken = set()
+    taken, made_again = set(), set()
     for placement in plan.placements:
         keys = placement.keys
-        for suffix, shape in placement.slots.items() if placement.stored else ():
-            key = keys[suffix]
+        for suffix, slot in placement.slots.items():
+            key, shape = keys[suffix], slot.shape
+            if not slot.stored:  # made again from the config, and not read even if it is there
+                made_again.add(key)
+                continue
             entry = entries.get(key)
             taken.add(key)
             if entry is None:
@@ -263,8 +266,6 @@ def fit(plan: Plan, entries: Mapping[str, Entry]) -> Plan:
         shape = entries[key].shape[::-1] if of.transposed else entries[key].shape
         if of.key in plan.sources and shape != entries[of.key].shape:
             plan.mismatched.append((key, _shape_text(entries[key].shape), f"that of {of.key}"))
-    # What is made again from the config is not read, even if it is there.
-    made_again = {key for p in plan.placements if not p.stored for key in p.keys.values()}
     known = made_again | taken | plan.redundant | plan.base_copies.keys() | plan.repeated.keys()
     plan.unexpected = [name for name in entries if name not in known]
     return plan

@@ -15,7 +15,6 @@ from splice.base.asking import asked
 from splice.base.bare import original_class, own_tensors, walk_bare
 from splice.base.conversions import is_pretrained
 from splice.base.embeddings import input_embeddings, output_embeddings_path
-from splice.base.layers import ADAPTERS
 from splice.checkpoint.card import CardFacts, write_card
 from splice.checkpoint.keys import PREFIX, format_key
 from splice.checkpoint.source import Source
@@ -163,14 +162,12 @@ def tensors_to_save(
     result = {}
     for path, layer in tuner.placed[adapter_name].items():
         held = {suffix for suffix, _ in layer.named_slots()}
-        for suffix, tensor in layer.stored_slots():
-            key = layer.key(path, suffix)
+        for suffix, tensor in layer.file_form.to_file(layer):
+            key = layer.names.key(path, suffix)
             value = tensor
             if state_dict is not None and suffix in held:
-                spelled = (
-                    layer.full_memory_name(path, suffix, adapter_name),
-                    format_key(path, f"{ADAPTERS}.{adapter_name}.{layer.attribute_of(suffix)}"),
-                )
+                names = layer.names
+                spelled = tuple(name(path, suffix, adapter_name) for name in (names.in_tree, names.in_reference))
                 value = _first(state_dict, spelled, key)
             result[key] = value
     if save_embedding_layers == "auto":
@@ -195,7 +192,7 @@ def _all_embeddings(tuner: Tuner, adapter_name: str) -> dict[str, torch.Tensor]:
         layer = tuner.placed[adapter_name].get(path)
         if layer is None:
             found.update({format_key(path, name): tensor.detach() for name, tensor in own_tensors(modules[path])})
-        elif layer.base_infix == "base_layer.":
+        elif layer.names.base == "base_layer.":
             adapted.add(path)
             weight = modules[path]._parameters.get("weight")
             found.update({} if weight is None else {format_key(path, "base_layer.weight"): weight.detach()})
@@ -232,7 +229,7 @@ def _targeted_embeddings(tuner: Tuner, adapter_name: str) -> dict[str, torch.Ten
     for path, layer in tuner.placed[adapter_name].items():
         adapted = tuner.adapted.get(path)  # none for what all layers share
         weight = None if adapted is None else cast(nn.Module, adapted)._parameters.get("weight")
-        if path.rpartition(".")[2] in named and layer.base_infix == "base_layer." and weight is not None:
+        if path.rpartition(".")[2] in named and layer.names.base == "base_layer." and weight is not None:
             found[format_key(path, "base_layer.weight")] = weight.detach()
     if found:
         warn(f"Setting `save_embedding_layers` to `True` as embedding layers are targets: {sorted(found)}")

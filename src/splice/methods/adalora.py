@@ -22,8 +22,11 @@ from splice.config import PeftType
 from splice.errors import warn
 from splice.kinds.adapters import Adapters, layers_of
 from splice.kinds.additive import Additive
-from splice.kinds.layer import cast_to
+from splice.kinds.casting import cast_to
+from splice.kinds.file_form import FileForm
+from splice.kinds.layer import Held
 from splice.kinds.registry import Method, register
+from splice.kinds.slot import Role, Slot
 from splice.kinds.weight_delta import operation_of
 from splice.methods.default_targets import ADALORA_TARGETS
 from splice.methods.lora.config import LoraConfig
@@ -91,27 +94,37 @@ def _check_beside(config: AdaLoraConfig, others: Mapping[str, Any]) -> None:
         )
 
 
+class WithoutPruned(FileForm):
+    """A checkpoint holds the ranks that are left, once the budget has been allocated."""
+
+    def to_file(self, layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        kept = None if layer.kept is None else torch.tensor(layer.kept, device=layer.lora_E.device)
+        for name, tensor in layer.named_slots():
+            if kept is None or not name.startswith("lora_"):
+                yield name, tensor
+            else:
+                yield name, tensor.detach()[:, kept] if name == "lora_B" else tensor.detach()[kept]
+
+
 class AdaLoraLayer(Additive):
     """AdaLoRA on a linear layer, stored either way round."""
 
-    lora_A: nn.Parameter
-    lora_E: nn.Parameter
-    lora_B: nn.Parameter
-    ranknum: nn.Parameter
-    never_trained = frozenset({"ranknum"})
+    lora_A, lora_E, lora_B = Held("lora_A"), Held("lora_E"), Held("lora_B")
+    numbers = MappingProxyType({**Additive.numbers, "lora_alpha": "lora_alpha"})
+    file_form = WithoutPruned()
     # Which of the ranks are kept, once the budget has been allocated; the others are left out of a checkpoint.
     kept: tuple[bool, ...] | None = None
     # Of each tensor while it is trained: the running mean of its importance, and of how much that varies.
     importance: dict[str, tuple[torch.Tensor, torch.Tensor]]
 
     @classmethod
-    def slots(cls, base: nn.Module, config: AdaLoraConfig, path: str) -> dict[str, tuple[int, ...]]:
+    def slots(cls, base: nn.Module, config: AdaLoraConfig, path: str) -> dict[str, Slot]:
         (size_in, size_out), r = features(base), config.init_r
         # What was pruned is not in the checkpoint.
         pattern = (config.rank_pattern or {}).get(f"{path}.lora_E")
         if pattern is not None:
             r = sum(map(bool, pattern))
-        return {"lora_A": (r, size_in), "lora_E": (r, 1), "lora_B": (size_out, r)}
+        return {"lora_A": Slot((r, size_in)), "lora_E": Slot((r, 1)), "lora_B": Slot((size_out, r))}
 
     @classmethod
     def resolved(cls, base: nn.Module, config: AdaLoraConfig) -> dict[str, Any]:
@@ -120,7 +133,9 @@ class AdaLoraLayer(Additive):
     def prepare(self, base: nn.Module, config: AdaLoraConfig, path: str) -> None:
         # The scale stays that of the initial rank, whatever is left of it.
         self.r, self.lora_alpha = config.init_r, config.lora_alpha
-        self.ranknum = nn.Parameter(self.lora_E.new_full((1,), float(self.r)), requires_grad=False)
+        # The reference keeps the rank beside the tensors, and divides by it.
+        ranknum = self.lora_E.detach().new_full((1,), float(self.r))
+        self.hold("ranknum", ranknum, Slot((1,), Role.FIXED, stored=False))
         self.initial_scale = self.lora_alpha if self.lora_alpha > 0 else float(self.r)
         self.share = 1 / (self.r + 1e-5)
         self.scale = self.initial_scale
@@ -136,16 +151,6 @@ class AdaLoraLayer(Additive):
                 nn.init.zeros_(tensor)
             else:
                 nn.init.normal_(tensor, std=0.02)
-
-    def stored_slots(self) -> Iterator[tuple[str, torch.Tensor]]:
-        kept = None if self.kept is None else torch.tensor(self.kept, device=self.lora_E.device)
-        for name, tensor in self.named_slots():
-            if name == "ranknum":
-                continue
-            if kept is None or not name.startswith("lora_"):
-                yield name, tensor
-            else:
-                yield name, tensor.detach()[:, kept] if name == "lora_B" else tensor.detach()[kept]
 
     def scaled_A(self) -> torch.Tensor:
         """E * A / r, (r, in): what the scale, alpha, is multiplied with."""
@@ -170,14 +175,14 @@ class AdaLoraConv(AdaLoraLayer):
     """AdaLoRA on a two-dimensional convolution, as an update of its weight."""
 
     @classmethod
-    def slots(cls, base: Any, config: AdaLoraConfig, path: str) -> dict[str, tuple[int, ...]]:
+    def slots(cls, base: Any, config: AdaLoraConfig, path: str) -> dict[str, Slot]:
         if base.groups != 1:
             raise ValueError(
                 f"{path}: AdaLoRA is not defined on a Conv2d with groups (here {base.groups}). Leave it out of the targets."
             )
         found = super().slots(base, config, path)
-        r, size_in = found["lora_A"]
-        return {**found, "lora_A": (r, size_in * math.prod(base.kernel_size))}
+        r, size_in = found["lora_A"].shape
+        return {**found, "lora_A": Slot((r, size_in * math.prod(base.kernel_size)))}
 
     def prepare(self, base: Any, config: AdaLoraConfig, path: str) -> None:
         super().prepare(base, config, path)
@@ -243,8 +248,7 @@ def _update_importance(layers: dict[str, AdaLoraLayer], config: AdaLoraConfig) -
     seen = False
     for layer in layers.values():
         for part in ("lora_A", "lora_E", "lora_B"):
-            tensor = layer._parameters[part]
-            assert tensor is not None
+            tensor = layer.tensor(part)
             seen = seen or tensor.grad is not None
             now = torch.zeros_like(tensor) if tensor.grad is None else (tensor * tensor.grad).abs()
             mean, spread = layer.importance.get(part) or (torch.zeros_like(tensor), torch.zeros_like(tensor))

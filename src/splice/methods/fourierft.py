@@ -18,7 +18,9 @@ from torch import nn
 
 from splice.base.layers import LayerKind, features, kind_of
 from splice.config import PeftType
+from splice.kinds.layer import Held
 from splice.kinds.registry import Method, register
+from splice.kinds.slot import Slot
 from splice.kinds.weight_delta import WeightDelta
 from splice.methods.default_targets import LORA_TARGETS
 from splice.methods.targeted import TargetedConfig, check_positive
@@ -62,10 +64,10 @@ def _locations(size: int, count: int, seed: int) -> torch.Tensor:
 class FourierFTLayer(WeightDelta):
     """FourierFT on a linear layer, stored either way round."""
 
-    fourierft_spectrum: nn.Parameter
+    fourierft_spectrum = Held()
 
     @classmethod
-    def slots(cls, base: nn.Module, config: FourierFTConfig, path: str) -> dict[str, tuple[int, ...]]:
+    def slots(cls, base: nn.Module, config: FourierFTConfig, path: str) -> dict[str, Slot]:
         # Not `value_for`: here the reference takes a key that matches the whole path as it stands.
         patterns = config.n_frequency_pattern
         key = next((k for k in patterns if re.match(rf".*\.{k}$", path)), path)
@@ -75,7 +77,7 @@ class FourierFTLayer(WeightDelta):
                 f"{path}: `n_frequency` is {count}, and the weight has {size_out} x {size_in} = {size_out * size_in} places. "
                 "Lower it, or give this layer its own with `n_frequency_pattern`."
             )
-        return {"fourierft_spectrum": (count,)}
+        return {"fourierft_spectrum": Slot((count,))}
 
     @classmethod
     def resolved(cls, base: nn.Module, config: FourierFTConfig) -> dict[str, Any]:
@@ -86,19 +88,19 @@ class FourierFTLayer(WeightDelta):
         self.spectrum_scale = config.scaling
         assert config.random_loc_seed is not None
         size = self.shape[0] * self.shape[1]
-        # In a tuple, and so no buffer: it is the same object for all layers of one shape.
-        self.locations = (_locations(size, len(self.fourierft_spectrum), config.random_loc_seed),)
+        # No buffer of the layer: it is the same object for all layers of one shape.
+        self.locations = _locations(size, len(self.fourierft_spectrum), config.random_loc_seed)
 
     @classmethod
     def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: FourierFTConfig) -> None:
         (nn.init.zeros_ if config.init_weights else nn.init.normal_)(tensors["fourierft_spectrum"])
 
     def update(self) -> torch.Tensor:
-        spectrum, locations = self.fourierft_spectrum, self.locations[0]
+        spectrum, locations = self.fourierft_spectrum, self.locations
         if locations.device != spectrum.device:
             locations = locations.to(spectrum.device)
             if not spectrum.is_meta:  # offloaded for a while: where they stand must not be forgotten
-                self.locations = (locations,)
+                self.locations = locations
         rows, columns = self.shape
         dense = spectrum.new_zeros(rows * columns, dtype=torch.float32)
         dense = dense.scatter(0, locations, spectrum.float()).view(rows, columns)

@@ -18,9 +18,12 @@ from torch import nn
 
 from splice.base.layers import LayerKind, features, kind_of
 from splice.config import PeftType
+from splice.kinds.casting import cast_to
 from splice.kinds.combining import Summed
-from splice.kinds.layer import AdapterLayer, Forward, cast_to
+from splice.kinds.effect import Forward
+from splice.kinds.layer import AdapterLayer, Held
 from splice.kinds.registry import Method, register
+from splice.kinds.slot import Slot
 from splice.methods.default_targets import IA3_FEEDFORWARD, IA3_TARGETS
 from splice.methods.targeted import TargetedConfig
 
@@ -66,12 +69,12 @@ class IA3Layer(AdapterLayer):
     """(IA)³ on a linear layer, stored either way round; the vector is (out, 1), or (1, in) where it scales the input."""
 
     mergeable = True
-    ia3_l: nn.Parameter
+    ia3_l = Held()
 
     @classmethod
-    def slots(cls, base: nn.Module, config: IA3Config, path: str) -> dict[str, tuple[int, ...]]:
+    def slots(cls, base: nn.Module, config: IA3Config, path: str) -> dict[str, Slot]:
         size_in, size_out = features(base)
-        return {"ia3_l": (1, size_in) if scales_input(config, path) else (size_out, 1)}
+        return {"ia3_l": Slot((1, size_in) if scales_input(config, path) else (size_out, 1))}
 
     @classmethod
     def resolved(cls, base: nn.Module, config: IA3Config) -> dict[str, Any]:
@@ -111,9 +114,10 @@ class IA3Conv(IA3Layer):
     """(IA)³ on a convolution: one factor for every channel, (1, channels, 1, 1)."""
 
     @classmethod
-    def slots(cls, base: Any, config: IA3Config, path: str) -> dict[str, tuple[int, ...]]:
+    def slots(cls, base: Any, config: IA3Config, path: str) -> dict[str, Slot]:
         size_in, size_out = features(base)
-        return {"ia3_l": (1, size_in if scales_input(config, path) else size_out, *(1,) * len(base.kernel_size))}
+        channels = size_in if scales_input(config, path) else size_out
+        return {"ia3_l": Slot((1, channels, *(1,) * len(base.kernel_size)))}
 
     @classmethod
     def resolved(cls, base: nn.Module, config: IA3Config) -> dict[str, Any]:

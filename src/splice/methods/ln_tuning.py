@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
-from torch import nn
 
 from splice.base.layers import LayerKind
 from splice.config import PeftType
 from splice.kinds.module_copy import WholeModule
+from splice.kinds.names import CopyNames
 from splice.kinds.registry import Method, register
 from splice.methods.default_targets import LN_TUNING_TARGETS
 from splice.methods.targeted import TargetedConfig
@@ -36,11 +36,9 @@ class LNTuningConfig(TargetedConfig):
 class TunedModule(WholeModule):
     """A copy of the target with tensors of its own; those of a checkpoint are all that the copy has."""
 
-    base_infix = "base_layer."
-    front = "ln_tuning_layers."
-    aliases = MappingProxyType({"ln_tuning_layers": "module"})
+    names = CopyNames("ln_tuning_layers", "base_layer.", "ln_tuning_layers.")
 
-    def prepare(self, base: nn.Module, config: LNTuningConfig, path: str) -> None:
+    def prepare_copy(self) -> None:
         # A layer with nothing but parameters of its own, as norms are, can hold those of the copy.
         self.stays_merged = bool(self.module._modules or self.module._buffers)
 
@@ -50,10 +48,6 @@ class TunedModule(WholeModule):
 
     def replaced(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: self.module.get_parameter(name).detach().clone() for name in self.changed_names}
-
-    @classmethod
-    def memory_name(cls, suffix: str, adapter_name: str) -> str:
-        return f"ln_tuning_layers.{adapter_name}.{suffix.removeprefix(cls.front)}"
 
 
 METHOD = register(

@@ -16,7 +16,9 @@ from torch import nn
 
 from splice.base.layers import LayerKind
 from splice.config import PeftType
+from splice.kinds.layer import Held
 from splice.kinds.registry import Method, register
+from splice.kinds.slot import Slot
 from splice.methods.default_targets import LORA_TARGETS
 from splice.methods.lycoris import LycorisLayer, check, core_shape, draw, product, rank_of, sizes
 from splice.methods.targeted import TargetedConfig
@@ -48,25 +50,24 @@ class LoHaConfig(TargetedConfig):
 class LoHaLayer(LycorisLayer):
     """LoHa on a linear layer or a convolution; of a convolution either a plain product or one through a core."""
 
-    hada_w1_a: nn.Parameter
-    hada_w1_b: nn.Parameter
-    hada_w2_a: nn.Parameter
-    hada_w2_b: nn.Parameter
+    hada_w1_a, hada_w1_b = Held("hada_w1_a"), Held("hada_w1_b")
+    hada_w2_a, hada_w2_b = Held("hada_w2_a"), Held("hada_w2_b")
 
     @classmethod
-    def slots(cls, base: nn.Module, config: LoHaConfig, path: str) -> dict[str, tuple[int, ...]]:
+    def slots(cls, base: nn.Module, config: LoHaConfig, path: str) -> dict[str, Slot]:
         (size_in, size_out, kernel), r = sizes(base), rank_of(config, path)
         core = core_shape(config, r, kernel)
         a, b = ((r, size_out), (r, size_in)) if core else ((size_out, r), (r, size_in * math.prod(kernel)))
         factors: dict[str, tuple[int, ...]] = {"hada_w1_a": a, "hada_w1_b": b, "hada_w2_a": a, "hada_w2_b": b}
-        return {**factors, "hada_t1": core, "hada_t2": core} if core else factors
+        shapes = {**factors, "hada_t1": core, "hada_t2": core} if core else factors
+        return {suffix: Slot(shape) for suffix, shape in shapes.items()}
 
     @classmethod
     def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: LoHaConfig) -> None:
         draw(tensors, zero=("hada_w2_b",) if config.init_weights else ())
 
     def update(self) -> torch.Tensor:
-        core1, core2 = self._parameters.get("hada_t1"), self._parameters.get("hada_t2")
+        core1, core2 = self.find("hada_t1"), self.find("hada_t2")
         one, two = (self.hada_w1_a, self.hada_w1_b, core1), (self.hada_w2_a, self.hada_w2_b, core2)
         if core1 is None or core2 is None or not torch.is_grad_enabled():
             return (product(*one) * product(*two)).reshape(self.shape)

@@ -17,6 +17,7 @@ from torch import nn
 from splice.base.layers import LayerKind
 from splice.config import PeftType
 from splice.kinds.registry import Method, register
+from splice.kinds.slot import Slot
 from splice.methods.default_targets import LORA_TARGETS
 from splice.methods.lycoris import LycorisLayer, check, core_shape, draw, product, rank_of, sizes
 from splice.methods.targeted import TargetedConfig
@@ -68,18 +69,20 @@ class LoKrLayer(LycorisLayer):
     """LoKr on a linear layer or a convolution. Which factors there are follows from the sizes."""
 
     @classmethod
-    def slots(cls, base: nn.Module, config: LoKrConfig, path: str) -> dict[str, tuple[int, ...]]:
+    def slots(cls, base: nn.Module, config: LoKrConfig, path: str) -> dict[str, Slot]:
         (size_in, size_out, kernel), r = sizes(base), rank_of(config, path)
         (rows1, rows2), (cols1, cols2) = (split(size, config.decompose_factor) for size in (size_out, size_in))
         core = core_shape(config, r, kernel)
-        slots: dict[str, tuple[int, ...]] = {"lokr_w1": (rows1, cols1)}
+        shapes: dict[str, tuple[int, ...]] = {"lokr_w1": (rows1, cols1)}
         if config.decompose_both and r < max(rows1, cols1) / 2:
-            slots = {"lokr_w1_a": (rows1, r), "lokr_w1_b": (r, cols1)}
+            shapes = {"lokr_w1_a": (rows1, r), "lokr_w1_b": (r, cols1)}
         if r >= max(rows2, cols2) / 2:
-            return {**slots, "lokr_w2": (rows2, cols2, *kernel)}
-        if core:
-            return {**slots, "lokr_w2_a": (r, rows2), "lokr_w2_b": (r, cols2), "lokr_t2": core}
-        return {**slots, "lokr_w2_a": (rows2, r), "lokr_w2_b": (r, cols2 * math.prod(kernel))}
+            shapes |= {"lokr_w2": (rows2, cols2, *kernel)}
+        elif core:
+            shapes |= {"lokr_w2_a": (r, rows2), "lokr_w2_b": (r, cols2), "lokr_t2": core}
+        else:
+            shapes |= {"lokr_w2_a": (rows2, r), "lokr_w2_b": (r, cols2 * math.prod(kernel))}
+        return {suffix: Slot(shape) for suffix, shape in shapes.items()}
 
     @classmethod
     def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: LoKrConfig) -> None:
@@ -91,7 +94,7 @@ class LoKrLayer(LycorisLayer):
         self.dropout_keeps_mean = config.rank_dropout_scale
 
     def update(self) -> torch.Tensor:
-        left, right = self._factor("lokr_w1"), self._factor("lokr_w2", self._parameters.get("lokr_t2"))
+        left, right = self._factor("lokr_w1"), self._factor("lokr_w2", self.find("lokr_t2"))
         if right.dim() == 4:
             left = left[:, :, None, None]
         # `right` of a one-dimensional convolution may have three axes: `kron` then lines up the two axes of `left` with
@@ -99,12 +102,8 @@ class LoKrLayer(LycorisLayer):
         return torch.kron(left, right.contiguous()).reshape(self.shape)
 
     def _factor(self, name: str, core: torch.Tensor | None = None) -> torch.Tensor:
-        whole = self._parameters.get(name)
-        if whole is not None:
-            return whole
-        a, b = self._parameters[name + "_a"], self._parameters[name + "_b"]
-        assert a is not None and b is not None
-        return product(a, b, core)
+        whole = self.find(name)
+        return product(self.tensor(name + "_a"), self.tensor(name + "_b"), core) if whole is None else whole
 
 
 METHOD = register(

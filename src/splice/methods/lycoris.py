@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from splice.base.layers import features
-from splice.kinds.layer import Forward
+from splice.kinds.effect import Forward
 from splice.kinds.matching import value_for
 from splice.kinds.weight_delta import WeightDelta
 from splice.methods.targeted import check_positive

@@ -21,10 +21,12 @@ from torch.nn import functional as F
 from splice.base.layers import LayerKind, features, kind_of
 from splice.config import PeftType
 from splice.errors import CheckpointError, PeftWarning, warn
+from splice.kinds.casting import cast_to
+from splice.kinds.effect import Forward
 from splice.kinds.input_transform import InputTransform
-from splice.kinds.layer import AdapterLayer, Forward, cast_to
-from splice.kinds.light_module import Slots
+from splice.kinds.layer import AdapterLayer
 from splice.kinds.registry import Method, register
+from splice.kinds.slot import Slot
 from splice.methods.default_targets import LORA_TARGETS
 from splice.methods.rotations import cayley, nearest_divisor, series, skew_places
 from splice.methods.targeted import TargetedConfig
@@ -107,7 +109,6 @@ class OFTLayer(InputTransform):
     """OFT on a linear layer."""
 
     tensor_name: ClassVar[str] = "oft_R.weight"
-    oft_R: Slots
 
     @classmethod
     def size(cls, base: Any, path: str = "") -> int:
@@ -119,9 +120,9 @@ class OFTLayer(InputTransform):
         return features(base)[0]
 
     @classmethod
-    def slots(cls, base: nn.Module, config: OFTConfig, path: str) -> dict[str, tuple[int, ...]]:
+    def slots(cls, base: nn.Module, config: OFTConfig, path: str) -> dict[str, Slot]:
         count, block = blocks(cls.size(base, path), config)
-        return {cls.tensor_name: (1 if config.block_share else count, block * (block - 1) // 2)}
+        return {cls.tensor_name: Slot((1 if config.block_share else count, block * (block - 1) // 2))}
 
     @classmethod
     def resolved(cls, base: nn.Module, config: OFTConfig) -> dict[str, Any]:
@@ -146,7 +147,7 @@ class OFTLayer(InputTransform):
 
     def values(self) -> torch.Tensor:
         """The trained tensor (blocks, values above the diagonal)."""
-        return self.oft_R.weight
+        return self.tensor(self.tensor_name)
 
     def rotation(self) -> torch.Tensor:
         """The blocks of R, (blocks, s, s) or (1, s, s) where they share one; in the dtype of the trained tensor.
@@ -195,16 +196,12 @@ class OFTEmbedding(OFTLayer):
     """OFT on an embedding: what was looked up is rotated, so the first of several adapters is the innermost."""
 
     tensor_name = "oft_embedding_R.weight"
-    oft_embedding_R: Slots
     keeps_input = True
     first_outside = False
 
     @classmethod
     def size(cls, base: Any, path: str = "") -> int:
         return features(base)[1]
-
-    def values(self) -> torch.Tensor:
-        return self.oft_embedding_R.weight
 
     def around(self, x: torch.Tensor, inner: Forward) -> Any:
         return self.transform(inner(x))

@@ -17,13 +17,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from splice.base.dense import dtype_of
+from splice.base.dense import HALVES, dtype_of
 from splice.base.layers import LayerKind, features, kind_of
 from splice.config import PeftType
 from splice.kinds.additive import Additive
-from splice.kinds.layer import HALVES, cast_to
+from splice.kinds.casting import cast_to
+from splice.kinds.layer import Held
 from splice.kinds.registry import Method, register
 from splice.kinds.shared import SharedTensors
+from splice.kinds.slot import Role, Slot
 from splice.methods.default_targets import LORA_TARGETS
 from splice.methods.targeted import TargetedConfig, check_positive
 
@@ -56,22 +58,16 @@ def _check(config: VeraConfig) -> None:
 class VeraProjections(SharedTensors):
     """A and B, as large as the largest of the targets."""
 
-    vera_A: torch.Tensor
-    vera_B: torch.Tensor
+    vera_A, vera_B = Held("vera_A"), Held("vera_B")
     repeated_on_layers = True
-    frozen = frozenset({"vera_A", "vera_B"})
 
     @classmethod
-    def shapes(cls, targets: Sequence[tuple[str, nn.Module]], config: VeraConfig) -> dict[str, tuple[int, ...]]:
+    def shared_slots(cls, targets: Sequence[tuple[str, nn.Module]], config: VeraConfig) -> dict[str, Slot]:
         sizes = [features(base) for _, base in targets]
-        return {
-            "vera_A": (config.r, max((size_in for size_in, _ in sizes), default=0)),
-            "vera_B": (max((size_out for _, size_out in sizes), default=0), config.r),
-        }
-
-    @classmethod
-    def is_stored(cls, config: VeraConfig) -> bool:
-        return config.save_projection
+        a = (config.r, max((size_in for size_in, _ in sizes), default=0))
+        b = (max((size_out for _, size_out in sizes), default=0), config.r)
+        stored = config.save_projection
+        return {"vera_A": Slot(a, Role.BUFFER, stored), "vera_B": Slot(b, Role.BUFFER, stored)}
 
     @classmethod
     def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: VeraConfig) -> None:
@@ -87,13 +83,12 @@ class VeraProjections(SharedTensors):
 class VeraLayer(Additive):
     """VeRA on a linear layer, stored either way round."""
 
-    vera_lambda_b: nn.Parameter
-    vera_lambda_d: nn.Parameter
+    vera_lambda_b, vera_lambda_d = Held("vera_lambda_b"), Held("vera_lambda_d")
     uses_shared = True
 
     @classmethod
-    def slots(cls, base: nn.Module, config: VeraConfig, path: str) -> dict[str, tuple[int, ...]]:
-        return {"vera_lambda_b": (features(base)[1],), "vera_lambda_d": (config.r,)}
+    def slots(cls, base: nn.Module, config: VeraConfig, path: str) -> dict[str, Slot]:
+        return {"vera_lambda_b": Slot((features(base)[1],)), "vera_lambda_d": Slot((config.r,))}
 
     @classmethod
     def resolved(cls, base: nn.Module, config: VeraConfig) -> dict[str, Any]:

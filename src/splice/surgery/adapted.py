@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from splice.kinds.host import AdapterDict, Host, in_order
-from splice.kinds.layer import AdapterLayer, Forward
+from splice.kinds.effect import Forward
+from splice.kinds.host import Host, in_order
+from splice.kinds.layer import AdapterLayer
 from splice.selection import Rows
 from splice.surgery.commands import LayerCommands
 from splice.surgery.generated import Generated
@@ -27,7 +28,6 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
     """Mixed into the class of an adapted layer: composes the selected adapter layers around the base's forward."""
 
     splice_host: Host
-    splice_adapters: AdapterDict
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         host = self.splice_host
@@ -101,6 +101,18 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
         forward = FunctionType(own.__code__, own.__globals__, own.__name__, own.__defaults__, own.__closure__)
         forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
         return {"forward": forward}
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: Any
+    ) -> None:
+        # The reference's spelling of the base's own tensors is understood too (`base_layer.weight`).
+        host = self.splice_host
+        for infix in {layer.names.base for layer in host.layers.values()} - {""}:
+            for key in [key for key in state_dict if key.startswith(prefix + infix)]:
+                own = prefix + key[len(prefix) + len(infix) :]
+                if own not in state_dict:
+                    state_dict[own] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, (super().extra_repr(), f"adapters={list(self.splice_host.layers)}")))

@@ -75,7 +75,11 @@ class LayerCommands:
         unmerge_layer(self.splice_host)
 
     adapter_layer_names = View(lambda layer: _tensor_names(layer))
-    other_param_names = View(lambda layer: ("r", "lora_alpha", "scaling"))
+    other_param_names = View(lambda layer: _number_names(layer))
+
+
+def _number_names(layer: Any) -> tuple[str, ...]:
+    return tuple({name: None for adapter in layer.splice_host.layers.values() for name in adapter.numbers})
 
 
 def _tensor_names(layer: Any) -> tuple[str, ...]:

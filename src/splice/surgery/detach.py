@@ -7,8 +7,8 @@ from types import MethodType
 from torch import nn
 
 from splice.base.bare import HOST
-from splice.base.layers import ADAPTERS
-from splice.kinds.host import AdapterDict, Host
+from splice.kinds.host import Host, host_of
+from splice.surgery.registering import unregister, unshare
 from splice.surgery.weight_readers import below_guard, release_reader, with_guard_of
 
 
@@ -17,12 +17,17 @@ def detach(layer: nn.Module, name: str) -> None:
 
     Also of a layer whose `attach` was interrupted at any point.
     """
-    host, adapters = layer.__dict__.get(HOST), layer._modules.get(ADAPTERS)
-    if isinstance(adapters, AdapterDict):
-        dropped = adapters.drop(name)
-        if dropped is not None and dropped.shows and host is not None:
+    host = host_of(layer)
+    if host is None:
+        return
+    dropped = host.layers.get(name)
+    if dropped is not None:
+        unregister(dropped, name)
+        del host.layers[name]
+        unshare(dropped, host)
+        if dropped.shows:
             host.shows = any(adapter.shows for adapter in host.layers.values())
-    if host is not None and not host.layers:
+    if not host.layers:
         _swap_back(layer, host)
 
 
@@ -36,5 +41,4 @@ def _swap_back(layer: nn.Module, host: Host) -> None:
         standing = layer.__dict__.get(name)
         if isinstance(standing, MethodType) and standing.__func__ is adapted.__dict__.get("forward"):
             layer.__dict__[name] = host.own_forward or cls.forward.__get__(layer)
-    layer._modules.pop(ADAPTERS, None)
     del layer.__dict__[HOST]

@@ -13,66 +13,10 @@ from typing import Any, cast
 
 from torch import nn
 
-from splice.base.bare import bare_children, original_class
-from splice.kinds.host import Host
+from splice.base.bare import HOST, bare_children, original_class
+from splice.kinds.additive import Additive
 from splice.kinds.layer import AdapterLayer
 from splice.selection import NOTHING
-
-
-class NamedView(nn.Module):
-    """One attribute of every adapter layer of a layer that has it, by adapter name: `layer.lora_A`.
-
-    It is a module, so that dotted names (`lora_A.default.weight`) lead through it to the tensor itself.
-    """
-
-    def __init__(self, host: Host, attribute: str) -> None:
-        super().__init__()
-        self.__dict__.update(_host=host, _attribute=attribute)
-
-    def _found(self) -> dict[str, Any]:
-        return {
-            name: attribute_of(layer, self._attribute)
-            for name, layer in self._host.layers.items()
-            if has_attribute(layer, self._attribute)
-        }
-
-    def __getitem__(self, name: str) -> Any:
-        return self._found()[name]
-
-    def __getattr__(self, name: str) -> Any:
-        found = self.__dict__["_host"].layers.get(name)
-        if found is None:
-            raise AttributeError(f"no adapter {name!r} has {self.__dict__['_attribute']!r} here")
-        return attribute_of(found, self.__dict__["_attribute"])
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._found()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._found())
-
-    def __len__(self) -> int:
-        return len(self._found())
-
-    def keys(self) -> list[str]:
-        return list(self._found())
-
-    def values(self) -> list[Any]:
-        return list(self._found().values())
-
-    def items(self) -> list[tuple[str, Any]]:
-        return list(self._found().items())
-
-
-def has_attribute(layer: AdapterLayer, name: str) -> bool:
-    """Whether the adapter layer has a tensor, a holder of tensors or a number of this name."""
-    own = layer.aliases.get(name, name)
-    return own in layer._parameters or own in layer._modules or own in layer.__dict__
-
-
-def attribute_of(layer: AdapterLayer, name: str) -> Any:
-    """What the adapter layer has under this name of the reference's."""
-    return getattr(layer, layer.aliases.get(name, name))
 
 
 class View:
@@ -105,23 +49,11 @@ def method_view(function: Callable[..., Any]) -> Any:
     return view
 
 
-def view_of(attribute: str) -> View:
-    """The view `layer.<attribute>[<adapter name>]`; an AttributeError where no adapter has it."""
-
-    def read(layer: Any) -> NamedView:
-        host = layer.splice_host
-        if not any(has_attribute(adapter, attribute) for adapter in host.layers.values()):
-            raise AttributeError(f"{type(layer).__name__!r} object has no attribute {attribute!r}")
-        return NamedView(host, attribute)
-
-    return View(read)
-
-
 def publish(cls: type, adapter: AdapterLayer) -> None:
-    """Give the adapted class `cls` a view for every tensor of this kind of adapter layer."""
-    for name in (*adapter._parameters, *adapter._modules, *adapter.aliases):
-        if name != "trained_bias" and name not in cls.__dict__:
-            view = view_of(name)
+    """Give the adapted class `cls` a view for every number of this kind of adapter layer."""
+    for name, attribute in adapter.numbers.items():
+        if name not in cls.__dict__:
+            view = View(partial(NumbersView, attribute))
             view.name = name
             setattr(cls, name, view)
 
@@ -129,12 +61,13 @@ def publish(cls: type, adapter: AdapterLayer) -> None:
 class NumbersView(MutableMapping[str, Any]):
     """One number of every adapter layer of a layer that has it: `layer.scaling["default"]`, also to set it."""
 
-    def __init__(self, host: Host, attribute: str) -> None:
+    def __init__(self, attribute: str, layer: Any) -> None:
+        layers = layer.splice_host.layers.items()
         self._attribute = attribute
-        self._layers = {n: layer for n, layer in host.layers.items() if has_attribute(layer, attribute)}
+        self._layers = {name: adapter for name, adapter in layers if attribute in adapter.__dict__}
 
     def __getitem__(self, name: str) -> Any:
-        return getattr(self._layers[name], self._attribute)
+        return self._layers[name].__dict__[self._attribute]
 
     def __setitem__(self, name: str, value: Any) -> None:
         setattr(self._layers[name], self._attribute, value)
@@ -150,10 +83,6 @@ class NumbersView(MutableMapping[str, Any]):
 
     def __repr__(self) -> str:
         return repr(dict(self))
-
-
-def _numbers(attribute: str) -> View:
-    return View(lambda layer: NumbersView(layer.splice_host, attribute))
 
 
 def _without_adapters(layer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -175,10 +104,7 @@ class AdaptedViews:
 
     splice_host: Any
 
-    adapters = View(lambda layer: layer.splice_adapters)
-    scaling = _numbers("scale")
-    r = _numbers("r")
-    lora_alpha = _numbers("lora_alpha")
+    adapters = View(lambda layer: layer.splice_host.layers)
     merged_adapters = View(lambda layer: list(layer.splice_host.merged))
     merged = View(lambda layer: bool(layer.splice_host.merged))
     active_adapters = View(_active)
@@ -193,7 +119,7 @@ class AdaptedViews:
         layer = cast(nn.Module, self)
         cls = original_class(layer)
         bare = cls.__new__(cls)
-        state = {name: value for name, value in layer.__dict__.items() if name != "splice_host"}
+        state = {name: value for name, value in layer.__dict__.items() if name != HOST}
         state["_modules"] = dict(bare_children(layer))
         if "forward" in state:  # a hook stands on the object, and goes on being called
             state["forward"] = partial(_without_adapters, layer)
@@ -204,8 +130,8 @@ class AdaptedViews:
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the scale of one adapter to `scale` times what its config says; an unknown name is ignored."""
         layer = self.splice_host.layers.get(adapter)
-        if layer is not None and has_attribute(layer, "initial_scale"):
-            layer.scale = scale * layer.initial_scale  # type: ignore[assignment,operator]
+        if isinstance(layer, Additive) and layer.initial_scale is not None:
+            layer.scale = scale * layer.initial_scale
 
     @method_view
     def scale_layer(self, scale: float) -> None:
@@ -217,10 +143,10 @@ class AdaptedViews:
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scale of the active adapters by `scale`, or set it back to what their configs say."""
         for layer in _active_scaled(self):
-            layer.scale = layer.initial_scale if scale is None else layer.scale / scale
+            layer.scale = (layer.initial_scale or 1.0) if scale is None else layer.scale / scale
 
 
-def _active_scaled(layer: Any) -> list[Any]:
+def _active_scaled(layer: Any) -> list[Additive]:
     layers = layer.splice_host.layers
     active = [layers[name] for name in _active(layer) if name in layers]
-    return [adapter for adapter in active if has_attribute(adapter, "initial_scale")]
+    return [adapter for adapter in active if isinstance(adapter, Additive) and adapter.initial_scale is not None]

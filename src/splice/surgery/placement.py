@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from splice.base.dense import HALVES, dtype_of
 from splice.config import PeftConfig
 from splice.kinds.layer import AdapterLayer
+from splice.kinds.slot import Slot
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,7 @@ class Placement:
         path: dotted path of the base layer.
         base: the base layer.
         layer_class: the adapter layer to be built.
-        slots: suffix -> shape of every tensor it needs.
-        stored: whether a checkpoint holds them; others are made again from what the config says.
+        slots: every tensor it needs, by suffix.
         own_config: the config of this layer, where it is not the adapter's.
         leader: the path of the layer of the same adapter whose tensors it shares; empty for all but followers.
     """
@@ -31,8 +32,7 @@ class Placement:
     path: str
     base: nn.Module
     layer_class: type[AdapterLayer]
-    slots: Mapping[str, tuple[int, ...]]
-    stored: bool = True
+    slots: Mapping[str, Slot]
     own_config: PeftConfig | None = None
     leader: str = ""
 
@@ -46,14 +46,19 @@ class Placement:
     @cached_property
     def keys(self) -> dict[str, str]:
         """Suffix -> name in the checkpoint."""
-        return {suffix: self.layer_class.key(self.path, suffix) for suffix in self.slots}
+        key = self.layer_class.names.key
+        return {suffix: key(self.path, suffix) for suffix in self.slots}
 
     def key(self, suffix: str) -> str:
         return self.keys[suffix]
 
     def dtype(self, suffix: str, autocast: bool) -> torch.dtype:
         """The dtype of a tensor in memory; with `autocast` half-precision adapters are held in float32."""
-        return self.layer_class.held_dtype(self.base, suffix, autocast)
+        given = self.slots[suffix].dtype
+        if given is not None:
+            return given
+        own = dtype_of(self.base)
+        return torch.float32 if own in HALVES and (autocast or own.itemsize == 1) else own
 
 
 @dataclass(frozen=True)

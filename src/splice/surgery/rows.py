@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from splice.kinds.layer import AdapterLayer, Factors
+from splice.kinds.effect import Factors
+from splice.kinds.layer import AdapterLayer
 
 if TYPE_CHECKING:
     from splice.selection import Group

@@ -1,4 +1,8 @@
-"""The class swap: a base layer takes on a generated subclass of its own class, and carries a host."""
+"""The class swap: a base layer takes on a generated subclass of its own class, and carries a host.
+
+The object, its parameters and their names stay what they are; `isinstance(layer, nn.Linear)` stays true. Wrapping the layer
+in another module instead would rename every parameter below it, and hide the layer from whoever looks for it.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,13 @@ from collections.abc import Mapping
 from torch import nn
 
 from splice.base.bare import HOST
-from splice.base.layers import ADAPTERS
-from splice.kinds.host import AdapterDict, Host
-from splice.kinds.layer import AdapterLayer
+from splice.kinds.host import Host
+from splice.kinds.layer import AdapterLayer, Home
 from splice.selection import Selection
 from splice.surgery.adapted import Adapted
 from splice.surgery.generated import generated
 from splice.surgery.layer_attributes import publish
+from splice.surgery.registering import register, share
 from splice.surgery.weight_readers import below_guard, guard_reader, readers_above, with_guard_of
 
 
@@ -24,25 +28,36 @@ def attach(
     adapter: AdapterLayer,
     selection: Selection,
     readers: Mapping[str, nn.Module],
+    home: Home | None = None,
 ) -> Host:
-    """Put `adapter` on `layer` under `name`. Nothing here can fail once the plan has been checked."""
+    """Put `adapter` on `layer` under `name`. Nothing here can fail once the plan has been checked.
+
+    Args:
+        layer: the base layer.
+        path: its path in the base model.
+        name: the adapter's name.
+        adapter: its layer, finished.
+        selection: of the model.
+        readers: modules of the network that read weights of layers below them, by path.
+        home: where the tensors stand in the tree; on the layer itself, if None.
+    """
     if not isinstance(layer, Adapted):
         _swap(layer, path, selection, readers)
     assert isinstance(layer, Adapted)
-    layer.splice_adapters.put(name, adapter)
-    layer.splice_host.shows |= adapter.shows
+    host = layer.splice_host
+    host.layers[name] = adapter
+    register(adapter, name, home or Home(layer._modules, host.added))
+    share(adapter, host)
+    host.shows |= adapter.shows
     publish(below_guard(type(layer)), adapter)
-    return layer.splice_host
+    return host
 
 
 def _swap(layer: nn.Module, path: str, selection: Selection, readers: Mapping[str, nn.Module]) -> None:
-    adapters = AdapterDict()
-    adapters.training = layer.training
     original = below_guard(type(layer))
     cls = generated(Adapted, original)
-    host = Host(layer, path, original, selection, adapters._modules, readers=readers_above(readers, path))
+    host = Host(layer, path, original, selection, readers=readers_above(readers, path))
     layer.__dict__[HOST] = host
-    layer._modules[ADAPTERS] = adapters
     # accelerate's hooks call `_old_forward`, other patches are called by the object: both sit below the adapters.
     name = next((name for name in ("_old_forward", "forward") if name in layer.__dict__), None)
     if name is not None:

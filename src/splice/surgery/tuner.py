@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -12,22 +13,25 @@ from torch import nn
 
 from splice.base.asking import asked
 from splice.base.bare import walk_bare
-from splice.base.layers import ADAPTERS
-from splice.checkpoint.keys import PREFIX, SHORT_PREFIX, format_key
+from splice.checkpoint.keys import PREFIX
 from splice.config import PeftConfig
 from splice.errors import warn
 from splice.kinds.adapters import Adapters
-from splice.kinds.host import AdapterDict, Host, first_conflict
-from splice.kinds.layer import AdapterLayer
-from splice.kinds.registry import Method, method_of
+from splice.kinds.call import ReadsCall
+from splice.kinds.host import Host, first_conflict
+from splice.kinds.layer import AdapterLayer, Home
+from splice.kinds.network import NetworkLayer
+from splice.kinds.registry import Method, method_named, method_of
 from splice.kinds.shared import SharedTensors
+from splice.kinds.slot import Role
 from splice.selection import BASE, Rows, Selection
 from splice.surgery.adapted import Adapted
 from splice.surgery.base_changes import BaseChanges
 from splice.surgery.detach import detach
 from splice.surgery.merging import adapters_to_merge, merge, merge_for_good, note_untied, unmerge
-from splice.surgery.names import base_front, is_whole, own_names
+from splice.surgery.names import is_whole
 from splice.surgery.placement import Built
+from splice.surgery.registering import register, unregister
 from splice.surgery.swap import attach
 from splice.surgery.weight_readers import weight_readers
 
@@ -55,14 +59,18 @@ class Tuner(nn.Module):
         # Plain dicts, so that nothing here is registered as a submodule a second time.
         self.adapted: dict[str, Adapted] = {}
         self.placed: dict[str, dict[str, AdapterLayer]] = {}
-        # What layers of one adapter share, by adapter name.
-        self.splice_shared = AdapterDict()
+        # Modules that adapters put here, by their names: containers of tensors that all layers of an adapter share.
+        self.added: dict[str, nn.Module] = {}
+        # Where layers that act on the call of the network have their tensors: here, or in the PeftModel around it.
+        self.around = Home(self._modules, self.added)
+        # How many adapters there are of each method.
+        self._methods: Counter[str] = Counter()
         # Adapters that have to know what the model is called with, and which of their layers.
-        self.reading: dict[str, set[type[AdapterLayer]]] = {}
+        self.reading: dict[str, set[type[ReadsCall]]] = {}
         # What each adapter's own method adds to the loss.
         self.loss_terms: dict[str, Callable[[Adapters, str], torch.Tensor]] = {}
         self._trainable: set[str] = set()
-        self._places: dict[str, list[tuple[dict[str, nn.Parameter | None], str]]] = {}
+        self._places: dict[str, list[tuple[dict[str, Any], str]]] = {}
         self._base_changes = BaseChanges()
         self.mixes_methods = False
 
@@ -93,12 +101,23 @@ class Tuner(nn.Module):
         except AttributeError:
             if name == "model":  # not there before __init__, as while unpickling
                 raise
-            for method in self.methods.values() if "peft_config" in self.__dict__ else ():
+            for peft_type in self.__dict__.get("_methods", ()):
+                method = method_named(peft_type, "an adapter")
                 if name in method.tuner_methods:
                     return partial(method.tuner_methods[name], self)
                 if name in method.tuner_views:
                     return method.tuner_views[name](self)
             return getattr(self.model, name)
+
+    def stand_in(self, modules: dict[str, nn.Module | None]) -> None:
+        """Let what acts on the call of the network have its tensors among these modules, those of a PeftModel."""
+        before, self.around = self.around, Home(modules, {})
+        for placed in self.placed.values():
+            for layer in placed.values():
+                if layer.home == before and isinstance(layer, NetworkLayer):  # of a PeftModel that was there first
+                    layer.home = self.around
+        self.around.added.update({n: m for n, m in before.added.items() if before.modules is not self._modules})
+        modules.update(self.around.added)
 
     # -- attaching
 
@@ -116,47 +135,58 @@ class Tuner(nn.Module):
         self.placed[name] = {item.placement.path: item.layer for item in built}
         self.peft_config[name] = config
         method = method_of(config)
+        self._methods[method.name] += 1
         if method.loss_term is not None:
             self.loss_terms[name] = method.loss_term
         self.model.__dict__[TUNER] = (self,)
         self.model.__dict__["peft_config"] = self.peft_config
         self._share(name, [item.layer for item in built])
-        reading = {type(item.layer) for item in built if item.layer.reads_call}
+        reading: set[type[ReadsCall]] = {type(item.layer) for item in built if isinstance(item.layer, ReadsCall)}
         if reading:
             self.reading[name] = reading
         for item in built:
             path, base = item.placement.path, item.placement.base
             if isinstance(item.layer, SharedTensors):
                 continue
-            attach(base, path, name, item.layer, self.selection, readers)
+            home = self.around if isinstance(item.layer, NetworkLayer) else None
+            attach(base, path, name, item.layer, self.selection, readers, home)
             self.adapted[path] = cast(Adapted, base)
         if freeze_base:
             self._base_changes.make(self.model, modules)
 
     def _share(self, name: str, layers: Sequence[AdapterLayer]) -> None:
         for shared in (layer for layer in layers if isinstance(layer, SharedTensors)):
-            self.splice_shared.put(name, shared)
+            register(shared, name, Home(self._modules, self.added))
             for layer in layers:
                 layer.join(shared)
 
     def discard(self, name: str) -> None:
         """Take an adapter off, finished or half attached, and forget it."""
-        self.splice_shared.drop(name)
         self.reading.pop(name, None)
+        shared = []
         for path, layer in self.placed[name].items():
             if isinstance(layer, SharedTensors):
+                shared.append(layer)
                 continue
             base = self.adapted.get(path) or self.model.get_submodule(path)
             detach(base, name)
             if not isinstance(base, Adapted):
                 self.adapted.pop(path, None)
+        for layer in shared:
+            unregister(layer, name)
+        self._forget(name)
+        if not self.placed:
+            self.restore_base()
+
+    def _forget(self, name: str) -> None:
         del self.placed[name]
-        self.peft_config.pop(name, None)
+        config = self.peft_config.pop(name, None)
+        if config is not None and config.method is not None and self._methods[config.method]:
+            self._methods[config.method] -= 1
+            self._methods += Counter()  # without those that are left with none
         self.loss_terms.pop(name, None)
         self._trainable.discard(name)
         self._places.pop(name, None)
-        if not self.placed:
-            self.restore_base()
 
     def stack_layers(self, config: PeftConfig) -> bool:
         """Let the network use its layers as often as `config` says; whether that changed it."""
@@ -247,16 +277,14 @@ class Tuner(nn.Module):
             (self._trainable.add if requires_grad else self._trainable.discard)(name)
             _set_flags(self._places_of(name), requires_grad)
 
-    def _places_of(self, name: str) -> list[tuple[dict[str, nn.Parameter | None], str]]:
+    def _places_of(self, name: str) -> list[tuple[dict[str, Any], str]]:
         """Where the adapter's parameters are registered: these places stay when the parameters in them are replaced."""
         found = self._places.get(name)
         if found is None:
             found = [
-                (module._parameters, key)
+                (registry, key)
                 for layer in self.placed[name].values()
-                for module in layer.modules()
-                for key, parameter in module._parameters.items()
-                if parameter is not None and (module is not layer or key not in layer.never_trained)
+                for registry, key, _ in layer.tensors_by_role(Role.TRAINED)
             ]
             self._places[name] = found
         return found
@@ -293,8 +321,9 @@ class Tuner(nn.Module):
                 module.__dict__["training"] = False
             else:  # a class with rules of its own
                 module.train(False)
-        for layer in self.adapted.values():
-            layer.splice_adapters.train(False)
+        for host in self.hosts.values():
+            for module in host.added.values():
+                module.train(False)
         self.training = False
 
     # -- merging and taking off
@@ -360,10 +389,12 @@ class Tuner(nn.Module):
                 detach(host.base, name)
             if whole is not None:
                 self.model.set_submodule(path, cast(Any, whole).module)
+        for name in list(self.placed):
+            for layer in self.placed[name].values():
+                if isinstance(layer, SharedTensors):
+                    unregister(layer, name)
+            self._forget(name)
         self.adapted.clear()
-        self.placed.clear()
-        self.peft_config.clear()
-        self.loss_terms.clear()
         self.selection.merged.clear()
         self.selection.set([])
         self.restore_base(keep_layers)
@@ -419,43 +450,15 @@ class Tuner(nn.Module):
             )
         return Rows(tuple(adapter_names), may_repeat)
 
-    def reference_names(self) -> dict[str, str]:
-        """Name of a tensor below the PeftModel -> its name in the reference, where the two differ."""
-        names: dict[str, str] = {}
-        if any(method.network_layer is not None for method in self.methods.values()):
-            # Virtual tokens wrap nothing: below the reference's PeftModel comes the network itself.
-            names = {PREFIX + name: SHORT_PREFIX + name for name, _ in own_names(self.model)}
-        for adapter_name, shared in self.splice_shared._modules.items():
-            for suffix, _ in shared.named_slots():
-                inside = f"base_model.splice_shared.{adapter_name}.{shared.attribute_of(suffix)}"
-                names[inside] = shared.full_memory_name("", suffix, adapter_name)
-        for path, layer in self.adapted.items():
-            here = f"{PREFIX}{path}." if path else PREFIX
-            host, taken = layer.splice_host, set()
-            for adapter_name, adapter in host.layers.items():
-                inside = f"{here}{ADAPTERS}.{adapter_name}."
-                for suffix, _ in adapter.named_slots():
-                    name = adapter.full_memory_name(path, suffix, adapter_name)
-                    names[inside + adapter.attribute_of(suffix)] = name
-                    taken.add(name)
-            front = base_front(host)
-            for name, _ in own_names(layer):
-                spelled = front + name
-                names[here + name] = f"{here}original_module.{name}" if spelled in taken else spelled
-        return {ours: theirs for ours, theirs in names.items() if ours != theirs}
-
-    def repeated_names(self) -> dict[str, str]:
-        """Names under which the reference's `state_dict` has tensors once more -> their first names there."""
-        names: dict[str, str] = {}
-        for adapter_name, shared in self.splice_shared._modules.items():
-            assert isinstance(shared, SharedTensors)
-            users = [path for path, layer in self.placed[adapter_name].items() if layer.shared]
-            paths = users if shared.repeated_on_layers else ()
-            for suffix, _ in shared.named_slots():
-                here = shared.memory_name(suffix, adapter_name)
-                first = shared.full_memory_name("", suffix, adapter_name)
-                names.update({format_key(path, here): first for path in paths})
-        return names
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: Any
+    ) -> None:
+        # Where adapters act on the call, the reference wraps nothing, and has the network itself in this place.
+        if any(isinstance(layer, NetworkLayer) for placed in self.placed.values() for layer in placed.values()):
+            for key in [k for k in state_dict if k.startswith(prefix) and not k.startswith(f"{prefix}model.")]:
+                if key[len(prefix) :].partition(".")[0] in self.model._modules:
+                    state_dict[f"{prefix}model.{key[len(prefix) :]}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
 
 
 def _set_flags(places: Iterable[tuple[Mapping[str, Any], str]], requires_grad: bool) -> None:

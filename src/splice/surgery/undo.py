@@ -46,8 +46,9 @@ class Undo:
             module.training = False
         for module in self.training:
             module.training = True
-        for layer in self.tuner.adapted.values():
-            layer.splice_adapters.train(layer.training)
+        for host in self.tuner.hosts.values():
+            for module in host.added.values():
+                module.train(host.base.training)
         if not self.names:
             self.tuner.restore_base()
         for step in self.last:

@@ -20,6 +20,7 @@ from splice.checkpoint.header import Entry
 from splice.checkpoint.keys import PREFIX, format_key, parse_key
 from splice.config import PeftConfig, copy_config
 from splice.kinds.registry import Method
+from splice.kinds.slot import shapes_of
 from splice.loading.plan import Fitted, Plan, fit, lay_out
 from splice.loading.published.covering import explicit, same_values, uncovered
 from splice.loading.published.relocating import Move, find_moves
@@ -157,7 +158,7 @@ class _Mender:
                 needed = owned.slots(base, self.config, old)
             except (ValueError, TypeError):
                 return False
-        return {suffix: entry.shape for suffix, entry in tensors.items()} == dict(needed)
+        return {suffix: entry.shape for suffix, entry in tensors.items()} == shapes_of(needed)
 
     # -- config
 

@@ -7,7 +7,7 @@ sequence of tokens; its last occurrence in a row counts. The cache of everything
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,9 +17,10 @@ from torch import nn
 
 from splice.errors import PeftWarning, warn
 from splice.kinds.adapters import Adapters
-from splice.kinds.layer import Factors, Forward
+from splice.kinds.call import Call, ReadsCall
+from splice.kinds.effect import Forward
 from splice.methods.lora.config import LoraConfig
-from splice.methods.lora.layers import LoraLinear
+from splice.methods.lora.layers import OnLinear
 
 Tokens = tuple[int, ...]
 _RECOMPUTED_TWICE = (
@@ -64,11 +65,10 @@ class Invocations:
 _of_this_call: ContextVar[Invocations | None] = ContextVar("splice_invocations", default=None)
 
 
-class AloraLinear(LoraLinear):
+class AloraLinear(ReadsCall, OnLinear):
     """aLoRA on a linear layer, stored either way round."""
 
     mergeable = False
-    reads_call = True
     last: Invocations | None = None
     ambiguous: bool = False
 
@@ -78,11 +78,8 @@ class AloraLinear(LoraLinear):
         self.tokens: Tokens = tuple(config.alora_invocation_tokens)
 
     @classmethod
-    def call_context(cls, adapters: Adapters, names: Sequence[str], call: Any) -> Any:
+    def call_context(cls, adapters: Adapters, names: Sequence[str], call: Call) -> AbstractContextManager[None]:
         return _invoked(adapters, names, call)
-
-    def factors(self) -> Factors | None:
-        return None  # not of every position
 
     def wrapped_for(self, inner: Forward, rows: torch.Tensor) -> Forward:
         return lambda x: self._at(x, inner, rows)
@@ -120,12 +117,12 @@ class AloraLinear(LoraLinear):
             return self.last
         if found.recomputed and found is not self.last:
             self.ambiguous = self.last is not None and not self.last.used
-            self.__dict__["last"] = found
+            self.last = found
         return found
 
 
 @contextmanager
-def _invoked(adapters: Adapters, names: Sequence[str], call: Any) -> Iterator[None]:
+def _invoked(adapters: Adapters, names: Sequence[str], call: Call) -> Iterator[None]:
     """Inside, the adapters `names` know where they were invoked by the tokens of the call."""
     ids, given = call.input_ids, call.options.pop("alora_offsets", None)
     if ids is None and given is None:
@@ -141,6 +138,7 @@ def _invoked(adapters: Adapters, names: Sequence[str], call: Any) -> Iterator[No
         starts = torch.tensor([length if offset is None else length - min(offset, length) for offset in given])
         found = dict.fromkeys(tokens, starts)
     else:
+        assert ids is not None
         rows = ids.reshape(-1, length)
         found = {sequence: _starts(rows, sequence) for sequence in tokens}
     network: Any = adapters.model
@@ -164,7 +162,7 @@ def _starts(rows: torch.Tensor, tokens: Tokens) -> torch.Tensor:
     return torch.where(last < 0, length, last)
 
 
-def _beams(adapters: Adapters, call: Any) -> int:
+def _beams(adapters: Adapters, call: Call) -> int:
     network: Any = adapters.model
     configs = [call.options.get("generation_config"), network.generation_config]
     for holder in (call.options, *(vars(config) for config in configs if config is not None)):

@@ -13,17 +13,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from splice.checkpoint.keys import PREFIX, format_key
+from splice.checkpoint.keys import format_key
 from splice.errors import UnsupportedLayerError
-from splice.kinds.layer import AdapterLayer, Forward
+from splice.kinds.effect import Forward
+from splice.kinds.layer import AdapterLayer
+from splice.kinds.names import LayerNames, Names
+from splice.kinds.slot import Slot
 from splice.methods.lora.config import LoraConfig
-from splice.methods.lora.layers import LoraLinear
+from splice.methods.lora.layers import OnLinear
 
 _IN = "in_proj_weight"
 _OUT = "out_proj"
 
 
-class LoraAttention(LoraLinear):
+class LoraAttention(OnLinear):
     """The update of `in_proj_weight`: A (r, dim), B (3 dim, r). Dropout has no place in it."""
 
     mergeable = True
@@ -31,7 +34,7 @@ class LoraAttention(LoraLinear):
     shows = True
 
     @classmethod
-    def slots(cls, base: Any, config: LoraConfig, path: str) -> dict[str, tuple[int, ...]]:
+    def slots(cls, base: Any, config: LoraConfig, path: str) -> dict[str, Slot]:
         if not base._qkv_same_embed_dim:
             raise UnsupportedLayerError(f"{path}: LoRA on attention needs keys and values of the dimension of queries")
         if not isinstance(base.out_proj, nn.Linear):
@@ -66,11 +69,23 @@ class LoraAttention(LoraLinear):
         return (_IN,)
 
 
-class LoraOutProjection(LoraLinear):
+class _OutNames(LayerNames):
+    """The reference has wrapped the attention above, and the projection is inside what it wrapped."""
+
+    def key(self, path: str, suffix: str) -> str:
+        return format_key(_below_base_layer(path), suffix)
+
+    def path_in_reference(self, path: str) -> str:
+        return format_key(_below_base_layer(path), "")
+
+
+class LoraOutProjection(OnLinear):
     """The update of the output projection; rank, alpha and names follow from the attention it belongs to."""
 
+    names: Names = _OutNames()
+
     @classmethod
-    def slots(cls, base: nn.Module, config: LoraConfig, path: str) -> dict[str, tuple[int, ...]]:
+    def slots(cls, base: nn.Module, config: LoraConfig, path: str) -> dict[str, Slot]:
         return super().slots(base, config, _attention(path))
 
     def prepare(self, base: nn.Module, config: LoraConfig, path: str) -> None:
@@ -79,17 +94,6 @@ class LoraOutProjection(LoraLinear):
     def delta_weight(self, weight: torch.Tensor) -> torch.Tensor | None:
         delta = super().delta_weight(weight)
         return None if delta is None else delta + delta.detach()
-
-    @classmethod
-    def key(cls, path: str, suffix: str) -> str:
-        return format_key(_below_base_layer(path), suffix)
-
-    @classmethod
-    def full_memory_name(cls, path: str, suffix: str, adapter_name: str) -> str:
-        return format_key(_below_base_layer(path), cls.memory_name(suffix, adapter_name))
-
-    def base_front(self, path: str) -> str:
-        return f"{PREFIX}{_below_base_layer(path)}.{self.base_infix}"
 
 
 def _attention(path: str) -> str:

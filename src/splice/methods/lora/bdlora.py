@@ -14,12 +14,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from splice.base.layers import features
-from splice.kinds.layer import Factors
+from splice.kinds.slot import Slot
 from splice.methods.lora.config import LoraConfig
-from splice.methods.lora.layers import LoraLinear, product
+from splice.methods.lora.layers import OnLinear, product
 
 
-class BdLoraLinear(LoraLinear):
+class BdLoraLinear(OnLinear):
     """BD-LoRA on a linear layer, stored either way round."""
 
     # How many blocks A and B have.
@@ -47,17 +47,21 @@ class BdLoraLinear(LoraLinear):
         return (options.nblocks if in_a else 1), (options.nblocks if in_b else 1)
 
     @classmethod
-    def slots(cls, base: nn.Module, config: LoraConfig, path: str) -> dict[str, tuple[int, ...]]:
+    def slots(cls, base: nn.Module, config: LoraConfig, path: str) -> dict[str, Slot]:
         (size_in, size_out), (in_a, in_b) = features(base), cls.blocks_of(config, path)
         found = super().slots(base, config, path)
-        rank = found["lora_A.weight"][0]
+        rank = found["lora_A.weight"].shape[0]
         for what, size, count in (("input", size_in, in_a), ("output", size_out, in_b)):
             if size % count or rank % count:
                 raise ValueError(
                     f"{path}: BD-LoRA cuts its {what} of {size} and the rank {rank} into {count} blocks; both have to be "
                     "multiples of that."
                 )
-        return {**found, "lora_A.weight": (rank, size_in // in_a), "lora_B.weight": (size_out, rank // in_b)}
+        return {
+            **found,
+            "lora_A.weight": Slot((rank, size_in // in_a)),
+            "lora_B.weight": Slot((size_out, rank // in_b)),
+        }
 
     def prepare(self, base: nn.Module, config: LoraConfig, path: str) -> None:
         super().prepare(base, config, path)
@@ -70,17 +74,16 @@ class BdLoraLinear(LoraLinear):
         if a.shape[1] < features(base)[0]:  # the blocks are drawn as the reference does, wider than A as a whole
             nn.init.kaiming_uniform_(a, a=0)
 
-    def factors(self) -> Factors | None:
-        return super().factors() if self.blocks == (1, 1) else None
+    def down(self, x: torch.Tensor) -> torch.Tensor:
+        return _blockwise(x, self.a, self.blocks[0])
 
-    def delta(self, x: torch.Tensor) -> torch.Tensor:
-        (a, b), (in_a, in_b) = self._factors, self.blocks
-        found = _blockwise(_blockwise(x, a.weight, in_a), b.weight, in_b)
-        return found if b.bias is None else found + b.bias
+    def up(self, hidden: torch.Tensor) -> torch.Tensor:
+        found, bias = _blockwise(hidden, self.b, self.blocks[1]), self.find("lora_B.bias")
+        return found if bias is None else found + bias
 
     def own_update(self) -> torch.Tensor:
         block_diag: Any = torch.block_diag
-        wide = [block_diag(*slots.weight.chunk(n)) for slots, n in zip(self._factors, self.blocks)]
+        wide = [block_diag(*factor.chunk(count)) for factor, count in zip((self.a, self.b), self.blocks)]
         return self.scale * product(wide[1], wide[0])
 
 

@@ -17,8 +17,9 @@ from torch import nn
 
 from splice.errors import warn
 from splice.kinds.combining import Combination, Combine, Weighted
+from splice.kinds.slot import Slot
 from splice.methods.lora.config import LoraConfig, with_rank
-from splice.methods.lora.layers import LoraLayer
+from splice.methods.lora.layers import LowRank
 
 _PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 TYPES = ("cat", "linear", "svd", *_PRUNING, *(f"{name}_svd" for name in _PRUNING))
@@ -40,24 +41,24 @@ class _Part:
 
 def _part(layer: Any, weight: float) -> _Part:
     tensors = dict(layer.named_slots())
-    a, b = (tensors[name].detach().flatten(1).float() for name in layer.names)
+    a, b = (tensors[name].detach().flatten(1).float() for name in layer.factor_names)
     return _Part(a, b, float(layer.scale), weight)
 
 
 def _fitted(
-    slots: dict[str, tuple[int, ...]],
+    slots: dict[str, Slot],
     names: tuple[str, str],
     a: torch.Tensor,
     b: torch.Tensor,
-    like: LoraLayer,
+    like: LowRank,
     fresh: dict[str, torch.Tensor],
 ) -> dict[str, torch.Tensor]:
     """The factors in the shapes of the new adapter's slots; ranks that are left over are zero. The rest is `fresh`."""
-    dtype = next(like.parameters()).dtype
-    full_a, full_b = a.new_zeros(slots[names[0]]).flatten(1), b.new_zeros(slots[names[1]]).flatten(1)
+    dtype = like.a.dtype
+    full_a, full_b = a.new_zeros(slots[names[0]].shape).flatten(1), b.new_zeros(slots[names[1]].shape).flatten(1)
     full_a[: a.shape[0]] = a
     full_b[:, : b.shape[1]] = b
-    made = {names[0]: full_a.reshape(slots[names[0]]), names[1]: full_b.reshape(slots[names[1]])}
+    made = {names[0]: full_a.reshape(slots[names[0]].shape), names[1]: full_b.reshape(slots[names[1]].shape)}
     rest = {name: tensor.to(a) for name, tensor in fresh.items() if name not in made}
     return {name: tensor.to(dtype) for name, tensor in {**made, **rest}.items()}
 
@@ -156,9 +157,9 @@ class CombinedFactors(Combine):
         first: Any = layers[0][0]
         a, b = _factors([_part(layer, weight) for layer, weight in layers], how, config.r)
         slots = type(first).slots(base, config, path)
-        fresh = {name: torch.zeros(shape) for name, shape in slots.items()}
+        fresh = {name: torch.zeros(slot.shape) for name, slot in slots.items()}
         type(first).initialise(fresh, base, config)
-        return _fitted(slots, first.names, a, b, first, fresh)
+        return _fitted(slots, first.factor_names, a, b, first, fresh)
 
 
 def _new_rank(configs: Sequence[LoraConfig], how: Combination) -> int:

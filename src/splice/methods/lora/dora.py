@@ -7,31 +7,33 @@ weight in it, also where several adapters are active or merged: then each takes 
 
 from __future__ import annotations
 
-from typing import Any
+from types import MappingProxyType
 
 import torch
 from torch import nn
 
-from splice.kinds.layer import Forward
-from splice.kinds.light_module import Slots
-from splice.kinds.original import Original
+from splice.kinds.effect import Forward
+from splice.kinds.layer import Held
+from splice.kinds.names import LayerNames, Place
+from splice.kinds.original import original_weight, tensor_in_use
+from splice.kinds.slot import Slot
 from splice.kinds.weight_delta import operation_of
 from splice.methods.lora.config import LoraConfig
-from splice.methods.lora.layers import LoraConv, LoraEmbedding, LoraLayer, LoraLinear
+from splice.methods.lora.layers import LowRank, OnConvolution, OnEmbedding, OnLinear
 
 MAGNITUDE = "lora_magnitude_vector"
 
 
-class Dora(LoraLayer):
+class Dora(LowRank):
     """What DoRA on every kind of layer shares. It stands before the LoRA layer of the kind."""
 
-    lora_magnitude_vector: Slots
+    names = LayerNames(places=MappingProxyType({MAGNITUDE: Place(MAGNITUDE, "weight")}))
+    magnitude = Held(MAGNITUDE)
     # Whether the base has a bias, which keeps its size.
     has_bias: bool = False
 
     def prepare(self, base: nn.Module, config: LoraConfig, path: str) -> None:
         super().prepare(base, config, path)
-        self.base = Original(base)
         self.operation = operation_of(base)
         self.has_bias = base._parameters.get("bias") is not None
 
@@ -39,13 +41,12 @@ class Dora(LoraLayer):
     def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: LoraConfig) -> None:
         super().initialise({name: t for name, t in tensors.items() if name != MAGNITUDE}, base, config)
         magnitude = tensors[MAGNITUDE]
-        magnitude.copy_(cls.sizes(Original(base).weight().to(magnitude.dtype)).reshape(magnitude.shape))
+        magnitude.copy_(cls.sizes(original_weight(base).to(magnitude.dtype)).reshape(magnitude.shape))
 
     @torch.no_grad()
     def begin(self) -> None:
-        own = dict(self.named_slots())
-        magnitude = own[MAGNITUDE]
-        if magnitude.is_meta or not all(own[name].any() for name in self.names):
+        magnitude = self.magnitude
+        if magnitude.is_meta or not (self.a.any() and self.b.any()):
             return  # the update is zero: the magnitudes are those of the base alone, as they were initialised
         magnitude.copy_(self.norm(self.base_weight(magnitude.dtype)).reshape(magnitude.shape))
 
@@ -57,7 +58,7 @@ class Dora(LoraLayer):
 
     def base_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight that the magnitudes are measured on."""
-        weight = self.base.weight()
+        weight = original_weight(self.base)
         return weight if weight.dtype is dtype else weight.to(dtype)
 
     def total(self, weight: torch.Tensor) -> torch.Tensor:
@@ -72,7 +73,7 @@ class Dora(LoraLayer):
     def ratio(self, weight: torch.Tensor) -> torch.Tensor:
         """m / n(W + D), so shaped that it multiplies the weight."""
         norm = self.norm(weight)
-        return self.lora_magnitude_vector.weight.reshape(norm.shape) / norm
+        return self.magnitude.reshape(norm.shape) / norm
 
     def on_output(self, tensor: torch.Tensor) -> torch.Tensor:
         """A value for every output, so shaped that it multiplies the output; it may come as `ratio` gives it."""
@@ -81,14 +82,14 @@ class Dora(LoraLayer):
     def around(self, x: torch.Tensor, inner: Forward) -> torch.Tensor:
         y: torch.Tensor = inner(x)
         h = self.cast_input(x)
-        weight = self.base_weight(self.lora_magnitude_vector.weight.dtype)
+        weight = self.base_weight(self.magnitude.dtype)
         ratio = self.on_output(self.ratio(weight))
         if self.dropout and self.training:
             h = nn.functional.dropout(h, self.dropout)
             # The part of the base in the correction sees the dropped input too, the output of the base does not.
             out = y + (ratio - 1) * self.operation(h, weight) + ratio * (self.scale * self.delta(h))
             return out.to(y.dtype)
-        bias = self.base.shown("bias") if self.has_bias else None
+        bias = tensor_in_use(self.base, "bias") if self.has_bias else None
         if bias is None:
             out = torch.add(y, self.delta(h), alpha=self.scale) * ratio
         else:
@@ -100,39 +101,27 @@ class Dora(LoraLayer):
         plain = super().delta_weight(weight)
         if plain is None:
             return None
-        ratio = self.ratio(self.base_weight(self.lora_magnitude_vector.weight.dtype))
+        ratio = self.ratio(self.base_weight(self.magnitude.dtype))
         return ratio * (weight + plain) - weight
 
-    def factors(self) -> None:
-        return None  # the rows of the base's output are scaled too
 
-    def attribute_of(self, suffix: str) -> str:
-        return f"{MAGNITUDE}.weight" if suffix == MAGNITUDE else super().attribute_of(suffix)
-
-    def named_slots(self) -> Any:
-        for name, tensor in super().named_slots():
-            yield (MAGNITUDE if name == f"{MAGNITUDE}.weight" else name), tensor
+class DoraOnLinear(Dora, OnLinear):
+    """DoRA on a linear layer, stored either way round, for what DoRA is combined with."""
 
     @classmethod
-    def memory_name(cls, suffix: str, adapter_name: str) -> str:
-        own = f"{MAGNITUDE}.{adapter_name}.weight"
-        return own if suffix == MAGNITUDE else super().memory_name(suffix, adapter_name)
-
-
-class DoraLinear(Dora, LoraLinear):
-    """DoRA on a linear layer, stored either way round."""
-
-    @classmethod
-    def slots(cls, base: nn.Module, config: LoraConfig, path: str) -> dict[str, tuple[int, ...]]:
+    def slots(cls, base: nn.Module, config: LoraConfig, path: str) -> dict[str, Slot]:
         plain = super().slots(base, config, path)
-        return {**plain, MAGNITUDE: (plain["lora_B.weight"][0],)}
+        return {**plain, MAGNITUDE: Slot((plain["lora_B.weight"].shape[0],))}
 
     def total(self, weight: torch.Tensor) -> torch.Tensor:
-        a, b = self._factors
-        return torch.addmm(weight, b.weight, a.weight, alpha=self.scale)
+        return torch.addmm(weight, self.b, self.a, alpha=self.scale)
 
 
-class DoraEmbedding(Dora, LoraEmbedding):
+class DoraLinear(DoraOnLinear):
+    """DoRA on a linear layer."""
+
+
+class DoraEmbedding(Dora, OnEmbedding):
     """DoRA on an embedding: a magnitude for every column of its table."""
 
     @staticmethod
@@ -141,27 +130,26 @@ class DoraEmbedding(Dora, LoraEmbedding):
         return norm
 
     @classmethod
-    def slots(cls, base: nn.Module, config: LoraConfig, path: str) -> dict[str, tuple[int, ...]]:
+    def slots(cls, base: nn.Module, config: LoraConfig, path: str) -> dict[str, Slot]:
         plain = super().slots(base, config, path)
-        return {**plain, MAGNITUDE: (plain["lora_embedding_B"][0],)}
+        return {**plain, MAGNITUDE: Slot((plain["lora_embedding_B"].shape[0],))}
 
     def total(self, weight: torch.Tensor) -> torch.Tensor:
-        return torch.addmm(weight, self.lora_embedding_A.T, self.lora_embedding_B.T, alpha=self.scale)
+        return torch.addmm(weight, self.a.T, self.b.T, alpha=self.scale)
 
 
-class DoraConv(Dora, LoraConv):
+class DoraConv(Dora, OnConvolution):
     """DoRA on a convolution: a magnitude for every output channel."""
 
     @classmethod
-    def slots(cls, base: nn.Module, config: LoraConfig, path: str) -> dict[str, tuple[int, ...]]:
+    def slots(cls, base: nn.Module, config: LoraConfig, path: str) -> dict[str, Slot]:
         plain = super().slots(base, config, path)
-        ones = (1,) * (len(plain["lora_B.weight"]) - 2)
-        return {**plain, MAGNITUDE: (1, plain["lora_B.weight"][0], *ones)}
+        size_out, _, *kernel = plain["lora_B.weight"].shape
+        return {**plain, MAGNITUDE: Slot((1, size_out, *kernel))}
 
     def total(self, weight: torch.Tensor) -> torch.Tensor:
-        a, b = self._factors
         # With groups this product mixes them, and is not what the layer adds: the reference trains with it all the same.
-        product = b.weight.reshape(-1, self.r) @ a.weight.reshape(self.r, -1)
+        product = self.b.reshape(-1, self.r) @ self.a.reshape(self.r, -1)
         return torch.add(weight, product.reshape(weight.shape), alpha=self.scale)
 
     def on_output(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -11,33 +11,34 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from splice.base.layers import features
 from splice.errors import UnsupportedLayerError
 from splice.kinds.adapters import Adapters, layers_of
-from splice.kinds.layer import AdapterLayer
+from splice.kinds.effect import Effect
+from splice.kinds.layer import Held
+from splice.kinds.slot import Slot
 from splice.methods.lora.config import LoraConfig
 from splice.methods.lora.inits import Taken
-from splice.methods.lora.layers import LoraLinear, product
+from splice.methods.lora.layers import OnLinear, product
 from splice.methods.lora.residual import Residual
 
 
-class KasaLinear(Residual, LoraLinear):
+class KasaLinear(Residual, OnLinear):
     """KaSA on a linear layer."""
 
-    lora_diag: nn.Parameter
+    lora_diag = Held()
     beta: float
     gamma: float
 
     @classmethod
-    def slots(cls, base: nn.Module, config: LoraConfig, path: str) -> dict[str, tuple[int, ...]]:
+    def slots(cls, base: nn.Module, config: LoraConfig, path: str) -> dict[str, Slot]:
         rank, most = cls.rank(config, path), min(features(base))
         if rank >= most:
             raise UnsupportedLayerError(
                 f"{path}: KaSA leaves out {rank} singular values of a weight that has {most}. Lower the rank."
             )
-        return {**super().slots(base, config, path), "lora_diag": (rank,)}
+        return {**super().slots(base, config, path), "lora_diag": Slot((rank,))}
 
     @classmethod
     def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: LoraConfig) -> None:
@@ -53,20 +54,18 @@ class KasaLinear(Residual, LoraLinear):
         kept = len(s) - self.r
         return Taken(vh[kept:], u[:, kept:] * s[kept:], 1.0)
 
-    def delta(self, x: torch.Tensor) -> torch.Tensor:
-        a, b = self._factors
-        return F.linear(F.linear(x, a.weight) * self.lora_diag, b.weight, b.bias)
+    def down(self, x: torch.Tensor) -> torch.Tensor:
+        return super().down(x) * self.lora_diag
 
     def own_update(self) -> torch.Tensor:
-        a, b = self._factors
-        return self.scale * product(b.weight * self.lora_diag, a.weight)
+        return self.scale * product(self.b * self.lora_diag, self.a)
 
-    def conflict(self, other: AdapterLayer) -> str:
+    def conflict(self, other: Effect) -> str:
         return "each leaves singular values of the weight out" if isinstance(other, Residual) else ""
 
     def penalty(self) -> torch.Tensor:
         """What training adds to the loss for this layer: small singular values, and A and B close to being orthogonal."""
-        a, b = (slots.weight.float() for slots in self._factors)
+        a, b = self.a.float(), self.b.float()
         identity = torch.eye(self.r, device=a.device)
         apart = torch.linalg.matrix_norm(b.T @ b - identity) + torch.linalg.matrix_norm(a @ a.T - identity)
         found: torch.Tensor = self.beta * self.lora_diag.float().square().sum() + self.gamma * apart

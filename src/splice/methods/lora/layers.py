@@ -3,6 +3,9 @@
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, section 4.1; the rank-stabilised scale
 is Kalajdzievski, arXiv 2312.03732, section 3. With A (r, in), B (out, r): `y = base(x) + s * B A x`, where
 s = alpha / r, or alpha / sqrt(r).
+
+`LowRank` is what every relative of LoRA builds on, once for each kind of base layer: `OnLinear`, `OnEmbedding`,
+`OnConvolution`. A relative supplies a part of it, such as how A is applied; none of them builds on another's layer.
 """
 
 from __future__ import annotations
@@ -18,20 +21,32 @@ from torch.nn import functional as F
 from splice.base.asking import asked
 from splice.base.layers import LayerKind, features, kind_of
 from splice.kinds.additive import Additive
-from splice.kinds.layer import Factors, Forward, cast_to
-from splice.kinds.light_module import Slots
+from splice.kinds.casting import cast_to
+from splice.kinds.effect import Factors, Forward
+from splice.kinds.layer import Held
 from splice.kinds.matching import value_for
+from splice.kinds.slot import Slot
 from splice.methods.lora.config import LoraConfig
 from splice.methods.lora.inits import initialise_linear
 
 
-class LoraLayer(Additive):
-    """What LoRA on every kind of layer shares."""
+class LowRank(Additive):
+    """A low-rank update: rank, scale and how the factors start."""
 
-    names: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
+    numbers = MappingProxyType({**Additive.numbers, "lora_alpha": "lora_alpha"})
+    # Suffixes of A and B.
+    factor_names: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
+    # A and B as they are now.
+    a = Held("lora_A.weight")
+    b = Held("lora_B.weight")
+    # The rank, at least 1, and the numerator of the scale.
+    r: int
+    lora_alpha: float
+    initial_scale: float
 
     @staticmethod
     def rank(config: LoraConfig, path: str) -> int:
+        """The rank that the config gives to the layer at `path`."""
         return int(value_for(config.rank_pattern, path, config.r))
 
     def prepare(self, base: nn.Module, config: LoraConfig, path: str) -> None:
@@ -43,59 +58,80 @@ class LoraLayer(Additive):
 
     @classmethod
     def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: LoraConfig) -> None:
-        a, b = (tensors[name] for name in cls.names)
+        a, b = (tensors[name] for name in cls.factor_names)
         initialise_linear(a, b, config.init_lora_weights)
         if "lora_B.bias" in tensors:
             nn.init.zeros_(tensors["lora_B.bias"])
 
+    def down(self, x: torch.Tensor) -> torch.Tensor:
+        """A applied to `x`: r values for each position."""
+        raise NotImplementedError
 
-class LoraLinear(LoraLayer):
-    """LoRA on a linear layer, stored either way round."""
+    def up(self, hidden: torch.Tensor) -> torch.Tensor:
+        """B applied to what `down` gave."""
+        raise NotImplementedError
 
-    lora_A: Slots
-    lora_B: Slots
+    def delta(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up(self.down(x))
+
+    def cast_input(self, x: torch.Tensor) -> torch.Tensor:
+        return cast_to(x, self.a)
+
+
+class OnLinear(LowRank):
+    """On a linear layer, stored either way round."""
+
     # An output layer whose weight is that of the embeddings has their update: B' A' = (B A)^T.
     transposes = MappingProxyType({"lora_A.weight": "lora_embedding_B", "lora_B.weight": "lora_embedding_A"})
 
     @classmethod
-    def slots(cls, base: nn.Module, config: LoraConfig, path: str) -> dict[str, tuple[int, ...]]:
+    def slots(cls, base: nn.Module, config: LoraConfig, path: str) -> dict[str, Slot]:
         (size_in, size_out), r = features(base), cls.rank(config, path)
-        bias: dict[str, tuple[int, ...]] = {"lora_B.bias": (size_out,)} if config.lora_bias else {}
-        return {"lora_A.weight": (r, size_in), "lora_B.weight": (size_out, r), **bias}
+        found = {"lora_A.weight": Slot((r, size_in)), "lora_B.weight": Slot((size_out, r))}
+        return {**found, "lora_B.bias": Slot((size_out,))} if config.lora_bias else found
 
     @classmethod
     def resolved(cls, base: nn.Module, config: LoraConfig) -> dict[str, Any]:
         # The layout follows from the layer; the field is kept as the reference writes it.
         return {"fan_in_fan_out": kind_of(base) is LayerKind.TRANSPOSED_LINEAR}
 
+    def down(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.a)
+
+    def up(self, hidden: torch.Tensor) -> torch.Tensor:
+        return F.linear(hidden, self.b, self.find("lora_B.bias"))
+
+    def own_update(self) -> torch.Tensor:
+        """`scale * B A`, (out, in)."""
+        return self.scale * product(self.b, self.a)
+
+    def delta_weight(self, weight: torch.Tensor) -> torch.Tensor | None:
+        return self.own_update()
+
+    def delta_bias(self) -> torch.Tensor | None:
+        bias = self.find("lora_B.bias")
+        return None if bias is None else self.scale * bias
+
+
+class LoraLinear(OnLinear):
+    """LoRA on a linear layer: what decoding meets on every layer, so its tensors are kept at hand."""
+
     def prepare(self, base: nn.Module, config: LoraConfig, path: str) -> None:
         super().prepare(base, config, path)
-        # Kept as a tuple: each look-up of a child module by name would cost as much as a tenth of a small product.
-        first, second = self.lora_A, self.lora_B
-        self._factors: tuple[Any, Any] = (first, second)
-        # And what is asked for at every call, straight: in a mixed batch each step on the way is a miss of the cache.
-        self._held: tuple[dict[str, Any], dict[str, Any]] = (first._parameters, second._parameters)
-        has_bias = second._parameters["bias"] is not None or self._parameters["trained_bias"] is not None
-        self._is_product = type(self) is LoraLinear and not has_bias
+        # Where A and B are registered: each step on the way to a tensor would cost a tenth of a small product, and in a
+        # mixed batch a miss of the cache.
+        a, b = (self.registered[name].registry for name in self.factor_names)
+        self._held: tuple[dict[str, Any], dict[str, Any]] = (a, b)
+        self._is_product = b["bias"] is None and not self.shows
 
     def around(self, x: torch.Tensor, inner: Forward) -> torch.Tensor:
-        # The one that decoding meets on every layer: `Additive.around`, with the tensors at hand. `nn.Module.__getattr__`
-        # would cost as much as a small product.
-        a, b = self._held
-        weight = a.get("weight")
-        if type(self) is not LoraLinear or weight is None or (self.dropout and self.training):
+        if self.dropout and self.training:
             return super().around(x, inner)
+        a, b = self._held
         y: torch.Tensor = inner(x)
-        hidden = F.linear(cast_to(x, weight), weight)
-        out = torch.add(y, F.linear(hidden, b["weight"], b["bias"]), alpha=self.scale)
+        weight = a["weight"]
+        out = torch.add(y, F.linear(F.linear(cast_to(x, weight), weight), b["weight"], b["bias"]), alpha=self.scale)
         return out if out.dtype is y.dtype else out.to(y.dtype)
-
-    def cast_input(self, x: torch.Tensor) -> torch.Tensor:
-        return cast_to(x, self._factors[0].weight)
-
-    def delta(self, x: torch.Tensor) -> torch.Tensor:
-        a, b = self._factors
-        return F.linear(F.linear(x, a.weight), b.weight, b.bias)
 
     def factors(self) -> Factors | None:
         if not self._is_product or (self.dropout and self.training):
@@ -103,34 +139,22 @@ class LoraLinear(LoraLayer):
         a, b = self._held
         return Factors(a["weight"], b["weight"], self.scale)
 
-    def own_update(self) -> torch.Tensor:
-        """`scale * B A`, (out, in)."""
-        a, b = self._factors
-        return self.scale * product(b.weight, a.weight)
 
-    def delta_weight(self, weight: torch.Tensor) -> torch.Tensor | None:
-        return self.own_update()
+class OnEmbedding(LowRank):
+    """On an embedding, where the first product is a look-up: `y = base(ids) + s * A^T[ids] B^T`."""
 
-    def delta_bias(self) -> torch.Tensor | None:
-        bias: torch.Tensor | None = self._factors[1].bias
-        return None if bias is None else self.scale * bias
-
-
-class LoraEmbedding(LoraLayer):
-    """LoRA on an embedding, where the first product is a look-up: `y = base(ids) + s * A^T[ids] B^T`."""
-
-    names = ("lora_embedding_A", "lora_embedding_B")
-    lora_embedding_A: nn.Parameter
-    lora_embedding_B: nn.Parameter
+    factor_names = ("lora_embedding_A", "lora_embedding_B")
+    a = Held("lora_embedding_A")
+    b = Held("lora_embedding_B")
 
     @classmethod
-    def slots(cls, base: nn.Module, config: LoraConfig, path: str) -> dict[str, tuple[int, ...]]:
+    def slots(cls, base: nn.Module, config: LoraConfig, path: str) -> dict[str, Slot]:
         (vocabulary, dim), r = features(base), cls.rank(config, path)
-        return {"lora_embedding_A": (r, vocabulary), "lora_embedding_B": (dim, r)}
+        return {"lora_embedding_A": Slot((r, vocabulary)), "lora_embedding_B": Slot((dim, r))}
 
     @classmethod
     def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: LoraConfig) -> None:
-        a, b = (tensors[name] for name in cls.names)
+        a, b = (tensors[name] for name in cls.factor_names)
         nn.init.normal_(b)
         if config.init_lora_weights is False:
             nn.init.normal_(a)
@@ -148,56 +172,67 @@ class LoraEmbedding(LoraLayer):
     def cast_input(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
-    def delta(self, x: torch.Tensor) -> torch.Tensor:
-        found = F.embedding(x, self.lora_embedding_A.T, *self.look_up) @ self.lora_embedding_B.T
+    def down(self, x: torch.Tensor) -> torch.Tensor:
+        return F.embedding(x, self.a.T, *self.look_up)
+
+    def up(self, hidden: torch.Tensor) -> torch.Tensor:
+        found = hidden @ self.b.T
         return found if self.embed_scale == 1.0 else found * self.embed_scale
 
     def delta_weight(self, weight: torch.Tensor) -> torch.Tensor | None:
-        return self.scale * product(self.lora_embedding_B, self.lora_embedding_A).T
+        return self.scale * product(self.b, self.a).T
+
+
+class LoraEmbedding(OnEmbedding):
+    """LoRA on an embedding."""
 
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-class LoraConv(LoraLinear):
-    """LoRA on a convolution: a convolution to r channels, then a pointwise one with the groups of the base.
+class OnConvolution(LowRank):
+    """On a convolution: a convolution to r channels, then a pointwise one with the groups of the base.
 
     The first one takes kernel, stride, padding and dilation of the base, and never its groups.
     """
 
     @classmethod
-    def resolved(cls, base: nn.Module, config: LoraConfig) -> dict[str, Any]:
-        return {}
-
-    @classmethod
-    def slots(cls, base: Any, config: LoraConfig, path: str) -> dict[str, tuple[int, ...]]:
+    def slots(cls, base: Any, config: LoraConfig, path: str) -> dict[str, Slot]:
         (size_in, size_out), r = features(base), cls.rank(config, path)
         if r % base.groups:
             raise ValueError(f"{path}: rank {r} must be a multiple of the convolution's groups ({base.groups})")
         ones = (1,) * len(base.kernel_size)
-        bias: dict[str, tuple[int, ...]] = {"lora_B.bias": (size_out,)} if config.lora_bias else {}
-        return {
-            "lora_A.weight": (r, size_in, *base.kernel_size),
-            "lora_B.weight": (size_out, r // base.groups, *ones),
-            **bias,
+        found = {
+            "lora_A.weight": Slot((r, size_in, *base.kernel_size)),
+            "lora_B.weight": Slot((size_out, r // base.groups, *ones)),
         }
+        return {**found, "lora_B.bias": Slot((size_out,))} if config.lora_bias else found
 
     def prepare(self, base: Any, config: LoraConfig, path: str) -> None:
         super().prepare(base, config, path)
         self.convolve = _CONVOLUTIONS[len(base.kernel_size)]
         self.stride, self.padding, self.dilation, self.groups = base.stride, base.padding, base.dilation, base.groups
+        # The update mixes groups, and pads with zeros also where the base does not: then it is no change of the weight.
         self.mergeable = base.groups == 1 and base.padding_mode == "zeros"
 
-    def delta(self, x: torch.Tensor) -> torch.Tensor:
-        a, b = self._factors
-        hidden = self.convolve(x, a.weight, None, self.stride, self.padding, self.dilation)
-        return self.convolve(hidden, b.weight, b.bias, 1, 0, 1, self.groups)
+    def down(self, x: torch.Tensor) -> torch.Tensor:
+        return self.convolve(x, self.a, None, self.stride, self.padding, self.dilation)
+
+    def up(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.convolve(hidden, self.b, self.find("lora_B.bias"), 1, 0, 1, self.groups)
 
     def delta_weight(self, weight: torch.Tensor) -> torch.Tensor | None:
-        if not self.mergeable:  # the update mixes groups, or pads with zeros where the base does not
+        if not self.mergeable:
             return None
-        a, b = self._factors
-        return self.scale * product(b.weight.flatten(1), a.weight.flatten(1)).reshape(weight.shape)
+        return self.scale * product(self.b.flatten(1), self.a.flatten(1)).reshape(weight.shape)
+
+    def delta_bias(self) -> torch.Tensor | None:
+        bias = self.find("lora_B.bias")
+        return None if bias is None else self.scale * bias
+
+
+class LoraConv(OnConvolution):
+    """LoRA on a convolution."""
 
 
 def product(b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from splice.errors import UnsupportedFeatureError
-from splice.kinds.layer import AdapterLayer
-from splice.kinds.original import Original
+from splice.kinds.effect import Effect
+from splice.kinds.layer import Held
+from splice.kinds.original import original_weight
 from splice.methods.lora.config import LoraConfig, loftq_options
-from splice.methods.lora.layers import LoraLinear
+from splice.methods.lora.layers import OnLinear
 from splice.methods.lora.residual import Residual
 
 _WIDE = (torch.float32, torch.float64)
@@ -73,35 +74,33 @@ def quantised(weight: torch.Tensor, bits: int, rounds: int, rank: int) -> torch.
     return result
 
 
-class LoftqLinear(LoraLinear):
+class LoftqLinear(OnLinear):
     """LoftQ on a linear layer. The base keeps its weight; the rounded one is held beside it, and is not saved."""
 
     shows = True
-    quantised: torch.Tensor
+    quantised = Held()
 
     def prepare(self, base: nn.Module, config: LoraConfig, path: str) -> None:
         super().prepare(base, config, path)
-        self.base = Original(base)
         self.bits, self.rounds = loftq_options(config)
-        self.register_buffer("quantised", None, persistent=False)
         self._quantise()
 
     @torch.no_grad()
     def _quantise(self) -> None:
-        weight = self.base.weight()
+        weight = original_weight(self.base)
         if not weight.is_floating_point():
             raise UnsupportedFeatureError(
                 f"init_lora_weights='loftq' rounds the base weight, and this one is stored as {weight.dtype}"
             )
         wide = weight if weight.dtype in _WIDE else weight.float()
         if weight.is_meta:
-            self.quantised = torch.empty_like(weight)
+            self.keep("quantised", torch.empty_like(weight))
             return
-        self.quantised = quantised(wide, self.bits, self.rounds, self.r).to(weight.dtype)
+        self.keep("quantised", quantised(wide, self.bits, self.rounds, self.r).to(weight.dtype))
 
     def _current(self) -> torch.Tensor:
         # Left empty where the adapter was made without values; the base has its own by the time of a call.
-        if self.quantised.is_meta and not self._factors[0].weight.is_meta:
+        if self.quantised.is_meta and not self.a.is_meta:
             self._quantise()
         return self.quantised
 
@@ -111,18 +110,17 @@ class LoftqLinear(LoraLinear):
     def replaced(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {"weight": self._current()}
 
-    def conflict(self, other: AdapterLayer) -> str:
+    def conflict(self, other: Effect) -> str:
         return (
             "each puts another weight in the place of the base's" if isinstance(other, (LoftqLinear, Residual)) else ""
         )
 
     @torch.no_grad()
     def begin(self) -> None:
-        weight = self.base.weight()
+        weight = original_weight(self.base)
         if not weight.is_meta:
-            a, b = self._factors
             wide = weight if weight.dtype in _WIDE else weight.float()
             start = decomposed(wide - quantised(wide, self.bits, self.rounds, self.r), self.r)
-            a.weight.copy_(start[0])
-            b.weight.copy_(start[1])
+            self.a.copy_(start[0])
+            self.b.copy_(start[1])
         super().begin()

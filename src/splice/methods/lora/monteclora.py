@@ -16,34 +16,33 @@ from torch.nn import functional as F
 from splice.base.dense import dtype_of
 from splice.errors import PeftWarning, warn
 from splice.kinds.adapters import Adapters, layers_of
-from splice.kinds.light_module import Slots
+from splice.kinds.layer import Held
+from splice.kinds.slot import Role, Slot
 from splice.methods.lora.config import LoraConfig
-from splice.methods.lora.layers import LoraLinear
+from splice.methods.lora.layers import OnLinear
 
 _SAMPLER = "lora_monteclora_sampler"
 _LAST_SAMPLE = (f"{_SAMPLER}.gaussian_var_prior", f"{_SAMPLER}.expert_weights")
 
 
-class MontecloraLinear(LoraLinear):
+class MontecloraLinear(OnLinear):
     """MonteCLoRA on a linear layer, stored either way round."""
 
-    lora_monteclora_sampler: Slots
-    frozen = frozenset(_LAST_SAMPLE)
+    std_prior, expert_weights_prior = Held(f"{_SAMPLER}.std_prior"), Held(f"{_SAMPLER}.expert_weights_prior")
+    gaussian_var_prior, expert_weights = (Held(name) for name in _LAST_SAMPLE)
+    # Variances and weights of the last draw, with their graph; None before the first.
+    sampled: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
-    def slots(cls, base: nn.Module, config: LoraConfig, path: str) -> dict[str, tuple[int, ...]]:
+    def slots(cls, base: nn.Module, config: LoraConfig, path: str) -> dict[str, Slot]:
         rank, count = cls.rank(config, path), config.monteclora_config.num_samples
         sampler = {"std_prior": (rank,), "expert_weights_prior": (count,)}
         last = dict(zip(_LAST_SAMPLE, ((rank, rank), (count,))))
         return {
             **super().slots(base, config, path),
-            **{f"{_SAMPLER}.{name}": shape for name, shape in sampler.items()},
-            **last,
+            **{f"{_SAMPLER}.{name}": Slot(shape) for name, shape in sampler.items()},
+            **{name: Slot(shape, Role.BUFFER, dtype=dtype_of(base)) for name, shape in last.items()},
         }
-
-    @classmethod
-    def held_dtype(cls, base: nn.Module, suffix: str, autocast: bool) -> torch.dtype:
-        return dtype_of(base) if suffix in _LAST_SAMPLE else super().held_dtype(base, suffix, autocast)
 
     @classmethod
     def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: LoraConfig) -> None:
@@ -58,19 +57,15 @@ class MontecloraLinear(LoraLinear):
         super().prepare(base, config, path)
         self.options = config.monteclora_config
 
-    def delta(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training:
-            return super().delta(x)
-        a, b = self._factors
-        return F.linear(F.linear(x, self._blurred(a.weight)), b.weight, b.bias)
+    def down(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self._blurred(self.a) if self.training else self.a)
 
     def _blurred(self, a: torch.Tensor) -> torch.Tensor:
         """A (r, in) with one draw of noise, which is remembered as the last one."""
-        sampler: Any = self.lora_monteclora_sampler
-        (rank, size), count = a.shape, len(sampler.expert_weights)
-        spread = torch.exp(sampler.std_prior.float())
+        (rank, size), count = a.shape, len(self.expert_weights)
+        spread = torch.exp(self.std_prior.float())
         variance = (spread.square() * _wishart_diagonal(rank, a.device)).clamp(min=1e-3)
-        alpha = torch.exp(sampler.expert_weights_prior.float()).clamp(min=1e-6)
+        alpha = torch.exp(self.expert_weights_prior.float()).clamp(min=1e-6)
         logs, inverse = alpha.log(), 1 / alpha
         width = (inverse * (1 - 2 / count) + inverse.sum() / count**2).clamp(min=1e-6) + 1e-6
         drawn = torch.randn(count, device=a.device)
@@ -85,24 +80,23 @@ class MontecloraLinear(LoraLinear):
             warn("MonteCLoRA drew noise that is not finite; A is used without it.", PeftWarning)
             return a
         with torch.no_grad():
-            sampler.gaussian_var_prior.copy_(torch.diag(variance))
-            sampler.expert_weights.copy_(weights)
+            self.gaussian_var_prior.copy_(torch.diag(variance))
+            self.expert_weights.copy_(weights)
         self.sampled = (variance, weights)
         return blurred
 
     def penalty(self) -> torch.Tensor:
         """How far noise and weights are from their priors; 0 in evaluation."""
-        sampler: Any = self.lora_monteclora_sampler
         if not self.training:
-            return sampler.std_prior.new_zeros(())  # type: ignore[no-any-return]
-        options, rank, count = self.options, self.r, len(sampler.expert_weights)
-        alpha = torch.exp(sampler.expert_weights_prior.float()).clamp(min=1e-6)
+            return self.std_prior.new_zeros(())
+        options, rank, count = self.options, self.r, len(self.expert_weights)
+        alpha = torch.exp(self.expert_weights_prior.float()).clamp(min=1e-6)
         prior = torch.full_like(alpha, options.dirichlet_prior)
         dirichlet = (
             *(torch.lgamma(alpha.sum()) - torch.lgamma(prior.sum()), (torch.lgamma(alpha) - torch.lgamma(prior)).sum()),
             ((alpha - prior) * (torch.digamma(alpha) - torch.digamma(alpha.sum()))).sum(),
         )
-        spread = torch.exp(sampler.std_prior.float()).square()
+        spread = torch.exp(self.std_prior.float()).square()
         wishart = (-rank * spread.log().sum() + rank * spread.sum() - rank**2) / 2
         variance, weights = self._last_sample()
         variance = variance.clamp(min=1e-6)
@@ -112,11 +106,9 @@ class MontecloraLinear(LoraLinear):
 
     def _last_sample(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Variances and weights of the last draw, with their graph where there was one."""
-        if "sampled" in self.__dict__:
-            found: tuple[torch.Tensor, torch.Tensor] = self.sampled
-            return found
-        sampler: Any = self.lora_monteclora_sampler
-        return sampler.gaussian_var_prior.diagonal().float(), sampler.expert_weights.float()
+        if self.sampled is not None:
+            return self.sampled
+        return self.gaussian_var_prior.diagonal().float(), self.expert_weights.float()
 
 
 def _wishart_diagonal(rank: int, device: torch.device) -> torch.Tensor:

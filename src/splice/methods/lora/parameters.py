@@ -18,8 +18,11 @@ import torch
 from torch import nn
 
 from splice.base.asking import asked
-from splice.kinds.layer import AdapterLayer, Forward
+from splice.kinds.effect import Forward
+from splice.kinds.layer import AdapterLayer
 from splice.kinds.matching import matching_parameters, value_for
+from splice.kinds.names import BIAS, LayerNames, Names, Place
+from splice.kinds.slot import Slot
 
 if TYPE_CHECKING:
     from splice.methods.lora.config import LoraConfig
@@ -64,24 +67,36 @@ def _target(base: Any, config: LoraConfig, path: str, name: str, depth: int) -> 
     return _Target(name, "base_layer." * depth, experts, size_in, size_out, rank, scale, transposed)
 
 
+class _NestedNames(LayerNames):
+    """One layer inside the other, as many as there are targeted parameters."""
+
+    def place(self, suffix: str) -> Place:
+        if suffix == BIAS:
+            return super().place(suffix)
+        front, tensor, rest = suffix.rpartition("lora_")
+        first, _, leaf = rest.partition(".")
+        return Place(f"{front}{tensor}{first}", leaf)
+
+
 class LoraParameters(AdapterLayer):
     """The updates of all targeted parameters of one module; during its forward they read as W + update."""
 
+    names: Names = _NestedNames()
     mergeable = True
     linear_layout = False
     shows = True
 
     @classmethod
-    def slots(cls, base: nn.Module, config: LoraConfig, path: str) -> dict[str, tuple[int, ...]]:
-        found: dict[str, tuple[int, ...]] = {}
+    def slots(cls, base: nn.Module, config: LoraConfig, path: str) -> dict[str, Slot]:
+        found: dict[str, Slot] = {}
         for t in _targets(base, config, path):
-            found[f"{t.front}lora_A.weight"] = (t.rank * t.experts, t.size_in)
-            found[f"{t.front}lora_B.weight"] = (t.size_out, t.rank * t.experts)
+            found[f"{t.front}lora_A.weight"] = Slot((t.rank * t.experts, t.size_in))
+            found[f"{t.front}lora_B.weight"] = Slot((t.size_out, t.rank * t.experts))
         return found
 
     def prepare(self, base: nn.Module, config: LoraConfig, path: str) -> None:
         self.targets = _targets(base, config, path)
-        self.base_infix = "base_layer." * len(self.targets)
+        self.names = _NestedNames("base_layer." * len(self.targets))
 
     @classmethod
     def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: LoraConfig) -> None:
@@ -100,19 +115,12 @@ class LoraParameters(AdapterLayer):
         return {name: tensor + deltas[name].to(tensor.dtype) for name, tensor in current.items()}
 
     def deltas(self, tensors: Any) -> dict[str, torch.Tensor]:
-        own = dict(self.named_parameters())
         result = {}
         for t in self.targets:
-            delta = t.delta(own[f"{t.front}lora_A.weight"], own[f"{t.front}lora_B.weight"])
+            delta = t.delta(self.tensor(f"{t.front}lora_A.weight"), self.tensor(f"{t.front}lora_B.weight"))
             result[t.name] = delta.reshape(tensors[t.name].shape)
         return result
 
     @property
     def changed_names(self) -> tuple[str, ...]:
         return tuple(t.name for t in self.targets)
-
-    @classmethod
-    def memory_name(cls, suffix: str, adapter_name: str) -> str:
-        front, tensor, rest = suffix.rpartition("lora_")
-        first, dot, leaf = rest.partition(".")
-        return f"{front}{tensor}{first}.{adapter_name}{dot}{leaf}"

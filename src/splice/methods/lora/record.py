@@ -20,7 +20,7 @@ from splice.methods.lora.dora import DoraConv, DoraEmbedding, DoraLinear
 from splice.methods.lora.experts import with_stacked_experts
 from splice.methods.lora.inits import LOFTQ, check_init_on, notes_about, takes_from_base
 from splice.methods.lora.kasa import KasaLinear, kasa_loss
-from splice.methods.lora.layers import LoraConv, LoraEmbedding, LoraLayer, LoraLinear
+from splice.methods.lora.layers import LoraConv, LoraEmbedding, LoraLinear, LowRank
 from splice.methods.lora.loftq import LoftqLinear
 from splice.methods.lora.merged_linear import as_plain
 from splice.methods.lora.mica import MicaEmbedding, MicaLinear
@@ -31,7 +31,7 @@ from splice.methods.lora.stacked import as_stacked
 from splice.methods.lora.unchanged_base import for_unchanged_base
 from splice.methods.lora.velora import VeloraLinear
 
-__all__ = ["METHOD", "LoraConfig", "LoraLayer", "LoraRuntimeConfig", "with_rank"]
+__all__ = ["METHOD", "LoraConfig", "LowRank", "LoraRuntimeConfig", "with_rank"]
 
 _CONVOLUTIONS = (LayerKind.CONV1D, LayerKind.CONV2D, LayerKind.CONV3D)
 _LINEAR = (LayerKind.LINEAR, LayerKind.TRANSPOSED_LINEAR)

@@ -7,7 +7,6 @@ only while the adapter is selected; the reference writes `W - R` into the base, 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,32 +14,30 @@ from torch.nn import functional as F
 
 from splice.base.layers import features
 from splice.errors import UnsupportedFeatureError, UnsupportedLayerError
-from splice.kinds.layer import Forward, cast_to
-from splice.kinds.original import Original
+from splice.kinds.casting import cast_to
+from splice.kinds.effect import Forward
+from splice.kinds.layer import Held
+from splice.kinds.original import original_weight
+from splice.kinds.slot import Slot
 from splice.methods.lora.config import LoraConfig
-from splice.methods.lora.dora import DoraLinear
+from splice.methods.lora.dora import DoraOnLinear
 from splice.methods.lora.inits import Taken, taken
-from splice.methods.lora.layers import LoraLayer, LoraLinear, product
+from splice.methods.lora.layers import LowRank, OnLinear, product
 
 _WIDE = (torch.float32, torch.float64)
 
 
-class Residual(LoraLayer):
+class Residual(LowRank):
     """What such layers share. It stands before the LoRA layer of the kind.
 
     `taken_B taken_A` is -R: what is added to the weight.
     """
 
-    taken_A: torch.Tensor
-    taken_B: torch.Tensor
-    _factors: tuple[Any, Any]
+    taken_A, taken_B = Held("taken_A"), Held("taken_B")
 
     def prepare(self, base: nn.Module, config: LoraConfig, path: str) -> None:
         super().prepare(base, config, path)
-        self.base = Original(base)
         self.init = config.init_lora_weights
-        for name in ("taken_A", "taken_B"):
-            self.register_buffer(name, None, persistent=False)
         self._take()
 
     def taken(self, weight: torch.Tensor) -> Taken:
@@ -49,7 +46,7 @@ class Residual(LoraLayer):
 
     @torch.no_grad()
     def _take(self) -> None:
-        weight, like = self.base.weight(), self._factors[0].weight
+        weight, like = original_weight(self.base), self.a
         if not weight.is_floating_point():
             raise UnsupportedFeatureError(
                 f"init_lora_weights={self.init!r} decomposes the base weight, and this one is stored as {weight.dtype}"
@@ -60,12 +57,12 @@ class Residual(LoraLayer):
         else:
             found = self.taken(weight if weight.dtype in _WIDE else weight.float())
         device = weight.device if weight.is_meta else like.device
-        self.taken_A = found.a.to(device=device, dtype=like.dtype).contiguous()
-        self.taken_B = (-found.scale * found.b).to(device=device, dtype=like.dtype).contiguous()
+        self.keep("taken_A", found.a.to(device=device, dtype=like.dtype).contiguous())
+        self.keep("taken_B", (-found.scale * found.b).to(device=device, dtype=like.dtype).contiguous())
 
     def _taken_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         # Left empty where the adapter was made without values; the base has its own by the time of a call.
-        if self.taken_A.is_meta and not self._factors[0].weight.is_meta:
+        if self.taken_A.is_meta and not self.a.is_meta:
             self._take()
         return self.taken_A, self.taken_B
 
@@ -86,11 +83,11 @@ class Residual(LoraLayer):
         return None if plain is None else change + plain
 
 
-class TakenLinear(Residual, LoraLinear):
-    """LoRA that starts at a part of the weight: PiSSA, OLoRA."""
+class StartsAtTaken(Residual):
+    """What starts at the part of the weight that it took out: PiSSA, OLoRA. It stands before the LoRA layer of the kind."""
 
     @classmethod
-    def slots(cls, base: nn.Module, config: LoraConfig, path: str) -> dict[str, tuple[int, ...]]:
+    def slots(cls, base: nn.Module, config: LoraConfig, path: str) -> dict[str, Slot]:
         rank, most = cls.rank(config, path), min(features(base))
         if rank > most:
             raise UnsupportedLayerError(
@@ -104,13 +101,16 @@ class TakenLinear(Residual, LoraLinear):
     @torch.no_grad()
     def begin(self) -> None:
         if not self.taken_A.is_meta:
-            a, b = self._factors
-            a.weight.copy_(self.taken_A)
-            b.weight.copy_(self.taken_B / -self.initial_scale)
+            self.a.copy_(self.taken_A)
+            self.b.copy_(self.taken_B / -self.initial_scale)
         super().begin()
 
 
-class TakenDoraLinear(TakenLinear, DoraLinear):
+class TakenLinear(StartsAtTaken, OnLinear):
+    """LoRA that starts at a part of the weight."""
+
+
+class TakenDoraLinear(StartsAtTaken, DoraOnLinear):
     """The same with DoRA, whose norms are those of what is left of the weight."""
 
     def base_weight(self, dtype: torch.dtype) -> torch.Tensor:

@@ -14,20 +14,21 @@ from torch import nn
 from torch.nn import functional as F
 
 from splice.base.layers import features
+from splice.kinds.layer import Held
+from splice.kinds.slot import Role, Slot
 from splice.methods.lora.config import LoraConfig
-from splice.methods.lora.layers import LoraLinear
+from splice.methods.lora.layers import OnLinear
 
 
-class VeloraLinear(LoraLinear):
+class VeloraLinear(OnLinear):
     """VeLoRA on a linear layer, stored either way round."""
 
-    lora_velora_embed: torch.Tensor
-    frozen = frozenset({"lora_velora_embed"})
+    lora_velora_embed = Held()
 
     @classmethod
-    def slots(cls, base: nn.Module, config: LoraConfig, path: str) -> dict[str, tuple[int, ...]]:
+    def slots(cls, base: nn.Module, config: LoraConfig, path: str) -> dict[str, Slot]:
         size = math.ceil(features(base)[0] / config.velora_config.num_groups)
-        return {**super().slots(base, config, path), "lora_velora_embed": (size,)}
+        return {**super().slots(base, config, path), "lora_velora_embed": Slot((size,), Role.BUFFER)}
 
     @classmethod
     def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: LoraConfig) -> None:
@@ -44,15 +45,14 @@ class VeloraLinear(LoraLinear):
         self.groups, self.backward_scale, self.init_type = options.num_groups, options.scale, options.init_type
         self.is_settled = options.init_type == "random"
 
-    def delta(self, x: torch.Tensor) -> torch.Tensor:
-        a, b = self._factors
+    def down(self, x: torch.Tensor) -> torch.Tensor:
         if not (self.training and torch.is_grad_enabled()):
-            return super().delta(x)
+            return super().down(x)
         if not self.is_settled:
             with torch.no_grad():
                 self.lora_velora_embed.copy_(_unit(self._groups_of(x).float().mean((0, 1))))
             self.is_settled = self.init_type == "batch_average_once"
-        return F.linear(self._projected(x, a.weight), b.weight, b.bias)
+        return self._projected(x, self.a)
 
     def _groups_of(self, x: torch.Tensor) -> torch.Tensor:
         """`x` as (rows, groups, size of a group), padded with zeros."""

@@ -26,11 +26,6 @@ def prompt_layer(adapters: Adapters, adapter_name: str) -> PromptLayer:
     return next(iter(found.values()))
 
 
-def prompt_encoder(adapters: Adapters) -> dict[str, PromptLayer]:
-    """Adapter name -> its virtual tokens: `prompt_encoder["default"].embedding.weight`."""
-    return {name: prompt_layer(adapters, name) for name in adapters.placed}
-
-
 def prompt_tokens(adapters: Adapters) -> dict[str, torch.Tensor]:
     """Adapter name -> indices of its virtual tokens, for every submodule one after the other."""
     tokens = {}
@@ -74,5 +69,5 @@ PROMPT_METHODS: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {"get_prompt": get_prompt, "get_prompt_embedding_to_save": get_prompt_embedding_to_save}
 )
 PROMPT_VIEWS: Mapping[str, Callable[[Adapters], Any]] = MappingProxyType(
-    {"prompt_encoder": prompt_encoder, "prompt_tokens": prompt_tokens, "word_embeddings": word_embeddings}
+    {"prompt_tokens": prompt_tokens, "word_embeddings": word_embeddings}
 )

@@ -14,7 +14,8 @@ from torch import nn
 from splice.base.asking import accepted_by, asked
 from splice.config import TaskType
 from splice.errors import warn
-from splice.kinds.layer import Forward
+from splice.kinds.effect import Forward
+from splice.kinds.slot import Slot
 from splice.methods.prompts.prompt import TYPED, Call, Prompt, PromptLayer, main_input, named_arguments
 from splice.methods.prompts.sizes import cache_sizes_of, rooms_of, text_config
 
@@ -46,9 +47,10 @@ class CachedPrompt(PromptLayer):
         return cache_sizes_of(base, config)
 
     @classmethod
-    def slots(cls, base: nn.Module, config: Any, path: str) -> dict[str, tuple[int, ...]]:
+    def slots(cls, base: nn.Module, config: Any, path: str) -> dict[str, Slot]:
         sizes = cache_sizes_of(base, config)
-        return {"embedding.weight": (config.num_virtual_tokens, sizes["num_layers"] * 2 * sizes["token_dim"])}
+        shape = (config.num_virtual_tokens, sizes["num_layers"] * 2 * sizes["token_dim"])
+        return {"embedding.weight": Slot(shape, dtype=torch.float32)}
 
     def prepare(self, base: nn.Module, config: Any, path: str) -> None:
         super().prepare(base, config, path)
@@ -102,7 +104,7 @@ class CachedPrompt(PromptLayer):
         """
         from transformers import DynamicCache, EncoderDecoderCache
 
-        network = self.target[0]
+        network = self.base
         values = values.to(network.dtype)
         if self.decodes:
             if self.submodules == 1:  # the reference's own result: one cache for both kinds of attention
@@ -121,7 +123,7 @@ class CachedPrompt(PromptLayer):
         return cache
 
     def _fill(self, cache: Any, values: torch.Tensor) -> None:
-        devices = _devices(self.target[0])
+        devices = _devices(self.base)
         for layer, (heads, dim) in self.rooms.items():
             for_keys, for_values = self._of_layer(values, layer)
             device = devices.get(layer, values.device)
@@ -131,14 +133,14 @@ class CachedPrompt(PromptLayer):
         """Keys and values of a layer, each (batch, heads, n, size of a head).
 
         With two submodules the reference deals out the layers of the table in pairs and keeps the first of each: decoder
-        layer l has those of layer 2 l, counted round. Trained checkpoints depend on it.
+        layer l has those of layer 2 l modulo the number of layers. Trained checkpoints depend on it.
         """
         entry = 2 * layer if self.submodules == 1 else 4 * layer % (2 * self.layers)
         return values[:, :, entry].transpose(1, 2), values[:, :, entry + 1].transpose(1, 2)
 
     def _check_no_checkpointing(self) -> None:
         """Layers that recompute themselves are called without the cache: the virtual tokens would be lost in silence."""
-        if any(asked(module, "gradient_checkpointing", False) for module in self.target[0].modules()):
+        if any(asked(module, "gradient_checkpointing", False) for module in self.base.modules()):
             raise ValueError(_checkpointing_text(self.method))
 
 

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from splice.config import TaskType
 from splice.errors import warn
 from splice.kinds.adapters import Adapters
-from splice.kinds.layer import AdapterLayer, Forward
+from splice.kinds.effect import Forward
+from splice.kinds.layer import AdapterLayer
 from splice.kinds.network import network_layers
 from splice.methods.prompts.prompt import TYPED, Call, Prompt, PromptLayer, main_input, prompt_of_rows
 from splice.selection import Choice
@@ -62,7 +63,7 @@ class EmbeddedPrompt(PromptLayer):
         """`call` with embedded inputs that begin with the virtual tokens; everything that goes by tokens grows."""
         embeds, ids = call.get("inputs_embeds"), call.pop("input_ids", None)
         if embeds is None:
-            embeds = self.target[0].get_input_embeddings()(ids)
+            embeds = self.base.get_input_embeddings()(ids)
         tokens = prompt.values(call, embeds.shape[0]).to(embeds.dtype)
         call["inputs_embeds"] = torch.cat([tokens, embeds], dim=1)
         if call.get("labels") is not None and self.task in _ONE_LABEL_A_TOKEN:

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from splice.config import PeftType, PromptLearningConfig
-from splice.kinds.light_module import Slots
 from splice.kinds.registry import Method, register
+from splice.kinds.slot import Slot
 from splice.methods.prompts.attributes import PROMPT_METHODS, PROMPT_VIEWS
 from splice.methods.prompts.cached import CachedPrompt
 from splice.methods.prompts.prompt import PromptLayer, Reparameterised, check_prompt
@@ -58,20 +58,19 @@ class PrefixTuning(CachedPrompt):
 class ProjectedPrefix(Reparameterised, PrefixTuning):
     """The table as the output of a small network, which makes training steadier (section 4.3)."""
 
-    transform: Slots
-
     @classmethod
-    def slots(cls, base: nn.Module, config: Any, path: str) -> dict[str, tuple[int, ...]]:
+    def slots(cls, base: nn.Module, config: Any, path: str) -> dict[str, Slot]:
         sizes = cache_sizes_of(base, config)
         dim, width = sizes["token_dim"], sizes["num_layers"] * 2 * sizes["token_dim"]
         hidden = config.encoder_hidden_size or dim
-        return {
+        shapes: dict[str, tuple[int, ...]] = {
             "embedding.weight": (config.num_virtual_tokens, dim),
             "transform.0.weight": (hidden, dim),
             "transform.0.bias": (hidden,),
             "transform.2.weight": (width, hidden),
             "transform.2.bias": (width,),
         }
+        return {suffix: Slot(shape, dtype=torch.float32) for suffix, shape in shapes.items()}
 
     @classmethod
     def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: PrefixTuningConfig) -> None:
@@ -86,10 +85,8 @@ class ProjectedPrefix(Reparameterised, PrefixTuning):
             nn.init.zeros_(tensors["transform.2.bias"])
 
     def table(self) -> torch.Tensor:
-        first, last = self.transform._modules["0"], self.transform._modules["2"]
-        assert isinstance(first, Slots) and isinstance(last, Slots)
-        hidden = torch.tanh(F.linear(self.embedding.weight, first.weight, first.bias))
-        return F.linear(hidden, last.weight, last.bias)
+        first, last = ((self.tensor(f"transform.{i}.weight"), self.tensor(f"transform.{i}.bias")) for i in (0, 2))
+        return F.linear(torch.tanh(F.linear(self.table_tensor, *first)), *last)
 
 
 METHOD = register(

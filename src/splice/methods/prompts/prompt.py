@@ -10,19 +10,25 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from splice.checkpoint.keys import SHORT_PREFIX
 from splice.config import PromptLearningConfig, TaskType
 from splice.errors import UnsupportedFeatureError, warn
-from splice.kinds.layer import AdapterLayer, Forward
-from splice.kinds.light_module import Slots
+from splice.kinds.container import Holder
+from splice.kinds.effect import Forward
+from splice.kinds.file_form import FileForm
+from splice.kinds.layer import AdapterLayer, Held
 from splice.kinds.module_copy import WholeModule
+from splice.kinds.names import CopyNames, Names, Place
 from splice.kinds.network import NetworkLayer
+from splice.kinds.slot import Slot
 from splice.methods.prompts.sizes import sizes_of
 from splice.selection import Rows
 
@@ -35,38 +41,62 @@ TYPED = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS)
 class PromptHead(WholeModule):
     """A module saved whole beside virtual tokens: the reference names it without `model.`, as they wrap nothing."""
 
-    @classmethod
-    def key(cls, path: str, suffix: str) -> str:
-        return f"base_model.{path}.{suffix}"
+    names = CopyNames("modules_to_save", "original_module.", prefix=SHORT_PREFIX)
 
-    @classmethod
-    def full_memory_name(cls, path: str, suffix: str, adapter_name: str) -> str:
-        return cls.key(path, cls.memory_name(suffix, adapter_name))
 
-    def base_front(self, path: str) -> str:
-        return self.key(path, self.base_infix)
+@dataclass(frozen=True)
+class PromptNames(Names):
+    """Of virtual tokens: a checkpoint has their table under one name, and all else beside the network's paths."""
+
+    # Nothing is wrapped by them.
+    base: str = ""
+    # Suffix -> key, where they differ.
+    keys: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({"embedding.weight": PROMPT_KEY}))
+    # What stands before the suffix of any other tensor in a checkpoint.
+    front: str = ""
+
+    def key(self, path: str, suffix: str) -> str:
+        return self.keys.get(suffix, self.front + suffix)
+
+    def place(self, suffix: str) -> Place:
+        return Place("prompt_encoder", suffix)
+
+    def path_in_tree(self, path: str) -> str:
+        return ""
+
+    def path_in_reference(self, path: str) -> str:
+        return ""
+
+
+class PromptEncoder(Holder):
+    """The tensors behind virtual tokens, in the tree; called as the reference's encoders are."""
+
+    def __init__(self, layer: PromptLayer) -> None:
+        super().__init__()
+        self.__dict__["layer"] = layer
+
+    def forward(self, indices: torch.Tensor | None = None, task_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """The rows `indices` of the table of virtual tokens; all, if None."""
+        layer: PromptLayer = self.__dict__["layer"]
+        return layer.table() if indices is None else F.embedding(indices, layer.table())
 
 
 class PromptLayer(NetworkLayer):
-    """The virtual tokens of one adapter. The target is the network, or the part of it that takes a cache.
+    """The virtual tokens of one adapter. The target is the network, or the part of it that takes a cache."""
 
-    Attributes:
-        count: how many virtual tokens stand in front of a row.
-        names: the parameters of the target's own forward.
-        task: the `task_type` of the adapter.
-    """
-
-    embedding: Slots
-    target: tuple[Any]
-    head: ClassVar[type[WholeModule]] = PromptHead
+    names: Names = PromptNames()
+    head = PromptHead
+    base: Any
+    table_tensor = Held("embedding.weight")
+    # How many virtual tokens stand in front of a row.
+    count: int
+    # The parameters of the target's own forward.
+    arguments: tuple[str, ...]
+    # The `task_type` of the adapter.
+    task: TaskType | str | None
 
     @classmethod
     def place(cls, network: nn.Module, config: Any) -> str:
-        """Path of the module whose call takes the virtual tokens.
-
-        Raises:
-            ValueError: the network cannot take any.
-        """
         return ""
 
     @classmethod
@@ -74,41 +104,22 @@ class PromptLayer(NetworkLayer):
         return sizes_of(base, config)
 
     @classmethod
-    def slots(cls, base: nn.Module, config: Any, path: str) -> dict[str, tuple[int, ...]]:
+    def slots(cls, base: nn.Module, config: Any, path: str) -> dict[str, Slot]:
         sizes = sizes_of(base, config)
-        return {
-            "embedding.weight": (config.num_virtual_tokens * sizes["num_transformer_submodules"], sizes["token_dim"])
-        }
-
-    @classmethod
-    def key(cls, path: str, suffix: str) -> str:
-        return PROMPT_KEY if suffix == "embedding.weight" else suffix
-
-    @classmethod
-    def held_dtype(cls, base: nn.Module, suffix: str, autocast: bool) -> torch.dtype:
-        return torch.float32
-
-    @classmethod
-    def full_memory_name(cls, path: str, suffix: str, adapter_name: str) -> str:
-        return f"prompt_encoder.{adapter_name}.{suffix}"
-
-    def base_front(self, path: str) -> str:
-        return f"base_model.{path}." if path else "base_model."
+        rows = config.num_virtual_tokens * sizes["num_transformer_submodules"]
+        return {"embedding.weight": Slot((rows, sizes["token_dim"]), dtype=torch.float32)}
 
     def prepare(self, base: nn.Module, config: Any, path: str) -> None:
         self.count = int(config.num_virtual_tokens)
         self.task = config.task_type
-        self.names = named_arguments(base)
-        # In a tuple: as an attribute of its own the network would become a child of this layer.
-        self.__dict__["target"] = (base,)
+        self.arguments = named_arguments(base)
+
+    def new_entry(self, container: str) -> nn.Module:
+        return PromptEncoder(self)
 
     def table(self) -> torch.Tensor:
         """Every virtual token, one a row, in float32: what a checkpoint holds."""
-        return self.embedding.weight
-
-    def forward(self, indices: torch.Tensor | None = None, task_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """Those rows of the table; people call the reference's prompt encoders so."""
-        return self.table() if indices is None else F.embedding(indices, self.table())
+        return self.table_tensor
 
     def virtual_tokens(self, call: Call) -> torch.Tensor:
         """(rows, count, ...) for this call; one row where all are the same."""
@@ -138,12 +149,12 @@ class PromptLayer(NetworkLayer):
 
     def bound(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
         """All arguments by name."""
-        return {**dict(zip(self.names, args)), **kwargs}
+        return {**dict(zip(self.arguments, args)), **kwargs}
 
     @property
     def cache_name(self) -> str:
         """What the target calls its cache: transformers is about to rename it."""
-        return "past_key_values" if "past_key_values" in self.names else "cache"
+        return "past_key_values" if "past_key_values" in self.arguments else "cache"
 
     def cache_in(self, call: Call) -> Any:
         """The cache of this call under either of its names, or None."""
@@ -256,7 +267,7 @@ def prompt_of_rows(layers: Mapping[str, AdapterLayer], rows: Rows, main: torch.T
     if all(layer.count == count for layer, _ in parts) and sum(len(index) for _, index in parts) == len(short):
         return Prompt(tuple(parts), count)
     first = parts[0][0]
-    if first.task != TaskType.CAUSAL_LM or "position_ids" not in first.names:
+    if first.task != TaskType.CAUSAL_LM or "position_ids" not in first.arguments:
         raise UnsupportedFeatureError(
             f"`adapter_names`: rows get different numbers of virtual tokens ({sorted({*(count - short[:, 0]).tolist()})}), "
             f"and {type(first).__name__} can pad rows only for CAUSAL_LM models that take `position_ids`; this is "
@@ -265,18 +276,18 @@ def prompt_of_rows(layers: Mapping[str, AdapterLayer], rows: Rows, main: torch.T
     return Prompt(tuple(parts), count, short)
 
 
+class TableAlone(FileForm):
+    """A checkpoint holds the table alone, as the reference writes it, so training cannot go on where it stopped."""
+
+    def to_file(self, layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        yield PROMPT_KEY, layer.table().detach()
+
+
 class Reparameterised(PromptLayer):
-    """Mixed into the layer of a new adapter whose table is worked out from other tensors while it is trained.
+    """Mixed into the layer of a new adapter whose table is worked out from other tensors while it is trained."""
 
-    A checkpoint holds the table, as the reference writes it, so training cannot go on from one where it stopped.
-    """
-
-    @classmethod
-    def key(cls, path: str, suffix: str) -> str:
-        return suffix if suffix == PROMPT_KEY else f"prompt_encoder.{suffix}"
-
-    def stored_slots(self) -> Iterator[tuple[str, torch.Tensor]]:
-        yield PROMPT_KEY, self.table().detach()
+    names = PromptNames(keys=MappingProxyType({PROMPT_KEY: PROMPT_KEY}), front="prompt_encoder.")
+    file_form = TableAlone()
 
 
 def check_prompt(config: PromptLearningConfig) -> None:

@@ -1,0 +1,127 @@
+"""Where the tensors of adapters stand in the tree of modules: a container for each name, with an entry for each adapter.
+
+`layer.lora_A["default"].weight`, `layer.ia3_l["default"]`. Containers hold and compute nothing, so what exchanges parameters
+in the tree (`.to`, FSDP, `load_state_dict`) exchanges those that the adapter layers compute with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from splice.kinds.light_module import LightModule
+
+
+class Holder(LightModule):
+    """Tensors of one adapter, below their container; nested holders make dotted names.
+
+    `bias` exists as None until it is held, so that code may ask for it as of any linear layer.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._parameters["bias"] = None
+
+    def train(self, mode: bool = True) -> Holder:
+        self.__dict__["training"] = mode  # nothing below has a mode
+        return self
+
+
+class Container(LightModule):
+    """Everything of one name on one layer, by adapter name.
+
+    Any string is a name here (`nn.ModuleDict` refuses dots and the names of its own methods). The train/eval mode is
+    passed on only when it changes, and only to modules that have one: `model.eval()` costs the same for one adapter and for
+    a thousand.
+    """
+
+    def __getitem__(self, name: str) -> Any:
+        for registry in (self._modules, self._parameters, self._buffers):
+            if name in registry:
+                return registry[name]
+        raise KeyError(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._modules or name in self._parameters or name in self._buffers
+
+    def __iter__(self) -> Iterator[str]:
+        yield from (*self._modules, *self._parameters, *self._buffers)
+
+    def __len__(self) -> int:
+        return len(self._modules) + len(self._parameters) + len(self._buffers)
+
+    def keys(self) -> list[str]:
+        return list(self)
+
+    def values(self) -> list[Any]:
+        return [self[name] for name in self]
+
+    def items(self) -> list[tuple[str, Any]]:
+        return [(name, self[name]) for name in self]
+
+    def drop(self, name: str) -> None:
+        """Forget the adapter of this name, if it has an entry."""
+        for registry in (self._modules, self._parameters, self._buffers):
+            registry.pop(name, None)
+        self._non_persistent_buffers_set.discard(name)
+
+    def train(self, mode: bool = True) -> Container:
+        if mode is not self.training:
+            self.__dict__["training"] = mode
+            for module in self._modules.values():
+                if module is not None and type(module) is not Holder:
+                    module.train(mode)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Names of adapters may have dots, and paths are split at each: one step leads to what begins with it.
+            if any(entry.startswith(f"{name}.") for entry in self):
+                return _Below(self, f"{name}.")
+            raise
+
+    def __setattr__(self, name: str, value: object) -> None:
+        for registry in (self._parameters, self._buffers):  # with dots in their names too, which torch refuses
+            if name in registry and (value is None or isinstance(value, torch.Tensor)):
+                registry[name] = value  # type: ignore[assignment]
+                return
+        super().__setattr__(name, value)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # torch takes what stands before the first dot for a child's name, and an adapter's name may have dots itself.
+        found: list[str] = []
+        super()._load_from_state_dict(dict(state_dict), prefix, local_metadata, strict, missing_keys, found, error_msgs)
+        known = tuple(f"{prefix}{name}" for name in self)
+        unexpected_keys.extend(key for key in found if not key.startswith(known))
+
+
+class _Below(LightModule):
+    """The entries of a container whose names begin with some components, on the way to one of them."""
+
+    def __init__(self, container: Container, front: str) -> None:
+        super().__init__()
+        self.__dict__.update(_container=container, _front=front)
+        skip = len(front)
+        self._parameters.update({n[skip:]: p for n, p in container._parameters.items() if n.startswith(front)})
+        self._modules.update({n[skip:]: m for n, m in container._modules.items() if n.startswith(front)})
+
+    def __getattr__(self, name: str) -> Any:
+        container, full = self.__dict__["_container"], self.__dict__["_front"] + name
+        return container[full] if full in container else getattr(container, full)

@@ -1,0 +1,72 @@
+"""What an adapter layer does to a call of its base layer: `y = around(x, inner)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple, TypeAlias
+
+import torch
+from torch import nn
+
+from splice.selection import Rows
+
+# A call of the base layer, or of the next adapter layer in; it takes what the base layer's forward takes.
+Forward: TypeAlias = Callable[..., Any]
+
+
+class Factors(NamedTuple):
+    """An update of a linear layer that is a plain product: `scale * b a`."""
+
+    # (r, in)
+    a: torch.Tensor
+    # (out, r)
+    b: torch.Tensor
+    # What the product is multiplied with.
+    scale: float
+
+
+class Effect:
+    """The effect on a call. A method supplies `around`; the host composes the selected ones."""
+
+    # True where `inner` is called with the very input `x`: then its output may be computed once for several adapters.
+    keeps_input: bool = True
+    # Of several active adapters the first is the innermost; the first that the input meets where this is True.
+    first_outside: ClassVar[bool] = False
+    # Whether `shown` gives anything. It is asked at every call, so it is a flag and not a method.
+    shows: bool = False
+
+    def around(self, x: torch.Tensor, inner: Forward) -> Any:
+        """The adapted output for `x`. `inner` is the base layer, or the next adapter layer in."""
+        return inner(x)
+
+    def wrapped(self, inner: Forward) -> Forward:
+        """`around` as a function of the base layer's own arguments."""
+        around = self.around
+        return lambda x: around(x, inner)
+
+    def wrapped_for(self, inner: Forward, rows: torch.Tensor) -> Forward:
+        """`wrapped` for these rows of a batch alone, which are all that it is called with."""
+        return self.wrapped(inner)
+
+    @classmethod
+    def wrapped_rows(cls, layers: Mapping[str, Any], rows: Rows, inner: Forward) -> Forward | None:
+        """`wrapped` for a batch with an adapter for each row, of methods for which rows cannot be taken one by one.
+
+        Args:
+            layers: the adapter layers of the base layer, by adapter name.
+            rows: which adapter each row has.
+            inner: the base layer.
+        """
+        return None
+
+    def factors(self) -> Factors | None:
+        """The update as a plain product of the layer's input, where it is one now: then rows are worked out together."""
+        return None
+
+    def shown(self, base: nn.Module) -> dict[str, torch.Tensor]:
+        """Tensors that take the place of the base's own of the same name while `base` computes."""
+        return {}
+
+    def conflict(self, other: Effect) -> str:
+        """Why this one and that of another adapter on the same layer cannot take effect together; empty if they can."""
+        return ""

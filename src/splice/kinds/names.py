@@ -1,0 +1,133 @@
+"""How the tensors of an adapter layer are called: by their keys in a checkpoint, and on the adapted layer in memory.
+
+In a checkpoint a tensor has a suffix behind its layer's path (`lora_A.weight`). In memory it stands in a container for its
+name, with one entry for each adapter (`lora_A.default.weight`). The adapter's name is the only difference between the two.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple
+
+from splice.checkpoint.keys import PREFIX, SHORT_PREFIX, format_key
+
+# The suffix of a bias of the base that an adapter trains, and the container it has on the layer: the base keeps its own.
+BIAS = "base_layer.bias"
+BIAS_CONTAINER = "trained_bias"
+
+
+class Place(NamedTuple):
+    """Where a tensor stands on an adapted layer: in which container, and where in the adapter's entry there."""
+
+    # Dotted where the container is inside another module (`token_adapter.trainable_tokens_delta`).
+    container: str
+    # Empty where the entry is the tensor itself.
+    leaf: str
+
+
+class Names(ABC):
+    """The names of one class of adapter layers."""
+
+    # What the reference puts before the names of the base's own tensors, once such a layer is on it.
+    base: str
+
+    @abstractmethod
+    def key(self, path: str, suffix: str) -> str:
+        """The name of a tensor in the checkpoint, of the layer at `path`."""
+
+    @abstractmethod
+    def place(self, suffix: str) -> Place:
+        """Where the tensor stands in memory."""
+
+    def path_in_reference(self, path: str) -> str:
+        """What stands before the tensors' names in the reference's memory, with a dot at its end unless it is empty."""
+        return format_key(path, "")
+
+    def path_in_tree(self, path: str) -> str:
+        """What stands before the tensors' names in the tree of modules, likewise."""
+        return format_key(path, "")
+
+    def in_tree(self, path: str, suffix: str, adapter_name: str) -> str:
+        """The name of the tensor in the tree of modules, seen from the PeftModel."""
+        container, leaf = self.place(suffix)
+        return self.path_in_tree(path) + ".".join(filter(None, (container, adapter_name, leaf)))
+
+    def in_reference(self, path: str, suffix: str, adapter_name: str) -> str:
+        """How the reference calls the tensor in memory: as the tree does, but for what it puts before base tensors."""
+        if suffix == BIAS:
+            return self.path_in_reference(path) + BIAS
+        container, leaf = self.place(suffix)
+        return self.path_in_reference(path) + ".".join(filter(None, (container, adapter_name, leaf)))
+
+    def base_in_reference(self, path: str) -> str:
+        """What the reference puts before the names of the base's own tensors, seen from the PeftModel."""
+        return self.path_in_reference(path) + self.base
+
+
+@dataclass(frozen=True)
+class LayerNames(Names):
+    """Of layers whose tensors stand behind the layer's path: those of nearly all methods."""
+
+    # See `Names`; empty where the reference leaves the base's names alone.
+    base: str = "base_layer."
+    # Suffix -> its place, where that is not the first component of the suffix and the rest of it.
+    places: Mapping[str, Place] = field(default_factory=lambda: MappingProxyType({}))
+
+    def key(self, path: str, suffix: str) -> str:
+        return format_key(path, suffix)
+
+    def place(self, suffix: str) -> Place:
+        if suffix == BIAS:
+            return Place(BIAS_CONTAINER, "")
+        known = self.places.get(suffix)
+        if known is not None:
+            return known
+        container, _, leaf = suffix.partition(".")
+        return Place(container, leaf)
+
+
+@dataclass(frozen=True)
+class CopyNames(Names):
+    """Of copies of whole modules: the module's own names, in one container."""
+
+    # The container (`modules_to_save`).
+    container: str
+    # See `Names`.
+    base: str
+    # What stands before the module's own names in a checkpoint; empty for nothing.
+    front: str = ""
+    # What stands before the path: all of the grammar's prefix, or the half of it where nothing is wrapped.
+    prefix: str = PREFIX
+
+    def key(self, path: str, suffix: str) -> str:
+        return f"{self.prefix}{path}.{suffix}"
+
+    def place(self, suffix: str) -> Place:
+        return Place(self.container, suffix.removeprefix(self.front))
+
+    def path_in_reference(self, path: str) -> str:
+        return f"{self.prefix}{path}."
+
+
+@dataclass(frozen=True)
+class SharedNames(Names):
+    """Of tensors that all layers of an adapter share: they stand behind no path."""
+
+    # See `Names`: nothing of the base is renamed by them.
+    base: str = ""
+
+    def key(self, path: str, suffix: str) -> str:
+        return SHORT_PREFIX + suffix
+
+    def place(self, suffix: str) -> Place:
+        container, _, leaf = suffix.partition(".")
+        return Place(container, leaf)
+
+    def path_in_reference(self, path: str) -> str:
+        return SHORT_PREFIX
+
+    def path_in_tree(self, path: str) -> str:
+        return SHORT_PREFIX

@@ -1,0 +1,34 @@
+"""The place of one tensor in an adapter layer: what is known of it before there is a tensor."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+
+
+class Role(Enum):
+    """What a tensor is to whoever trains the model."""
+
+    TRAINED = "a parameter that is trained where its adapter is"
+    FIXED = "a parameter that is never trained: the reference registers a number or two so"
+    BUFFER = "a buffer: never trained, and not among the parameters"
+
+
+class Slot(NamedTuple):
+    """One tensor that an adapter layer has. Nothing is allocated; hundreds of slots are made for a load."""
+
+    # Of the tensor, in memory and in a checkpoint alike.
+    shape: tuple[int, ...]
+    # Whether it is trained.
+    role: Role = Role.TRAINED
+    # Whether a checkpoint holds it; if not, the layer works it out itself.
+    stored: bool = True
+    # In memory. None for that of the adapter: the base's, or float32 where the base is in half precision.
+    dtype: torch.dtype | None = None
+
+
+def shapes_of(slots: dict[str, Slot]) -> dict[str, tuple[int, ...]]:
+    """The shapes of those that a checkpoint holds, by suffix."""
+    return {suffix: slot.shape for suffix, slot in slots.items() if slot.stored}

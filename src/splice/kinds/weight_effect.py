@@ -1,0 +1,46 @@
+"""What an adapter layer does to the tensors of its base layer when it is merged into them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+
+
+class WeightEffect:
+    """The effect on weights. Most methods supply `delta_weight`; the rest follows from it.
+
+    The order of a merge: a trained bias is put in place, then `replaced`, then `deltas` are added.
+    """
+
+    # Whether it is a change of the layer's tensors at all; it may depend on the layer.
+    mergeable: bool = False
+    # Whether `deltas` gives and takes `weight` as (out, in), however the base stores it.
+    linear_layout: ClassVar[bool] = True
+    # Whether the base with the merged tensors computes what the adapter does; where not, merging says so.
+    merges_exactly: bool = True
+    # Whether it goes on computing while it is merged: the base's own tensors cannot hold what it is.
+    stays_merged: bool = False
+
+    @property
+    def changed_names(self) -> tuple[str, ...]:
+        """The base tensors that merging changes."""
+        return ("weight",) if self.delta_bias() is None else ("weight", "bias")
+
+    def deltas(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What merging adds to each of `changed_names`, given these tensors of the base."""
+        found = {"weight": self.delta_weight(tensors["weight"]), "bias": self.delta_bias()}
+        return {name: delta for name, delta in found.items() if delta is not None}
+
+    def delta_weight(self, weight: torch.Tensor) -> torch.Tensor | None:
+        """What merging adds to the dense `weight`, (out, in) for linear layers; None where it cannot be merged."""
+        return None
+
+    def delta_bias(self) -> torch.Tensor | None:
+        """What merging adds to the base bias; None for nothing."""
+        return None
+
+    def replaced(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What merging puts in the place of these tensors of the base, before anything is added."""
+        return {}

@@ -1,0 +1,124 @@
+"""Putting the tensors of an adapter layer into the tree of modules, and taking them out again."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from splice.kinds.container import Container, Holder
+from splice.kinds.host import Host
+from splice.kinds.layer import AdapterLayer, Home, Registered
+from splice.kinds.slot import Role
+
+
+def register(adapter: AdapterLayer, name: str, home: Home) -> None:
+    """Register the tensors of `adapter`, which is called `name`, in containers at `home`."""
+    adapter.home = home
+    for path, entry in adapter.entries.items():
+        container = _container(home, path, adapter.training)
+        if type(entry) is not Holder and entry.training is not container.training:
+            entry.train(container.training)
+        container._modules[name] = entry
+    for suffix, (registry, path, slot) in adapter.registered.items() if adapter.loose else ():
+        if registry is not adapter.loose:
+            continue
+        container = _container(home, path, adapter.training)
+        is_buffer = slot.role is Role.BUFFER
+        in_tree = container._buffers if is_buffer else container._parameters
+        in_tree[name] = registry[path]
+        if is_buffer and not slot.stored:
+            container._non_persistent_buffers_set.add(name)
+        adapter.registered[suffix] = Registered(in_tree, name, slot)
+    adapter.loose.clear()
+
+
+def unregister(adapter: AdapterLayer, name: str) -> None:
+    """Take the tensors of `adapter` out of the tree, also where putting them there was interrupted at any point."""
+    home = adapter.home
+    if home is None:
+        return
+    paths = list(adapter.entries)
+    for suffix, (registry, _, slot) in list(adapter.registered.items()):
+        path, leaf = adapter.names.place(suffix)
+        if not leaf and registry is not adapter.loose:
+            adapter.loose[path] = registry[name]
+            adapter.registered[suffix] = Registered(adapter.loose, path, slot)
+        if not leaf:
+            paths.append(path)
+    for path in paths:
+        _drop(home, path, name)
+    adapter.home = None
+
+
+def _container(home: Home, path: str, training: bool) -> Container:
+    """The container at `path`, made where it is not there yet."""
+    found = home.added.get(path) if "." not in path else None
+    if isinstance(found, Container):
+        return found
+    *parents, last = path.split(".")
+    modules, outermost = home.modules, True
+    for parent in parents:
+        below = modules.get(parent)
+        if below is None:
+            below = modules[parent] = Holder()
+            if outermost:
+                home.added[parent] = below
+        modules, outermost = below._modules, False
+    container = modules.get(last)
+    if not isinstance(container, Container):
+        container = Container()
+        container.training = training
+        if outermost:
+            home.added[last] = container
+        modules[last] = container
+    return container
+
+
+def _drop(home: Home, path: str, name: str) -> None:
+    """Take the entry `name` out of the container at `path`; what is empty then goes too."""
+    *parents, last = path.split(".")
+    way: list[tuple[dict[str, nn.Module | None], str]] = []
+    modules = home.modules
+    for part in (*parents, last):
+        module = modules.get(part)
+        if module is None:
+            return
+        way.append((modules, part))
+        modules = module._modules
+    container = way[-1][0][last]
+    if not isinstance(container, Container):
+        return
+    container.drop(name)
+    for registry, part in reversed(way):
+        module = registry[part]
+        assert module is not None
+        if len(module) if isinstance(module, Container) else module._modules:
+            break
+        del registry[part]
+        if registry is home.modules:
+            home.added.pop(part, None)
+
+
+def share(adapter: AdapterLayer, host: Host) -> None:
+    """Let the layer name the tensors too that all layers of the adapter share, as the reference's layers do.
+
+    It is the very container that holds them for the network: a second one would come apart from the first in a `.to`.
+    """
+    for shared in adapter.shared:
+        assert shared.home is not None
+        for path in _containers(shared):
+            module = shared.home.modules[path]
+            assert module is not None
+            host.base._modules[path] = host.added[path] = module
+
+
+def unshare(adapter: AdapterLayer, host: Host) -> None:
+    """Take back what `share` did, unless another adapter of the layer shares as well."""
+    others = {path for other in host.layers.values() for shared in other.shared for path in _containers(shared)}
+    for shared in adapter.shared:
+        for path in _containers(shared) - others:
+            host.base._modules.pop(path, None)
+            host.added.pop(path, None)
+
+
+def _containers(adapter: AdapterLayer) -> set[str]:
+    return {adapter.names.place(suffix).container for suffix in adapter.registered}
