@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from splice.config import PeftConfig, TargetRule
 
@@ -46,8 +46,8 @@ class TargetedConfig(PeftConfig):
         return str(vars(self).get("bias", "none"))
 
 
-def check_positive(**values: Any) -> None:
-    """Raise for the first value that is no positive whole number.
+def check_positive(**values: object) -> None:
+    """Raise for the first value that is not a positive whole number.
 
     Raises:
         ValueError: with the name of the field.

@@ -20,8 +20,12 @@ from splice.methods.targeted import TargetedConfig
 class TrainableTokensConfig(TargetedConfig):
     """Fields and defaults of the reference, in its order."""
 
+    # Ids of the tokens whose rows are trained, in the order of the rows in the checkpoint; at least one.
     token_indices: list[int] = field(default_factory=list)
+    # Embeddings, or linear layers with one row for each token: ends of paths, or a regular expression for whole paths;
+    # None for the base's input embeddings.
     target_modules: list[str] | str | None = None
+    # Whether the rows start as the base's own; otherwise they are drawn from N(0, 1).
     init_weights: bool = True
 
     method = PeftType.TRAINABLE_TOKENS

@@ -31,9 +31,13 @@ from splice.methods.lora.config import LoraConfig
 class Stack:
     """One parameter of stacked experts: the path of its module, its name, what its parts were called, (experts, out, in)."""
 
+    # Path of the module that holds the parameter.
     owner: str
+    # Name of the parameter in it (`gate_up_proj`).
     name: str
+    # Names of the old layers whose weights lie behind one another in it (`w1`, `w3`).
     parts: tuple[str, ...]
+    # (experts, out, in); `out` is that of all parts together.
     shape: tuple[int, int, int]
 
     def __str__(self) -> str:

@@ -27,9 +27,13 @@ from splice.methods.lora.experts import Stack, experts_of, joined_values, part_v
 class _Part:
     """The tensors of one part for every expert, by their names in the file; `scale` is relative to the stack's."""
 
+    # Names of the tensors A, one for each expert.
     a: Sequence[str]
+    # Names of the tensors B, one for each expert.
     b: Sequence[str]
+    # r, the same for all experts.
     rank: int
+    # What B is multiplied with, so that the stack's scale fits this part too.
     scale: float
 
 
@@ -37,7 +41,9 @@ class _Part:
 class _Joined:
     """A stack's pair of tensors, made of those of its parts; None for a part that was not adapted."""
 
+    # The parameter that the pair is for.
     stack: Stack
+    # Its parts, in their order.
     parts: Sequence[_Part | None]
 
     @property
