@@ -91,6 +91,7 @@ class Method:
         check_beside: raises where an adapter with the first config cannot stand beside those with the others, by name.
         exports: classes that are public beside its config.
         paper: where the method is described.
+        summary: what the method does, in one sentence for readers who do not know it.
     """
 
     name: PeftType
@@ -122,6 +123,7 @@ class Method:
     check_beside: Callable[[Any, Mapping[str, Any]], None] | None = None
     exports: tuple[type, ...] = ()
     paper: str = ""
+    summary: str = ""
 
     def layer_for(self, base: nn.Module, path: str, config: PeftConfig) -> type[AdapterLayer]:
         """The adapter layer that an adapter with this config has on `base`.

@@ -316,6 +316,7 @@ def _prune(layer: AdaLoraLayer, kept: tuple[bool, ...]) -> None:
 METHOD = register(
     Method(
         name=PeftType.ADALORA,
+        summary="Trains LoRA as a singular value decomposition, and gives up ranks where they matter least.",
         config=AdaLoraConfig,
         prefix="lora_",
         tensor_names=frozenset({"lora_A", "lora_E", "lora_B", "ranknum"}),

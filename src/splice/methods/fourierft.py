@@ -126,6 +126,7 @@ class FourierFTLayer(WeightDelta):
 METHOD = register(
     Method(
         name=PeftType.FOURIERFT,
+        summary="Adds to a weight the inverse Fourier transform of a few trained coefficients.",
         config=FourierFTConfig,
         prefix="fourierft_",
         tensor_names=frozenset({"fourierft_spectrum"}),

@@ -147,6 +147,7 @@ class IA3Conv(IA3Layer):
 METHOD = register(
     Method(
         name=PeftType.IA3,
+        summary="Multiplies each output of a layer by a trained factor, or, in feed-forward blocks, each input.",
         config=IA3Config,
         prefix="ia3_",
         tensor_names=frozenset({"ia3_l"}),

@@ -63,6 +63,7 @@ class TunedModule(WholeModule):
 METHOD = register(
     Method(
         name=PeftType.LN_TUNING,
+        summary="Trains copies of normalisation layers, or of any other modules, and uses them in their place.",
         config=LNTuningConfig,
         prefix="ln_tuning_",
         tensor_names=frozenset({"ln_tuning_layers"}),

@@ -110,6 +110,7 @@ def _as_trained(own: _Factors, other: _Factors) -> torch.Tensor:
 METHOD = register(
     Method(
         name=PeftType.LOHA,
+        summary="Adds to a weight the elementwise (Hadamard) product of two low-rank matrices.",
         config=LoHaConfig,
         prefix="hada_",
         tensor_names=frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"}),

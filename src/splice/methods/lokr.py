@@ -133,6 +133,7 @@ class LoKrLayer(LycorisLayer):
 METHOD = register(
     Method(
         name=PeftType.LOKR,
+        summary="Adds to a weight the Kronecker product of a small matrix and a larger one, which may be of low rank.",
         config=LoKrConfig,
         prefix="lokr_",
         tensor_names=frozenset({"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"}),

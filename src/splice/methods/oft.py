@@ -284,6 +284,7 @@ _LAYERS: Mapping[LayerKind, type[AdapterLayer]] = MappingProxyType(
 METHOD = register(
     Method(
         name=PeftType.OFT,
+        summary="Rotates the input of a layer (the output of an embedding), block by block, by trained orthogonal matrices.",
         config=OFTConfig,
         prefix="oft_",
         tensor_names=frozenset({"oft_R", "oft_embedding_R"}),

@@ -48,6 +48,7 @@ def _input_embeddings(network: nn.Module, modules: Mapping[str, nn.Module]) -> s
 METHOD = register(
     Method(
         name=PeftType.TRAINABLE_TOKENS,
+        summary="Trains the embeddings of a few tokens and leaves those of all others as they are.",
         config=TrainableTokensConfig,
         prefix="trainable_tokens_",
         tensor_names=frozenset({"trainable_tokens_delta"}),

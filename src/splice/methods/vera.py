@@ -153,6 +153,7 @@ class VeraLayer(Additive):
 METHOD = register(
     Method(
         name=PeftType.VERA,
+        summary="Adds to each layer an update of two random matrices that all layers share, scaled by two trained vectors.",
         config=VeraConfig,
         prefix="vera_lambda_",
         tensor_names=frozenset({"vera_lambda_b", "vera_lambda_d", "vera_A", "vera_B"}),

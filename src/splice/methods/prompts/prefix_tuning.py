@@ -99,6 +99,7 @@ class ProjectedPrefix(Reparameterised, PrefixTuning):
 METHOD = register(
     Method(
         name=PeftType.PREFIX_TUNING,
+        summary="Puts trained keys and values in front of those of every attention layer.",
         config=PrefixTuningConfig,
         prefix="prefix_tuning_",
         tensor_names=frozenset({"prompt_embeddings"}),

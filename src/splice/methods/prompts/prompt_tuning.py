@@ -88,6 +88,7 @@ def _text_ids(config: PromptTuningConfig, count: int) -> torch.Tensor:
 METHOD = register(
     Method(
         name=PeftType.PROMPT_TUNING,
+        summary="Puts trained vectors in front of the embedded input.",
         config=PromptTuningConfig,
         prefix="prompt_tuning_",
         tensor_names=frozenset({"prompt_embeddings"}),
