@@ -253,7 +253,7 @@ def update_and_allocate(adapters: Adapters, global_step: int) -> None:
 
 
 def _update_importance(layers: dict[str, AdaLoraLayer], config: AdaLoraConfig) -> None:
-    """Raises RuntimeError where nothing has a gradient."""
+    """Follow the importance of every tensor by one step; raises RuntimeError where no tensor has a gradient."""
     seen = False
     for layer in layers.values():
         for part in ("lora_A", "lora_E", "lora_B"):

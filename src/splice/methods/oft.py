@@ -117,7 +117,7 @@ def _check(config: OFTConfig) -> None:
 
 
 def blocks(size: int, config: OFTConfig) -> tuple[int, int]:
-    """How many blocks the input has, and of which size: as near to what the config asks for as can be."""
+    """The number of blocks and their size, for an input of `size` values: the divisors nearest to the config's."""
     if config.oft_block_size:
         block = nearest_divisor(size, config.oft_block_size)
         return size // block, block

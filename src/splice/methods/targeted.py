@@ -1,4 +1,4 @@
-"""What follows from the fields by which a config selects layers, once for all methods that declare them."""
+"""The fields by which a config selects layers: what they mean, said once for all methods that have them."""
 
 from __future__ import annotations
 

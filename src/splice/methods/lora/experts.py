@@ -172,7 +172,7 @@ def _short(paths: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:
 
 
 def _modules_left(targets: Any, experts: Experts) -> Any:
-    """What is left of `target_modules`: old names of experts may be those of other layers too."""
+    """`target_modules` without the old names of experts, as far as these are not names of other layers too."""
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         return targets
     matcher = TargetMatcher(TargetRule(target_modules=targets))

@@ -1,6 +1,6 @@
 """The tensors of adapters for experts that were layers, joined to those of the parameters they are now (`experts.py`).
 
-All experts of a parameter lie in one pair of tensors as `methods/lora_parameters.py` says: in A (rank * experts, in) the rows
+All experts of a parameter lie in one pair of tensors as `parameters.py` says: in A (rank * experts, in) the rows
 of one expert behind one another, in B (out, rank * experts) the columns of one rank.
 """
 
@@ -183,7 +183,7 @@ def _front(stack: Stack, wanted: Collection[Stack]) -> str:
 
 
 def _without_dropout(config: LoraConfig) -> tuple[LoraConfig, list[str]]:
-    """Parameters are no layers that see an input; what they cannot have is left out."""
+    """`config` without dropout, which cannot be applied to parameters, and a note where it had some."""
     if not config.lora_dropout:
         return config, []
     note = f"lora_dropout={config.lora_dropout} cannot be applied to stacked experts: read as 0"
