@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import sys
 from pathlib import Path
 
 from splice.kinds.combining import Summed
@@ -14,7 +12,7 @@ _HEAD = """# Methods
 One row for every record in `src/splice/methods/`; written by `make docs`. Every method is loaded,
 created, trained and saved, switched, disabled and deleted, and may stand in a batch of mixed rows.
 
-| `peft_type` | what it is | config | on | merges | several active | weighted sums | paper |
+| `peft_type` | what it does | config | on | merges | several active | weighted sums | paper |
 |---|---|---|---|---|---|---|---|
 """
 
@@ -49,11 +47,9 @@ def combining(method: Method) -> str:
 
 def row(method: Method) -> str:
     """One line of the table."""
-    file = next(module for module in sys.modules.values() if vars(module).get("METHOD") is method)
-    text = (inspect.getdoc(file) or "").splitlines()[0]
     cells = [
         f"`{method.name.value}`",
-        text.rstrip("."),
+        method.summary.rstrip("."),
         f"`{method.config.__name__}`",
         ", ".join(layers_of(method)),
         _word(merges(method)),

@@ -47,6 +47,7 @@ def test_a_name_is_registered_once() -> None:
 @pytest.mark.parametrize("method", list(all_methods().values()), ids=lambda m: m.name.value)
 def test_a_record_is_complete(method: Method) -> None:
     assert method.paper
+    assert re.fullmatch(r"[A-Z].+\.", method.summary), "one sentence that says what the method does"
     assert get_peft_config({"peft_type": method.name.value, **SAMPLES[method.name].config}).peft_type == method.name
     assert method.tensor_names or method.other_layer is not None
     ways = (method.layers, method.other_layer, method.network_layer)

@@ -46,7 +46,7 @@ class Combine(ABC):
         """Raise for a combination that this way does not know.
 
         Raises:
-            ValueError: with what it does know.
+            ValueError: the message lists what it does know.
         """
 
     @abstractmethod
@@ -69,7 +69,7 @@ class Combine(ABC):
         """The tensors of the new adapter's layer on `base`, by their suffixes.
 
         Raises:
-            ValueError: the layers have no sum.
+            ValueError: tensors of the layers differ in shape.
         """
 
 

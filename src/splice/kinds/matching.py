@@ -34,7 +34,7 @@ def expression(text: str, given: str, what: str) -> re.Pattern[str]:
     """`text` as a regular expression, made of what the config has.
 
     Raises:
-        ValueError: `given`, in `what`, is none.
+        ValueError: it is not a valid one; the message says that it is `given` in `what`.
     """
     try:
         return re.compile(text)

@@ -51,7 +51,7 @@ class UnchangedBase(Protocol):
             place: where these lie, for messages.
 
         Raises:
-            ValueError: `before` is no such adapter, or the config has no such form.
+            ValueError: `before` belongs to another adapter, or the config cannot be written for the unchanged base.
         """
         ...
 
@@ -75,13 +75,13 @@ class Method:
         tuner_views: what is read on a model with it, by name: worked out from the adapters.
         loss_term: what a forward in training adds to the loss, given the adapters and an active adapter's name.
         default_targets: modules to target by `config.model_type`, where the config names none.
-        find_targets: where the config names none and there is no default: what to target on a network, given its modules.
-        default_modules: the same for each further field of the config that names modules.
+        find_targets: finds targets on a network, given its modules, where the config names none and there is no default.
+        default_modules: further fields of the config that name modules -> their defaults, by `config.model_type` too.
         follows_ties: whether layers that are tied to adapted input embeddings always share their adapter layer's tensors.
         exclusive: whether only one of its adapters can take effect at a time.
         combine: how several adapters become one (`add_weighted_adapter`); None where they cannot.
         readings: ways in which its adapters were written before, asked in turn where a checkpoint does not fit as it is.
-        restated: the config that says of this network what a config says of an earlier form of it; the same one, mostly.
+        restated: a config for an earlier form of this network, put in words of the network as it is; mostly unchanged.
         for_unchanged_base: how an adapter is written for the base before its initialisation changed that; None where none
             of its initialisations does.
         tags: what the model card of such an adapter is tagged with.
@@ -91,6 +91,7 @@ class Method:
         check_beside: raises where an adapter with the first config cannot stand beside those with the others, by name.
         exports: classes that are public beside its config.
         paper: where the method is described.
+        summary: what the method does, in one sentence for readers who do not know it.
     """
 
     name: PeftType
@@ -122,6 +123,7 @@ class Method:
     check_beside: Callable[[Any, Mapping[str, Any]], None] | None = None
     exports: tuple[type, ...] = ()
     paper: str = ""
+    summary: str = ""
 
     def layer_for(self, base: nn.Module, path: str, config: PeftConfig) -> type[AdapterLayer]:
         """The adapter layer that an adapter with this config has on `base`.
@@ -173,7 +175,7 @@ def method_named(peft_type: object, place: str) -> Method:
     """The method of a `peft_type`; `place` says where it was read, for the message.
 
     Raises:
-        CheckpointError: (a ValueError) the name is no string.
+        CheckpointError: (a ValueError) the name is not a string.
         UnknownMethodError: (a KeyError) there is no such method.
     """
     name = class_of(peft_type, place).method

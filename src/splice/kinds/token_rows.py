@@ -158,10 +158,10 @@ class TokenRowsBeside(TokenRows):
 
 
 def check_indices(indices: Sequence[int], count: int, path: str) -> None:
-    """Raise for token indices that are none of a layer with `count` rows.
+    """Raise for token indices that a layer with `count` rows does not have.
 
     Raises:
-        ValueError: with the first of them.
+        ValueError: there are no indices, or one is not a row of the layer.
     """
     if not isinstance(indices, (list, tuple)) or not indices:
         raise ValueError(f"{path}: token indices are a list of at least one number, got {indices!r}")

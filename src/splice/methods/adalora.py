@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from splice.base.layers import LayerKind, features, kind_of
-from splice.config import PeftType
+from splice.config import PeftConfig, PeftType
 from splice.errors import warn
 from splice.kinds.adapters import Adapters, layers_of
 from splice.kinds.additive import Additive
@@ -35,23 +35,37 @@ from splice.methods.lora.layers import product
 
 @dataclass
 class AdaLoraConfig(LoraConfig):
-    """Fields and defaults of the reference, in its order. Of LoRA's, `r` and all that asks for a variant have no effect.
+    """Fields and defaults of the reference, in its order.
+
+    Of LoRA's fields `r`, `alpha_pattern`, `use_rslora`, `lora_bias` and those that ask for a variant have no effect;
+    `init_lora_weights` only counts as true or false.
 
     Raises:
-        ValueError: there is no schedule, or fields contradict each other.
+        ValueError: `total_step` is missing, or fields contradict each other.
     """
 
+    # The `peft_type` of its checkpoints.
     method: ClassVar[PeftType] = PeftType.ADALORA
 
-    rank_pattern: dict[str, Any] | None = None  # type: ignore[assignment]
+    # `<path>.lora_E` -> for each rank of that layer whether it is kept; None until ranks have been taken away.
+    rank_pattern: dict[str, list[bool]] | None = None  # type: ignore[assignment]
+    # The mean rank of a layer at the end of training: b(T) is this times the number of layers.
     target_r: int = 8
+    # The rank of every layer at the start, at least 1; the scale stays alpha / `init_r` whatever is left.
     init_r: int = 12
+    # t_i, the number of steps at the start in which all ranks stay.
     tinit: int = 0
+    # t_f, the number of steps at the end in which the ranks stay as they have become.
     tfinal: int = 0
+    # ΔT, the number of steps from one allocation of the ranks to the next.
     deltaT: int = 1
+    # beta1, between 0 and 1: how much of the running mean of an importance each step keeps.
     beta1: float = 0.85
+    # beta2, between 0 and 1: the same for the mean of how much that importance varies.
     beta2: float = 0.85
+    # gamma, at least 0: weight in the loss of how far A and B are from having orthonormal rows and columns.
     orth_reg_weight: float = 0.5
+    # T, the number of training steps that the schedule is made for. It must be given, and be at least 1.
     total_step: int | None = None
 
     def __post_init__(self) -> None:
@@ -84,7 +98,7 @@ def _check(config: AdaLoraConfig) -> None:
             raise ValueError(f"`{name}` should lie between 0 and 1, got {vars(config)[name]}")
 
 
-def _check_beside(config: AdaLoraConfig, others: Mapping[str, Any]) -> None:
+def _check_beside(config: AdaLoraConfig, others: Mapping[str, PeftConfig]) -> None:
     """One budget is shared out over all layers, so only one adapter of a model can be in training."""
     trained = [name for name, other in others.items() if not other.inference_mode]
     if trained and not config.inference_mode:
@@ -244,7 +258,7 @@ def update_and_allocate(adapters: Adapters, global_step: int) -> None:
 
 
 def _update_importance(layers: dict[str, AdaLoraLayer], config: AdaLoraConfig) -> None:
-    """Raises RuntimeError where nothing has a gradient."""
+    """Follow the importance of every tensor by one step; raises RuntimeError where no tensor has a gradient."""
     seen = False
     for layer in layers.values():
         for part in ("lora_A", "lora_E", "lora_B"):
@@ -306,6 +320,7 @@ def _prune(layer: AdaLoraLayer, kept: tuple[bool, ...]) -> None:
 METHOD = register(
     Method(
         name=PeftType.ADALORA,
+        summary="Trains LoRA as a singular value decomposition, and gives up ranks where they matter least.",
         config=AdaLoraConfig,
         prefix="lora_",
         tensor_names=frozenset({"lora_A", "lora_E", "lora_B", "ranknum"}),

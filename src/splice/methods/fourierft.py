@@ -30,20 +30,36 @@ from splice.methods.targeted import TargetedConfig, check_positive
 class FourierFTConfig(TargetedConfig):
     """Fields and defaults of the reference, in its order."""
 
+    # The `peft_type` of its checkpoints.
     method: ClassVar[PeftType] = PeftType.FOURIERFT
     pattern_fields = MappingProxyType({"n_frequency_pattern": "n_frequency"})
 
+    # n, the number of trained coefficients of each layer: at least 1, at most the number of values in its weight.
     n_frequency: int = 1000
+    # alpha, the factor of the update.
     scaling: float = 150.0
+    # Seed of the places at which the coefficients stand. None is refused: nobody could load the adapter.
     random_loc_seed: int | None = 777
+    # Whether the base stores weights as (in, out). No effect: the class of each layer decides, and sets this field.
     fan_in_fan_out: bool = False
+    # Layers to adapt: ends of paths, a regular expression for whole paths, or "all-linear"; None for those that are usual
+    # for the base's `model_type`.
     target_modules: list[str] | set[str] | str | None = None
+    # Targets to leave out: ends of paths, or a regular expression for whole paths; None for none.
     exclude_modules: list[str] | set[str] | str | None = None
+    # Biases of the base to train with the adapter: "none", "all", or "fourier_only" for those of adapted layers.
     bias: str = "none"
+    # Modules to train whole and to store beside the adapter, by the ends of their paths; None for none.
     modules_to_save: list[str] | None = None
+    # Index, or indices, of the blocks whose layers are adapted; None for all blocks. Layers that `target_modules` names by
+    # their whole paths are adapted in any case.
     layers_to_transform: list[int] | int | None = None
+    # Name, or names, of the list of blocks that `layers_to_transform` counts in ("layers", "h"); None for the first list
+    # on a layer's path, which must lie inside another module.
     layers_pattern: list[str] | str | None = None
+    # n of single layers: a whole path, or a regular expression for what stands behind one of its dots -> n.
     n_frequency_pattern: dict[str, int] = field(default_factory=dict)
+    # Whether the coefficients start at zero, so that nothing changes at first; by default they are drawn from N(0, 1).
     init_weights: bool = False
 
 
@@ -112,6 +128,7 @@ class FourierFTLayer(WeightDelta):
 METHOD = register(
     Method(
         name=PeftType.FOURIERFT,
+        summary="Adds to a weight the inverse Fourier transform of a few trained coefficients.",
         config=FourierFTConfig,
         prefix="fourierft_",
         tensor_names=frozenset({"fourierft_spectrum"}),

@@ -36,13 +36,22 @@ class IA3Config(TargetedConfig):
         ValueError: `feedforward_modules` names layers that `target_modules` does not.
     """
 
+    # The `peft_type` of its checkpoints.
     method: ClassVar[PeftType] = PeftType.IA3
 
+    # Layers to adapt: ends of paths, a regular expression for whole paths, or "all-linear"; None for those that are usual
+    # for the base's `model_type`.
     target_modules: list[str] | set[str] | str | None = None
+    # Targets to leave out: ends of paths, or a regular expression for whole paths; None for none.
     exclude_modules: list[str] | set[str] | str | None = None
+    # Targets whose input is scaled, not their output: ends of paths, or a regular expression for whole paths; None for
+    # those that are usual for the base's `model_type`.
     feedforward_modules: list[str] | set[str] | str | None = None
+    # Whether the base stores weights as (in, out). No effect: the class of each layer decides, and sets this field.
     fan_in_fan_out: bool = False
+    # Modules to train whole and to store beside the adapter, by the ends of their paths; None for none.
     modules_to_save: list[str] | None = None
+    # Whether the factors l start at 1, so that nothing changes at first; otherwise they are drawn from N(0, 1).
     init_ia3_weights: bool = True
 
     def __post_init__(self) -> None:
@@ -142,6 +151,7 @@ class IA3Conv(IA3Layer):
 METHOD = register(
     Method(
         name=PeftType.IA3,
+        summary="Multiplies each output of a layer by a trained factor, or, in feed-forward blocks, each input.",
         config=IA3Config,
         prefix="ia3_",
         tensor_names=frozenset({"ia3_l"}),

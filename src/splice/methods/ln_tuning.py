@@ -21,8 +21,12 @@ from splice.methods.targeted import TargetedConfig
 class LNTuningConfig(TargetedConfig):
     """Fields and defaults of the reference, in its order."""
 
+    # Modules to train copies of: ends of paths, or a regular expression for whole paths; None for those that are usual
+    # for the base's `model_type`.
     target_modules: list[str] | str | None = None
+    # Targets to leave out: ends of paths, or a regular expression for whole paths; None for none.
     exclude_modules: list[str] | str | None = None
+    # Modules to train whole and to store beside the adapter, by the ends of their paths; None for none.
     modules_to_save: list[str] | str | None = None  # type: ignore[assignment]
 
     method = PeftType.LN_TUNING
@@ -53,6 +57,7 @@ class TunedModule(WholeModule):
 METHOD = register(
     Method(
         name=PeftType.LN_TUNING,
+        summary="Trains copies of normalisation layers, or of any other modules, and uses them in their place.",
         config=LNTuningConfig,
         prefix="ln_tuning_",
         tensor_names=frozenset({"ln_tuning_layers"}),

@@ -28,22 +28,41 @@ from splice.methods.targeted import TargetedConfig
 class LoHaConfig(TargetedConfig):
     """Fields and defaults of the reference, in its order."""
 
+    # The `peft_type` of its checkpoints.
     method: ClassVar[PeftType] = PeftType.LOHA
+    # Beside a regular expression as `target_modules`, `layers_to_transform` is no error here; it has no effect.
     index_needs_names: ClassVar[bool] = False
     pattern_fields = MappingProxyType({"rank_pattern": "r", "alpha_pattern": "alpha"})
 
+    # Ranks of single layers: a regular expression for the end of a path -> its r. The first that matches counts.
     rank_pattern: dict[str, int] = field(default_factory=dict)
+    # The same for alpha.
     alpha_pattern: dict[str, int] = field(default_factory=dict)
+    # Rank r of both products, W1a W1b and W2a W2b, at least 1.
     r: int = 8
+    # alpha, the numerator of the scale: s = alpha / r.
     alpha: int = 8
+    # Probability with which a row of the update (an output of the layer) is left out in training; the rest is scaled up.
     rank_dropout: float = 0.0
+    # Probability with which a layer's whole update is left out of a call in training, 0 to 1.
     module_dropout: float = 0.0
+    # Whether the factors of a convolution with a kernel larger than 1 are joined by a core (r, r, *kernel); otherwise the
+    # kernel's axes lie in W1b and W2b.
     use_effective_conv2d: bool = False
+    # Layers to adapt: ends of paths, a regular expression for whole paths, or "all-linear"; None for those that are usual
+    # for the base's `model_type`.
     target_modules: list[str] | set[str] | str | None = None
+    # Targets to leave out: ends of paths, or a regular expression for whole paths; None for none.
     exclude_modules: list[str] | set[str] | str | None = None
+    # Whether W2b starts at zero, so that nothing changes at first; otherwise all factors are random.
     init_weights: bool = True
+    # Index, or indices, of the blocks whose layers are adapted; None for all blocks. Layers that `target_modules` names by
+    # their whole paths are adapted in any case.
     layers_to_transform: list[int] | int | None = None
+    # Name, or names, of the list of blocks that `layers_to_transform` counts in ("layers", "h"); None for the first list
+    # on a layer's path, which must lie inside another module.
     layers_pattern: list[str] | str | None = None
+    # Modules to train whole and to store beside the adapter, by the ends of their paths; None for none.
     modules_to_save: list[str] | None = None
 
 
@@ -92,6 +111,7 @@ def _as_trained(own: _Factors, other: _Factors) -> torch.Tensor:
 METHOD = register(
     Method(
         name=PeftType.LOHA,
+        summary="Adds to a weight the elementwise (Hadamard) product of two low-rank matrices.",
         config=LoHaConfig,
         prefix="hada_",
         tensor_names=frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"}),

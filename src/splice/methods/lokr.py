@@ -27,25 +27,48 @@ from splice.methods.targeted import TargetedConfig
 class LoKrConfig(TargetedConfig):
     """Fields and defaults of the reference, in its order."""
 
+    # The `peft_type` of its checkpoints.
     method: ClassVar[PeftType] = PeftType.LOKR
+    # Beside a regular expression as `target_modules`, `layers_to_transform` is no error here; it has no effect.
     index_needs_names: ClassVar[bool] = False
     pattern_fields = MappingProxyType({"rank_pattern": "r", "alpha_pattern": "alpha"})
 
+    # Ranks of single layers: a regular expression for the end of a path -> its r. The first that matches counts.
     rank_pattern: dict[str, int] = field(default_factory=dict)
+    # The same for alpha.
     alpha_pattern: dict[str, int] = field(default_factory=dict)
+    # Rank r of W2, and of W1 with `decompose_both`, at least 1. A factor that is small anyway is one whole matrix.
     r: int = 8
+    # alpha, the numerator of the scale: s = alpha / r.
     alpha: int = 8
+    # Probability with which a row of the update (an output of the layer) is left out in training, 0 to 1.
     rank_dropout: float = 0.0
+    # Probability with which a layer's whole update is left out of a call in training, 0 to 1.
     module_dropout: float = 0.0
+    # Whether the factors of W2, for a convolution with a kernel larger than 1, are joined by a core (r, r, *kernel);
+    # otherwise the kernel's axes lie in one of them.
     use_effective_conv2d: bool = False
+    # Whether W1 is a product of rank r too, where r is less than half its longer side.
     decompose_both: bool = False
+    # How `out` and `in` are split in two: by this number where it divides them, else as equally as possible with the
+    # smaller part at most this. -1 sets no limit.
     decompose_factor: int = -1
+    # Whether the rows that `rank_dropout` leaves are scaled up, to make up for the others.
     rank_dropout_scale: bool = False
+    # Layers to adapt: ends of paths, a regular expression for whole paths, or "all-linear"; None for those that are usual
+    # for the base's `model_type`.
     target_modules: list[str] | set[str] | str | None = None
+    # Targets to leave out: ends of paths, or a regular expression for whole paths; None for none.
     exclude_modules: list[str] | set[str] | str | None = None
+    # What starts at zero, so that nothing changes at first: W1 (True) or W2 ("lycoris"). False: all is random.
     init_weights: bool | Literal["lycoris"] = True
+    # Index, or indices, of the blocks whose layers are adapted; None for all blocks. Layers that `target_modules` names by
+    # their whole paths are adapted in any case.
     layers_to_transform: list[int] | int | None = None
+    # Name, or names, of the list of blocks that `layers_to_transform` counts in ("layers", "h"); None for the first list
+    # on a layer's path, which must lie inside another module.
     layers_pattern: list[str] | str | None = None
+    # Modules to train whole and to store beside the adapter, by the ends of their paths; None for none.
     modules_to_save: list[str] | None = None
 
 
@@ -109,6 +132,7 @@ class LoKrLayer(LycorisLayer):
 METHOD = register(
     Method(
         name=PeftType.LOKR,
+        summary="Adds to a weight the Kronecker product of a small matrix and a larger one, which may be of low rank.",
         config=LoKrConfig,
         prefix="lokr_",
         tensor_names=frozenset({"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"}),

@@ -35,7 +35,7 @@ class LycorisConfig(Protocol):
 
 
 def check(config: LycorisConfig) -> None:
-    """Raise for ranks that are none."""
+    """Raise ValueError for ranks below 1."""
     check_positive(r=config.r, **{f"rank_pattern[{key!r}]": rank for key, rank in config.rank_pattern.items()})
 
 

@@ -34,30 +34,52 @@ from splice.methods.targeted import TargetedConfig
 
 @dataclass
 class OFTConfig(TargetedConfig):
-    """Fields and defaults of the reference, in its order. `module_dropout` has no effect, there as here.
+    """Fields and defaults of the reference, in its order.
 
     Raises:
-        ValueError: not exactly one of `r`, the number of blocks, and `oft_block_size` is given.
+        ValueError: both `r` and `oft_block_size` are given (not 0), or neither is.
     """
 
+    # The `peft_type` of its checkpoints.
     method: ClassVar[PeftType] = PeftType.OFT
+    # Beside a regular expression as `target_modules`, `layers_to_transform` is no error here; it has no effect.
     index_needs_names: ClassVar[bool] = False
 
+    # The number of blocks of R; the nearest divisor of the layer's input is taken. 0 where `oft_block_size` is given.
     r: int = 0
+    # The side of a block of R; the nearest divisor of the layer's input is taken. 0 where `r` is given.
     oft_block_size: int = 32
+    # Probability with which blocks are left out in training. No effect, in the reference as here.
     module_dropout: float = 0.0
+    # Layers to adapt: ends of paths, a regular expression for whole paths, or "all-linear"; None for those that are usual
+    # for the base's `model_type`.
     target_modules: list[str] | set[str] | str | None = None
+    # Whether the base stores its weights as (in, out). No effect: OFT cannot be put on such layers.
     fan_in_fan_out: bool = False
+    # Biases of the base to train with the adapter: "none", "all", or "oft_only" for those of adapted layers.
     bias: str = "none"
+    # Targets to leave out: ends of paths, or a regular expression for whole paths; None for none.
     exclude_modules: list[str] | set[str] | str | None = None
+    # Whether R starts as the identity, so that nothing changes at first; otherwise Q is drawn from N(0, 0.01).
     init_weights: bool = True
+    # Index, or indices, of the blocks whose layers are adapted; None for all blocks. Layers that `target_modules` names by
+    # their whole paths are adapted in any case.
     layers_to_transform: list[int] | int | None = None
+    # Name, or names, of the list of blocks that `layers_to_transform` counts in ("layers", "h"); None for the first list
+    # on a layer's path, which must lie inside another module.
     layers_pattern: list[str] | str | None = None
+    # Modules to train whole and to store beside the adapter, by the ends of their paths; None for none.
     modules_to_save: list[str] | None = None
+    # Whether R is kept near the identity (COFT): a Q that is too large is shrunk in place at every call.
     coft: bool = False
+    # eps of COFT: the norm of a block's Q is at most eps / sqrt(number of trained blocks).
     eps: float = 6e-5
+    # Whether all blocks of a layer are the same one.
     block_share: bool = False
+    # Whether R is worked out by a series that is cut off, instead of exactly. The two turn in opposite directions, so a
+    # trained adapter belongs to one of them.
     use_cayley_neumann: bool = True
+    # The number of terms of that series. 3 computes what 4 does, as every checkpoint with 3 was trained.
     num_cayley_neumann_terms: int = 5
 
     def __post_init__(self) -> None:
@@ -71,7 +93,7 @@ class OFTConfig(TargetedConfig):
             )
 
     @classmethod
-    def check_file(cls, fields: Mapping[str, Any], place: str) -> None:
+    def check_file(cls, fields: Mapping[str, object], place: str) -> None:
         if "oft_block_size" not in fields:
             raise CheckpointError(
                 f"{place} has no 'oft_block_size': the adapter was made before version 0.14, by another formula, and its "
@@ -97,7 +119,7 @@ def _check(config: OFTConfig) -> None:
 
 
 def blocks(size: int, config: OFTConfig) -> tuple[int, int]:
-    """How many blocks the input has, and of which size: as near to what the config asks for as can be."""
+    """The number of blocks and their size, for an input of `size` values: the divisors nearest to the config's."""
     if config.oft_block_size:
         block = nearest_divisor(size, config.oft_block_size)
         return size // block, block
@@ -259,6 +281,7 @@ _LAYERS: Mapping[LayerKind, type[AdapterLayer]] = MappingProxyType(
 METHOD = register(
     Method(
         name=PeftType.OFT,
+        summary="Rotates the input of a layer (the output of an embedding), block by block, by trained orthogonal matrices.",
         config=OFTConfig,
         prefix="oft_",
         tensor_names=frozenset({"oft_R", "oft_embedding_R"}),

@@ -1,10 +1,10 @@
-"""What follows from the fields by which a config selects layers, once for all methods that declare them."""
+"""The fields by which a config selects layers: what they mean, said once for all methods that have them."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from splice.config import PeftConfig, TargetRule
 
@@ -46,8 +46,8 @@ class TargetedConfig(PeftConfig):
         return str(vars(self).get("bias", "none"))
 
 
-def check_positive(**values: Any) -> None:
-    """Raise for the first value that is no positive whole number.
+def check_positive(**values: object) -> None:
+    """Raise for the first value that is not a positive whole number.
 
     Raises:
         ValueError: with the name of the field.

@@ -20,8 +20,12 @@ from splice.methods.targeted import TargetedConfig
 class TrainableTokensConfig(TargetedConfig):
     """Fields and defaults of the reference, in its order."""
 
+    # Ids of the tokens whose rows are trained, in the order of the rows in the checkpoint; at least one.
     token_indices: list[int] = field(default_factory=list)
+    # Embeddings, or linear layers with one row for each token: ends of paths, or a regular expression for whole paths;
+    # None for the base's input embeddings.
     target_modules: list[str] | str | None = None
+    # Whether the rows start as the base's own; otherwise they are drawn from N(0, 1).
     init_weights: bool = True
 
     method = PeftType.TRAINABLE_TOKENS
@@ -44,6 +48,7 @@ def _input_embeddings(network: nn.Module, modules: Mapping[str, nn.Module]) -> s
 METHOD = register(
     Method(
         name=PeftType.TRAINABLE_TOKENS,
+        summary="Trains the embeddings of a few tokens and leaves those of all others as they are.",
         config=TrainableTokensConfig,
         prefix="trainable_tokens_",
         tensor_names=frozenset({"trainable_tokens_delta"}),

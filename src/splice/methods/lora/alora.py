@@ -42,6 +42,7 @@ class Invocations:
     length: int
     starts: Mapping[Tokens, torch.Tensor]
     recomputed: bool = False
+    # Whether a block that computed itself again has asked for these.
     used: bool = field(default=False, compare=False)
 
     def mask(self, tokens: Tokens, x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:

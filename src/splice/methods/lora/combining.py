@@ -29,9 +29,13 @@ TYPES = ("cat", "linear", "svd", *_PRUNING, *(f"{name}_svd" for name in _PRUNING
 class _Part:
     """One adapter on one layer: its factors as matrices (r, in) and (out, r), its scale and its weight."""
 
+    # A, (r, in).
     a: torch.Tensor
+    # B, (out, r).
     b: torch.Tensor
+    # s, the adapter's own scale.
     scale: float
+    # w, the adapter's weight in the sum.
     weight: float
 
     @property

@@ -10,7 +10,15 @@ from typing import Any, ClassVar, Literal
 from splice.config import PeftConfig, PeftType, TargetRule, TaskType
 from splice.errors import UnsupportedFeatureError, warn
 from splice.methods.lora.inits import LOFTQ, check_init, takes_from_base
-from splice.methods.lora.subconfigs import SUBCONFIGS, CordaConfig, EvaConfig, LoftQConfig, parsed
+from splice.methods.lora.subconfigs import (
+    SUBCONFIGS,
+    BdLoraConfig,
+    CordaConfig,
+    EvaConfig,
+    LoftQConfig,
+    LoraGAConfig,
+    parsed,
+)
 
 # First components of the names of tensors in its checkpoints.
 TENSOR_NAMES = frozenset(
@@ -29,8 +37,9 @@ TENSOR_NAMES = frozenset(
 
 @dataclass
 class LoraRuntimeConfig:
-    """Options that live in memory only."""
+    """Options of a run, which live in memory only and are never saved."""
 
+    # Whether tensors in CPU memory should visit the GPU for expensive steps. Recorded only: splice never moves them.
     ephemeral_gpu_offload: bool = False
 
 
@@ -43,45 +52,88 @@ class LoraConfig(PeftConfig):
         TypeError: `target_parameters` is a string, or a config inside this one is neither a config nor a dict.
     """
 
+    # The `peft_type` of its checkpoints.
     method: ClassVar[PeftType] = PeftType.LORA
     # Of the merged-linear LoRA of 2023; the first says nothing about the adapter.
     legacy_fields = frozenset({"merge_weights", "enable_lora"})
     pattern_fields = MappingProxyType({"rank_pattern": "r", "alpha_pattern": "lora_alpha"})
 
+    # Rank r, at least 1: A is (r, in), B is (out, r), and the update of a weight is ΔW = s B A.
     r: int = 8
+    # Layers to adapt: ends of paths, a regular expression for whole paths, or "all-linear"; None for those that are usual
+    # for the base's `model_type`.
     target_modules: list[str] | set[str] | str | None = None
+    # Targets to leave out: ends of paths, or a regular expression for whole paths; None for none.
     exclude_modules: list[str] | set[str] | str | None = None
+    # alpha, the numerator of the scale: s = alpha / r. Files may hold a fraction.
     lora_alpha: int = 8
+    # Probability with which an input of A is set to zero in training, 0 to 1; none on embeddings and attention.
     lora_dropout: float = 0.0
+    # Whether the base stores weights as (in, out). No effect: the class of each layer decides, and sets this field. Beside
+    # `target_parameters` it is refused.
     fan_in_fan_out: bool = False
+    # Biases of the base to train with the adapter: "none", "all", or "lora_only" for those of adapted layers.
     bias: Literal["none", "all", "lora_only"] = "none"
+    # Whether the scale is s = alpha / sqrt(r) (rsLoRA) instead of alpha / r.
     use_rslora: bool = False
+    # Modules to train whole and to store beside the adapter, by the ends of their paths; None for none.
     modules_to_save: list[str] | None = None
+    # What a new adapter starts from. True: A random and B zero, so that nothing changes at first; False: both random.
+    # "gaussian", "orthogonal", "mica": other values whose product is zero. "pissa", "pissa_niter_<n>", "olora": a part of
+    # the base's weight, which counts as taken out of it. "loftq": what the weight loses by rounding, beside the rounded
+    # weight. "eva": as True. "lora_ga": such adapters can only be loaded. "corda": refused.
     init_lora_weights: bool | str = True
+    # Index, or indices, of the blocks whose layers are adapted; None for all blocks. Layers that `target_modules` names by
+    # their whole paths are adapted in any case.
     layers_to_transform: list[int] | int | None = None
+    # Name, or names, of the list of blocks that `layers_to_transform` counts in ("layers", "h"); None for the first list
+    # on a layer's path, which must lie inside another module.
     layers_pattern: list[str] | str | None = None
+    # Ranks of single layers: a regular expression for the end of a path -> its r. The first that matches counts.
     rank_pattern: dict[str, int] = field(default_factory=dict)
+    # The same for alpha.
     alpha_pattern: dict[str, int] = field(default_factory=dict)
-    megatron_config: dict[str, Any] | None = None
+    # Options of Megatron's parallel layers, which splice cannot adapt. No effect; beside `use_dora` it is refused.
+    megatron_config: dict[str, object] | None = None
+    # The module that Megatron's layers are imported from. No effect.
     megatron_core: str | None = "megatron.core"
+    # Tokens whose embedding rows are trained too: ids, or a dict from the end of a layer's path to ids; None for none.
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    loftq_config: dict[str, Any] = field(default_factory=dict)
-    eva_config: Any = None
-    corda_config: Any = None
-    lora_ga_config: Any = None
+    # Options of `init_lora_weights="loftq"`, the fields of `LoftQConfig`. With any other initialisation it is emptied.
+    loftq_config: LoftQConfig | dict[str, int] = field(default_factory=dict)
+    # EVA's options: an `EvaConfig`, or a dict of its fields; None for none. No effect: splice collects no data.
+    eva_config: EvaConfig | dict[str, object] | None = None
+    # CorDA's options: a `CordaConfig`, or a dict of its fields; None for none. No effect: CorDA is refused.
+    corda_config: CordaConfig | dict[str, object] | None = None
+    # LoRA-GA's options: a `LoraGAConfig`, or a dict of its fields; None for none. No effect: splice can only load it.
+    lora_ga_config: LoraGAConfig | dict[str, object] | None = None
+    # Whether to train DoRA: LoRA for the directions of the weight's rows, and a magnitude m for each row.
     use_dora: bool = False
+    # VeLoRA, which keeps less of A's input for the backward: a `VeloraConfig`, or a dict of its fields; None for none.
     velora_config: Any = None
+    # aLoRA: ids of the tokens that switch the adapter on, from their last occurrence in a row; None: it is always on.
     alora_invocation_tokens: list[int] | None = None
+    # Whether to train QA-LoRA, on weights quantised by GPTQ, which splice cannot adapt. No effect.
     use_qalora: bool = False
+    # How many inputs QA-LoRA averages. No effect.
     qalora_group_size: int = 16
+    # MonteCLoRA, which adds learned noise to A in training: a `MontecloraConfig`, or a dict of its fields; None for none.
     monteclora_config: Any = None
+    # Ranges [start, end) of the base's blocks to call one after the other, some more than once; None: as they are.
     layer_replication: list[list[int]] | None = None
+    # Options that live in memory only: no checkpoint holds them.
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
+    # Whether B has a trained bias (out); it is scaled by s like the rest of the update.
     lora_bias: bool = False
+    # Bare parameters to adapt, of 2 or 3 dimensions (stacked experts), by the ends of their paths; None for none.
     target_parameters: list[str] | None = None
-    use_bdlora: Any = None
-    arrow_config: Any = None
+    # BD-LoRA, whose A or B is block-diagonal: a `BdLoraConfig`, or a dict of its fields; None for none.
+    use_bdlora: BdLoraConfig | dict[str, object] | None = None
+    # Arrow, which chooses among other adapters for each token. Refused where it is set.
+    arrow_config: object = None
+    # KaSA, which trains r singular values anew, the smallest: a `KasaConfig`, or a dict of its fields; None for none.
     kasa_config: Any = None
+    # Whether layers that share the weight of the input embeddings share their adapter's tensors as well.
     ensure_weight_tying: bool = False
 
     def __post_init__(self) -> None:
@@ -137,7 +189,7 @@ def _check_fields_agree(config: LoraConfig) -> None:
 
 
 def _complete_init(config: LoraConfig) -> None:
-    """Give an initialisation the config it lacks, and say what is ignored."""
+    """Give an initialisation its default options where it has none, and warn of options that are ignored."""
     for init, name, default in (("eva", "eva_config", EvaConfig), ("corda", "corda_config", CordaConfig)):
         given, asked = getattr(config, name) is not None, config.init_lora_weights == init
         if asked and not given:
@@ -164,7 +216,7 @@ def active_variants(config: LoraConfig) -> list[str]:
 
 
 def check(config: LoraConfig) -> None:
-    """Refuse what would compute something else than what was trained."""
+    """Refuse configs with which the adapter would compute something other than what was trained."""
     for name, value in [("r", config.r), *((f"rank_pattern[{k!r}]", v) for k, v in config.rank_pattern.items())]:
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             raise ValueError(f"`{name}` should be a positive integer value but the value passed is {value!r}")
@@ -194,10 +246,11 @@ def check(config: LoraConfig) -> None:
         )
 
 
-def loftq_options(config: LoraConfig) -> tuple[Any, Any]:
+def loftq_options(config: LoraConfig) -> tuple[int, int]:
     """(bits, rounds) of LoftQ; the config keeps them as they were given."""
-    bits, rounds = (config.loftq_config.get(f.name, f.default) for f in dataclasses.fields(LoftQConfig))
-    return bits, rounds
+    given = config.loftq_config
+    options = {**vars(LoftQConfig()), **(given if isinstance(given, dict) else vars(given))}
+    return options["loftq_bits"], options["loftq_iter"]
 
 
 def _check_loftq(config: LoraConfig, variants: list[str]) -> None:

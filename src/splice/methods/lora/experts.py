@@ -31,9 +31,13 @@ from splice.methods.lora.config import LoraConfig
 class Stack:
     """One parameter of stacked experts: the path of its module, its name, what its parts were called, (experts, out, in)."""
 
+    # Path of the module that holds the parameter.
     owner: str
+    # Name of the parameter in it (`gate_up_proj`).
     name: str
+    # Names of the old layers whose weights lie behind one another in it (`w1`, `w3`).
     parts: tuple[str, ...]
+    # (experts, out, in); `out` is that of all parts together.
     shape: tuple[int, int, int]
 
     def __str__(self) -> str:
@@ -168,7 +172,7 @@ def _short(paths: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:
 
 
 def _modules_left(targets: Any, experts: Experts) -> Any:
-    """What is left of `target_modules`: old names of experts may be those of other layers too."""
+    """`target_modules` without the old names of experts, as far as these are not names of other layers too."""
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         return targets
     matcher = TargetMatcher(TargetRule(target_modules=targets))

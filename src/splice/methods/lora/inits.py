@@ -40,8 +40,8 @@ def check_init(init: object) -> None:
     """Refuse an initialisation that is not known, or whose part of the base weight cannot be worked out.
 
     Raises:
-        ValueError: there is none of this name.
-        UnsupportedFeatureError: the adapter belongs to a changed base that its checkpoint does not determine.
+        ValueError: the name is unknown.
+        UnsupportedFeatureError: the base was changed in a way that cannot be told from the checkpoint.
     """
     if init == "corda":
         raise UnsupportedFeatureError(
@@ -60,10 +60,10 @@ def takes_from_base(init: object) -> bool:
 
 
 def check_init_on(init: object, kind: LayerKind) -> None:
-    """Refuse an initialisation on a kind of layer that has no such one; embeddings start as with `True` instead.
+    """Refuse an initialisation on a kind of layer that it is not defined for; embeddings start as with `True` instead.
 
     Raises:
-        UnsupportedLayerError: (a ValueError) as said.
+        UnsupportedLayerError: (a ValueError) it is not defined for this kind.
     """
     if init == LOFTQ and kind is not LayerKind.LINEAR:
         raise UnsupportedLayerError(
@@ -80,7 +80,7 @@ def check_init_on(init: object, kind: LayerKind) -> None:
 
 
 def notes_about(init: object) -> list[str]:
-    """What whoever loads an adapter that began so has to know."""
+    """Warnings for whoever loads an adapter that was initialised in this way."""
     if isinstance(init, str) and init.startswith(_NITER):
         return [
             f"it was initialised with {init!r}, from random numbers that its checkpoint does not hold; unless splice made "

@@ -32,13 +32,21 @@ if TYPE_CHECKING:
 class _Target:
     """One parameter of a module: its name, the front of its tensors' names, its geometry."""
 
+    # Name of the parameter in its module.
     name: str
+    # What stands before its tensors' names: `base_layer.`, once for each target registered after it.
     front: str
+    # E, the number of experts stacked in it; 1 for a matrix.
     experts: int
+    # Inputs of each expert.
     size_in: int
+    # Outputs of each expert.
     size_out: int
+    # r, the rank of each expert's update.
     rank: int
+    # s, the factor of B A.
     scale: float
+    # Whether it is stored as (E, in, out) instead of (E, out, in).
     transposed: bool
 
     def delta(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

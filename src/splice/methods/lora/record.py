@@ -93,6 +93,7 @@ def variant(config: LoraConfig, kind: LayerKind) -> type[AdapterLayer] | None:
 METHOD = register(
     Method(
         name=PeftType.LORA,
+        summary="Adds to a weight the product of two small trained matrices, so that the update is of low rank.",
         config=LoraConfig,
         prefix="lora_",
         tensor_names=TENSOR_NAMES,

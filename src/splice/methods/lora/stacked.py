@@ -1,6 +1,6 @@
 """The tensors of adapters for experts that were layers, joined to those of the parameters they are now (`experts.py`).
 
-All experts of a parameter lie in one pair of tensors as `methods/lora_parameters.py` says: in A (rank * experts, in) the rows
+All experts of a parameter lie in one pair of tensors as `parameters.py` says: in A (rank * experts, in) the rows
 of one expert behind one another, in B (out, rank * experts) the columns of one rank.
 """
 
@@ -27,9 +27,13 @@ from splice.methods.lora.experts import Stack, experts_of, joined_values, part_v
 class _Part:
     """The tensors of one part for every expert, by their names in the file; `scale` is relative to the stack's."""
 
+    # Names of the tensors A, one for each expert.
     a: Sequence[str]
+    # Names of the tensors B, one for each expert.
     b: Sequence[str]
+    # r, the same for all experts.
     rank: int
+    # What B is multiplied with, so that the stack's scale fits this part too.
     scale: float
 
 
@@ -37,7 +41,9 @@ class _Part:
 class _Joined:
     """A stack's pair of tensors, made of those of its parts; None for a part that was not adapted."""
 
+    # The parameter that the pair is for.
     stack: Stack
+    # Its parts, in their order.
     parts: Sequence[_Part | None]
 
     @property
@@ -177,7 +183,7 @@ def _front(stack: Stack, wanted: Collection[Stack]) -> str:
 
 
 def _without_dropout(config: LoraConfig) -> tuple[LoraConfig, list[str]]:
-    """Parameters are no layers that see an input; what they cannot have is left out."""
+    """`config` without dropout, which cannot be applied to parameters, and a note where it had some."""
     if not config.lora_dropout:
         return config, []
     note = f"lora_dropout={config.lora_dropout} cannot be applied to stacked experts: read as 0"

@@ -15,25 +15,33 @@ def _positive(**values: float) -> None:
 
 @dataclass
 class LoftQConfig:
-    """LoftQ: how many bits and how many rounds."""
+    """LoftQ: how the base weight is rounded, and how often A and B are fitted to what rounding lost."""
 
+    # Bits for each value of the rounded weight: 4 (NF4) or 8.
     loftq_bits: int = 4
+    # T, how often the weight is rounded and B A fitted to what rounding lost; at least 1.
     loftq_iter: int = 1
 
 
 @dataclass
 class EvaConfig:
-    """EVA: how A is found from data.
+    """EVA, which finds A from data. splice collects none, so these options are kept and have no effect.
 
     Raises:
-        ValueError: `rho` is below 1, or `tau` not within 0 and 1.
+        ValueError: `rho` is below 1, or `tau` is not between 0 and 1.
     """
 
+    # At least 1: how many times r directions of a layer's inputs compete for ranks.
     rho: float = 2.0
+    # From 0 to 1: the cosine similarity between two batches at which a direction has settled.
     tau: float = 0.99
+    # Whether tokens with the label `label_mask_value` are left out of the data.
     use_label_mask: bool = True
+    # The label of tokens that do not count; -100 is the one that torch's losses ignore.
     label_mask_value: int = -100
+    # Whether each direction is divided by its singular value.
     whiten: bool = False
+    # Whether alpha changes with the rank that a layer ends up with, so that the scale alpha / r stays.
     adjust_scaling_factors: bool = True
 
     def __post_init__(self) -> None:
@@ -45,36 +53,51 @@ class EvaConfig:
 
 @dataclass
 class CordaConfig:
-    """CorDA: where the covariances are, and which directions of the weight are taken."""
+    """CorDA, which splits the weight by covariances of inputs. It is refused, so these options are kept without effect."""
 
+    # File that keeps the finished decomposition; None for none.
     cache_file: str | None = None
+    # File that keeps the covariances of the layers' inputs; None for none.
     covariance_file: str | None = None
+    # Which directions A and B start from: "ipm" the r largest, "kpm" the r smallest.
     corda_method: Literal["ipm", "kpm"] = "ipm"
+    # Whether the preparation tells of its progress.
     verbose: bool = False
+    # Whether covariances are held in float16 instead of float32, to save memory.
     use_float16_for_covariance: bool = False
+    # Whether what the preparation leaves on the layers is taken away afterwards.
     prune_temporary_fields: bool = True
 
 
 @dataclass
 class LoraGAConfig:
-    """LoRA-GA: which directions of the gradient are taken, and how they are scaled."""
+    """LoRA-GA, which starts A and B from gradients. splice only loads such adapters, so these options have no effect."""
 
+    # Which of the gradient's first 2 r singular directions A and B take. "ArB2r": A the first r, B the others; "A2rBr":
+    # the reverse; "ArBr": every other one; "random": the same r for both, chosen at random.
     direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = "ArB2r"
+    # How they are scaled: "stable" by the size of the output and gamma, "weight_svd" by the weight's largest singular
+    # value, "gd_scale" by 1 / s, "unit" not at all.
     scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable"
+    # gamma of the scale "stable": B is divided by its square root.
     stable_gamma: int = 16
 
 
 @dataclass
 class BdLoraConfig:
-    """BD-LoRA: which layers have a block-diagonal A, which a block-diagonal B. Names are parts of paths.
+    """BD-LoRA: which layers have a block-diagonal A, and which a block-diagonal B.
 
     Raises:
-        ValueError: a name stands in both lists, or there is no block.
+        ValueError: a name stands in both lists, or `nblocks` is not positive.
     """
 
+    # Parts of the paths of layers whose A is block-diagonal: those whose input is cut over devices. None for none.
     target_modules_bd_a: list[str] | None = None
+    # Parts of the paths of layers whose B is block-diagonal: those whose output is cut over devices. None for none.
     target_modules_bd_b: list[str] | None = None
+    # The number of blocks; the rank and the side that is cut must be multiples of it.
     nblocks: int = 1
+    # Whether a target that neither list names is refused; otherwise it has plain LoRA.
     match_strict: bool = True
 
     def __post_init__(self) -> None:
@@ -86,13 +109,15 @@ class BdLoraConfig:
 
 @dataclass
 class KasaConfig:
-    """KaSA: the weights of its two terms in the loss.
+    """KaSA: the weights of the two terms that a training loop adds to its loss.
 
     Raises:
-        ValueError: one is negative.
+        ValueError: a weight is negative.
     """
 
+    # beta, the weight of the squares of the trained singular values.
     beta: float = 1e-4
+    # gamma, the weight of how far A and B are from having orthonormal rows and columns.
     gamma: float = 1e-3
 
     def __post_init__(self) -> None:
@@ -106,14 +131,20 @@ class MontecloraConfig:
     """MonteCLoRA: how its noise is drawn, and what it adds to the loss.
 
     Raises:
-        ValueError: a number that must be positive is not.
+        ValueError: `num_samples`, `dirichlet_prior` or `buffer_size` is not positive.
     """
 
+    # N, the number of experts whose noise is mixed.
     num_samples: int = 8
+    # Whether the sum of the squares of the mixture's weights is added to the loss.
     use_entropy: bool = False
+    # Concentration of the Dirichlet prior of the mixture's weights, the same for all N.
     dirichlet_prior: float = 0.1
+    # Factor of the noise that is added to A.
     sample_scaler: float = 1e-4
+    # Weight in the loss of how far noise and mixture are from their priors (Kullback-Leibler divergence).
     kl_loss_weight: float = 1e-5
+    # How many draws of noise are made ahead. No effect: splice draws at every call.
     buffer_size: int = 150
 
     def __post_init__(self) -> None:
@@ -125,11 +156,15 @@ class VeloraConfig:
     """VeLoRA: how A's input is kept for the backward.
 
     Raises:
-        ValueError: a number is not positive, or `init_type` is not known.
+        ValueError: `num_groups` or `scale` is not positive, or `init_type` is unknown.
     """
 
+    # The number of groups that A's inputs are cut into; of each group one number is kept.
     num_groups: int = 64
+    # Factor of the gradient of A.
     scale: float = 1.0
+    # Where the unit vector comes from that groups are projected on: the mean group of each training batch
+    # ("batch_average"), that of the first one ("batch_average_once"), or chance ("random").
     init_type: str = "batch_average"
 
     def __post_init__(self) -> None:
@@ -151,11 +186,11 @@ SUBCONFIGS: dict[str, type[Any]] = {
 }
 
 
-def parsed(name: str, value: Any) -> Any:
-    """The value of a field of `SUBCONFIGS`, made from a dict where it is one; options that are not known are left out.
+def parsed(name: str, value: object) -> object:
+    """The value of the field `name`: a dict becomes the config class that `SUBCONFIGS` has for it, unknown options left out.
 
     Raises:
-        TypeError: it is something else.
+        TypeError: the value is not None, not of that class and not a dict.
     """
     cls = SUBCONFIGS[name]
     if value is None or isinstance(value, cls):

@@ -24,7 +24,7 @@ def for_unchanged_base(
     """The config and the tensors of the plain adapter; arguments as `UnchangedBase` says.
 
     Raises:
-        ValueError: its scales do not follow from one rank, or `before` has other tensors.
+        ValueError: it is not LoRA, its scales cannot be kept while ranks double, or `before` lacks a tensor of it.
     """
     return _plain_config(config), _plain_tensors(tensors, before, place)
 

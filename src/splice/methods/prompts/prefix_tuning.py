@@ -26,10 +26,14 @@ class PrefixTuningConfig(PromptLearningConfig):
         ValueError: `init_weights` is unknown.
     """
 
+    # The `peft_type` of its checkpoints.
     method: ClassVar[PeftType] = PeftType.PREFIX_TUNING
 
+    # "zero" for keys and values that start at zero (they still take attention from the text); None for random ones.
     init_weights: str | None = None
+    # Width of the hidden layer of the network for `prefix_projection`; None for `token_dim`.
     encoder_hidden_size: int | None = None
+    # Whether a new adapter trains a small network whose output is keys and values; a checkpoint holds the output.
     prefix_projection: bool = False
 
     def __post_init__(self) -> None:
@@ -92,6 +96,7 @@ class ProjectedPrefix(Reparameterised, PrefixTuning):
 METHOD = register(
     Method(
         name=PeftType.PREFIX_TUNING,
+        summary="Puts trained keys and values in front of those of every attention layer.",
         config=PrefixTuningConfig,
         prefix="prefix_tuning_",
         tensor_names=frozenset({"prompt_embeddings"}),

@@ -208,7 +208,7 @@ def main_input(call: Call, names: Sequence[str] = _MAIN) -> torch.Tensor:
     """The argument that tells how many rows there are.
 
     Raises:
-        ValueError: none of the known ones is given.
+        ValueError: none of `names` is given.
     """
     found = next((call[name] for name in names if call.get(name) is not None), None)
     if found is None:
@@ -252,7 +252,11 @@ class Prompt:
 
 
 def prompt_of_rows(layers: Mapping[str, AdapterLayer], rows: Rows, main: torch.Tensor) -> Prompt | None:
-    """Raises UnsupportedFeatureError where rows of different lengths cannot stand in one batch."""
+    """The virtual tokens of a batch with an adapter for each row; None where no row has any.
+
+    Raises:
+        UnsupportedFeatureError: rows get different numbers of them, and this network cannot pad rows.
+    """
     parts = []
     for group in rows.groups(main.shape[0], main.device):
         layer = layers[group.name]
@@ -291,7 +295,7 @@ class Reparameterised(PromptLayer):
 
 
 def check_prompt(config: PromptLearningConfig) -> None:
-    """Raises ValueError for what no prompt-learning method can work with."""
+    """Raise ValueError for a config that no prompt-learning method can work with."""
     count = config.num_virtual_tokens
     if not isinstance(count, int) or isinstance(count, bool) or count <= 0:
         raise ValueError(f"`num_virtual_tokens` should be a positive integer, got {count!r}")

@@ -32,12 +32,18 @@ class PromptTuningConfig(PromptLearningConfig):
         ValueError: fields contradict each other.
     """
 
+    # The `peft_type` of its checkpoints.
     method: ClassVar[PeftType] = PeftType.PROMPT_TUNING
 
+    # What the virtual tokens start from: noise ("RANDOM"), embeddings of tokens chosen at random ("SAMPLE_VOCAB"), or
+    # those of a text ("TEXT").
     prompt_tuning_init: PromptTuningInit | str = PromptTuningInit.RANDOM
+    # The text for "TEXT", repeated or cut to the number of virtual tokens.
     prompt_tuning_init_text: str | None = None
+    # The tokenizer that cuts this text into tokens; "TEXT" needs it.
     tokenizer_name_or_path: str | None = None
-    tokenizer_kwargs: dict[str, Any] | None = None
+    # Further arguments of the tokenizer's `from_pretrained`, with "TEXT" alone. `trust_remote_code` in it is ignored.
+    tokenizer_kwargs: dict[str, object] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,6 +88,7 @@ def _text_ids(config: PromptTuningConfig, count: int) -> torch.Tensor:
 METHOD = register(
     Method(
         name=PeftType.PROMPT_TUNING,
+        summary="Puts trained vectors in front of the embedded input.",
         config=PromptTuningConfig,
         prefix="prompt_tuning_",
         tensor_names=frozenset({"prompt_embeddings"}),
