@@ -8,7 +8,6 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
@@ -19,75 +18,9 @@ from splice.checkpoint.foreign import what_config
 from splice.checkpoint.format import CONFIG_NAME, FORMAT_VERSION
 from splice.checkpoint.publishing import Publication, publish
 from splice.checkpoint.source import Source
+from splice.checkpoint.types import PeftType, TaskType
 from splice.discovery import find_methods
 from splice.errors import CheckpointError, PeftWarning, UnknownMethodError, warn
-
-
-class PeftType(str, Enum):
-    """Every kind of adapter that a checkpoint can name. Members equal their upper-case string."""
-
-    LORA = "LORA"
-    ADALORA = "ADALORA"
-    ADAMSS = "ADAMSS"
-    ADAPTION_PROMPT = "ADAPTION_PROMPT"
-    BEFT = "BEFT"
-    BOFT = "BOFT"
-    C3A = "C3A"
-    CARTRIDGE = "CARTRIDGE"
-    CPT = "CPT"
-    DEFT = "DEFT"
-    DELORA = "DELORA"
-    FOURIERFT = "FOURIERFT"
-    FROD = "FROD"
-    GLORA = "GLORA"
-    GRALORA = "GRALORA"
-    HIRA = "HIRA"
-    HRA = "HRA"
-    IA3 = "IA3"
-    LILY = "LILY"
-    LN_TUNING = "LN_TUNING"
-    LOHA = "LOHA"
-    LOKR = "LOKR"
-    MISS = "MISS"
-    MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
-    OFT = "OFT"
-    OSF = "OSF"
-    P_TUNING = "P_TUNING"
-    PEANUT = "PEANUT"
-    POLY = "POLY"
-    PREFIX_TUNING = "PREFIX_TUNING"
-    PROMPT_TUNING = "PROMPT_TUNING"
-    PSOFT = "PSOFT"
-    PVERA = "PVERA"
-    RANDLORA = "RANDLORA"
-    ROAD = "ROAD"
-    SHADOW = "SHADOW"
-    SHIRA = "SHIRA"
-    SUPERTUNING = "SUPERTUNING"
-    TINYLORA = "TINYLORA"
-    TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
-    UNILORA = "UNILORA"
-    VBLORA = "VBLORA"
-    VERA = "VERA"
-    WAVEFT = "WAVEFT"
-    XLORA = "XLORA"
-
-    __str__ = Enum.__str__
-    __hash__ = str.__hash__
-
-
-class TaskType(str, Enum):
-    """What the base model is for; it selects the class of the PeftModel."""
-
-    SEQ_CLS = "SEQ_CLS"
-    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
-    CAUSAL_LM = "CAUSAL_LM"
-    TOKEN_CLS = "TOKEN_CLS"
-    QUESTION_ANS = "QUESTION_ANS"
-    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
-
-    __str__ = Enum.__str__
-    __hash__ = str.__hash__
 
 
 @dataclass(frozen=True)

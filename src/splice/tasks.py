@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from splice.config import PeftConfig, TaskType
+from splice.checkpoint.types import TaskType
+from splice.config import PeftConfig
 from splice.errors import warn
 from splice.kinds.network import network_layers
 from splice.loading.creating import adopt_base

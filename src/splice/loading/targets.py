@@ -10,7 +10,8 @@ from torch import nn
 from splice.base.asking import asked
 from splice.base.conversions import is_pretrained
 from splice.base.layers import LayerKind, kind_of
-from splice.config import PeftConfig, TargetRule, TaskType
+from splice.checkpoint.types import TaskType
+from splice.config import PeftConfig, TargetRule
 from splice.errors import NoMatchingPeftModuleError
 from splice.kinds.matching import ALL_LINEAR, TargetMatcher, matching_parameters
 from splice.kinds.registry import Method

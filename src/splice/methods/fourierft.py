@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from splice.base.layers import LayerKind, features, kind_of
-from splice.config import PeftType
+from splice.checkpoint.types import PeftType
 from splice.kinds.registry import Method, register
 from splice.kinds.weight_delta import WeightDelta
 from splice.methods.default_targets import LORA_TARGETS

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from splice.base.layers import LayerKind
-from splice.config import PeftType
+from splice.checkpoint.types import PeftType
 from splice.kinds.module_copy import WholeModule
 from splice.kinds.registry import Method, register
 from splice.methods.default_targets import LN_TUNING_TARGETS

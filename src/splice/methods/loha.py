@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from splice.base.layers import LayerKind
-from splice.config import PeftType
+from splice.checkpoint.types import PeftType
 from splice.kinds.registry import Method, register
 from splice.methods.default_targets import LORA_TARGETS
 from splice.methods.lycoris import LycorisLayer, check, core_shape, draw, product, rank_of, sizes

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from splice.base.layers import LayerKind, features, kind_of
-from splice.config import PeftType
+from splice.checkpoint.types import PeftType
 from splice.errors import CheckpointError, PeftWarning, warn
 from splice.kinds.input_transform import InputTransform
 from splice.kinds.layer import AdapterLayer, Forward, cast_to

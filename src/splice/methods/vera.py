@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from splice.base.dense import dtype_of
 from splice.base.layers import LayerKind, features, kind_of
-from splice.config import PeftType
+from splice.checkpoint.types import PeftType
 from splice.kinds.additive import Additive
 from splice.kinds.layer import HALVES, cast_to
 from splice.kinds.registry import Method, register

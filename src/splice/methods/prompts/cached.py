@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from splice.base.asking import accepted_by, asked
-from splice.config import TaskType
+from splice.checkpoint.types import TaskType
 from splice.errors import warn
 from splice.kinds.layer import Forward
 from splice.methods.prompts.prompt import TYPED, Call, Prompt, PromptLayer, main_input, named_arguments

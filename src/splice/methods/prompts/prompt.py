@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from splice.config import PromptLearningConfig, TaskType
+from splice.checkpoint.types import TaskType
+from splice.config import PromptLearningConfig
 from splice.errors import UnsupportedFeatureError, warn
 from splice.kinds.layer import AdapterLayer, Forward
 from splice.kinds.light_module import Slots
