@@ -13,8 +13,8 @@ from torch import nn
 
 from splice.base.asking import asked
 from splice.base.bare import original_class, own_tensors, walk_bare
-from splice.base.conversions import is_pretrained
 from splice.base.embeddings import input_embeddings, output_embeddings_path
+from splice.base.foreign_models import is_pretrained
 from splice.base.layers import ADAPTERS
 from splice.checkpoint.card import CardFacts, write_card
 from splice.checkpoint.keys import PREFIX, format_key

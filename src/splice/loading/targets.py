@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from splice.base.asking import asked
-from splice.base.conversions import is_pretrained
+from splice.base.foreign_models import is_pretrained
 from splice.base.layers import LayerKind, kind_of
 from splice.checkpoint.types import TaskType
 from splice.config import PeftConfig, TargetRule
