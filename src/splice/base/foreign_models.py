@@ -18,6 +18,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+# What the options of a function are.
 T = TypeVar("T")
 
 # -- networks
