@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from splice.config import PeftType
+from splice.checkpoint.types import PeftType
 from splice.kinds.registry import Method, all_methods
 from tests import bases
 from tests.bases import Base

@@ -16,7 +16,7 @@ import torch
 import splice
 import splice.tasks
 from splice.base.layers import LayerKind
-from splice.config import PeftType
+from splice.checkpoint.types import PeftType
 from splice.kinds.registry import all_methods
 from tests import bases
 from tests.bases import run

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import splice
-from splice.config import PeftType
+from splice.checkpoint.types import PeftType
 from tests import bases
 from tests.bases import Base, run
 from tests.comparing import Snapshot, assert_close, differ

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import splice
-from splice.loading import saving
+from splice.checkpoint.incoming import INCOMING_CONFIG
 from tests import broken
 from tests.broken import (
     BIN,
@@ -537,9 +537,9 @@ def test_a_leftover_config_of_an_old_crash_is_not_taken(tmp_path: Path) -> None:
     model, out = load(parts(lora_alpha=8).write(tmp_path / "in")), tmp_path / "out"
     model.save_pretrained(out)
     config = json.loads((out / CONFIG).read_text())
-    (out / saving.INCOMING_CONFIG).write_text(json.dumps({**config, "lora_alpha": 800}))
+    (out / INCOMING_CONFIG).write_text(json.dumps({**config, "lora_alpha": 800}))
     assert torch.equal(output(load(out)), output(model))
-    (out / saving.INCOMING_CONFIG).write_bytes(b"\xff")
+    (out / INCOMING_CONFIG).write_bytes(b"\xff")
     assert torch.equal(output(load(out)), output(model))
 
 

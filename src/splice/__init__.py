@@ -21,7 +21,8 @@ _PUBLIC = {
     ],
     "splice.mixed": ["PeftMixedModel"],
     "splice.injecting": ["inject_adapter_in_model"],
-    "splice.config": ["PeftConfig", "PeftType", "PromptLearningConfig", "TaskType", "get_peft_config"],
+    "splice.checkpoint.types": ["PeftType", "TaskType"],
+    "splice.config": ["PeftConfig", "PromptLearningConfig", "get_peft_config"],
     "splice.errors": [
         "AdapterMismatchError",
         "CheckpointError",

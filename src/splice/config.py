@@ -6,12 +6,11 @@ import copy
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 from splice.checkpoint.cleaning import check_kinds, cleaned
 from splice.checkpoint.fields import UnknownFields, read_fields
@@ -19,92 +18,33 @@ from splice.checkpoint.foreign import what_config
 from splice.checkpoint.format import CONFIG_NAME, FORMAT_VERSION
 from splice.checkpoint.publishing import Publication, publish
 from splice.checkpoint.source import Source
+from splice.checkpoint.types import PeftType, TaskType
 from splice.discovery import find_methods
 from splice.errors import CheckpointError, PeftWarning, UnknownMethodError, warn
 
 
-class PeftType(str, Enum):
-    """Every kind of adapter that a checkpoint can name. Members equal their upper-case string."""
-
-    LORA = "LORA"
-    ADALORA = "ADALORA"
-    ADAMSS = "ADAMSS"
-    ADAPTION_PROMPT = "ADAPTION_PROMPT"
-    BEFT = "BEFT"
-    BOFT = "BOFT"
-    C3A = "C3A"
-    CARTRIDGE = "CARTRIDGE"
-    CPT = "CPT"
-    DEFT = "DEFT"
-    DELORA = "DELORA"
-    FOURIERFT = "FOURIERFT"
-    FROD = "FROD"
-    GLORA = "GLORA"
-    GRALORA = "GRALORA"
-    HIRA = "HIRA"
-    HRA = "HRA"
-    IA3 = "IA3"
-    LILY = "LILY"
-    LN_TUNING = "LN_TUNING"
-    LOHA = "LOHA"
-    LOKR = "LOKR"
-    MISS = "MISS"
-    MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
-    OFT = "OFT"
-    OSF = "OSF"
-    P_TUNING = "P_TUNING"
-    PEANUT = "PEANUT"
-    POLY = "POLY"
-    PREFIX_TUNING = "PREFIX_TUNING"
-    PROMPT_TUNING = "PROMPT_TUNING"
-    PSOFT = "PSOFT"
-    PVERA = "PVERA"
-    RANDLORA = "RANDLORA"
-    ROAD = "ROAD"
-    SHADOW = "SHADOW"
-    SHIRA = "SHIRA"
-    SUPERTUNING = "SUPERTUNING"
-    TINYLORA = "TINYLORA"
-    TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
-    UNILORA = "UNILORA"
-    VBLORA = "VBLORA"
-    VERA = "VERA"
-    WAVEFT = "WAVEFT"
-    XLORA = "XLORA"
-
-    __str__ = Enum.__str__
-    __hash__ = str.__hash__
-
-
-class TaskType(str, Enum):
-    """What the base model is for; it selects the class of the PeftModel."""
-
-    SEQ_CLS = "SEQ_CLS"
-    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
-    CAUSAL_LM = "CAUSAL_LM"
-    TOKEN_CLS = "TOKEN_CLS"
-    QUESTION_ANS = "QUESTION_ANS"
-    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
-
-    __str__ = Enum.__str__
-    __hash__ = str.__hash__
-
-
 @dataclass(frozen=True)
 class TargetRule:
-    """Which modules of a base model a config selects; the rules are in `surgery/targets.py`."""
+    """Which modules of a base model a config selects. `kinds/matching.py` applies it, `loading/targets.py` fills it in."""
 
+    # Names at the end of paths, or one regular expression for whole paths, or "all-linear". None for the method's defaults.
     target_modules: set[str] | list[str] | str | None = None
+    # Which of those are left out, said in the same way. None for none of them.
     exclude_modules: set[str] | list[str] | str | None = None
+    # Indices of the layers (counted from 0) in which modules are selected. None for all layers.
     layers_to_transform: list[int] | int | None = None
+    # Name of the list that these indices count in ("layers", "h"). None for the first number in a path, whatever it counts.
     layers_pattern: list[str] | str | None = None
+    # Modules that are copied, trained and saved whole, by names at the end of paths. None for none.
     modules_to_save: list[str] | None = None
+    # Parameters that are adapted without a layer of their own, by names at the end of paths. None for none.
     target_parameters: list[str] | None = None
 
 
 C = TypeVar("C", bound="PeftConfig")
 
-# The config classes of the methods, by `peft_type`. Each enters itself when it is defined.
+# The config classes of the methods, by `peft_type`. Each enters itself when it is defined, so that a method is one file and
+# stands in no list.
 _CLASSES: dict[PeftType, type[PeftConfig]] = {}
 
 
@@ -116,18 +56,26 @@ class PeftConfig:
         ValueError: `task_type` is not a `TaskType`.
     """
 
+    # What the base model is for, which selects the class of the PeftModel; None for a plain PeftModel.
     task_type: TaskType | str | None = None
+    # The method. A class that belongs to one sets it, whatever it is given.
     peft_type: PeftType | str | None = None
-    auto_mapping: dict[str, Any] | None = None
+    # The base model's class and the module that it is from, for adapters without a task; None where the task tells it.
+    auto_mapping: dict[str, str] | None = None
+    # The version of the format that the config was written in; None becomes the present one.
     peft_version: str | None = None
+    # Folder or Hub id of the base model. None is filled in when an adapter is made or saved.
     base_model_name_or_path: str | None = None
+    # Revision of the base model on the Hub, not of the adapter; None for the newest.
     revision: str | None = None
+    # Whether an adapter that is made from the config is frozen. Files always say true, so that a load freezes it.
     inference_mode: bool = False
 
     # The `peft_type` of its checkpoints; a class that says one is found by it. None where a class is only built upon.
     method: ClassVar[PeftType | None] = None
+    # Whether the method acts on the network's input or cache and not on its layers. Other libraries ask configs for it.
     is_prompt_learning: ClassVar[bool] = False
-    # Fields that live in memory only.
+    # Fields that live in memory only: they are neither written nor read.
     runtime_fields: ClassVar[frozenset[str]] = frozenset({"runtime_config"})
     # Fields that older files have and that mean nothing to the config any more; a reading of the method may ask for them.
     legacy_fields: ClassVar[frozenset[str]] = frozenset()
@@ -136,7 +84,10 @@ class PeftConfig:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        name = cls.__dict__.get("method")
+        name = cls.method
+        if name in {base.method for base in cls.__mro__[1:] if issubclass(base, PeftConfig)}:
+            return  # a class that is only built upon, or somebody's own variant of a method's config
+        # A module that is imported anew defines its class once more, under the same name: that is no second method.
         if name is not None and _CLASSES.setdefault(name, cls).__qualname__ != cls.__qualname__:
             raise KeyError(f"{cls.__qualname__}: {name} is taken, by {_CLASSES[name].__module__}")
 
@@ -152,7 +103,7 @@ class PeftConfig:
             )
 
     @classmethod
-    def check_file(cls, fields: Mapping[str, Any], place: str) -> None:
+    def check_file(cls, fields: Mapping[str, object], place: str) -> None:
         """Look at what a config file says, and leaves out, before it becomes a config.
 
         Raises:
@@ -182,7 +133,7 @@ class PeftConfig:
             fields["auto_mapping"] = auto_mapping
         return json.dumps(fields, indent=2, sort_keys=True, default=_jsonable)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: object) -> None:
         """Write `adapter_config.json` into `save_directory`, which is made if needed.
 
         Raises:
@@ -192,7 +143,9 @@ class PeftConfig:
         if folder.is_file():
             raise AssertionError(f"{folder} is a file; save_pretrained needs a directory")
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_NAME).write_text(self.to_json(kwargs.get("auto_mapping_dict")), encoding="utf-8")
+        # The one keyword that the reference understands; others it lets pass, and callers send them along.
+        mapping = cast("dict[str, str] | None", kwargs.get("auto_mapping_dict"))
+        (folder / CONFIG_NAME).write_text(self.to_json(mapping), encoding="utf-8")
 
     def push_to_hub(
         self,
@@ -208,6 +161,7 @@ class PeftConfig:
         tags: list[str] | None = None,
     ) -> str:
         """Upload `adapter_config.json`, as one commit; arguments as in `PeftModel.push_to_hub`."""
+        # `max_shard_size` is of the signature that all libraries share; a config is never divided.
         target = Publication(
             repo_id, commit_message, commit_description, private, token, revision, create_pr, tags or ()
         )
@@ -215,7 +169,7 @@ class PeftConfig:
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: object
     ) -> PeftConfig:
         """Read the config of a checkpoint, as the class that its `peft_type` names.
 
@@ -241,13 +195,20 @@ class PeftConfig:
 class PromptLearningConfig(PeftConfig):
     """What the methods that act on a model's input or cache share; nulls are filled from the base model."""
 
+    # How many tokens are put in front of the input; it has to be given.
     num_virtual_tokens: int | None = None
+    # Numbers per token: the hidden size of the base or, where tokens are keys and values, heads times the size of a head.
     token_dim: int | None = None
+    # 2 for an encoder-decoder whose halves have tokens of their own, 1 for any other network.
     num_transformer_submodules: int | None = None
+    # Heads of one attention layer; where they share keys and values, of those.
     num_attention_heads: int | None = None
+    # Layers of the base.
     num_layers: int | None = None
+    # Modules that are copied, trained and saved whole, by names at the end of paths. None for none.
     modules_to_save: list[str] | None = None
 
+    # So do all of these methods: they act on the input or the cache.
     is_prompt_learning: ClassVar[bool] = True
 
     def target_rule(self) -> TargetRule:
@@ -256,16 +217,13 @@ class PromptLearningConfig(PeftConfig):
 
 @dataclass(frozen=True)
 class ReadConfig:
-    """A config as it was read.
+    """A config as it was read."""
 
-    Attributes:
-        config: the config.
-        legacy: fields of long ago that still say something, and that no config has.
-        notes: a line for each value that was spelled in another way.
-    """
-
+    # The config.
     config: PeftConfig
-    legacy: dict[str, Any] = field(default_factory=dict)
+    # Fields of long ago that still say something, and that no config has any more.
+    legacy: dict[str, object] = field(default_factory=dict)
+    # A line for each value that was spelled in another way.
     notes: tuple[str, ...] = ()
 
 
@@ -284,6 +242,8 @@ def read_config(text: bytes, place: str) -> ReadConfig:
     if "peft_type" not in fields:
         what = what_config(fields)
         raise CheckpointError(f"{place} has no 'peft_type': it does not say which kind of adapter this is.{what}")
+    # Then everything that a file may have and should not, before the config is made: its constructor would only say that it
+    # got an unexpected keyword argument.
     config_class = class_of(fields["peft_type"], place)
     config_class.check_file(fields, place)
     known = {f.name for f in dataclasses.fields(config_class) if f.init} - config_class.runtime_fields
@@ -294,12 +254,13 @@ def read_config(text: bytes, place: str) -> ReadConfig:
     values, notes = cleaned({k: v for k, v in fields.items() if k in known}, config_class)
     try:
         check_kinds(values)
-        return ReadConfig(config_class(**values), old, tuple(notes))
+        make: Callable[..., PeftConfig] = config_class
+        return ReadConfig(make(**values), old, tuple(notes))
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{place}: {error}") from error
+        raise type(error)(f"{place}: {error}") from error  # of the same class: callers of the reference catch these
 
 
-def _unknown_fields_message(unknown: UnknownFields, cls: type, fields: dict[str, Any], place: str) -> str:
+def _unknown_fields_message(unknown: UnknownFields, cls: type, fields: Mapping[str, object], place: str) -> str:
     text = (
         f"{place}: unexpected fields {sorted(unknown.values)} for {cls.__name__} are ignored "
         f"(written by version {fields.get('peft_version')}, this is {FORMAT_VERSION})."
@@ -312,9 +273,9 @@ def _unknown_fields_message(unknown: UnknownFields, cls: type, fields: dict[str,
     return text
 
 
-def _jsonable(value: Any) -> Any:
+def _jsonable(value: object) -> list[object]:
     if isinstance(value, (set, frozenset)):
-        return sorted(value, key=str)
+        return sorted(value, key=str)  # sorted, so that the same config is the same file
     raise TypeError(f"{type(value).__name__} cannot be written to {CONFIG_NAME}: {value!r}")
 
 
@@ -344,13 +305,16 @@ def all_classes() -> Mapping[PeftType, type[PeftConfig]]:
     return MappingProxyType(_CLASSES)
 
 
-def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
+def get_peft_config(config_dict: Mapping[str, object]) -> PeftConfig:
     """The config object of `config_dict["peft_type"]`; unknown fields are a TypeError, as in any constructor."""
-    return class_of(config_dict["peft_type"], "the given dict")(**config_dict)
+    make: Callable[..., PeftConfig] = class_of(config_dict["peft_type"], "the given dict")
+    return make(**config_dict)
 
 
 def copy_config(config: C, **changes: object) -> C:
     """An independent copy with `changes`: neither shares containers with the other."""
+    # Not `dataclasses.replace`: it calls the constructor, whose checks and warnings have had their say, and it loses what
+    # other libraries have set on the object.
     clone = copy.deepcopy(config)
     for name, value in changes.items():
         setattr(clone, name, value)

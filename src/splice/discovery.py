@@ -2,6 +2,9 @@
 
 No list names them. A config class registers when it is defined (`config.py`), a record when it is made
 (`kinds/registry.py`); both ask here first, so that whoever looks a method up finds all of them.
+
+What a method knows of other libraries' files stands in a file of its own, `foreign.py`. Readers of checkpoints find those
+alone, and do not import torch for it.
 """
 
 from __future__ import annotations
@@ -10,7 +13,9 @@ import importlib
 import pkgutil
 
 _PACKAGE = "splice.methods"
+_FOREIGN = "foreign"
 _found = False
+_found_foreign = False
 
 
 def find_methods() -> None:
@@ -20,15 +25,23 @@ def find_methods() -> None:
         return
     _found = True  # before the walk: a method that looks another one up on its way must not begin again
     try:
-        _walk(_PACKAGE)
+        _walk(_PACKAGE, None)
     except BaseException:
         _found = False
         raise
 
 
-def _walk(package: str) -> None:
+def find_foreign() -> None:
+    """Import every module called `foreign` among the methods. After the first time it costs nothing."""
+    global _found_foreign
+    if not _found_foreign:
+        _walk(_PACKAGE, _FOREIGN)
+        _found_foreign = True
+
+
+def _walk(package: str, only: str | None) -> None:
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}."):
         if module.ispkg:
-            _walk(module.name)
-        else:
+            _walk(module.name, only)
+        elif only is None or module.name.endswith(f".{only}"):
             importlib.import_module(module.name)

@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-# Frames that a warning never blames: what stands between us and whoever called us.
+# Packages whose frames a warning never blames: what stands between us and whoever called us.
 _BETWEEN = frozenset({"splice", "torch", "contextlib", "functools"})
 
 
@@ -16,6 +16,9 @@ class PeftError(Exception):
 
 class PeftWarning(UserWarning):
     """A load or a save that works, with something the caller should know."""
+
+
+# Those below are built-in errors as well, of the classes that the reference raises: scripts written for it catch these.
 
 
 class NoMatchingPeftModuleError(PeftError, ValueError):
@@ -44,6 +47,8 @@ class UnsupportedFeatureError(PeftError, NotImplementedError):
 class AdapterMismatchError(PeftError, RuntimeError):
     """The checkpoint does not fit the model. The model is as it was.
 
+    One error holds the whole list: whoever mends a checkpoint wants to know all of it at once.
+
     Attributes:
         missing: names of tensors that the adapter needs and the checkpoint lacks.
         unexpected: names of tensors of the checkpoint that have no place in the model.
@@ -65,6 +70,8 @@ class AdapterMismatchError(PeftError, RuntimeError):
 
 def warn(text: str, category: type[Warning] = UserWarning) -> None:
     """Warn, and blame the first frame that is neither ours nor torch's: the line that a reader can change."""
+    # A fixed `stacklevel` would be wrong for most calls: the same warning comes from a load, from a forward, and from both
+    # through a task class. `skip_file_prefixes` does this, from Python 3.12 on.
     level, frame = 2, sys._getframe(1).f_back
     while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _BETWEEN:
         level, frame = level + 1, frame.f_back

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +14,9 @@ from splice.kinds.slot import Role
 from splice.loading.saving import get_peft_model_state_dict as get_peft_model_state_dict
 from splice.loading.state import set_peft_model_state_dict as set_peft_model_state_dict
 from splice.surgery.tuner import tuner_of
+
+# `prefix` and `layer_cls` tell the reference which modules are adapter layers. Here the tuner knows its own, whatever their
+# class, and callers may go on passing both.
 
 __all__ = [
     "cast_adapter_dtype",
@@ -28,18 +30,19 @@ __all__ = [
 
 
 def set_adapter(
-    model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False, layer_cls: Any = None
+    model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False, layer_cls: object = None
 ) -> None:
     """Make these adapters the active ones, and trainable unless `inference_mode`; `layer_cls` is ignored."""
     tuner_of(model)[0].set_adapter(adapter_name, inference_mode)
 
 
-def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_cls: Any = None) -> list[str] | None:
+def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_cls: object = None) -> list[str] | None:
     """Take an adapter off; its config stays in `model.peft_config`. `prefix` and `layer_cls` are ignored.
 
     Returns:
         The adapters that are active now, or None where there are none.
     """
+    # The config stays, as in the reference: transformers takes it out itself.
     tuner, _ = tuner_of(model)
     config = tuner.peft_config[adapter_name]
     tuner.delete_adapter(adapter_name)
@@ -57,6 +60,7 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
     """Hold the half-precision tensors of an adapter in float32. Copies of whole modules stay as they are."""
     if not autocast_adapter_dtype:
         return
+    # The values change, and not the parameters: an optimizer may hold these already.
     for layer in tuner_of(model)[0].placed[adapter_name].values():
         for registry, name, slot in () if isinstance(layer, WholeModule) else layer.registered.values():
             if slot.role is not Role.BUFFER and registry[name].dtype in HALVES:

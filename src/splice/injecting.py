@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 from torch import nn
 
@@ -19,6 +19,7 @@ from splice.loading.targets import resolved_rule
 from splice.surgery.tuner import Tuner
 from splice.surgery.undo import Undo
 
+# What torch.compile puts in front of the names of the module that it wraps; the state_dict may come from a compiled network.
 _COMPILED = "_orig_mod."
 
 
@@ -27,7 +28,7 @@ def inject_adapter_in_model(
     model: nn.Module,
     adapter_name: str = "default",
     low_cpu_mem_usage: bool = False,
-    state_dict: Mapping[str, Any] | None = None,
+    state_dict: Mapping[str, object] | None = None,
 ) -> nn.Module:
     """Put a new adapter on `model`, make it the active one, and return `model` itself.
 
@@ -54,6 +55,7 @@ def inject_adapter_in_model(
     config = peft_config
     if state_dict is not None:
         config = _of_layers(peft_config, method, model, state_dict)
+    # The base is frozen with its first adapter only: a trainer that injects a second one may train parts of the base by now.
     first, undo = not tuner.peft_config, Undo(tuner)
     try:
         _, built = new_adapter(tuner, config, (), False, low_cpu_mem_usage)
@@ -66,7 +68,7 @@ def inject_adapter_in_model(
         raise
 
 
-def _of_layers(config: PeftConfig, method: Method, model: nn.Module, state_dict: Mapping[str, Any]) -> PeftConfig:
+def _of_layers(config: PeftConfig, method: Method, model: nn.Module, state_dict: Mapping[str, object]) -> PeftConfig:
     """A copy of `config` that selects the layers which the names in `state_dict` speak of."""
     rule = config.target_rule()
     if rule.target_parameters:
@@ -90,6 +92,7 @@ def _of_layers(config: PeftConfig, method: Method, model: nn.Module, state_dict:
             f"In the state_dict alone: {more or 'none'}. In the config alone: {less or 'none'}.",
             RuntimeWarning,
         )
-    nothing = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
-    changes = {name: value for name, value in nothing.items() if name in vars(config)}
+    # The paths say all; what else selects layers is taken away, or it would leave out some of them.
+    fields = {field.name for field in dataclasses.fields(config)}
+    changes = dict.fromkeys(fields & {"exclude_modules", "layers_to_transform", "layers_pattern"})
     return copy_config(config, target_modules=paths, **changes)

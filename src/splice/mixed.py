@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from typing import Any
+from typing import NoReturn
 
 from splice.model import PeftModel
 
@@ -14,6 +15,7 @@ class PeftMixedModel(PeftModel):
     What the reference leaves out here is left out: saving, reports, weighted adapters.
     """
 
+    # Read by the base class: one record no longer answers for the whole model.
     mixes_methods = True
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -27,17 +29,20 @@ class PeftMixedModel(PeftModel):
         for name in names:
             self.base_model.delete_adapter(name)
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    # A report or a file would have to say for each layer which method it means; no format of the reference does. So these
+    # raise, of the classes that the reference raises.
+
+    def save_pretrained(self, *args: object, **kwargs: object) -> NoReturn:  # type: ignore[override]
         raise NotImplementedError("Saving is not supported for PeftMixedModel: its adapters are of several methods.")
 
-    def create_or_update_model_card(self, output_dir: Any) -> None:
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> NoReturn:
         raise NotImplementedError("Model cards are not supported for PeftMixedModel.")
 
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def add_weighted_adapter(self, *args: object, **kwargs: object) -> NoReturn:  # type: ignore[override]
         raise NotImplementedError("Weighted adapters are not supported for PeftMixedModel.")
 
-    def get_layer_status(self) -> Any:
+    def get_layer_status(self) -> NoReturn:
         raise TypeError("get_layer_status is not supported for PeftMixedModel.")
 
-    def get_model_status(self) -> Any:
+    def get_model_status(self) -> NoReturn:
         raise TypeError("get_model_status is not supported for PeftMixedModel.")

@@ -14,7 +14,8 @@ from torch import nn
 from splice.base.asking import asked
 from splice.checkpoint.card import write_card
 from splice.checkpoint.publishing import Publication, publish
-from splice.config import PeftConfig, TaskType
+from splice.checkpoint.types import TaskType
+from splice.config import PeftConfig
 from splice.errors import PeftWarning, warn
 from splice.kinds.call import Call, ReadsCall
 from splice.kinds.combining import Combination

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import nn
@@ -21,16 +21,25 @@ Irregular = Literal["irregular"]
 
 @dataclass
 class LayerStatus:
-    """What stands on one adapted layer. Names are relative to the base model's wrapper (`model.lin0`)."""
+    """What stands on one adapted layer."""
 
+    # Its path, relative to the base model's wrapper: `model.lin0`.
     name: str
+    # File of the first adapter's layer class, and the base layer's own class: `layers.Linear`.
     module_type: str
+    # False while adapters are switched off (`disable_adapter`).
     enabled: bool
+    # Adapters that are selected and on this layer.
     active_adapters: list[str]
+    # Adapters that are in its weights now, in the order they were merged.
     merged_adapters: list[str]
+    # Adapter -> whether its tensors are trained; "irregular" where some are.
     requires_grad: dict[str, bool | Irregular]
+    # Adapters that are on this layer.
     available_adapters: list[str]
+    # Adapter -> types of the devices that its tensors are on ("cpu", "cuda").
     devices: dict[str, list[str]]
+    # How the base's weight is quantised; None where it is not.
     quantization_backend: str | None
 
 
@@ -38,18 +47,31 @@ class LayerStatus:
 class ModelStatus:
     """The same for a whole model; a value on which its layers disagree is "irregular"."""
 
+    # Class of the base model.
     base_model_type: str
+    # What the reference calls the tuner of the first adapter's method: `LoraModel`.
     adapter_model_type: str
+    # Adapter -> its method.
     peft_types: dict[str, str]
+    # How many numbers are trained, base and adapters together; shared ones count once.
     trainable_params: int
+    # How many numbers there are, base and adapters together.
     total_params: int
+    # How many layers are adapted.
     num_adapter_layers: int
+    # False while adapters are switched off.
     enabled: bool | Irregular
+    # Adapters that are selected.
     active_adapters: list[str] | Irregular
+    # Adapters that are in the weights now.
     merged_adapters: list[str] | Irregular
+    # Adapter -> whether its tensors are trained.
     requires_grad: dict[str, bool | Irregular]
+    # All adapters, sorted.
     available_adapters: list[str]
+    # Adapter -> types of the devices that its tensors are on.
     devices: dict[str, list[str]]
+    # How the base's weights are quantised; None where they are not.
     quantization_backend: str | None
 
 
@@ -63,7 +85,7 @@ def get_layer_status(model: nn.Module) -> list[LayerStatus]:
     return [_status_of(path, layer) for path, layer in tuner.adapted.items()]
 
 
-def _tuner(model: Any) -> Tuner:
+def _tuner(model: nn.Module) -> Tuner:
     tuner, _ = tuner_of(model)
     if not tuner.adapted:
         raise ValueError("No adapter layers found in the model; please ensure that it carries an adapter.")
@@ -73,11 +95,11 @@ def _tuner(model: Any) -> Tuner:
 def _status_of(path: str, layer: Adapted) -> LayerStatus:
     host = layer.splice_host
     module = cast(nn.Module, layer)
-    method = next(a for a in host.layers.values())
-    kind = type(method).__module__.rpartition(".")[2]
+    first = next(iter(host.layers.values()))
+    file = type(first).__module__.rpartition(".")[2]
     return LayerStatus(
         name=f"model.{path}",
-        module_type=f"{kind}.{original_class(module).__name__}",
+        module_type=f"{file}.{original_class(module).__name__}",
         enabled=host.selection.enabled,
         active_adapters=[n for n in host.selection.active if n in host.layers or not is_whole(layer)],
         merged_adapters=list(host.merged),
@@ -95,7 +117,8 @@ def _devices(adapter: AdapterLayer) -> list[str]:
     return sorted({tensor.device.type for _, tensor in adapter.named_slots()})
 
 
-def _agreed(flags: Iterable[bool]) -> bool | Irregular:
+def _agreed(flags: Iterable[bool | Irregular]) -> bool | Irregular:
+    # A word in place of None, as the reference has it: None is false, and would read as "frozen".
     values = set(flags)
     return values.pop() if len(values) == 1 else "irregular"
 
@@ -131,5 +154,5 @@ def _same(values: list[list[str]]) -> list[str] | Irregular:
     return values[0] if all(value == values[0] for value in values) else "irregular"
 
 
-def _flags(layers: Iterable[LayerStatus], name: str) -> Iterable[Any]:
+def _flags(layers: Iterable[LayerStatus], name: str) -> Iterable[bool | Irregular]:
     return (layer.requires_grad[name] for layer in layers if name in layer.requires_grad)

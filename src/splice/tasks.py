@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
-from splice.config import PeftConfig, TaskType
+from splice.checkpoint.types import TaskType
+from splice.config import PeftConfig
 from splice.errors import warn
 from splice.kinds.network import network_layers
 from splice.loading.creating import adopt_base
 from splice.mixed import PeftMixedModel
-from splice.model import PeftModel as PeftModel  # with all of its classes known
+from splice.model import PeftModel as PeftModel  # from here on with all of its classes known
+
+# Each class spells its arguments out, in the reference's order: scripts pass them by position, and other libraries read the
+# names off the signature. One `forward(*args, **kwargs)` for all would say neither.
 
 
 class _TaskModel(PeftModel):
     """Calls the base model by the names of its arguments; what is None is left out."""
 
-    def _forward(self, names: Sequence[str] | None, given: dict[str, Any], more: dict[str, Any]) -> Any:
+    def _forward(self, names: Sequence[str] | None, given: Mapping[str, object], more: Mapping[str, object]) -> Any:
+        # Left out, and not passed as None: few networks have all of these parameters.
         arguments = {name: value for name, value in {**given, **more}.items() if value is not None}
         if "position_ids" in arguments:
             around = network_layers(self.base_model)
@@ -41,7 +46,7 @@ class _LabelledModel(_TaskModel):
         task_ids: Tensor | None = None,
         *,
         adapter_names: Sequence[str] | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Any:
         """Call the base model; see `PeftModel.forward` for `adapter_names`.
 
@@ -89,7 +94,7 @@ class PeftModelForSeq2SeqLM(_TaskModel):
         task_ids: Tensor | None = None,
         *,
         adapter_names: Sequence[str] | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Any:
         """Call the base model; see `PeftModel.forward` for `adapter_names`."""
         given = {
@@ -107,14 +112,14 @@ class PeftModelForSeq2SeqLM(_TaskModel):
         }
         return self._forward(adapter_names, given, kwargs)
 
-    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def generate(self, *args: object, adapter_names: Sequence[str] | None = None, **kwargs: object) -> Any:
         """Call the base model's `generate`.
 
         Virtual tokens in the encoder's input need `input_ids` by that name.
         """
-        base: Any = self.get_base_model()
         around = next(iter(network_layers(self.base_model).values()), None)
-        generate = base.generate if around is None else around.generate_of(self.base_model)
+        own = cast("Callable[..., Any]", self.get_base_model().generate)
+        generate = own if around is None else around.generate_of(self.base_model)
         return self._call(generate, adapter_names, True, *args, **kwargs)
 
 
@@ -153,7 +158,7 @@ class PeftModelForQuestionAnswering(_TaskModel):
         task_ids: Tensor | None = None,
         *,
         adapter_names: Sequence[str] | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Any:
         """Call the base model; see `PeftModel.forward` for `adapter_names`.
 
@@ -192,7 +197,7 @@ class PeftModelForFeatureExtraction(_TaskModel):
         task_ids: Tensor | None = None,
         *,
         adapter_names: Sequence[str] | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Any:
         """Call the base model; see `PeftModel.forward` for `adapter_names`."""
         given = {
@@ -215,7 +220,7 @@ def get_peft_model(
     autocast_adapter_dtype: bool = True,
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
-) -> Any:
+) -> PeftModel:
     """Put a new, untrained adapter on `model`, which is changed in place.
 
     Args:
@@ -232,6 +237,7 @@ def get_peft_model(
         NoMatchingPeftModuleError: the config selects nothing.
         ValueError: the config cannot be applied to a layer that it selects.
     """
+    # The one place beside a load where a config of the caller's is written to: the reference does, and scripts read it there.
     adopt_base(peft_config, model, revision)
     cls = PeftMixedModel if mixed else PeftModel.class_for(peft_config)
     return cls(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)

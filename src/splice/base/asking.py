@@ -1,20 +1,12 @@
-"""Questions to objects of other libraries: what some models, layers and configs have, and others have never heard of.
-
-Objects of our own are never asked so: what they can do stands in their class or in their method's record.
-"""
+"""Questions to objects of other libraries by the name of an attribute; `foreign_models.py` has one function for each."""
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
+
+from splice.base.foreign_models import accepted_by as accepted_by
 
 
 def asked(holder: Any, name: str, default: Any = None) -> Any:
     """The attribute `name` of a base model, layer, config or output, or `default` where it has none."""
     return getattr(holder, name, default)
-
-
-def accepted_by(function: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Those of `options` that `function` has parameters for."""
-    parameters = inspect.signature(function).parameters
-    return {k: v for k, v in options.items() if k in parameters}

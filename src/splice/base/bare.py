@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Container, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Container, Iterator
+from typing import Protocol, cast
 
 import torch
 from torch import nn
+
+from splice.base.foreign_models import patched_forwards
 
 # Under which attributes an adapted layer, and a parent that is guarded because it reads weights, keep what they carry.
 HOST = "splice_host"
@@ -16,17 +18,38 @@ GUARD = "splice_guard"
 
 
 class Carried(Protocol):
-    """What a walk asks of that which a layer carries."""
+    """What an adapted layer or a guarded parent carries, as far as a walk asks for it."""
+
+    # Protocols, since hosts and guards are classes of higher rooms, and this room imports none of these.
 
     @property
     def original(self) -> type[nn.Module]:
-        """The class that the layer had before."""
+        """The class that the module had before."""
         ...
+
+
+class CarriedHost(Carried, Protocol):
+    """The same of an adapted layer."""
 
     @property
     def added(self) -> Container[str]:
         """Names of the modules below it that are not its own."""
         ...
+
+    @property
+    def own_forward(self) -> Callable[..., object] | None:
+        """The forward that stood on the object itself before it was adapted, where one did."""
+        ...
+
+
+def carried(module: nn.Module, mark: str) -> object | None:
+    """What splice has put on `module` under `mark`; None where nothing is.
+
+    Callers that know more of it than `Carried` cast the answer to their class.
+    """
+    # In the object's dict, not among its attributes: torch would look a missing one up in three registries, and raise.
+    # `isinstance` would not do: an interrupted attach leaves the mark without the class, and some guards swap no class.
+    return module.__dict__.get(mark)
 
 
 def own_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
@@ -43,8 +66,9 @@ def own_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, torc
 
 def bare_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The children of `module` that were there before any adapter."""
-    carried: Carried | None = module.__dict__.get(HOST)
-    added = () if carried is None else carried.added
+    # Only of an adapted layer are names ours. A base may have a child of the same name, and that is the base's.
+    host = cast("CarriedHost | None", carried(module, HOST))
+    added = () if host is None else host.added
     for name, child in module._modules.items():
         if child is not None and name not in added:
             yield name, child
@@ -63,23 +87,23 @@ def walk_bare(network: nn.Module) -> dict[str, nn.Module]:
             return
         seen.add(id(module))
         found[path] = module
-        for name, child in bare_children(module) if HOST in module.__dict__ else module._modules.items():
-            if child is not None:
-                walk(child, f"{path}.{name}" if path else name)
+        for name, child in bare_children(module):
+            walk(child, f"{path}.{name}" if path else name)
 
+    # Not `network.named_modules()` with the adapters' modules taken out again: that walks all of them first.
     walk(network, "")
     return found
 
 
-def bare_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def bare_copy(module: nn.Module, memo: dict[int, object]) -> nn.Module:
     """A deep copy of `module` as it is without adapters and without hooks, which stay on the original."""
+    # Not `copy.deepcopy(module)` with the adapters taken out again: it would copy every one of them first.
     cls = original_class(module)
     clone = cls.__new__(cls)
     state = {k: v for k, v in module.__dict__.items() if k not in (HOST, GUARD, "_hf_hook", "_old_forward", "forward")}
-    patched = module.__dict__.get("forward")
-    if HOST in module.__dict__:
-        patched = module.__dict__[HOST].own_forward
-    if patched is not None and "_hf_hook" not in module.__dict__:
+    host, standing = cast("CarriedHost | None", carried(module, HOST)), patched_forwards(module)
+    patched = standing.get("forward") if host is None else host.own_forward
+    if patched is not None and "_old_forward" not in standing:  # with that, it belongs to a hook
         state["forward"] = patched
     state["_modules"] = dict(bare_children(module))
     state.update({name: OrderedDict() for name in state if name.endswith(("_hooks", "_hooks_with_kwargs"))})
@@ -90,8 +114,9 @@ def bare_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 def original_class(layer: nn.Module) -> type[nn.Module]:
     """The class that `layer` has without adapters."""
+    # Attention may carry both marks. Either knows the class without the other's, whichever came first.
     for mark in (HOST, GUARD):
-        carried: Carried | None = layer.__dict__.get(mark)
-        if carried is not None:
-            return carried.original
+        found = cast("Carried | None", carried(layer, mark))
+        if found is not None:
+            return found.original
     return type(layer)

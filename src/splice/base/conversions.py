@@ -4,15 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol, cast
 
 from torch import nn
 
-from splice.base.asking import asked
+from splice.base.foreign_models import is_pretrained
 
 # What is done to the weights of all experts to stack them into one parameter; a second step joins the parts of each.
+# By class name and dimension, so that releases of transformers without these classes need no case of their own.
 _STACKED = ("MergeModulelist", 0)
 _JOINED = ("Concatenate", 1)
+
+
+class _Operation(Protocol):
+    """Something that transformers does to the values of weights, beside giving them another name."""
+
+    dim: int
+
+
+class _Step(Protocol):
+    """One line of the table of transformers 5: weights under the names on the left come under those on the right."""
+
+    source_patterns: list[str]
+    target_patterns: list[str]
+
+    def rename_source_key(self, key: str) -> tuple[str, str | None]: ...
+    @property
+    def operations(self) -> list[_Operation]:
+        """What a step does beside renaming; only a `WeightConverter` has any."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -30,11 +50,6 @@ class Stacking:
     parts: tuple[str, ...]
 
 
-def is_pretrained(network: nn.Module) -> bool:
-    """Whether `network` is a model of transformers."""
-    return any(cls.__name__ == "PreTrainedModel" for cls in type(network).__mro__)
-
-
 def renaming_of(network: nn.Module) -> Callable[[str], str] | None:
     """Path of a module in older weights of `network` -> its path now; None where nothing is known about it."""
     steps = [step for step in _steps(network) if not _operations(step)]
@@ -45,7 +60,7 @@ def renaming_of(network: nn.Module) -> Callable[[str], str] | None:
         key = path + ".weight"
         for step in steps:
             key, _ = step.rename_source_key(key)
-        return str(key).removesuffix(".weight")
+        return key.removesuffix(".weight")
 
     return rename
 
@@ -63,16 +78,21 @@ def stackings_of(network: nn.Module) -> list[Stacking]:
     return found
 
 
-def _operations(step: Any) -> list[tuple[str, int | None]]:
-    """What a step does beside renaming: the operations by name, and the dimension of each."""
-    return [(type(operation).__name__, vars(operation).get("dim")) for operation in asked(step, "operations", ())]
+def _operations(step: _Step) -> list[tuple[str, int | None]]:
+    """What a step does beside renaming: the operations by name, and the dimension of those that stack or join."""
+    if all(cls.__name__ != "WeightConverter" for cls in type(step).__mro__):
+        return []
+    named = [(type(operation).__name__, operation) for operation in step.operations]
+    return [(name, operation.dim if name in (_STACKED[0], _JOINED[0]) else None) for name, operation in named]
 
 
-def _steps(network: Any) -> list[Any]:
+def _steps(network: nn.Module) -> list[_Step]:
     if not is_pretrained(network):
         return []
+    # Its import costs nothing more: whoever has a model of transformers has imported transformers.
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
     except ImportError:  # releases before 5 have no such table
         return []
-    return list(get_model_conversion_mapping(network))
+    mapping = cast("Callable[[nn.Module], list[_Step]]", get_model_conversion_mapping)
+    return list(mapping(network))

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from splice.base.bare import bare_children
+from splice.base.foreign_models import execution_device
 from splice.base.layers import LayerKind, kind_of
 
 # Dtypes whose adapters are held in float32, unless the caller wants the base's.
@@ -19,9 +20,10 @@ def device_of(layer: nn.Module) -> torch.device:
 
     A layer whose weights accelerate keeps elsewhere (on `meta` between calls) computes on its hook's device.
     """
-    hook = layer.__dict__.get("_hf_hook")
-    if hook is not None and vars(hook).get("execution_device") is not None:
-        return torch.device(hook.execution_device)
+    hooked = execution_device(layer)
+    if hooked is not None:
+        return hooked
+    # The weight before all others: it is what the layer computes with.
     weight = layer._parameters.get("weight")
     tensor = weight if weight is not None else next(_own_tensors(layer), None)
     return torch.device("cpu") if tensor is None else tensor.device
@@ -29,6 +31,7 @@ def device_of(layer: nn.Module) -> torch.device:
 
 def dtype_of(layer: nn.Module) -> torch.dtype:
     """The floating dtype `layer` computes in; float32 where its weight is stored as integers."""
+    # `_parameters` and not `layer.weight`: while an adapter shows a tensor in its place, that is what the attribute reads.
     weight = layer._parameters.get("weight")
     if weight is not None and weight.is_floating_point():
         return weight.dtype
@@ -45,6 +48,7 @@ def in_linear_layout(layer: nn.Module, weight: torch.Tensor) -> torch.Tensor:
 
 def added(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     """A new tensor `weight + delta`, summed in the wider dtype and rounded once to the dtype of `weight`."""
+    # The other order, the delta cast down and then added, rounds twice.
     wide = torch.promote_types(weight.dtype, delta.dtype)
     return (weight.detach().to(wide) + delta.to(device=weight.device, dtype=wide)).to(weight.dtype)
 

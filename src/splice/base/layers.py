@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Any
 
 from torch import nn
 
@@ -30,6 +29,9 @@ _KINDS: tuple[tuple[type[nn.Module], LayerKind], ...] = (
 )
 
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+# By class, so that the walk over its ancestors is made once for each class and not once for each layer.
 _found: dict[type, LayerKind | None] = {}
 
 
@@ -52,15 +54,37 @@ def kind_of(layer: nn.Module) -> LayerKind | None:
     return _found[cls]
 
 
-def features(layer: Any) -> tuple[int, int]:
-    """(in, out) of a linear layer or of attention's input projection, (vocabulary, dim), (in, out) channels."""
-    kind = kind_of(layer)
-    if kind is LayerKind.LINEAR:
+def features(layer: nn.Module) -> tuple[int, int]:
+    """(in, out) of a linear layer or of attention's input projection, (vocabulary, dim), (in, out) channels.
+
+    Raises:
+        TypeError: the layer is of no kind that adapters can be put on.
+    """
+    # From what the layer says of itself, not from its weight: packed and sharded weights have other shapes.
+    if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
-    if kind is LayerKind.EMBEDDING:
+    if isinstance(layer, nn.Embedding):
         return layer.num_embeddings, layer.embedding_dim
-    if kind is LayerKind.TRANSPOSED_LINEAR:
-        return layer.weight.shape[0], layer.weight.shape[1]
-    if kind is LayerKind.ATTENTION:
+    if isinstance(layer, _CONVOLUTIONS):
+        return layer.in_channels, layer.out_channels
+    if isinstance(layer, nn.MultiheadAttention):
         return layer.embed_dim, 3 * layer.embed_dim
-    return layer.in_channels, layer.out_channels
+    weight = layer._parameters.get("weight")
+    if kind_of(layer) is LayerKind.TRANSPOSED_LINEAR and weight is not None:
+        return weight.shape[0], weight.shape[1]
+    raise TypeError(f"{type(layer).__name__} is no layer that an adapter can be put on")
+
+
+def kernel_size(layer: nn.Module) -> tuple[int, ...]:
+    """The kernel of a convolution; () of any other layer."""
+    return tuple(layer.kernel_size) if isinstance(layer, _CONVOLUTIONS) else ()
+
+
+def pads_with_zeros(layer: nn.Module) -> bool:
+    """Whether `layer` sees zeros beyond the edge of its input, or pads nothing; some convolutions repeat or mirror it."""
+    return not isinstance(layer, _CONVOLUTIONS) or layer.padding_mode == "zeros"
+
+
+def padding_row(layer: nn.Module) -> int | None:
+    """The row of an embedding that gets no gradient (`padding_idx`); None where there is none, and of any other layer."""
+    return layer.padding_idx if isinstance(layer, nn.Embedding) else None

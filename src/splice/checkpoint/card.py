@@ -6,11 +6,14 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from splice.checkpoint.files import write_text
 from splice.checkpoint.format import FORMAT_VERSION
 from splice.errors import PeftWarning, warn
+
+if TYPE_CHECKING:
+    from huggingface_hub import CardData, ModelCard
 
 CARD_NAME = "README.md"
 _VERSIONS = "### Framework versions"
@@ -36,6 +39,7 @@ class CardFacts:
     @property
     def base(self) -> str | None:
         """The Hub id of the base. The Hub refuses a card that names a folder, and nobody else has that folder."""
+        # Imported when a card is written. A load writes none, and the import takes longer than reading a header.
         from huggingface_hub.errors import HFValidationError
         from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -63,13 +67,13 @@ def write_card(folder: Path, facts: CardFacts) -> None:
             return
     else:
         card = ModelCard.from_template(ModelCardData(), get_started_code=_CODE, base_model=base)
-    data = card.data
-    data.library_name = "peft"
+    data: CardData = card.data
+    data["library_name"] = "peft"
     add_tags(data, sorted({*facts.tags, *([f"base_model:adapter:{base}"] if base else ())}))
     if facts.pipeline and not data.get("pipeline_tag"):
-        data.pipeline_tag = facts.pipeline
+        data["pipeline_tag"] = facts.pipeline
     if base and not data.get("base_model"):
-        data.base_model = base
+        data["base_model"] = base
     card.text = _with_version(card.text)
     write_text(place, str(card))
 
@@ -83,26 +87,29 @@ def tag_card(folder: Path, tags: Iterable[str]) -> None:
         write_text(place, str(card))
 
 
-def _read(place: Path) -> Any:
+def _read(place: Path) -> ModelCard | None:
     """The card; None, with a warning, where it cannot be read."""
     from huggingface_hub import ModelCard
 
     try:
-        return ModelCard.load(place)
+        card: ModelCard = ModelCard.load(place)
+        return card
     except Exception as error:  # of whoever reads YAML
         text = f"{place} cannot be read, so it is left as it is: {error}"
         warn(text, PeftWarning)
         return None
 
 
-def add_tags(data: Any, tags: Iterable[str]) -> None:
+def add_tags(data: CardData, tags: Iterable[str]) -> None:
     """Add what is missing among the tags of a card's data; those that are there stay where they are."""
+    # The reference sorts all tags anew, and drops those that an author wrote.
     present = data.get("tags") or []
     present = [present] if isinstance(present, str) else list(present)
-    data.tags = [*present, *(tag for tag in tags if tag not in present)]
+    data["tags"] = [*present, *(tag for tag in tags if tag not in present)]
 
 
 def _with_version(text: str) -> str:
+    # Replaced where one stands: saving again must not add a second line.
     line = f"- PEFT {FORMAT_VERSION}"
     if _VERSION_LINE.search(text):
         return _VERSION_LINE.sub(line, text, count=1)

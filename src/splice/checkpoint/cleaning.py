@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeAlias
+from dataclasses import dataclass
 
 
-def cleaned(values: Mapping[str, Any], config_class: type) -> tuple[dict[str, Any], list[str]]:
+def cleaned(values: Mapping[str, object], config_class: type) -> tuple[dict[str, object], list[str]]:
     """`values` with their meaning spelled as `config_class` does, and a line for each that changed."""
+    # Judged by a field's default and not by its annotation: annotations are strings here, and the reference's are often
+    # narrower than what it writes.
     result, notes = dict(values), []
     for field in dataclasses.fields(config_class):
         if field.name not in values:
@@ -25,7 +27,7 @@ def cleaned(values: Mapping[str, Any], config_class: type) -> tuple[dict[str, An
     return result, notes
 
 
-def check_kinds(values: Mapping[str, Any]) -> None:
+def check_kinds(values: Mapping[str, object]) -> None:
     """Refuse values that cannot be what fields of their name hold, in any method.
 
     Raises:
@@ -34,33 +36,45 @@ def check_kinds(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         if value is None:
             continue
-        for is_of_kind, holds, what in _KINDS:
-            if is_of_kind(name) and not holds(value):
-                raise ValueError(f"`{name}` should be {what}, got {value!r}")
+        for rule in _RULES:
+            if rule.has(name) and not rule.holds(value):
+                raise ValueError(f"`{name}` should be {rule.what}, got {value!r}")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+@dataclass(frozen=True)
+class _Rule:
+    """What fields of some names hold, in every method that has them."""
+
+    # Whether the rule is for a field of this name.
+    has: Callable[[str], bool]
+    # Whether it may hold this value.
+    holds: Callable[[object], bool]
+    # What it should hold, for the message.
+    what: str
 
 
-def _are_indices(value: Any) -> bool:
+def _is_fraction(value: object) -> bool:
+    # JSON's true and false are numbers to Python.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _are_indices(value: object) -> bool:
     return all(type(index) is int for index in (value if isinstance(value, list) else [value]))
 
 
-def _are_names(value: Any) -> bool:
+def _are_names(value: object) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
 
 
-_Test: TypeAlias = Callable[[Any], bool]
-_KINDS: tuple[tuple[_Test, _Test, str], ...] = (
-    (lambda name: name.endswith("dropout"), lambda v: _is_number(v) and 0 <= v <= 1, "a number between 0 and 1"),
-    (
+_RULES = (
+    _Rule(lambda name: name.endswith("dropout"), _is_fraction, "a number between 0 and 1"),
+    _Rule(
         lambda name: name in ("rank_pattern", "alpha_pattern"),
-        lambda v: isinstance(v, dict),
+        lambda value: isinstance(value, dict),
         "an object of values by name",
     ),
-    (lambda name: name == "layers_to_transform", _are_indices, "an index or a list of indices"),
-    (
+    _Rule(lambda name: name == "layers_to_transform", _are_indices, "an index or a list of indices"),
+    _Rule(
         lambda name: name in ("target_modules", "exclude_modules", "layers_pattern"),
         _are_names,
         "a name or a list of names",
@@ -68,19 +82,18 @@ _KINDS: tuple[tuple[_Test, _Test, str], ...] = (
 )
 
 
-def _meant(field: dataclasses.Field[Any], value: Any) -> Any:
-    default = field.default
+def _meant(field: dataclasses.Field[object], value: object) -> object:
     if value is None:
         return next(_meaning_of_null(field), None)
-    if type(default) is int and _is_whole(value):
-        return int(value)
+    if type(field.default) is int:
+        return _whole(value)
     if isinstance(value, dict) and field.name.endswith("_pattern"):
-        whole = {k: int(v) if _is_whole(v) else v for k, v in value.items()}
+        whole = {k: _whole(v) for k, v in value.items()}
         return whole if any(type(whole[k]) is not type(value[k]) for k in value) else value
     return value
 
 
-def _meaning_of_null(field: dataclasses.Field[Any]) -> Iterator[Any]:
+def _meaning_of_null(field: dataclasses.Field[object]) -> Iterator[object]:
     """What null can only mean: nothing, where the field is on or off, names a choice "none", or holds a collection."""
     if field.default is False:
         yield False
@@ -94,9 +107,12 @@ def _meaning_of_null(field: dataclasses.Field[Any]) -> Iterator[Any]:
         yield {}
 
 
-def _is_whole(value: Any) -> bool:
-    return type(value) is float and value.is_integer()
+def _whole(value: object) -> object:
+    """8 for 8.0; anything else as it is."""
+    # Some tools write every number as a float. 8.5 is left for the method to refuse: rounding it would be a guess.
+    return int(value) if type(value) is float and value.is_integer() else value
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
+    # As the file spells it, where Python and JSON differ.
     return "null" if value is None else repr(value)

@@ -6,27 +6,28 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeAlias
 
 from splice.errors import CheckpointError
+
+# Arguments of `hf_hub_download`, from the caller's own: that function says what they may be, and checks them.
+_Arguments: TypeAlias = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Found:
-    """What came of asking for a file.
+    """What came of asking for a file."""
 
-    Attributes:
-        path: where it lies now; None if the repository does not have it.
-        commit: the commit that it is of.
-        unreachable: the error, where the file is not in the cache and nobody could be asked whether it exists.
-    """
-
+    # Where it lies now; None if the repository does not have it.
     path: Path | None
+    # The commit that it is of; None where that cannot be told.
     commit: str | None = None
+    # The error, where the file is not in the cache and nobody could be asked whether it exists. It is handed on and not
+    # raised: whoever asks for one of two files goes on to the second.
     unreachable: Exception | None = None
 
 
-def download(repository: str, name: str, options: Mapping[str, Any], commit: str | None) -> Found:
+def download(repository: str, name: str, options: Mapping[str, object], commit: str | None) -> Found:
     """Fetch one file, or find it in the cache.
 
     Args:
@@ -61,7 +62,7 @@ def download(repository: str, name: str, options: Mapping[str, Any], commit: str
     return Found(path, commit or _commit_of(path, name))
 
 
-def _in_cache(repository: str, name: str, arguments: Mapping[str, Any], commit: str | None) -> Found:
+def _in_cache(repository: str, name: str, arguments: _Arguments, commit: str | None) -> Found:
     """A file of the cache, without any use of the network: `hf_hub_download` may ask for more than the file."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -81,11 +82,12 @@ def _in_cache(repository: str, name: str, arguments: Mapping[str, Any], commit: 
     return Found(None, commit, LocalEntryNotFoundError(f"{name} of {repository} is not in the cache"))
 
 
-def listing(repository: str, options: Mapping[str, Any], commit: str | None) -> list[str]:
+def listing(repository: str, options: Mapping[str, object], commit: str | None) -> list[str]:
     """The names of the files in a repository; for a message, so nothing if they cannot be had."""
     from huggingface_hub import HfApi
 
     arguments = _understood(options)
+    # Whatever happens here, an error is being told already, and that one matters.
     try:
         api = HfApi(endpoint=arguments.get("endpoint"), token=arguments.get("token"))
         return sorted(api.list_repo_files(repository, revision=commit or arguments.get("revision")))
@@ -93,17 +95,20 @@ def listing(repository: str, options: Mapping[str, Any], commit: str | None) -> 
         return []
 
 
-def _understood(options: Mapping[str, Any]) -> dict[str, Any]:
+def _understood(options: Mapping[str, object]) -> _Arguments:
+    """Those of the caller's options that `hf_hub_download` has parameters for."""
     from huggingface_hub import hf_hub_download
 
+    # Asked of its signature and not of a list here, which would have to follow every release of huggingface_hub.
     known = set(inspect.signature(hf_hub_download).parameters) - {"repo_id", "filename", "subfolder"}
     arguments = {key: value for key, value in options.items() if key in known}
+    # What older releases of huggingface_hub call `token`.
     if options.get("use_auth_token") and not arguments.get("token"):
         arguments["token"] = options["use_auth_token"]
     return arguments
 
 
-def _commit_now(repository: str, name: str, arguments: Mapping[str, Any]) -> str | None:
+def _commit_now(repository: str, name: str, arguments: _Arguments) -> str | None:
     """The commit that a revision stands for: a download into a folder of the caller's does not tell it."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 

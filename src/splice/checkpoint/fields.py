@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import Any
 
 from splice.checkpoint.foreign import LFS_START, lfs_pointer
 from splice.errors import CheckpointError
@@ -14,15 +13,16 @@ from splice.errors import CheckpointError
 class UnknownFields:
     """Fields of a config file that no config class here has: what a newer or another library wrote."""
 
-    values: dict[str, Any] = field(default_factory=dict)
+    # The fields with their values, as they stand in the file.
+    values: dict[str, object] = field(default_factory=dict)
 
     @property
-    def switched_on(self) -> dict[str, Any]:
+    def switched_on(self) -> dict[str, object]:
         """Those that may change what the adapter computes: set to something other than null, false or empty."""
         return {name: value for name, value in self.values.items() if value not in (None, False, 0, "", [], {})}
 
 
-def read_fields(text: bytes, place: str) -> dict[str, Any]:
+def read_fields(text: bytes, place: str) -> dict[str, object]:
     """Parse the bytes of a config file into its fields.
 
     Raises:
@@ -31,7 +31,8 @@ def read_fields(text: bytes, place: str) -> dict[str, Any]:
     if text.startswith(LFS_START):
         raise CheckpointError(lfs_pointer(place))
     try:
-        # Editors of Windows put a byte order mark in front.
+        # Editors of Windows put a byte order mark in front. The bytes are decoded here and not by `json.loads`, which would
+        # take UTF-16 and UTF-32 as well: no other reader of adapters does.
         fields = json.loads(text.decode("utf-8-sig"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{place} is not valid JSON: {error}") from error

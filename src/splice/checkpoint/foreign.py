@@ -1,10 +1,17 @@
-"""Files that are no adapters of this format: what they are, told by how their fields and tensors are named."""
+"""Files that are no adapters of this format: what they are, told by how their fields and tensors are named.
+
+Which libraries there are that write one method's adapters in a form of their own, the method knows: it registers them
+(`register_foreign`) in a file called `foreign.py`, which `find_foreign` imports without the method itself. What is known
+here belongs to no method.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from splice.discovery import find_foreign
 
 LFS_START = b"version https://git-lfs"
 
@@ -14,70 +21,99 @@ def lfs_pointer(place: str) -> str:
     return f"{place} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`"
 
 
-# Another library's tensors, by a pattern that no name of this format has, and what to do with them.
-_FOREIGN: tuple[tuple[str, str, str], ...] = (
-    (
-        r"^lora_(unet|te\d?|prior|transformer)_",
-        "kohya's sd-scripts (also A1111 and ComfyUI)",
-        "load it with the `load_lora_weights` of a diffusers pipeline",
-    ),
-    (
-        r"(\.processor\..*_lora\.(down|up)\.weight$)|(\.lora\.(down|up)\.weight$)"
-        # Of networks that stand alone, some have a `transformer` at their head as well, but none of these blocks in it.
-        r"|(^(unet|text_encoder(_\d)?)\.)|(^transformer\.(single_)?transformer_blocks\.)",
-        "a diffusers pipeline",
-        "load it with the pipeline's `load_lora_weights`",
-    ),
-    (
-        r"\.lora_(down|up)\.weight$",
-        "kohya's sd-scripts or LyCORIS (also A1111 and ComfyUI)",
-        "convert its names to `lora_A.weight` and `lora_B.weight` first, and fold its `alpha` tensors into the config",
-    ),
-    (
-        r"(\.adapters?\.[^.]+\.adapter_(down|up)\b)|(\.loras\.[^.]+\.lora_[AB]$)|(\.prefix_tunings?\.)",
-        "the `adapters` library (adapter-transformers, AdapterHub)",
-        "load it with `model.load_adapter` of that library",
-    ),
-    (
-        r"(^|\.)adapter_query\.weight$|^layers\.\d+\.attention\.gate\d?$|\.(adapter_wte|gating_factor)(\.weight)?$",
-        "LLaMA-Adapter's own code",
-        "load it with that code: its names and its model are those of the original LLaMA release",
-    ),
-    (
-        r"\.lora_[ab]$",
-        "MLX",
-        "its factors are transposed: fuse it with `mlx_lm.fuse`, or convert it to `lora_A.weight` and `lora_B.weight`",
-    ),
-    (
-        r"(^|\.)(lora_\w*adapter|\w+_adapter|adapter)\.(linear_in|linear_out)\.weight$",
-        "NeMo or Megatron",
-        "export it with that library's converter first",
-    ),
-)
+@dataclass(frozen=True)
+class ForeignNames:
+    """How another library names its tensors."""
+
+    # A regular expression that is found in such names, and in no name of this format.
+    pattern: str
+    # The library, as the message calls it. Several patterns of one library are counted together.
+    library: str
+    # What to do with such a file: the second half of the sentence.
+    remedy: str
+
+
+@dataclass(frozen=True)
+class ForeignConfig:
+    """How the config of another tool is told from one of this format that lacks its `peft_type`."""
+
+    # Of each group, one field at least is there and not null.
+    fields: tuple[tuple[str, ...], ...]
+    # What the file is and what to do with it.
+    sentence: str
+    # False where the fields only suggest it: such a reading comes after all that are certain.
+    certain: bool = True
+
+
+# The adapters library, for those who register more of its names.
+ADAPTERS_LIBRARY = "the `adapters` library (adapter-transformers, AdapterHub)"
+ADAPTERS_REMEDY = "load it with `model.load_adapter` of that library"
+
+_NAMES: list[ForeignNames] = []
+_CONFIGS: list[ForeignConfig] = []
+
+
+def register_foreign(names: Iterable[ForeignNames] = (), configs: Iterable[ForeignConfig] = ()) -> None:
+    """Make it known how other libraries name the tensors of a method, and the fields of their configs.
+
+    The order counts: of two patterns that are found in one name, the one that was registered first decides.
+    """
+    _NAMES.extend(names)
+    _CONFIGS.extend(configs)
 
 
 def foreign_names(names: Collection[str]) -> str | None:
     """A sentence if most of these tensors are named as another library names its own."""
-    for pattern, library, remedy in _FOREIGN:
-        found = [name for name in names if re.search(pattern, name)]
+    find_foreign()
+    # Those of methods before the general ones. Half of the tensors will do: files have tensors without telling names.
+    patterns: dict[str, list[str]] = {}
+    remedies: dict[str, str] = {}
+    for entry in (*_NAMES, *_GENERAL_NAMES):
+        patterns.setdefault(entry.library, []).append(entry.pattern)
+        remedies.setdefault(entry.library, entry.remedy)
+    for library, own in patterns.items():
+        found = [name for name in names if any(re.search(pattern, name) for pattern in own)]
         if found and 2 * len(found) >= len(names):
-            return f"the tensors are named as {library} names them ({found[0]}); {remedy}."
+            return f"the tensors are named as {library} names them ({found[0]}); {remedies[library]}."
     return None
 
 
-def what_config(fields: Mapping[str, Any]) -> str:
+def what_config(fields: Mapping[str, object]) -> str:
     """What a config without `peft_type` is, as a sentence with a space in front; "" where nothing is known."""
-    if "lora_parameters" in fields or "fine_tune_type" in fields:
-        return " It is a config of MLX: fuse the adapter with `mlx_lm.fuse`, or convert it."
-    if isinstance(fields.get("config"), (dict, str)) and ("model_type" in fields or "model_class" in fields):
-        return (
-            " It is a config of the `adapters` library (adapter-transformers, AdapterHub): load it with `model.load_adapter` "
-            "of that library."
-        )
-    if "adapter_len" in fields and "adapter_layer" in fields:
-        return " It is a config of LLaMA-Adapter's own code; load it with that code."
-    if "r" in fields and ("target_modules" in fields or "lora_alpha" in fields):
-        return ' Its fields are those of LoRA: if it is one, add "peft_type": "LORA".'
-    if "base_model" in fields or "base_model_name" in fields:
-        return " It only describes how an adapter was trained; ask its author for the config that was saved with the weights."
+    find_foreign()
+    entries = sorted((*_CONFIGS, *_GENERAL_CONFIGS), key=lambda entry: not entry.certain)
+    for entry in entries:
+        if all(any(fields.get(name) is not None for name in group) for group in entry.fields):
+            return f" {entry.sentence}"
     return ""
+
+
+_GENERAL_NAMES = (
+    ForeignNames(
+        r"(\.adapters?\.[^.]+\.adapter_(down|up)\b)|(\.prefix_tunings?\.)",
+        ADAPTERS_LIBRARY,
+        ADAPTERS_REMEDY,
+    ),
+    ForeignNames(
+        r"(^|\.)adapter_query\.weight$|^layers\.\d+\.attention\.gate\d?$|\.(adapter_wte|gating_factor)(\.weight)?$",
+        "LLaMA-Adapter's own code",
+        "load it with that code: its names and its model are those of the original LLaMA release",
+    ),
+)
+
+_GENERAL_CONFIGS = (
+    ForeignConfig(
+        fields=(("config",), ("model_type", "model_class")),
+        sentence=f"It is a config of {ADAPTERS_LIBRARY}: {ADAPTERS_REMEDY}.",
+    ),
+    ForeignConfig(
+        fields=(("adapter_len",), ("adapter_layer",)),
+        sentence="It is a config of LLaMA-Adapter's own code; load it with that code.",
+    ),
+    ForeignConfig(
+        fields=(("base_model", "base_model_name"),),
+        sentence="It only describes how an adapter was trained; ask its author for the config that was saved with the "
+        "weights.",
+        certain=False,
+    ),
+)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from safetensors import SafetensorError, safe_open
 
+from splice.checkpoint.foreign import LFS_START, lfs_pointer
 from splice.errors import CheckpointError
 
-# What is not listed cannot be read.
+# Dtypes by their names in the format. Those of less than a byte are not among them: they pack values, and no adapter's tensor
+# is packed. What is not listed is refused.
 _INTEGERS = ("BOOL", "U8", "I8", "I16", "I32", "I64", "U16", "U32", "U64")
 _FLOATS = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F16", "BF16", "F32", "F64")
 DTYPE_NAMES = frozenset((*_INTEGERS, *_FLOATS))
@@ -20,26 +24,41 @@ DTYPE_NAMES = frozenset((*_INTEGERS, *_FLOATS))
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a checkpoint: its dtype as safetensors spells it, its shape, and its place in the file (bytes)."""
+    """One tensor of a checkpoint, before it is read."""
 
+    # As safetensors spells it: "F32", "BF16".
     dtype: str
+    # Empty of a single number.
     shape: tuple[int, ...]
+    # Where its values begin: bytes from the start of the file; 0 of a tensor that is in memory.
     offset: int
+    # How many bytes its values are.
     size: int
 
 
 @dataclass(frozen=True)
 class Header:
-    """All entries by name, and the file's own metadata."""
+    """What stands in front of the tensors in a safetensors file."""
 
+    # All tensors, by name, in the order of the header; that of the values may be another.
     entries: dict[str, Entry]
+    # What the writer noted beside them; empty where it noted nothing.
     metadata: dict[str, str]
+
+
+class _Stored(TypedDict):
+    """A tensor as the header spells it. Its bytes are counted from the end of the header."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: tuple[int, int]
 
 
 def read_header(path: Path) -> Header:
     """Read and check the header: a file whose header passes here can be read to the last byte.
 
-    What is a valid file is decided by the safetensors library itself.
+    What is a valid file is decided by the safetensors library itself. Checks of our own would be others than those of the
+    libraries that are to read what we write.
 
     Raises:
         CheckpointError: the file is damaged or no safetensors file; the message says what is wrong with it.
@@ -47,29 +66,39 @@ def read_header(path: Path) -> Header:
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder, not a file")
     with open(path, "rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
+        start = file.read(len(LFS_START))
+        length = int.from_bytes(start[:8], "little")
         try:
-            with safe_open(path, framework="pt"):
+            with safe_open(path, framework=_framework()):
                 pass
         except (SafetensorError, OSError, ValueError, OverflowError) as error:
             size = os.fstat(file.fileno()).st_size
-            raise CheckpointError(f"{path} is {_what_it_is(start, size)} ({error})") from error
-        fields = _parse(file.read(length), path)
-    metadata = fields.pop("__metadata__", None) or {}
-    return Header({name: _entry(name, value, 8 + length, path) for name, value in fields.items()}, metadata)
+            raise CheckpointError(_what_it_is(path, start, size, error)) from error
+        # Our own parse of what has just been checked: the library tells shapes and dtypes, and not where the values are.
+        file.seek(8)
+        tensors, metadata = _parse(file.read(length), path)
+    return Header({name: _entry(name, value, 8 + length, path) for name, value in tensors.items()}, metadata)
 
 
-def _what_it_is(start: bytes, size: int) -> str:
-    if start.startswith(b"version "):
-        return "a Git LFS pointer, not the file itself: fetch it with `git lfs pull`"
-    if start.startswith((b"PK\x03\x04", b"\x80\x02")):
-        return "a PyTorch pickle under the name of a safetensors file: rename it to adapter_model.bin"
-    return f"damaged, at {size} bytes: a download or a copy that was cut off, or no safetensors file"
+def _framework() -> str:
+    """Which library safetensors imports as it opens a file, though no tensor is made here."""
+    # torch takes a second or more to import, numpy a tenth. But torch alone is sure to be installed.
+    return "pt" if "torch" in sys.modules or importlib.util.find_spec("numpy") is None else "np"
 
 
-def _parse(raw: bytes, path: Path) -> dict[str, Any]:
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _what_it_is(path: Path, start: bytes, size: int, error: Exception) -> str:
+    if start == LFS_START:
+        return lfs_pointer(str(path))
+    if start.startswith((b"PK\x03\x04", b"\x80\x02")):  # a zip, of torch since 1.6, and a bare pickle, of torch before
+        what = "a PyTorch pickle under the name of a safetensors file: rename it to adapter_model.bin"
+    else:
+        what = f"damaged, at {size} bytes: a download or a copy that was cut off, or no safetensors file"
+    return f"{path} is {what} ({error})"
+
+
+def _parse(raw: bytes, path: Path) -> tuple[dict[str, _Stored], dict[str, str]]:
+    # JSON lets a name come twice, and the last one wins in silence: one of the two tensors would be lost.
+    def no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
         result = dict(pairs)
         if len(result) != len(pairs):
             names = [name for name, _ in pairs]
@@ -77,11 +106,12 @@ def _parse(raw: bytes, path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: the header names {twice} twice")
         return result
 
-    fields: dict[str, Any] = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
-    return fields
+    fields = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
+    metadata = fields.pop("__metadata__", None)
+    return fields, metadata or {}
 
 
-def _entry(name: str, value: Any, data_start: int, path: Path) -> Entry:
+def _entry(name: str, value: _Stored, data_start: int, path: Path) -> Entry:
     dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
     if dtype not in DTYPE_NAMES:
         raise CheckpointError(f"{path}: tensor {name!r} has the dtype {dtype!r}; known are {sorted(DTYPE_NAMES)}")

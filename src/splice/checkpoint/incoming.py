@@ -12,16 +12,17 @@ from splice.errors import CheckpointError
 # A config that belongs to weights which may be in place already; a load finishes what a crash cut off.
 INCOMING_CONFIG = "adapter_config.json.incoming"
 
-
 # What a `.bin` file cannot say itself: the digest of the weights that the incoming config belongs to.
 INCOMING_DIGEST = "adapter_model.bin.incoming"
 
-
+# Where the metadata of a safetensors file says which config is that of its tensors. By digest and not by the time of the
+# files: copies and downloads do not keep it.
 CONFIG_DIGEST = "config_sha256"
 
 
 def finished_config(config: Path) -> bytes:
     """The bytes of the config that belongs to the weights beside it: the incoming one, where a save was cut off."""
+    # Reading only, never renaming: the folder may be read-only, or another process may be in the middle of its save.
     weights = (config.parent / name for name in (SAFETENSORS_NAME, BIN_NAME))
     first = next((path for path in weights if path.exists()), None)  # the one that a load takes
     incoming = first is not None and is_incoming_of(first)
@@ -44,6 +45,8 @@ def is_incoming_of(weights: Path) -> bool:
 
 
 def digest_of(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    # In pieces of 1 MiB: files of weights may be larger than the memory.
     with open(path, "rb") as file:
         found = hashlib.sha256()
         while piece := file.read(1 << 20):

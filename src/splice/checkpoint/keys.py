@@ -15,15 +15,19 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+# The reference's object tree: a PeftModel's `base_model`, whose `model` is the base. It stands in files, whoever wrote them.
 PREFIX = "base_model.model."
+# Of tensors that all layers share, and that so belong to no target.
 SHORT_PREFIX = "base_model."
 
 
 @dataclass(frozen=True)
 class Key:
-    """A parsed key: the target's path and the name of the tensor on it."""
+    """A parsed key."""
 
+    # The target's dotted path in the base model.
     path: str
+    # The name of the tensor on it: `lora_A.weight`.
     suffix: str
 
     def __str__(self) -> str:
@@ -44,6 +48,7 @@ def parse_key(key: str, names: Collection[str]) -> Key | None:
     """
     if not key.startswith(PREFIX):
         return None
+    # By whole components, from the right. A search for "lora_A" in the text would also find a module called `my_lora_A2`.
     parts = key[len(PREFIX) :].split(".")
     for index in range(len(parts) - 1, 0, -1):
         if parts[index] in names:
@@ -60,6 +65,7 @@ def renamed(keys: Iterable[str], key_mapping: Mapping[str, str]) -> dict[str, st
     Raises:
         ValueError: a key has no prefix, or two keys become the same one.
     """
+    # From new to old: the caller looks tensors up in the file by what this gives.
     result: dict[str, str] = {}
     for key in keys:
         prefix = next((p for p in (PREFIX, SHORT_PREFIX) if key.startswith(p)), None)

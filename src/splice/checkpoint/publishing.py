@@ -19,13 +19,21 @@ if TYPE_CHECKING:
 class Publication:
     """Where to publish, and under which words: the arguments of `PeftModel.push_to_hub` that say so."""
 
+    # Id of the repository, "user/name"; it is made if it does not exist.
     repo_id: str
+    # Title of the commit; None for "Upload model" or "Upload config".
     commit_message: str | None = None
+    # Text below the title.
     commit_description: str | None = None
+    # Whether a repository that is made is private; None for what the organisation sets. One that exists stays as it is.
     private: bool | None = None
+    # A token, True for the one that is logged in, False for none; None for the one that is logged in, if any.
     token: bool | str | None = None
+    # Branch to commit to, which is made if it does not exist; None for the main one.
     revision: str | None = None
+    # Whether the commit becomes a pull request, in place of a commit on the branch.
     create_pr: bool = False
+    # Tags to add to the model card.
     tags: Iterable[str] = ()
 
 
@@ -48,6 +56,7 @@ def publish(target: Publication, what: str, write: Callable[[Path], None], write
     """
     from huggingface_hub import HfApi
 
+    # All files are written before the first request: a save that fails must not leave an empty repository behind.
     api = HfApi(token=target.token)
     with tempfile.TemporaryDirectory(prefix="splice-") as temporary:
         folder = Path(temporary, "files")

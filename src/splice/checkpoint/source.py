@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from splice.checkpoint.download import download, listing
 from splice.checkpoint.format import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME
@@ -16,25 +15,23 @@ from splice.errors import CheckpointError
 
 @dataclass
 class Source:
-    """A checkpoint's place. Nothing is fetched before it is asked for.
+    """A checkpoint's place. Nothing is fetched before it is asked for."""
 
-    Attributes:
-        location: the folder or Hub id, as the caller gave it.
-        subfolder: folder inside it.
-        options: what the caller passed on; a download takes from it what `huggingface_hub.hf_hub_download` understands.
-        commit: the commit of a Hub repository that the first file came from; all others are asked of the same one.
-        unreachable: why the last file could not be asked for, where the Hub could not be reached and the cache lacks it.
-    """
-
+    # The folder or Hub id, as the caller gave it.
     location: str
+    # A folder inside it, where the checkpoint lies; None for the location itself.
     subfolder: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    # What the caller passed on; a download takes from it what `huggingface_hub.hf_hub_download` understands.
+    options: Mapping[str, object] = field(default_factory=dict)
+    # The commit of the Hub repository that the first file came from; all others are asked of the same one. Otherwise a push
+    # between two downloads would give the config of one adapter and the weights of another.
     commit: str | None = None
+    # Why the last file could not be asked for, where the Hub could not be reached and the cache lacks it.
     unreachable: Exception | None = None
 
     @classmethod
     def from_options(
-        cls, location: str | os.PathLike[str], subfolder: str | None, options: Mapping[str, Any]
+        cls, location: str | os.PathLike[str], subfolder: str | None, options: Mapping[str, object]
     ) -> Source:
         """The source that the arguments of a load name; options that a download does not understand are not for us."""
         return cls(os.fspath(location), subfolder, dict(options))
@@ -46,10 +43,12 @@ class Source:
 
     @property
     def is_local(self) -> bool:
+        """Whether the location is a folder of this machine; one that is comes before a repository of the same name."""
         return Path(self.location).is_dir()
 
     @property
     def config_place(self) -> str:
+        """Where the config is, for messages."""
         return str(self.folder / CONFIG_NAME) if self.is_local else f"{CONFIG_NAME} of {self.location}"
 
     def config_text(self) -> bytes:
@@ -89,12 +88,14 @@ class Source:
 
     @property
     def _on_disk(self) -> bool:
+        # A path with a typing error is no question for the Hub: it would answer that the repository may be private.
         return self.is_local or _looks_like_a_path(self.location)
 
     def _file(self, name: str) -> Path | None:
         if self._on_disk:
             path = self.folder / name
             return path if path.exists() else None
+        # One file at a time: a snapshot of the repository may hold the checkpoints of a whole training.
         inside = str(PurePosixPath(self.subfolder or "", name))
         found = download(self.location, inside, self.options, self.commit)
         self.unreachable = found.unreachable

@@ -7,7 +7,7 @@ import os
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -52,6 +52,9 @@ class Weights(Protocol):
 class SafetensorsFile:
     """Tensors in a safetensors file. The file is read, never mapped: it may be changed or deleted afterwards."""
 
+    # Hence not `safetensors.torch.load_file`, which maps it: a file that is cut off later kills the process (SIGBUS), and
+    # one that is overwritten changes the model.
+
     def __init__(self, path: Path) -> None:
         header = read_header(path)
         self.path = path
@@ -62,6 +65,7 @@ class SafetensorsFile:
     def read(self, names: Sequence[str]) -> list[torch.Tensor]:
         entries = [self.entries[name] for name in names]
         tensors = [torch.empty(entry.shape, dtype=DTYPES[entry.dtype]) for entry in entries]
+        # Tensors that lie behind one another are one system call. Most adapters have hundreds of small ones.
         in_file_order = sorted(range(len(names)), key=lambda i: entries[i].offset)
         descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -73,7 +77,9 @@ class SafetensorsFile:
 
     def _fill(self, tensors: Sequence[torch.Tensor], offset: int, descriptor: int) -> None:
         """Read a run of tensors that lie behind one another, straight into their own memory."""
-        targets: list[Any] = [(ctypes.c_char * t.nbytes).from_address(t.data_ptr()) for t in tensors]
+        # By address: `tensor.numpy()` would need numpy, and knows no bfloat16.
+        buffers = [(ctypes.c_char * t.nbytes).from_address(t.data_ptr()) for t in tensors]
+        targets = [memoryview(buffer).cast("B") for buffer in buffers]
         wanted = sum(map(len, targets))
         while wanted:
             count = os.preadv(descriptor, targets, offset)
@@ -83,12 +89,13 @@ class SafetensorsFile:
             targets = _behind(targets, count) if wanted else []
 
 
-def _behind(targets: list[Any], count: int) -> list[Any]:
+def _behind(targets: list[memoryview], count: int) -> list[memoryview]:
     """What of the buffers is left to fill after their first `count` bytes: a system call may stop anywhere."""
-    targets = [memoryview(target).cast("B") for target in targets]
-    while count >= len(targets[0]):
-        count -= len(targets.pop(0))
-    return [targets[0][count:], *targets[1:]]
+    first = 0
+    while count >= len(targets[first]):
+        count -= len(targets[first])
+        first += 1
+    return [targets[first][count:], *targets[first + 1 :]]
 
 
 def _runs(order: Sequence[int], entries: Sequence[Entry]) -> Iterator[list[int]]:
@@ -113,6 +120,7 @@ class TensorsInMemory:
         self.place = place
         self.metadata: Mapping[str, str] = {}
         self.tensors = tensors
+        # Whether nobody else has these tensors, so that they need no copy. True of those that were just unpickled.
         self.hand_over = hand_over
         self.entries = {
             name: Entry(_NAMES.get(t.dtype, str(t.dtype)), tuple(t.shape), 0, t.numel() * t.element_size())
@@ -126,6 +134,7 @@ class TensorsInMemory:
         return [self._owned(self.tensors[name].detach()) for name in names]
 
     def _owned(self, tensor: torch.Tensor) -> torch.Tensor:
+        # A tensor that is part of a larger memory would keep all of it alive.
         storage = tensor.untyped_storage()
         owns_memory = (
             storage.nbytes() == tensor.nbytes and tensor.is_contiguous() and storage.data_ptr() not in self.handed

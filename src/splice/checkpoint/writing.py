@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,6 +23,7 @@ def write_checkpoint(
     Both files are complete on disk before either takes its name. The weights go first, and it is written down which config
     is theirs; should a crash come between the two, the new config lies beside and a load takes it (`finished_config`).
     """
+    # Not into a folder of another name that then takes this one's place: files of others in it would be lost.
     folder.mkdir(parents=True, exist_ok=True)
     weights = folder / (SAFETENSORS_NAME if safe_serialization else BIN_NAME)
     _finish(folder)
@@ -38,6 +38,7 @@ def write_checkpoint(
 def _put(folder: Path, weights: Path, tensors: Mapping[str, torch.Tensor], config: str, base: str) -> None:
     with beside(weights) as new_weights:
         if weights.name == SAFETENSORS_NAME:
+            # Imported when it is used: a load has no need of it.
             from safetensors.torch import save_file
 
             digest = hashlib.sha256(config.encode()).hexdigest()
@@ -72,7 +73,9 @@ def _sort_metadata(path: Path) -> None:
 
 def _independent(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Contiguous tensors that share no memory with one another, as safetensors needs them."""
-    seen: set[tuple[Any, ...]] = set()
+    # Told as the reference tells it: by the storage, not by the tensor, since two may begin at different places in it.
+    # With its device, since two devices may use the same address.
+    seen: set[tuple[torch.device, int, int]] = set()
     result = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach().contiguous()

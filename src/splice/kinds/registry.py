@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from splice.base.layers import LayerKind, kind_of
-from splice.config import PeftConfig, PeftType, class_of
+from splice.checkpoint.types import PeftType
+from splice.config import PeftConfig, class_of
 from splice.discovery import find_methods
 from splice.errors import UnsupportedLayerError
 from splice.kinds.adapters import Adapters

@@ -11,7 +11,8 @@ from torch import nn
 from splice.checkpoint.foreign import foreign_names
 from splice.checkpoint.header import Entry
 from splice.checkpoint.keys import PREFIX, Key, parse_key
-from splice.config import PeftConfig, TaskType
+from splice.checkpoint.types import TaskType
+from splice.config import PeftConfig
 from splice.kinds.registry import Method, all_methods
 from splice.loading.plan import Plan
 from splice.loading.published.vocabulary import resize_of

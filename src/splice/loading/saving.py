@@ -13,14 +13,15 @@ from torch import nn
 
 from splice.base.asking import asked
 from splice.base.bare import original_class, own_tensors, walk_bare
-from splice.base.conversions import is_pretrained
 from splice.base.embeddings import input_embeddings, output_embeddings_path
+from splice.base.foreign_models import is_pretrained
 from splice.checkpoint.card import CardFacts, write_card
 from splice.checkpoint.keys import PREFIX, format_key
 from splice.checkpoint.source import Source
 from splice.checkpoint.tensors import open_weights
+from splice.checkpoint.types import TaskType
 from splice.checkpoint.writing import write_checkpoint
-from splice.config import PeftConfig, TaskType, copy_config
+from splice.config import PeftConfig, copy_config
 from splice.errors import PeftWarning, warn
 from splice.kinds.registry import method_of
 from splice.loading.fingerprint import fingerprint_of

@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 
 from splice.base.asking import asked
-from splice.base.conversions import is_pretrained
+from splice.base.foreign_models import is_pretrained
 from splice.base.layers import LayerKind, kind_of
-from splice.config import PeftConfig, TargetRule, TaskType
+from splice.checkpoint.types import TaskType
+from splice.config import PeftConfig, TargetRule
 from splice.errors import NoMatchingPeftModuleError
 from splice.kinds.matching import ALL_LINEAR, TargetMatcher, matching_parameters
 from splice.kinds.registry import Method

@@ -18,7 +18,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from splice.base.layers import LayerKind, features, kind_of
-from splice.config import PeftConfig, PeftType
+from splice.checkpoint.types import PeftType
+from splice.config import PeftConfig
 from splice.errors import warn
 from splice.kinds.adapters import Adapters, layers_of
 from splice.kinds.additive import Additive

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from splice.base.layers import LayerKind, features, kind_of
-from splice.config import PeftType
+from splice.checkpoint.types import PeftType
 from splice.kinds.casting import cast_to
 from splice.kinds.combining import Summed
 from splice.kinds.effect import Forward

@@ -9,7 +9,7 @@ from types import MappingProxyType
 import torch
 
 from splice.base.layers import LayerKind
-from splice.config import PeftType
+from splice.checkpoint.types import PeftType
 from splice.kinds.module_copy import WholeModule
 from splice.kinds.names import CopyNames
 from splice.kinds.registry import Method, register

@@ -10,7 +10,7 @@ from torch import nn
 
 from splice.base.embeddings import input_embeddings
 from splice.base.layers import LayerKind
-from splice.config import PeftType
+from splice.checkpoint.types import PeftType
 from splice.kinds.registry import Method, register
 from splice.kinds.token_rows import TokenRows, check_indices
 from splice.methods.targeted import TargetedConfig

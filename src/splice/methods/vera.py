@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from splice.base.dense import HALVES, dtype_of
 from splice.base.layers import LayerKind, features, kind_of
-from splice.config import PeftType
+from splice.checkpoint.types import PeftType
 from splice.kinds.additive import Additive
 from splice.kinds.casting import cast_to
 from splice.kinds.layer import Held

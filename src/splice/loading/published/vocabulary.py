@@ -11,7 +11,7 @@ from torch import nn
 
 from splice.base.asking import asked
 from splice.base.bare import own_tensors, walk_bare
-from splice.base.conversions import is_pretrained
+from splice.base.foreign_models import is_pretrained
 from splice.base.layers import LayerKind, kind_of
 from splice.checkpoint.header import Entry
 from splice.checkpoint.keys import PREFIX

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
-from splice.config import PeftConfig, PeftType, TargetRule, TaskType
+from splice.checkpoint.types import PeftType, TaskType
+from splice.config import PeftConfig, TargetRule
 from splice.errors import UnsupportedFeatureError, warn
 from splice.methods.lora.inits import LOFTQ, check_init, takes_from_base
 from splice.methods.lora.subconfigs import (

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from splice.base.layers import LayerKind
-from splice.config import PeftType
+from splice.checkpoint.types import PeftType
 from splice.errors import UnsupportedLayerError
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.registry import Method, register

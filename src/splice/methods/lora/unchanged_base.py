@@ -11,7 +11,8 @@ from collections.abc import Mapping
 
 import torch
 
-from splice.config import PeftType, copy_config
+from splice.checkpoint.types import PeftType
+from splice.config import copy_config
 from splice.errors import warn
 from splice.methods.lora.config import LoraConfig
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from splice.base.asking import accepted_by, asked
-from splice.config import TaskType
+from splice.base.asking import asked
+from splice.base.foreign_models import accepted_by
+from splice.checkpoint.types import TaskType
 from splice.errors import warn
 from splice.kinds.effect import Forward
 from splice.kinds.slot import Slot

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch.nn import functional as F
 
-from splice.config import TaskType
+from splice.checkpoint.types import TaskType
 from splice.errors import warn
 from splice.kinds.adapters import Adapters
 from splice.kinds.effect import Forward

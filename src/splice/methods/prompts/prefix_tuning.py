@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from splice.config import PeftType, PromptLearningConfig
+from splice.checkpoint.types import PeftType
+from splice.config import PromptLearningConfig
 from splice.kinds.registry import Method, register
 from splice.kinds.slot import Slot
 from splice.methods.prompts.attributes import PROMPT_METHODS, PROMPT_VIEWS

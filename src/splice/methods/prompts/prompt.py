@@ -19,7 +19,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from splice.checkpoint.keys import SHORT_PREFIX
-from splice.config import PromptLearningConfig, TaskType
+from splice.checkpoint.types import TaskType
+from splice.config import PromptLearningConfig
 from splice.errors import UnsupportedFeatureError, warn
 from splice.kinds.container import Holder
 from splice.kinds.effect import Forward

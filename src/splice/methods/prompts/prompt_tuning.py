@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from splice.config import PeftType, PromptLearningConfig
+from splice.checkpoint.types import PeftType
+from splice.config import PromptLearningConfig
 from splice.kinds.registry import Method, register
 from splice.methods.prompts.attributes import PROMPT_METHODS, PROMPT_VIEWS
 from splice.methods.prompts.embedded import EmbeddedPrompt

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from splice.base.asking import asked
-from splice.config import PromptLearningConfig, TaskType
+from splice.checkpoint.types import TaskType
+from splice.config import PromptLearningConfig
 
 # Where the configs of transformers keep each size.
 _SIZES = {

@@ -1,0 +1,181 @@
+"""What other libraries put on networks, layers, configs and outputs: one question to each function, asked nowhere else.
+
+Models of transformers have most of it, accelerate and DeepSpeed add some, and any other network has never heard of it. So
+each question has an answer for "there is no such thing", and callers never learn how a library spells it.
+
+Objects of our own are never asked so: what they can do stands in their class or in their method's record.
+"""
+
+# One function per question, in place of one helper for any attribute: a helper hides what a caller relies on, gives every
+# answer the type `Any`, and cannot say why the attribute may be missing.
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+# What the options of a function are.
+T = TypeVar("T")
+
+# -- networks
+
+
+def is_pretrained(network: nn.Module) -> bool:
+    """Whether `network` is a model of transformers."""
+    # By name: `isinstance` would import transformers for everybody who has it installed.
+    return any(cls.__name__ == "PreTrainedModel" for cls in type(network).__mro__)
+
+
+def name_or_path(network: nn.Module) -> str | None:
+    """The folder or Hub id that `network` was loaded from; None where nothing says so."""
+    # Of the object alone. A name on its class would be the same for every network of this class.
+    return network.__dict__.get("name_or_path") or None
+
+
+def model_tags(network: nn.Module) -> tuple[str, ...]:
+    """The tags that `network` wants to see on its model card."""
+    # transformers has the attribute on the class, and it is None until somebody adds a tag.
+    return tuple(getattr(network, "model_tags", None) or ())
+
+
+def input_embedding_layer(network: nn.Module) -> nn.Module | None:
+    """The layer that looks up the input's tokens; None where there is none or nobody can tell."""
+    return _embedding_layer(network, "get_input_embeddings")
+
+
+def output_embedding_layer(network: nn.Module) -> nn.Module | None:
+    """The layer that gives the logits of the vocabulary; None where there is none or nobody can tell."""
+    return _embedding_layer(network, "get_output_embeddings")
+
+
+def _embedding_layer(network: nn.Module, getter: str) -> nn.Module | None:
+    find: Callable[[], object] | None = getattr(network, getter, None)
+    try:
+        found = None if find is None else find()
+    except NotImplementedError:  # models of transformers for audio and images have the method and no embeddings
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def can_resize_vocabulary(network: nn.Module) -> bool:
+    """Whether `network` can be given another number of tokens, by `network.resize_token_embeddings(count)`."""
+    return callable(getattr(network, "resize_token_embeddings", None))
+
+
+def uses_checkpointing(modules: Iterable[nn.Module]) -> bool:
+    """Whether one of `modules` recomputes its forward during the backward (gradient checkpointing)."""
+    # transformers sets a flag on each module that can; the network's own `is_gradient_checkpointing` only sums them up.
+    return any(getattr(module, "gradient_checkpointing", False) for module in modules)
+
+
+def backbone_path(network: nn.Module) -> str:
+    """The name of the child that holds all layers but the head's; "" where there is no such child."""
+    return getattr(network, "base_model_prefix", "")
+
+
+def device_map(network: nn.Module) -> Mapping[str, object]:
+    """Path -> device, of a network that accelerate spread over several; empty of any other."""
+    return getattr(network, "hf_device_map", None) or {}
+
+
+def key_renaming(network: nn.Module) -> Mapping[str, str] | None:
+    """The regular expressions by which transformers 4 renames the keys of older checkpoints; None where it has none."""
+    # transformers 5 keeps them in a table of its own: see `conversions.py`.
+    return getattr(network, "_checkpoint_conversion_mapping", None)
+
+
+# -- configs of networks
+
+
+def config_of(network: nn.Module) -> object | None:
+    """The config that stands on the object `network`: one of transformers, a dict, or None."""
+    # Not `network.config`. That may be a child of this name, and in diffusers it is a property with other fields.
+    return network.__dict__.get("config")
+
+
+def config_field(network: nn.Module, name: str) -> object:
+    """The field `name` of `config_of(network)`; None where the config, or its field, is not there."""
+    return field_of(config_of(network), name)
+
+
+def field_of(config: object, name: str) -> object:
+    """The field `name` of a config, which may be a dict; None where it has none."""
+    # Every kind of model has fields of its own. Some stand on the class of the config, as `model_type` does.
+    return config.get(name) if isinstance(config, dict) else getattr(config, name, None)
+
+
+def set_config_field(network: nn.Module, name: str, value: object) -> None:
+    """Set a field of `config_of(network)`, which has to be there."""
+    config = config_of(network)
+    if isinstance(config, dict):
+        config[name] = value
+    else:
+        setattr(config, name, value)
+
+
+def model_type(network: nn.Module) -> str:
+    """`config.model_type` of a model of transformers, "custom" of any other."""
+    return str(config_field(network, "model_type") or "custom")
+
+
+def text_config(network: nn.Module) -> object | None:
+    """The config of `network`; of a model that sees or hears as well, the part of it that is about text."""
+    return config_field(network, "text_config") or config_of(network)
+
+
+# -- layers and parameters
+
+
+def embed_scale(layer: nn.Module) -> float | torch.Tensor | None:
+    """The factor by which embeddings multiply what they look up (Gemma, BART); None of those that do not."""
+    return getattr(layer, "embed_scale", None)
+
+
+def is_transposed(experts: nn.Module) -> bool:
+    """Whether a module of stacked experts stores (experts, in, out); all others store (experts, out, in)."""
+    # Some classes of transformers say so. The shapes alone cannot: they may be square.
+    return bool(getattr(experts, "is_transposed", False))
+
+
+def execution_device(layer: nn.Module) -> torch.device | None:
+    """Where accelerate's hook on `layer` computes; None without a hook, or where the hook does not say."""
+    # The weights cannot tell: between calls an offloaded layer has them on `meta`.
+    hook = layer.__dict__.get("_hf_hook")
+    # Other hooks, and several in a sequence, have no device. By name: accelerate may not be installed.
+    if hook is None or all(cls.__name__ != "AlignDevicesHook" for cls in type(hook).__mro__):
+        return None
+    return None if hook.execution_device is None else torch.device(hook.execution_device)
+
+
+def patched_forwards(module: nn.Module) -> dict[str, Callable[..., object]]:
+    """The forwards that stand on the object `module` itself, by attribute; the one that the others call comes first."""
+    # A hook of accelerate keeps what it found as `_old_forward` and puts its own in front of it, as `forward`.
+    return {name: module.__dict__[name] for name in ("_old_forward", "forward") if name in module.__dict__}
+
+
+def has_cache_place(module: nn.Module) -> bool:
+    """Whether `module` knows its place among the layers (`layer_idx`), under which it finds its keys in a cache."""
+    return "layer_idx" in module.__dict__
+
+
+def full_numel(parameter: torch.Tensor) -> int:
+    """The number of elements of `parameter`; of one that DeepSpeed's ZeRO has divided, those of all its parts."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+# -- calls
+
+
+def loss_of(output: object) -> torch.Tensor | None:
+    """The loss in what a network returned; None without labels, and of a network that gives a plain tensor."""
+    return getattr(output, "loss", None)
+
+
+def accepted_by(function: Callable[..., object], options: Mapping[str, T]) -> dict[str, T]:
+    """Those of `options` that `function` has parameters for."""
+    parameters = inspect.signature(function).parameters
+    return {name: value for name, value in options.items() if name in parameters}
