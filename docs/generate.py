@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from splice.kinds.combining import Summed
 from splice.kinds.registry import Method, all_methods
 
+_HERE = Path(__file__).parent
+sys.path.insert(0, str(_HERE))
+
+from rooms import drawing  # noqa: E402  (beside this file, which is no package)
+
+_BEGIN, _END = "<!-- rooms: written by `make docs` -->", "<!-- end of rooms -->"
 _HEAD = """# Methods
 
 One row for every record in `src/splice/methods/`; written by `make docs`. Every method is loaded,
@@ -69,5 +76,13 @@ def page() -> str:
     return _HEAD + "\n".join(row(method) for method in all_methods().values()) + "\n"
 
 
+def architecture() -> str:
+    """The page of the architecture with the rooms as the imports draw them now."""
+    text = (_HERE / "architecture.md").read_text(encoding="utf-8")
+    front, _, rest = text.partition(_BEGIN)
+    return f"{front}{_BEGIN}\n\n```\n{drawing()}\n```\n\n{_END}{rest.partition(_END)[2]}"
+
+
 if __name__ == "__main__":
-    (Path(__file__).parent / "methods.md").write_text(page(), encoding="utf-8")
+    (_HERE / "methods.md").write_text(page(), encoding="utf-8")
+    (_HERE / "architecture.md").write_text(architecture(), encoding="utf-8")

@@ -31,6 +31,11 @@ def test_the_page_of_methods_is_what_the_records_say() -> None:
     assert written == generator().page(), "run `make docs`"
 
 
+def test_the_drawing_of_the_rooms_is_what_the_imports_say() -> None:
+    written = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert written == generator().architecture(), "run `make docs`"
+
+
 def test_links_between_the_documents_lead_somewhere() -> None:
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("*/*/README.md")]
     for page in (p for p in pages if ".venv" not in p.parts):

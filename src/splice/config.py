@@ -288,7 +288,7 @@ def class_of(peft_type: object, place: str) -> type[PeftConfig]:
     """
     find_methods()
     if not isinstance(peft_type, str):
-        raise CheckpointError(f"{place}: peft_type is {peft_type!r}; it must be a string such as 'LORA'")
+        raise CheckpointError(f"{place}: peft_type is {peft_type!r}; it must be the name of a method, a string")
     if peft_type in _CLASSES:
         return _CLASSES[PeftType(peft_type)]
     text = f"{place}: unknown peft_type {peft_type!r}; known are {', '.join(sorted(m.value for m in _CLASSES))}."
