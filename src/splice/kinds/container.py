@@ -6,16 +6,55 @@ in the tree (`.to`, FSDP, `load_state_dict`) exchanges those that the adapter la
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from splice.kinds.light_module import LightModule
 
 
-class Holder(LightModule):
+class Owner(Protocol):
+    """What is told that a module below it was hooked: the host of the layer."""
+
+    hooked: bool
+
+
+class _Hookable(LightModule):
+    """A module that nobody calls while nobody hooks it: the tensors in it are read where they stand.
+
+    FSDP gathers tensors, and accelerate brings them from where they are offloaded, by hooks on the module that has them. So
+    the first hook is told to the layer's host, which from then on calls the module around whatever computes with it.
+    """
+
+    # The host; None until the module stands in the tree.
+    owner: Owner | None = None
+
+    def forward(self, run: Callable[[], Any]) -> Any:
+        """Do what is computed with the tensors, with the hooks around it."""
+        return run()
+
+    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        self._tell()
+        return super().register_forward_pre_hook(*args, **kwargs)
+
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        self._tell()
+        return super().register_forward_hook(*args, **kwargs)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "forward":  # accelerate puts its own in place
+            self._tell()
+        super().__setattr__(name, value)
+
+    def _tell(self) -> None:
+        if self.owner is not None:
+            self.owner.hooked = True
+
+
+class Holder(_Hookable):
     """Tensors of one adapter, below their container; nested holders make dotted names.
 
     `bias` exists as None until it is held, so that code may ask for it as of any linear layer.
@@ -33,7 +72,7 @@ class Holder(LightModule):
         return self
 
 
-class Container(LightModule):
+class Container(_Hookable):
     """Everything of one name on one layer, by adapter name.
 
     Any string is a name here (`nn.ModuleDict` refuses dots and the names of its own methods). The train/eval mode is
@@ -84,15 +123,16 @@ class Container(LightModule):
             return super().__getattr__(name)
         except AttributeError:
             # Names of adapters may have dots, and paths are split at each: one step leads to what begins with it.
-            if any(entry.startswith(f"{name}.") for entry in self):
+            if not name.startswith("__") and any(entry.startswith(f"{name}.") for entry in self):
                 return _Below(self, f"{name}.")
             raise
 
     def __setattr__(self, name: str, value: object) -> None:
-        for registry in (self._parameters, self._buffers):  # with dots in their names too, which torch refuses
-            if name in registry and (value is None or isinstance(value, torch.Tensor)):
-                registry[name] = value  # type: ignore[assignment]
-                return
+        if value is None or isinstance(value, torch.Tensor):
+            for registry in (self._parameters, self._buffers):  # with dots in their names too, which torch refuses
+                if name in registry:
+                    registry[name] = value  # type: ignore[assignment]
+                    return
         super().__setattr__(name, value)
 
     def _load_from_state_dict(

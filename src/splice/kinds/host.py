@@ -31,6 +31,8 @@ class Host:
     added: dict[str, nn.Module] = field(default_factory=dict)
     # Whether some adapter layer shows tensors in place of the base's.
     shows: bool = False
+    # Whether somebody hooked a module that holds tensors of adapters here: then these are called.
+    hooked: bool = False
     # Whether a call has come by since it was adapted.
     reached: bool = False
     # Adapters that are in its weights now, in the order they were merged.

@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import NamedTuple
 
 from splice.checkpoint.keys import PREFIX, SHORT_PREFIX, format_key
@@ -74,7 +73,8 @@ class LayerNames(Names):
     # See `Names`; empty where the reference leaves the base's names alone.
     base: str = "base_layer."
     # Suffix -> its place, where that is not the first component of the suffix and the rest of it.
-    places: Mapping[str, Place] = field(default_factory=lambda: MappingProxyType({}))
+    # A plain dict by default: layers that have names of their own are copied and pickled with them.
+    places: Mapping[str, Place] = field(default_factory=dict)
 
     def key(self, path: str, suffix: str) -> str:
         return format_key(path, suffix)

@@ -21,6 +21,7 @@ from splice.selection import Rows
 from splice.surgery.commands import LayerCommands
 from splice.surgery.generated import Generated
 from splice.surgery.layer_attributes import AdaptedViews
+from splice.surgery.registering import called_through
 from splice.surgery.rows import add_products, split
 
 
@@ -49,7 +50,8 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
         return run(*args, **kwargs)
 
     def _outside(self, layer: AdapterLayer, inner: Forward) -> Forward:
-        return layer.wrapped(self._showing(layer, inner) if layer.shows else inner)
+        run = layer.wrapped(self._showing(layer, inner) if layer.shows else inner)
+        return called_through(layer, run) if self.splice_host.hooked else run
 
     def _showing(self, layer: AdapterLayer, inner: Forward) -> Forward:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -81,7 +83,7 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
             groups = rows.groups(x.shape[0], x.device)
         except ValueError as error:
             raise ValueError(f"{host.path}: {error}") from None
-        together, single = split(groups, host.layers)
+        together, single = split(groups, host.layers, one_by_one=host.hooked)
         if together:
             y, written = add_products(y, x, together), True
         for layer, group in single:
@@ -91,7 +93,9 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
             if not written:  # what the base gave may be its input, or kept for a backward
                 y, written = y.clone(), True
             shown = self._showing(layer, inner) if layer.shows else inner
-            y[group.index] = layer.wrapped_for(shown, group.index)(x[group.index]).to(y.dtype)
+            wrapped = layer.wrapped_for(shown, group.index)
+            wrapped = called_through(layer, wrapped) if host.hooked else wrapped
+            y[group.index] = wrapped(x[group.index]).to(y.dtype)
         return y
 
     @classmethod

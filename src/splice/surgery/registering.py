@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 from torch import nn
 
-from splice.kinds.container import Container, Holder
+from splice.kinds.container import Container, Holder, Owner
+from splice.kinds.effect import Forward
 from splice.kinds.host import Host
 from splice.kinds.layer import AdapterLayer, Home, Registered
 from splice.kinds.slot import Role
 
 
-def register(adapter: AdapterLayer, name: str, home: Home) -> None:
-    """Register the tensors of `adapter`, which is called `name`, in containers at `home`."""
+def register(adapter: AdapterLayer, name: str, home: Home, owner: Owner | None = None) -> None:
+    """Register the tensors of `adapter`, which is called `name`, in containers at `home`.
+
+    `owner` is told where somebody hooks what holds them.
+    """
     adapter.home = home
     for path, entry in adapter.entries.items():
         container = _container(home, path, adapter.training)
         if type(entry) is not Holder and entry.training is not container.training:
             entry.train(container.training)
         container._modules[name] = entry
+        for module in entry.modules() if entry._modules else (entry,):
+            module.__dict__["owner"] = owner
     for suffix, (registry, path, slot) in adapter.registered.items() if adapter.loose else ():
         if registry is not adapter.loose:
             continue
@@ -28,6 +38,7 @@ def register(adapter: AdapterLayer, name: str, home: Home) -> None:
         if is_buffer and not slot.stored:
             container._non_persistent_buffers_set.add(name)
         adapter.registered[suffix] = Registered(in_tree, name, slot)
+        container.__dict__["owner"] = owner
     adapter.loose.clear()
 
 
@@ -96,6 +107,23 @@ def _drop(home: Home, path: str, name: str) -> None:
         del registry[part]
         if registry is home.modules:
             home.added.pop(part, None)
+
+
+def called_through(adapter: AdapterLayer, run: Forward) -> Forward:
+    """`run`, called through the modules that hold the tensors of `adapter`, so that hooks on these fire around it."""
+    home = adapter.home
+    assert home is not None
+    roots = [home.added[path.partition(".")[0]] for path in sorted(_containers(adapter))]
+    holders = [module for entry in adapter.entries.values() for module in entry.modules() if isinstance(module, Holder)]
+    containers = [module for root in roots for module in root.modules() if isinstance(module, Container)]
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        step: Callable[[], Any] = partial(run, *args, **kwargs)
+        for module in (*holders, *containers):
+            step = partial(module, step)
+        return step()
+
+    return call
 
 
 def share(adapter: AdapterLayer, host: Host) -> None:

@@ -22,7 +22,7 @@ Part = tuple[Factors, "Group"]
 
 
 def split(
-    groups: Sequence[Group], layers: Mapping[str, AdapterLayer]
+    groups: Sequence[Group], layers: Mapping[str, AdapterLayer], one_by_one: bool
 ) -> tuple[list[Part], list[tuple[AdapterLayer, Group]]]:
     """The groups whose layers can be worked out together, and those that go one by one."""
     together: list[Part] = []
@@ -31,7 +31,7 @@ def split(
         layer = layers.get(group.name)
         if layer is None:
             continue
-        factors = layer.factors()
+        factors = None if one_by_one else layer.factors()
         if factors is None:
             single.append((layer, group))
         else:

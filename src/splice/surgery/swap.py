@@ -46,7 +46,7 @@ def attach(
     assert isinstance(layer, Adapted)
     host = layer.splice_host
     host.layers[name] = adapter
-    register(adapter, name, home or Home(layer._modules, host.added))
+    register(adapter, name, home or Home(layer._modules, host.added), host)
     share(adapter, host)
     host.shows |= adapter.shows
     publish(below_guard(type(layer)), adapter)

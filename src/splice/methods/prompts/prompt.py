@@ -76,8 +76,10 @@ class PromptEncoder(Holder):
         super().__init__()
         self.__dict__["layer"] = layer
 
-    def forward(self, indices: torch.Tensor | None = None, task_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """The rows `indices` of the table of virtual tokens; all, if None."""
+    def forward(self, indices: Any = None, task_ids: torch.Tensor | None = None) -> Any:
+        """The rows `indices` of the table of virtual tokens; all, if None. With a function, as every holder: its result."""
+        if callable(indices) and not isinstance(indices, torch.Tensor):
+            return indices()
         layer: PromptLayer = self.__dict__["layer"]
         return layer.table() if indices is None else F.embedding(indices, layer.table())
 
