@@ -83,7 +83,7 @@ def read_header(path: Path) -> Header:
 def _framework() -> str:
     """Which library safetensors imports as it opens a file, though no tensor is made here."""
     # torch takes a second or more to import, numpy a tenth. But torch alone is sure to be installed.
-    return "pt" if "torch" in sys.modules or importlib.util.find_spec("numpy") is None else "np"
+    return "pt" if sys.modules.get("torch") is not None or importlib.util.find_spec("numpy") is None else "np"
 
 
 def _what_it_is(path: Path, start: bytes, size: int, error: Exception) -> str:
