@@ -57,8 +57,7 @@ class _Stored(TypedDict):
 def read_header(path: Path) -> Header:
     """Read and check the header: a file whose header passes here can be read to the last byte.
 
-    What is a valid file is decided by the safetensors library itself. Checks of our own would be others than those of the
-    libraries that are to read what we write.
+    The safetensors library itself decides what a valid file is. Checks of our own could let one pass that all others refuse.
 
     Raises:
         CheckpointError: the file is damaged or no safetensors file; the message says what is wrong with it.
