@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 import splice
-from splice.loading import saving
+from splice.checkpoint.incoming import INCOMING_CONFIG
 from tests import broken
 from tests.broken import by_reference, in_fork, llama, load, output, parts
 
@@ -156,7 +156,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         model.save_pretrained(tmp_path / "out")
-    after = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir() if p.name != saving.INCOMING_CONFIG}
+    after = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir() if p.name != INCOMING_CONFIG}
     assert after == before
 
 

@@ -237,7 +237,7 @@ def parse_config(text: bytes, place: str) -> PeftConfig:
 
 
 def read_config(text: bytes, place: str) -> ReadConfig:
-    """As `parse_config`, with what was understood beyond the fields of today."""
+    """As `parse_config`, together with old fields, and with notes on values that are read otherwise than they are written."""
     fields = read_fields(text, place)
     if "peft_type" not in fields:
         what = what_config(fields)
@@ -288,7 +288,8 @@ def class_of(peft_type: object, place: str) -> type[PeftConfig]:
     """
     find_methods()
     if not isinstance(peft_type, str):
-        raise CheckpointError(f"{place}: peft_type is {peft_type!r}; it must be the name of a method, a string")
+        some = next(iter(_CLASSES)).value
+        raise CheckpointError(f"{place}: peft_type is {peft_type!r}; it must be a string such as {some!r}")
     if peft_type in _CLASSES:
         return _CLASSES[PeftType(peft_type)]
     text = f"{place}: unknown peft_type {peft_type!r}; known are {', '.join(sorted(m.value for m in _CLASSES))}."

@@ -52,7 +52,7 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_
 
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-    """Whether the tensors of these adapters are trained."""
+    """Switch the training of these adapters on or off."""
     tuner_of(model)[0].set_requires_grad(adapter_names, requires_grad)
 
 

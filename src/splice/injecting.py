@@ -69,7 +69,7 @@ def inject_adapter_in_model(
 
 
 def _of_layers(config: PeftConfig, method: Method, model: nn.Module, state_dict: Mapping[str, object]) -> PeftConfig:
-    """A copy of `config` that selects the layers which the names in `state_dict` speak of."""
+    """A copy of `config` that selects the layers for which `state_dict` has tensors."""
     rule = config.target_rule()
     if rule.target_parameters:
         raise ValueError("`state_dict` cannot be used together with `target_parameters`")

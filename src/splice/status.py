@@ -21,7 +21,7 @@ Irregular = Literal["irregular"]
 
 @dataclass
 class LayerStatus:
-    """What stands on one adapted layer."""
+    """The status of one adapted layer."""
 
     # Its path, relative to the base model's wrapper: `model.lin0`.
     name: str

@@ -29,7 +29,7 @@ class Carried(Protocol):
 
 
 class CarriedHost(Carried, Protocol):
-    """The same of an adapted layer."""
+    """What an adapted layer carries, as far as a copy asks for it."""
 
     @property
     def added(self) -> Container[str]:

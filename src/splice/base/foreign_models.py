@@ -152,7 +152,7 @@ def execution_device(layer: nn.Module) -> torch.device | None:
 
 
 def patched_forwards(module: nn.Module) -> dict[str, Callable[..., object]]:
-    """The forwards that stand on the object `module` itself, by attribute; the one that the others call comes first."""
+    """The forwards that were set on the object `module`, by attribute; the innermost comes first."""
     # A hook of accelerate keeps what it found as `_old_forward` and puts its own in front of it, as `forward`.
     return {name: module.__dict__[name] for name in ("_old_forward", "forward") if name in module.__dict__}
 

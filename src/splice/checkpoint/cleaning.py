@@ -1,7 +1,7 @@
-"""Values of a config file that say what they mean in another kind: `r: 8.0`, `lora_dropout: null`.
+"""Values of a config file that are of another type than the field, and can mean one thing: `r: 8.0`, `lora_dropout: null`.
 
-Only what has one meaning is read: a whole number written as a float, and null where the field's default is "none" or
-"off". Anything else is left as it is, for the method's own check to refuse.
+These are a whole number written as a float, and null where the field's default is "none" or "off". Anything else is left
+as it is, for the method's own check to refuse.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 
 def cleaned(values: Mapping[str, object], config_class: type) -> tuple[dict[str, object], list[str]]:
-    """`values` with their meaning spelled as `config_class` does, and a line for each that changed."""
+    """`values` in the types that the fields of `config_class` have, and a line for each value that changed."""
     # Judged by a field's default and not by its annotation: annotations are strings here, and the reference's are often
     # narrower than what it writes.
     result, notes = dict(values), []
@@ -28,7 +28,7 @@ def cleaned(values: Mapping[str, object], config_class: type) -> tuple[dict[str,
 
 
 def check_kinds(values: Mapping[str, object]) -> None:
-    """Refuse values that cannot be what fields of their name hold, in any method.
+    """Refuse a value that a field of this name cannot hold, whatever the method.
 
     Raises:
         ValueError: with the field, the value and what it should be.
@@ -43,7 +43,7 @@ def check_kinds(values: Mapping[str, object]) -> None:
 
 @dataclass(frozen=True)
 class _Rule:
-    """What fields of some names hold, in every method that has them."""
+    """A check for fields of certain names, the same in every method that has them."""
 
     # Whether the rule is for a field of this name.
     has: Callable[[str], bool]
@@ -94,7 +94,7 @@ def _meant(field: dataclasses.Field[object], value: object) -> object:
 
 
 def _meaning_of_null(field: dataclasses.Field[object]) -> Iterator[object]:
-    """What null can only mean: nothing, where the field is on or off, names a choice "none", or holds a collection."""
+    """What null means: off, of a switch; "none", of a choice; empty, of a collection. Of any other field it means nothing."""
     if field.default is False:
         yield False
     elif field.default is True and field.name.startswith("init_"):

@@ -16,7 +16,7 @@ _Arguments: TypeAlias = dict[str, Any]
 
 @dataclass(frozen=True)
 class Found:
-    """What came of asking for a file."""
+    """The answer to a request for one file."""
 
     # Where it lies now; None if the repository does not have it.
     path: Path | None
@@ -63,7 +63,8 @@ def download(repository: str, name: str, options: Mapping[str, object], commit: 
 
 
 def _in_cache(repository: str, name: str, arguments: _Arguments, commit: str | None) -> Found:
-    """A file of the cache, without any use of the network: `hf_hub_download` may ask for more than the file."""
+    """Look a file up in the cache, without any use of the network."""
+    # Not by `hf_hub_download(local_files_only=True)`, which may send a request for other things than the file.
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]

@@ -1,8 +1,7 @@
 """Files that are no adapters of this format: what they are, told by how their fields and tensors are named.
 
-Which libraries there are that write one method's adapters in a form of their own, the method knows: it registers them
-(`register_foreign`) in a file called `foreign.py`, which `find_foreign` imports without the method itself. What is known
-here belongs to no method.
+Other libraries' forms of one method's adapters are that method's business: it registers them (`register_foreign`) in a file
+of its own called `foreign.py`, and `find_foreign` imports that file without the method. Here are those of no single method.
 """
 
 from __future__ import annotations

@@ -57,8 +57,7 @@ class _Stored(TypedDict):
 def read_header(path: Path) -> Header:
     """Read and check the header: a file whose header passes here can be read to the last byte.
 
-    What is a valid file is decided by the safetensors library itself. Checks of our own would be others than those of the
-    libraries that are to read what we write.
+    The safetensors library itself decides what a valid file is. Checks of our own could let one pass that all others refuse.
 
     Raises:
         CheckpointError: the file is damaged or no safetensors file; the message says what is wrong with it.
@@ -83,7 +82,7 @@ def read_header(path: Path) -> Header:
 def _framework() -> str:
     """Which library safetensors imports as it opens a file, though no tensor is made here."""
     # torch takes a second or more to import, numpy a tenth. But torch alone is sure to be installed.
-    return "pt" if "torch" in sys.modules or importlib.util.find_spec("numpy") is None else "np"
+    return "pt" if sys.modules.get("torch") is not None or importlib.util.find_spec("numpy") is None else "np"
 
 
 def _what_it_is(path: Path, start: bytes, size: int, error: Exception) -> str:

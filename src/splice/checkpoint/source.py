@@ -33,7 +33,7 @@ class Source:
     def from_options(
         cls, location: str | os.PathLike[str], subfolder: str | None, options: Mapping[str, object]
     ) -> Source:
-        """The source that the arguments of a load name; options that a download does not understand are not for us."""
+        """The source that the arguments of a load name. `options` may hold more than a download understands."""
         return cls(os.fspath(location), subfolder, dict(options))
 
     @property

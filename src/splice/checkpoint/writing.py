@@ -54,7 +54,7 @@ def _put(folder: Path, weights: Path, tensors: Mapping[str, torch.Tensor], confi
 
 
 def _finish(folder: Path) -> None:
-    """Give the config of the weights that are in place its name, if a save has not come so far."""
+    """Finish a save that put its weights in place and not yet its config."""
     if any(is_incoming_of(folder / name) for name in (SAFETENSORS_NAME, BIN_NAME)):
         os.replace(folder / INCOMING_CONFIG, folder / CONFIG_NAME)
 
