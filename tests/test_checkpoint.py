@@ -363,6 +363,18 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
         load(folder, model)
 
 
+def test_a_file_that_is_replaced_during_the_load(tmp_path: Path) -> None:
+    """Header and tensors are of one file, whatever has its name by the time the tensors are read."""
+    first, second = parts().write(tmp_path / "first") / SAFETENSORS, tmp_path / "second"
+    expected = dict(parts().tensors)
+    weights = open_weights(first)
+    second.write_bytes(parts(seed=1, r=2).write(tmp_path / "other").joinpath(SAFETENSORS).read_bytes())
+    second.replace(first)
+    names = list(weights.entries)
+    for name, tensor in zip(names, weights.read(names)):
+        assert torch.equal(tensor, expected[name])
+
+
 # -- entries without reading
 
 

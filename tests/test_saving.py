@@ -344,11 +344,29 @@ def test_other_files_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_pickle_beside_older_safetensors(tmp_path: Path) -> None:
-    """As in the reference both stay, and a load prefers the older safetensors file: so the caller is told."""
-    model, out = load(parts().write(tmp_path / "in")), tmp_path / "out"
-    model.save_pretrained(out)
-    model.save_pretrained(out, safe_serialization=False)
-    assert set(files(out)) == {CARD, CONFIG, SAFETENSORS, BIN}
+    """What was saved last is what the next load reads. A load prefers safetensors, so the older file of these goes."""
+    old, new, out = load(parts().write(tmp_path / "old")), load(parts(seed=1).write(tmp_path / "new")), tmp_path / "out"
+    old.save_pretrained(out)
+    new.save_pretrained(out, safe_serialization=False)
+    assert set(files(out)) == {CARD, CONFIG, BIN}
+    assert torch.equal(output(load(out)), output(new))
+    old.save_pretrained(out)
+    assert torch.equal(output(load(out)), output(old))
+
+
+def test_a_crash_between_the_formats_leaves_the_old_checkpoint_or_the_new(pair: Pair, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    pair.old.save_pretrained(out)
+    total = lines_of(lambda: pair.new.save_pretrained(out, safe_serialization=False), SAVING)
+    seen = []
+    for line in range(0, total + 1, 3):
+        for file in out.iterdir():
+            file.unlink()
+        pair.old.save_pretrained(out)
+        in_fork(lambda line=line: _killed(lambda: pair.new.save_pretrained(out, False), line))
+        seen.append(pair.found_in(out))
+    assert seen == sorted(seen, key=["old", "new"].index)
+    assert set(seen) == {"old", "new"}
 
 
 def test_a_folder_of_folders_that_are_not_there(tmp_path: Path) -> None:

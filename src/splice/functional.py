@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from splice.base.dense import HALVES
+from splice.base.dtypes import HALVES
 from splice.injecting import inject_adapter_in_model as inject_adapter_in_model
 from splice.kinds.module_copy import WholeModule
 from splice.kinds.slot import Role

@@ -11,9 +11,6 @@ from splice.base.bare import bare_children
 from splice.base.foreign_models import execution_device
 from splice.base.layers import LayerKind, kind_of
 
-# Dtypes whose adapters are held in float32, unless the caller wants the base's.
-HALVES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
-
 
 def device_of(layer: nn.Module) -> torch.device:
     """Where the computation of `layer` happens: the device for what is put on it.

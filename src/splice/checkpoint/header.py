@@ -54,21 +54,25 @@ class _Stored(TypedDict):
     data_offsets: tuple[int, int]
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path, descriptor: int | None = None) -> Header:
     """Read and check the header: a file whose header passes here can be read to the last byte.
 
     The safetensors library itself decides what a valid file is. Checks of our own could let one pass that all others refuse.
+
+    Args:
+        path: of the file.
+        descriptor: the file, already open; it is read through this, whatever has the name meanwhile. It stays open.
 
     Raises:
         CheckpointError: the file is damaged or no safetensors file; the message says what is wrong with it.
     """
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder, not a file")
-    with open(path, "rb") as file:
+    with open(path if descriptor is None else descriptor, "rb", closefd=descriptor is None) as file:
         start = file.read(len(LFS_START))
         length = int.from_bytes(start[:8], "little")
         try:
-            with safe_open(path, framework=_framework()):
+            with safe_open(_name_of(file.fileno(), path), framework=_framework()):
                 pass
         except (SafetensorError, OSError, ValueError, OverflowError) as error:
             size = os.fstat(file.fileno()).st_size
@@ -77,6 +81,12 @@ def read_header(path: Path) -> Header:
         file.seek(8)
         tensors, metadata = _parse(file.read(length), path)
     return Header({name: _entry(name, value, 8 + length, path) for name, value in tensors.items()}, metadata)
+
+
+def _name_of(descriptor: int, path: Path) -> str:
+    """A name for the very file that is open: the path may be another file's by now."""
+    own = f"/dev/fd/{descriptor}"
+    return own if os.path.exists(own) else str(path)
 
 
 def _framework() -> str:

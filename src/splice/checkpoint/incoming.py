@@ -23,10 +23,15 @@ CONFIG_DIGEST = "config_sha256"
 def finished_config(config: Path) -> bytes:
     """The bytes of the config that belongs to the weights beside it: the incoming one, where a save was cut off."""
     # Reading only, never renaming: the folder may be read-only, or another process may be in the middle of its save.
-    weights = (config.parent / name for name in (SAFETENSORS_NAME, BIN_NAME))
-    first = next((path for path in weights if path.exists()), None)  # the one that a load takes
+    first = preferred_weights(config.parent)
     incoming = first is not None and is_incoming_of(first)
     return (config.parent / INCOMING_CONFIG if incoming else config).read_bytes()
+
+
+def preferred_weights(folder: Path) -> Path | None:
+    """The file of weights that a load takes from `folder`; None where there is none."""
+    weights = (folder / name for name in (SAFETENSORS_NAME, BIN_NAME))
+    return next((path for path in weights if path.exists()), None)
 
 
 def is_incoming_of(weights: Path) -> bool:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import ctypes
 import os
 import pickle
+import sys
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from splice.base.dtypes import FLOAT8
 from splice.checkpoint.foreign import LFS_START, lfs_pointer
 from splice.checkpoint.header import Entry, read_header
 from splice.errors import CheckpointError
@@ -19,7 +22,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
     "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    **FLOAT8,
 }  # fmt: skip
 # Buffers that one system call fills at most (IOV_MAX of Linux and macOS).
 _IOV_MAX = 1024
@@ -56,7 +59,13 @@ class SafetensorsFile:
     # one that is overwritten changes the model.
 
     def __init__(self, path: Path) -> None:
-        header = read_header(path)
+        if path.is_dir():
+            raise CheckpointError(f"{path} is a folder, not a file")
+        # Opened once, and read through this descriptor alone: a save that gives the file's name to another one meanwhile
+        # changes nothing of what is read here.
+        self._descriptor = os.open(path, os.O_RDONLY | _BINARY)
+        weakref.finalize(self, os.close, self._descriptor)
+        header = read_header(path, self._descriptor)
         self.path = path
         self.place = str(path)
         self.entries = header.entries
@@ -67,26 +76,40 @@ class SafetensorsFile:
         tensors = [torch.empty(entry.shape, dtype=DTYPES[entry.dtype]) for entry in entries]
         # Tensors that lie behind one another are one system call. Most adapters have hundreds of small ones.
         in_file_order = sorted(range(len(names)), key=lambda i: entries[i].offset)
-        descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            for run in _runs(in_file_order, entries):
-                self._fill([tensors[i] for i in run], entries[run[0]].offset, descriptor)
-        finally:
-            os.close(descriptor)
+        for run in _runs(in_file_order, entries):
+            self._fill([tensors[i] for i in run], entries[run[0]].offset)
         return tensors
 
-    def _fill(self, tensors: Sequence[torch.Tensor], offset: int, descriptor: int) -> None:
+    def _fill(self, tensors: Sequence[torch.Tensor], offset: int) -> None:
         """Read a run of tensors that lie behind one another, straight into their own memory."""
         # By address: `tensor.numpy()` would need numpy, and knows no bfloat16.
         buffers = [(ctypes.c_char * t.nbytes).from_address(t.data_ptr()) for t in tensors]
         targets = [memoryview(buffer).cast("B") for buffer in buffers]
         wanted = sum(map(len, targets))
         while wanted:
-            count = os.preadv(descriptor, targets, offset)
+            count = _read_into(self._descriptor, targets, offset)
             if count == 0:
                 raise CheckpointError(f"{self.path} was cut off while it was read")
             offset, wanted = offset + count, wanted - count
             targets = _behind(targets, count) if wanted else []
+
+
+if sys.platform == "win32":
+    _BINARY = os.O_BINARY
+
+    def _read_into(descriptor: int, targets: list[memoryview], offset: int) -> int:
+        """Fill the first buffer from `offset` on; gives the number of bytes. There is no call that fills several."""
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        found = os.read(descriptor, len(targets[0]))
+        targets[0][: len(found)] = found
+        return len(found)
+
+else:
+    _BINARY = 0
+
+    def _read_into(descriptor: int, targets: list[memoryview], offset: int) -> int:
+        """Fill the buffers one after the other from `offset` on; gives the number of bytes, which may be fewer."""
+        return os.preadv(descriptor, targets, offset)
 
 
 def _behind(targets: list[memoryview], count: int) -> list[memoryview]:

@@ -12,7 +12,14 @@ import torch
 
 from splice.checkpoint.files import beside, flush, write_text
 from splice.checkpoint.format import BIN_NAME, CONFIG_NAME, METADATA_KEY, SAFETENSORS_NAME
-from splice.checkpoint.incoming import CONFIG_DIGEST, INCOMING_CONFIG, INCOMING_DIGEST, digest_of, is_incoming_of
+from splice.checkpoint.incoming import (
+    CONFIG_DIGEST,
+    INCOMING_CONFIG,
+    INCOMING_DIGEST,
+    digest_of,
+    is_incoming_of,
+    preferred_weights,
+)
 
 
 def write_checkpoint(
@@ -51,11 +58,16 @@ def _put(folder: Path, weights: Path, tensors: Mapping[str, torch.Tensor], confi
         flush(new_weights)
         write_text(folder / INCOMING_CONFIG, config)
         os.replace(new_weights, weights)
+        if weights.name == BIN_NAME:
+            # A load prefers safetensors. While an older file of these is there, the old checkpoint is what the folder holds;
+            # in the moment in which it goes, the new one is.
+            (folder / SAFETENSORS_NAME).unlink(missing_ok=True)
 
 
 def _finish(folder: Path) -> None:
     """Finish a save that put its weights in place and not yet its config."""
-    if any(is_incoming_of(folder / name) for name in (SAFETENSORS_NAME, BIN_NAME)):
+    first = preferred_weights(folder)
+    if first is not None and is_incoming_of(first):
         os.replace(folder / INCOMING_CONFIG, folder / CONFIG_NAME)
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from splice.base.dense import HALVES, dtype_of
+from splice.base.dense import dtype_of
+from splice.base.dtypes import HALVES
 from splice.base.layers import LayerKind, features, kind_of
 from splice.checkpoint.types import PeftType
 from splice.kinds.additive import Additive

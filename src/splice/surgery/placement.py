@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from splice.base.dense import HALVES, dtype_of
+from splice.base.dense import dtype_of
+from splice.base.dtypes import HALVES
 from splice.config import PeftConfig
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.slot import Slot
