@@ -7,12 +7,15 @@ in the tree (`.to`, FSDP, `load_state_dict`) exchanges those that the adapter la
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import nn
 
 from splice.kinds.light_module import LightModule
+
+# What an adapter has of one name: a module with its tensors, or the tensor itself where the name ends there.
+Entry: TypeAlias = nn.Module | torch.Tensor
 
 
 class Holder(LightModule):
@@ -41,10 +44,11 @@ class Container(LightModule):
     a thousand.
     """
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> Entry:
         for registry in (self._modules, self._parameters, self._buffers):
-            if name in registry:
-                return registry[name]
+            entry = registry.get(name)
+            if entry is not None:
+                return entry
         raise KeyError(name)
 
     def __contains__(self, name: object) -> bool:
@@ -59,10 +63,10 @@ class Container(LightModule):
     def keys(self) -> list[str]:
         return list(self)
 
-    def values(self) -> list[Any]:
+    def values(self) -> list[Entry]:
         return [self[name] for name in self]
 
-    def items(self) -> list[tuple[str, Any]]:
+    def items(self) -> list[tuple[str, Entry]]:
         return [(name, self[name]) for name in self]
 
     def drop(self, name: str) -> None:
@@ -79,7 +83,7 @@ class Container(LightModule):
                     module.train(mode)
         return self
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Entry:
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -97,9 +101,9 @@ class Container(LightModule):
 
     def _load_from_state_dict(
         self,
-        state_dict: Mapping[str, Any],
+        state_dict: Mapping[str, torch.Tensor],
         prefix: str,
-        local_metadata: Any,
+        local_metadata: Mapping[str, object],
         strict: bool,
         missing_keys: list[str],
         unexpected_keys: list[str],
@@ -122,6 +126,7 @@ class _Below(LightModule):
         self._parameters.update({n[skip:]: p for n, p in container._parameters.items() if n.startswith(front)})
         self._modules.update({n[skip:]: m for n, m in container._modules.items() if n.startswith(front)})
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Entry:
         container, full = self.__dict__["_container"], self.__dict__["_front"] + name
-        return container[full] if full in container else getattr(container, full)
+        found: Entry = container[full] if full in container else getattr(container, full)
+        return found
