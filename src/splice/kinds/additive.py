@@ -21,7 +21,7 @@ class Additive(AdapterLayer):
     dropout: float = 0.0
 
     def delta(self, x: torch.Tensor) -> torch.Tensor:
-        """The unscaled update for `x`, already in the dtype of the adapter's tensors."""
+        """The unscaled update, (..., out), for `x` (..., in), which is in the dtype of the adapter's tensors already."""
         raise NotImplementedError
 
     def around(self, x: torch.Tensor, inner: Forward) -> torch.Tensor:
@@ -29,10 +29,11 @@ class Additive(AdapterLayer):
         h = self.cast_input(x)
         if self.dropout and self.training:
             h = nn.functional.dropout(h, self.dropout)
-        # The scale is folded into the sum: one kernel instead of two.
+        # The scale is folded into the sum: one kernel instead of two. The sum is made in the wider dtype and rounded once;
+        # `y + delta.to(y.dtype)` would round twice.
         out = torch.add(y, self.delta(h), alpha=self.scale)
         return out if out.dtype is y.dtype else out.to(y.dtype)
 
     def cast_input(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` in the dtype of the adapter's own tensors."""
+        """`x`, of any shape, in the dtype of the adapter's own tensors."""
         raise NotImplementedError

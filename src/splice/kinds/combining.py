@@ -5,13 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import nn
 
 from splice.config import PeftConfig
-from splice.kinds.layer import AdapterLayer
+from splice.kinds.layer import AdapterLayer, Config
 from splice.kinds.slot import Slot
 
 # The adapter layers that the adapters have on one base layer, each with its adapter's weight in the sum.
@@ -50,7 +50,7 @@ class Combine(ABC):
         """
 
     @abstractmethod
-    def config(self, united: Any, configs: Sequence[Any], how: Combination) -> PeftConfig:
+    def config(self, united: Config, configs: Sequence[Config], how: Combination) -> PeftConfig:
         """The config of the new adapter.
 
         Args:
@@ -64,9 +64,9 @@ class Combine(ABC):
 
     @abstractmethod
     def tensors(
-        self, base: nn.Module, path: str, config: PeftConfig, layers: Weighted, how: Combination
+        self, base: nn.Module, path: str, config: Config, layers: Weighted, how: Combination
     ) -> dict[str, torch.Tensor]:
-        """The tensors of the new adapter's layer on `base`, by their suffixes.
+        """The tensors of the new adapter's layer on `base`, by their suffixes, of the shapes of its slots.
 
         Raises:
             ValueError: tensors of the layers differ in shape.
@@ -83,8 +83,8 @@ class Summed(Combine):
                 "weighted sum of their tensors. Leave these arguments out."
             )
 
-    def config(self, united: Any, configs: Sequence[Any], how: Combination) -> PeftConfig:
-        return united  # type: ignore[no-any-return]
+    def config(self, united: PeftConfig, configs: Sequence[PeftConfig], how: Combination) -> PeftConfig:
+        return united
 
     def tensors(
         self, base: nn.Module, path: str, config: PeftConfig, layers: Weighted, how: Combination
@@ -98,6 +98,7 @@ class Summed(Combine):
                         f"{path}: {name} is {tuple(tensor.shape)} in one of the adapters, and would be "
                         f"{slots[name].shape}: they act on this layer in different ways, so their sum has no meaning."
                     )
+                # Each adapter's own scale is in its tensors here: such methods have no number beside them.
                 part = weight * tensor.detach()
                 result[name] = result[name] + part if name in result else part
         return result

@@ -7,13 +7,16 @@ in the tree (`.to`, FSDP, `load_state_dict`) exchanges those that the adapter la
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from splice.kinds.light_module import LightModule
+
+# What an adapter has of one name: a module with its tensors, or the tensor itself where the name ends there.
+Entry: TypeAlias = nn.Module | torch.Tensor
 
 
 class Owner(Protocol):
@@ -80,10 +83,11 @@ class Container(_Hookable):
     a thousand.
     """
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> Entry:
         for registry in (self._modules, self._parameters, self._buffers):
-            if name in registry:
-                return registry[name]
+            entry = registry.get(name)
+            if entry is not None:
+                return entry
         raise KeyError(name)
 
     def __contains__(self, name: object) -> bool:
@@ -98,10 +102,10 @@ class Container(_Hookable):
     def keys(self) -> list[str]:
         return list(self)
 
-    def values(self) -> list[Any]:
+    def values(self) -> list[Entry]:
         return [self[name] for name in self]
 
-    def items(self) -> list[tuple[str, Any]]:
+    def items(self) -> list[tuple[str, Entry]]:
         return [(name, self[name]) for name in self]
 
     def drop(self, name: str) -> None:
@@ -118,7 +122,7 @@ class Container(_Hookable):
                     module.train(mode)
         return self
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Entry:
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -137,9 +141,9 @@ class Container(_Hookable):
 
     def _load_from_state_dict(
         self,
-        state_dict: Mapping[str, Any],
+        state_dict: Mapping[str, torch.Tensor],
         prefix: str,
-        local_metadata: Any,
+        local_metadata: Mapping[str, object],
         strict: bool,
         missing_keys: list[str],
         unexpected_keys: list[str],
@@ -162,6 +166,7 @@ class _Below(LightModule):
         self._parameters.update({n[skip:]: p for n, p in container._parameters.items() if n.startswith(front)})
         self._modules.update({n[skip:]: m for n, m in container._modules.items() if n.startswith(front)})
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Entry:
         container, full = self.__dict__["_container"], self.__dict__["_front"] + name
-        return container[full] if full in container else getattr(container, full)
+        found: Entry = container[full] if full in container else getattr(container, full)
+        return found

@@ -10,7 +10,8 @@ from torch import nn
 
 from splice.selection import Rows
 
-# A call of the base layer, or of the next adapter layer in; it takes what the base layer's forward takes.
+# A call of the base layer, or of the next adapter layer in. It takes what the base layer's forward takes, and gives what
+# that gives: a tensor mostly, a tuple from attention, anything at all from a network.
 Forward: TypeAlias = Callable[..., Any]
 
 
@@ -36,20 +37,27 @@ class Effect:
     shows: bool = False
 
     def around(self, x: torch.Tensor, inner: Forward) -> Any:
-        """The adapted output for `x`. `inner` is the base layer, or the next adapter layer in."""
+        """The adapted output for `x`, of the shape and dtype that `inner` gives.
+
+        Args:
+            x: what the layer is called with: (..., in), or token ids (...) of an embedding.
+            inner: the base layer, or the next adapter layer in.
+        """
         return inner(x)
 
     def wrapped(self, inner: Forward) -> Forward:
         """`around` as a function of the base layer's own arguments."""
+        # A new function at every call of the layer. One that is kept would have to be thrown away whenever the selection,
+        # what is merged, or the base's own forward changes.
         around = self.around
         return lambda x: around(x, inner)
 
     def wrapped_for(self, inner: Forward, rows: torch.Tensor) -> Forward:
-        """`wrapped` for these rows of a batch alone, which are all that it is called with."""
+        """`wrapped` for these rows of a batch alone, which are all that it is called with; `rows` (n) says which."""
         return self.wrapped(inner)
 
     @classmethod
-    def wrapped_rows(cls, layers: Mapping[str, Any], rows: Rows, inner: Forward) -> Forward | None:
+    def wrapped_rows(cls, layers: Mapping[str, Effect], rows: Rows, inner: Forward) -> Forward | None:
         """`wrapped` for a batch with an adapter for each row, of methods for which rows cannot be taken one by one.
 
         Args:
@@ -64,7 +72,7 @@ class Effect:
         return None
 
     def shown(self, base: nn.Module) -> dict[str, torch.Tensor]:
-        """Tensors that take the place of the base's own of the same name while `base` computes."""
+        """Tensors that take the place of the base's own of the same name, and have its shape, while `base` computes."""
         return {}
 
     def conflict(self, other: Effect) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -18,8 +18,9 @@ class InputTransform(AdapterLayer):
     first_outside: ClassVar[bool] = True
 
     def transform(self, x: torch.Tensor) -> torch.Tensor:
-        """The input that the base layer gets, of the shape and dtype of `x`."""
+        """The input that the base layer gets in the place of `x`, (..., in), and of its shape and dtype."""
         raise NotImplementedError
 
-    def around(self, x: torch.Tensor, inner: Forward) -> Any:
-        return inner(self.transform(x))
+    def around(self, x: torch.Tensor, inner: Forward) -> torch.Tensor:
+        y: torch.Tensor = inner(self.transform(x))
+        return y

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+# Taken from a module of this torch, and not written down: the names change from one version to the next.
 _PRISTINE = dict(nn.Module().__dict__)
 
 
@@ -31,7 +32,7 @@ class _MadeWhenAsked:
     def __init__(self, name: str, kind: type) -> None:
         self.name, self.kind = name, kind
 
-    def __get__(self, module: nn.Module | None, owner: type) -> Any:
+    def __get__(self, module: nn.Module | None, owner: type) -> object:
         return self if module is None else module.__dict__.setdefault(self.name, self.kind())
 
 
@@ -49,6 +50,7 @@ class LightModule(nn.Module):
             state[name] = kind()
 
     def __setattr__(self, name: str, value: Any) -> None:
+        # By the exact class: one look into a set, where `isinstance` would try five classes in turn.
         if type(value) in _PLAIN:
             object.__setattr__(self, name, value)
         else:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import TypeVar
 
 from torch import nn
 
@@ -13,8 +13,11 @@ from splice.config import TargetRule
 
 ALL_LINEAR = "all-linear"
 
+# What a pattern gives to a layer: a rank, an alpha.
+V = TypeVar("V")
 
-def value_for(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
+
+def value_for(pattern: Mapping[str, V], path: str, default: V) -> V:
     """The value of the first key of `pattern` that matches the module at `path`, else `default`.
 
     A key is a regular expression for the end of the path, from a dot on; `^` anchors it to the whole path.
@@ -80,7 +83,7 @@ class TargetMatcher:
         return found is not None and int(found["index"]) in self.layers
 
 
-def _name_test(names: Iterable[str] | str | None) -> Any:
+def _name_test(names: Iterable[str] | str | None) -> Callable[[str], bool]:
     if names is None:
         return lambda path: False
     if isinstance(names, str):

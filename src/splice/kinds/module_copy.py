@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -11,19 +10,22 @@ from torch import nn
 from splice.base.bare import bare_copy, own_tensors
 from splice.config import PeftConfig
 from splice.kinds.effect import Effect, Forward
-from splice.kinds.layer import AdapterLayer, Registered
+from splice.kinds.layer import AdapterLayer
 from splice.kinds.names import CopyNames
 from splice.kinds.slot import Role, Slot
+from splice.kinds.tensors import Registered, Registry
 
 
 class WholeModule(AdapterLayer):
     """A trained copy of a module, used in its place while the adapter is selected.
 
-    The copy is made around the tensors it is given: nothing is copied only to be overwritten.
+    The copy is made around the tensors it is given: nothing is copied only to be overwritten. A class of such copies says
+    how their tensors are called.
     """
 
-    names: CopyNames = CopyNames("modules_to_save", "original_module.")
+    names: CopyNames
     mergeable = True
+    # The base has its own tensors to keep, so the copy goes on computing in its place.
     stays_merged = True
     module: nn.Module
 
@@ -37,7 +39,7 @@ class WholeModule(AdapterLayer):
     ) -> None:
         super().__init__(base, config, path, slots, {})
         own, front = dict(own_tensors(base)), self.names.front
-        memo: dict[int, Any] = {}
+        memo: dict[int, object] = {}
         for suffix, tensor in tensors.items():
             original = own[suffix.removeprefix(front)]
             given = type(tensor) is nn.Parameter or not isinstance(original, nn.Parameter)
@@ -46,7 +48,7 @@ class WholeModule(AdapterLayer):
         for suffix in tensors:
             parent, _, leaf = suffix.removeprefix(front).rpartition(".")
             holder = self.module.get_submodule(parent)
-            registry: dict[str, Any] = holder._parameters if leaf in holder._parameters else holder._buffers
+            registry: Registry = holder._parameters if leaf in holder._parameters else holder._buffers
             self.registered[suffix] = Registered(registry, leaf, slots[suffix])
         self.prepare_copy()
 
@@ -54,7 +56,7 @@ class WholeModule(AdapterLayer):
         """Work out what follows from the copy."""
 
     @classmethod
-    def slots(cls, base: nn.Module, config: Any, path: str) -> dict[str, Slot]:
+    def slots(cls, base: nn.Module, config: PeftConfig, path: str) -> dict[str, Slot]:
         if isinstance(base, (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)):
             raise TypeError(f"modules_to_save cannot be applied to {path!r}: a {type(base).__name__} has no forward")
         return {
@@ -67,12 +69,12 @@ class WholeModule(AdapterLayer):
         }
 
     @classmethod
-    def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: Any) -> None:
+    def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: PeftConfig) -> None:
         own = dict(own_tensors(base, cls.names.front))
         for name, tensor in tensors.items():
             tensor.copy_(own[name].detach())
 
-    def around(self, x: Any, inner: Forward) -> Any:
+    def around(self, x: torch.Tensor, inner: Forward) -> object:
         return self.module(x)
 
     def wrapped(self, inner: Forward) -> Forward:
@@ -91,3 +93,9 @@ class WholeModule(AdapterLayer):
 
     def conflict(self, other: Effect) -> str:
         return "both replace it with a copy of their own" if isinstance(other, WholeModule) else ""
+
+
+class SavedModule(WholeModule):
+    """A copy that `modules_to_save` asks for."""
+
+    names = CopyNames("modules_to_save", "original_module.")

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar, cast
 
 from torch import nn
 
-from splice.config import PeftConfig
 from splice.kinds.adapters import Adapters, layers_of
-from splice.kinds.layer import AdapterLayer
-from splice.kinds.module_copy import WholeModule
+from splice.kinds.effect import Forward
+from splice.kinds.layer import AdapterLayer, Config
+from splice.kinds.module_copy import SavedModule, WholeModule
 
 
 class NetworkLayer(AdapterLayer):
     """What one adapter puts on the call of the network, or of the part of it that takes what the adapter brings."""
 
     # The adapter layer for modules that such an adapter saves whole.
-    head: ClassVar[type[WholeModule]] = WholeModule
+    head: ClassVar[type[WholeModule]] = SavedModule
     # Whether positions that the caller gives are worked out anew.
     drops_positions: ClassVar[bool] = False
 
     @classmethod
-    def place(cls, network: nn.Module, config: Any) -> str:
+    def place(cls, network: nn.Module, config: Config) -> str:
         """Path of the module whose call it acts on.
 
         Raises:
@@ -31,16 +30,14 @@ class NetworkLayer(AdapterLayer):
         raise NotImplementedError
 
     @classmethod
-    def for_training(cls, config: PeftConfig) -> type[NetworkLayer]:
+    def for_training(cls, config: Config) -> type[NetworkLayer]:
         """The class of a new adapter that is to be trained, where more is trained than a checkpoint holds."""
         return cls
 
     @classmethod
-    def generate_of(cls, adapters: Adapters) -> Callable[..., Any]:
+    def generate_of(cls, adapters: Adapters) -> Forward:
         """`generate` of the network, for encoder-decoders: these call their encoder without calling the network."""
-        network: Any = adapters.model
-        generate: Callable[..., Any] = network.generate
-        return generate
+        return cast("Forward", adapters.model.generate)
 
 
 def network_layers(adapters: Adapters) -> dict[str, NetworkLayer]:

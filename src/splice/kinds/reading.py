@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import nn
 
 from splice.checkpoint.header import Entry
 from splice.checkpoint.tensors import Weights
 from splice.config import PeftConfig
+from splice.kinds.layer import Config
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Reader(Protocol):
     """One of the ways in which adapters of a method were written before."""
 
     def __call__(
-        self, checkpoint: Checkpoint, config: Any, network: nn.Module, modules: Mapping[str, nn.Module], /
+        self, checkpoint: Checkpoint, config: Config, network: nn.Module, modules: Mapping[str, nn.Module], /
     ) -> Reading | None:
         """What the checkpoint means; None where it is not written in this way.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from splice.discovery import find_methods
 from splice.errors import UnsupportedLayerError
 from splice.kinds.adapters import Adapters
 from splice.kinds.combining import Combine
-from splice.kinds.layer import AdapterLayer
+from splice.kinds.layer import AdapterLayer, Config
 from splice.kinds.network import NetworkLayer
 from splice.kinds.reading import Reader
 from splice.kinds.shared import SharedTensors
@@ -25,15 +25,15 @@ from splice.kinds.shared import SharedTensors
 _METHODS: dict[PeftType, Method] = {}
 
 
-def _nothing_to_check(config: Any) -> None:
+def _nothing_to_check(config: PeftConfig) -> None:
     return None
 
 
-def _as_it_is(config: Any, network: nn.Module, modules: Mapping[str, nn.Module]) -> Any:
+def _as_it_is(config: PeftConfig, network: nn.Module, modules: Mapping[str, nn.Module]) -> PeftConfig:
     return config
 
 
-def _nothing_to_note(config: Any) -> list[str]:
+def _nothing_to_note(config: PeftConfig) -> list[str]:
     return []
 
 
@@ -41,7 +41,7 @@ class UnchangedBase(Protocol):
     """How an adapter whose initialisation took something out of the base becomes one for the base as it was."""
 
     def __call__(
-        self, config: Any, tensors: Mapping[str, torch.Tensor], before: Mapping[str, torch.Tensor], place: str
+        self, config: Config, tensors: Mapping[str, torch.Tensor], before: Mapping[str, torch.Tensor], place: str
     ) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
         """Its config and its tensors.
 
@@ -100,13 +100,13 @@ class Method:
     prefix: str
     tensor_names: frozenset[str]
     layers: Mapping[LayerKind, type[AdapterLayer]] = field(default_factory=lambda: MappingProxyType({}))
-    variant: Callable[[Any, LayerKind], type[AdapterLayer] | None] | None = None
+    variant: Callable[[Config, LayerKind], type[AdapterLayer] | None] | None = None
     other_layer: type[AdapterLayer] | None = None
     parameters_layer: type[AdapterLayer] | None = None
     network_layer: type[NetworkLayer] | None = None
     shared: type[SharedTensors] | None = None
-    tuner_methods: Mapping[str, Callable[..., Any]] = field(default_factory=lambda: MappingProxyType({}))
-    tuner_views: Mapping[str, Callable[[Adapters], Any]] = field(default_factory=lambda: MappingProxyType({}))
+    tuner_methods: Mapping[str, Callable[..., object]] = field(default_factory=lambda: MappingProxyType({}))
+    tuner_views: Mapping[str, Callable[[Adapters], object]] = field(default_factory=lambda: MappingProxyType({}))
     loss_term: Callable[[Adapters, str], torch.Tensor] | None = None
     default_targets: Mapping[str, list[str] | str] = field(default_factory=lambda: MappingProxyType({}))
     find_targets: Callable[[nn.Module, Mapping[str, nn.Module]], str] | None = None
@@ -115,13 +115,13 @@ class Method:
     exclusive: bool = False
     combine: Combine | None = None
     readings: tuple[Reader, ...] = ()
-    restated: Callable[[Any, nn.Module, Mapping[str, nn.Module]], PeftConfig] = _as_it_is
+    restated: Callable[[Config, nn.Module, Mapping[str, nn.Module]], PeftConfig] = _as_it_is
     for_unchanged_base: UnchangedBase | None = None
     tags: tuple[str, ...] = ()
     outdated_names: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-    check: Callable[[Any], None] = _nothing_to_check
-    loading_notes: Callable[[Any], list[str]] = _nothing_to_note
-    check_beside: Callable[[Any, Mapping[str, Any]], None] | None = None
+    check: Callable[[Config], None] = _nothing_to_check
+    loading_notes: Callable[[Config], list[str]] = _nothing_to_note
+    check_beside: Callable[[Config, Mapping[str, PeftConfig]], None] | None = None
     exports: tuple[type, ...] = ()
     paper: str = ""
     summary: str = ""

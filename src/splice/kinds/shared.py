@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
-from splice.kinds.layer import AdapterLayer
+from splice.kinds.layer import AdapterLayer, Config
 from splice.kinds.names import Names, SharedNames
 from splice.kinds.slot import Slot
 
@@ -24,6 +24,6 @@ class SharedTensors(AdapterLayer):
     repeated_on_layers: ClassVar[bool] = False
 
     @classmethod
-    def shared_slots(cls, targets: Sequence[tuple[str, nn.Module]], config: Any) -> dict[str, Slot]:
+    def shared_slots(cls, targets: Sequence[tuple[str, nn.Module]], config: Config) -> dict[str, Slot]:
         """Every tensor, by suffix, for these targets (path, base layer)."""
         raise NotImplementedError

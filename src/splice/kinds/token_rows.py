@@ -10,36 +10,43 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import ClassVar, Protocol, cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from splice.base.asking import asked
 from splice.base.bare import original_class
-from splice.base.layers import LayerKind, features, kind_of
+from splice.base.foreign_models import embed_scale
+from splice.base.layers import LayerKind, features, kind_of, padding_row
 from splice.config import PeftConfig
 from splice.errors import UnsupportedLayerError
 from splice.kinds.casting import check_values
 from splice.kinds.effect import Effect, Forward
-from splice.kinds.file_form import FileForm
-from splice.kinds.layer import AdapterLayer, Held
+from splice.kinds.file_form import FileForm, Stored
+from splice.kinds.layer import AdapterLayer
 from splice.kinds.names import LayerNames, Place
 from splice.kinds.original import original_tensor, tensor_in_use
 from splice.kinds.slot import Slot
+from splice.kinds.tensors import Held
+
+
+class NamesRows(Protocol):
+    """What a layer with trained rows asks of its config, which may be that of a method."""
+
+    # Which rows, in the order of the tensor.
+    token_indices: list[int]
+    # Whether they start as the base's own; otherwise at random.
+    init_weights: bool
 
 
 @dataclass
 class RowsConfig(PeftConfig):
-    """What a layer with trained rows asks for.
+    """The config of rows beside the layers of another method, whose own config names their tokens in one of its fields."""
 
-    Attributes:
-        token_indices: which rows, in the order of the tensor.
-        init_weights: whether they start as the base's own; otherwise at random.
-    """
-
+    # See `NamesRows`.
     token_indices: list[int] = field(default_factory=list)
+    # See `NamesRows`.
     init_weights: bool = True
 
 
@@ -47,13 +54,11 @@ _KINDS = (LayerKind.EMBEDDING, LayerKind.LINEAR)
 
 
 class TokenRows(AdapterLayer):
-    """The rows (n, dim) of n tokens, on an embedding (vocabulary, dim) or a linear layer with weight (vocabulary, dim).
-
-    Its config has `token_indices`, and `init_weights`: whether the rows start as the base's own.
-    """
+    """The rows (n, dim) of n tokens, on an embedding (vocabulary, dim) or a linear layer with weight (vocabulary, dim)."""
 
     mergeable = True
-    suffix: ClassVar[str] = "trainable_tokens_delta"
+    # Of the tensor with the rows.
+    suffix: ClassVar[str]
     # Worked out from the indices: which tokens, in order, and the row of each.
     sorted_tokens = Held()
     row_of = Held()
@@ -64,7 +69,7 @@ class TokenRows(AdapterLayer):
         return self.tensor(self.suffix)
 
     @classmethod
-    def slots(cls, base: nn.Module, config: Any, path: str) -> dict[str, Slot]:
+    def slots(cls, base: nn.Module, config: NamesRows, path: str) -> dict[str, Slot]:
         kind = kind_of(base)
         if kind not in _KINDS:
             raise UnsupportedLayerError(
@@ -75,7 +80,7 @@ class TokenRows(AdapterLayer):
         check_indices(config.token_indices, count, path)
         return {cls.suffix: Slot((len(config.token_indices), dim))}
 
-    def prepare(self, base: nn.Module, config: Any, path: str) -> None:
+    def prepare(self, base: nn.Module, config: NamesRows, path: str) -> None:
         self.tokens = tuple(config.token_indices)
         # Of a token that is named twice the last row counts.
         rows = {token: row for row, token in enumerate(self.tokens)}
@@ -84,12 +89,13 @@ class TokenRows(AdapterLayer):
         self.keep("sorted_tokens", torch.tensor(ordered, device=device))
         self.keep("row_of", torch.tensor([rows[token] for token in ordered], device=device))
         self.is_linear = kind_of(base) is LayerKind.LINEAR
-        self.padding_row = rows.get(vars(base).get("padding_idx"))
+        padding = padding_row(base)
+        self.padding_row = None if padding is None else rows.get(padding)
         self.shows = self.shows or not _is_plain(base)
 
     @classmethod
     @torch.no_grad()
-    def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: Any) -> None:
+    def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: NamesRows) -> None:
         rows = tensors[cls.suffix]
         if not config.init_weights:
             nn.init.normal_(rows)
@@ -98,8 +104,8 @@ class TokenRows(AdapterLayer):
         assert weight is not None
         rows.copy_(weight[torch.tensor(config.token_indices, device=weight.device)])
 
-    def around(self, x: torch.Tensor, inner: Forward) -> Any:
-        y = inner(x)
+    def around(self, x: torch.Tensor, inner: Forward) -> torch.Tensor:
+        y: torch.Tensor = inner(x)
         check_values(self.rows, y)
         rows = self.rows.to(y.dtype)
         if self.is_linear:
@@ -108,10 +114,11 @@ class TokenRows(AdapterLayer):
             found = F.linear(x, chosen, None if bias is None else bias[self.sorted_tokens])
             return y.index_copy(-1, self.sorted_tokens, found.to(y.dtype))
         ids = x.long()
+        # Not a table with an entry for each token of the vocabulary: it would be as long as that on every such layer.
         place = torch.searchsorted(self.sorted_tokens, ids).clamp(max=len(self.sorted_tokens) - 1)
         hit = self.sorted_tokens[place] == ids
         found = F.embedding(self.row_of[place], rows, self.padding_row)
-        scale = _embed_scale(self.base)
+        scale = embed_scale(self.base)
         if scale is not None:
             found = found * (scale.to(found.dtype) if isinstance(scale, torch.Tensor) else scale)
         return torch.where(hit.unsqueeze(-1), found, y)
@@ -120,8 +127,8 @@ class TokenRows(AdapterLayer):
         return inner if self.shows else super().wrapped(inner)  # the host calls it with the rows in place
 
     def shown(self, base: nn.Module) -> dict[str, torch.Tensor]:
-        # As an attribute: another adapter may show a weight of its own.
-        return {**super().shown(base), **self.replaced({"weight": base.weight})}  # type: ignore[dict-item]
+        # As an attribute, not from `_parameters`: another adapter may show a weight of its own.
+        return {**super().shown(base), **self.replaced({"weight": cast("torch.Tensor", base.weight)})}
 
     def replaced(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         weight = tensors["weight"]
@@ -143,12 +150,19 @@ class TokenRows(AdapterLayer):
 class OfLeader(FileForm):
     """Only the layer whose rows others share is in a checkpoint."""
 
-    def to_file(self, layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    def to_file(self, layer: Stored) -> Iterator[tuple[str, torch.Tensor]]:
+        assert isinstance(layer, TokenRows)
         yield from () if layer.leader else layer.named_slots()
 
 
+class TrainedRows(TokenRows):
+    """Rows that are all of an adapter."""
+
+    suffix = "trainable_tokens_delta"
+
+
 class TokenRowsBeside(TokenRows):
-    """The same beside the layers of another method (`trainable_token_indices`)."""
+    """Rows beside the layers of another method (`trainable_token_indices`)."""
 
     suffix = "token_adapter.trainable_tokens_delta"
     names = LayerNames(
@@ -173,16 +187,12 @@ def check_indices(indices: Sequence[int], count: int, path: str) -> None:
             )
 
 
-def _embed_scale(base: Any) -> Any:
-    # Some models multiply what they look up (Gemma, BART).
-    return asked(base, "embed_scale")
-
-
-def _is_plain(base: Any) -> bool:
+def _is_plain(base: nn.Module) -> bool:
     """Whether the layer's rows can be put in place one by one, and not only by calling it with another weight."""
-    cls: Any = original_class(base)
-    if kind_of(base) is LayerKind.LINEAR:
+    # By the forward itself: a subclass that changes nothing in it is as plain as its parent.
+    cls = original_class(base)
+    if not isinstance(base, nn.Embedding):
         return cls.forward is nn.Linear.forward
     if base.max_norm is not None or base.scale_grad_by_freq or base.sparse:
         return False
-    return cls.forward is nn.Embedding.forward or _embed_scale(base) is not None
+    return cls.forward is nn.Embedding.forward or embed_scale(base) is not None

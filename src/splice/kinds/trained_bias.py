@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import nn
 
+from splice.config import PeftConfig
 from splice.kinds.effect import Forward
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.names import BIAS_CONTAINER, LayerNames, Names, Place
@@ -29,14 +29,15 @@ class BiasOnly(AdapterLayer):
 
     names: Names = _BiasNames("", MappingProxyType({_SUFFIX: Place(BIAS_CONTAINER, "")}))
     mergeable = True
+    # Shown and not added to the output: a layer may use its bias in another way, or read it without calling anything.
     shows = True
 
     @classmethod
-    def slots(cls, base: nn.Module, config: Any, path: str) -> dict[str, Slot]:
+    def slots(cls, base: nn.Module, config: PeftConfig, path: str) -> dict[str, Slot]:
         return {_SUFFIX: bias_slot(base)}
 
     @classmethod
-    def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: Any) -> None:
+    def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: PeftConfig) -> None:
         copy_bias(tensors[_SUFFIX], base)
 
     @property
@@ -57,7 +58,7 @@ class BiasOnly(AdapterLayer):
 def bias_slot(base: nn.Module) -> Slot:
     """The slot of a trained bias of `base`: as the base's own, whatever the adapter's other tensors are."""
     bias = base._parameters["bias"]
-    assert bias is not None
+    assert bias is not None  # the plan asks only for layers that have one
     return Slot(tuple(bias.shape), dtype=bias.dtype)
 
 

@@ -4,53 +4,56 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from splice.base.layers import LayerKind, kind_of
+from splice.base.layers import LayerKind, kind_of, pads_with_zeros
 from splice.kinds.additive import Additive
 from splice.kinds.casting import cast_to
+from splice.kinds.convolution import as_convolution, convolve
+from splice.kinds.layer import Config
 
-_CONVOLUTIONS = {LayerKind.CONV1D: F.conv1d, LayerKind.CONV2D: F.conv2d, LayerKind.CONV3D: F.conv3d}
+# (input, weight) -> output.
+Operation: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def operation_of(base: Any) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def operation_of(base: nn.Module) -> Operation:
     """What `base` computes of its input and a weight, (out, in) if it is linear; without bias."""
-    kind = kind_of(base)
-    if kind in (LayerKind.LINEAR, LayerKind.TRANSPOSED_LINEAR):
+    # Not the base's own forward with another weight in place: that adds the bias, and other threads may be in it.
+    if kind_of(base) in (LayerKind.LINEAR, LayerKind.TRANSPOSED_LINEAR):
         return F.linear
-    if kind is LayerKind.EMBEDDING:
+    if isinstance(base, nn.Embedding):
         return partial(F.embedding, padding_idx=base.padding_idx)
-    assert kind is not None
-    return partial(
-        _CONVOLUTIONS[kind], stride=base.stride, padding=base.padding, dilation=base.dilation, groups=base.groups
-    )
+    conv = as_convolution(base)
+    return partial(convolve(conv), stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups)
 
 
 class WeightDelta(Additive):
     """The kind `y + op(x, scale * update)`, where `op` is the base layer's own operation without its bias."""
 
-    def prepare(self, base: nn.Module, config: Any, path: str) -> None:
+    def prepare(self, base: nn.Module, config: Config, path: str) -> None:
         self.operation = operation_of(base)
         # The operation pads with zeros; where the base does not, the update is no change of its weight.
-        self.mergeable = vars(base).get("padding_mode", "zeros") == "zeros"
+        self.mergeable = pads_with_zeros(base)
         weight = base._parameters["weight"]
         assert weight is not None
         linear = kind_of(base) is LayerKind.TRANSPOSED_LINEAR
         self.shape = tuple(weight.shape[::-1] if linear else weight.shape)
 
     def update(self) -> torch.Tensor:
-        """The unscaled update in the shape of the dense weight, (out, in) or (out, in / groups, *kernel)."""
+        """The unscaled update in the shape of the dense weight: (out, in) or (out, in / groups, *kernel)."""
         raise NotImplementedError
 
     def dropped(self, update: torch.Tensor) -> torch.Tensor:
-        """`update` as it is used in training, where a method drops parts of it."""
+        """`update` as it is used in training, and in its shape, where a method drops parts of it."""
         return update
 
     def delta(self, x: torch.Tensor) -> torch.Tensor:
+        # One product with the whole update, and not one with each factor: these methods have no two factors that would be
+        # cheaper to go through.
         update = self.dropped(self.update()) if self.training else self.update()
         return self.operation(cast_to(x, update), update)
 

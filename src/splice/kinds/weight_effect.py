@@ -12,6 +12,7 @@ class WeightEffect:
     """The effect on weights. Most methods supply `delta_weight`; the rest follows from it.
 
     The order of a merge: a trained bias is put in place, then `replaced`, then `deltas` are added.
+    Tensors come and go by their names on the base layer, each in the shape of the base's own.
     """
 
     # Whether it is a change of the layer's tensors at all; it may depend on the layer.
@@ -34,11 +35,14 @@ class WeightEffect:
         return {name: delta for name, delta in found.items() if delta is not None}
 
     def delta_weight(self, weight: torch.Tensor) -> torch.Tensor | None:
-        """What merging adds to the dense `weight`, (out, in) for linear layers; None where it cannot be merged."""
+        """What merging adds to the dense `weight`, and in its shape; None where it cannot be merged.
+
+        (out, in) for linear layers, however they store it; (vocabulary, dim), or (out, in / groups, *kernel).
+        """
         return None
 
     def delta_bias(self) -> torch.Tensor | None:
-        """What merging adds to the base bias; None for nothing."""
+        """What merging adds to the base bias, (out); None for nothing."""
         return None
 
     def replaced(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ from splice.checkpoint.keys import format_key
 from splice.checkpoint.tensors import DTYPES
 from splice.config import PeftConfig, TargetRule, copy_config
 from splice.errors import UnsupportedLayerError
-from splice.kinds.module_copy import WholeModule
+from splice.kinds.module_copy import SavedModule
 from splice.kinds.names import BIAS
 from splice.kinds.network import NetworkLayer
 from splice.kinds.reading import Checkpoint
@@ -116,7 +116,7 @@ def lay_out(
         placements += [Placement.of(path, modules[path], method.parameters_layer, config) for path in owners]
     whole = _saved_whole(rule, modules)
     _check_apart(whole, placements)
-    placements += [Placement.of(path, base, WholeModule, config) for path, base in whole]
+    placements += [Placement.of(path, base, SavedModule, config) for path, base in whole]
     placements += token_rows(config, tied.embeddings, modules, placements)
     following = followers(tied, method, config, placements, modules)
     biases = config.trained_biases()
@@ -185,7 +185,7 @@ def _written_twice(placements: Sequence[Placement], biases: str) -> frozenset[st
     """With `bias="all"` the reference also writes the biases of whole modules under their names in its memory."""
     if biases != "all":
         return frozenset()
-    whole = [(p.path, suffix) for p in placements if p.layer_class is WholeModule for suffix in p.slots]
+    whole = [(p.path, suffix) for p in placements if p.layer_class is SavedModule for suffix in p.slots]
     return frozenset(
         format_key(path, f"{where}.{suffix}")
         for path, suffix in whole
@@ -220,7 +220,7 @@ def _with_biases(placements: list[Placement], modules: Mapping[str, nn.Module], 
     """`placements` with a slot for every bias that the adapter trains."""
     if bias == "none":
         return placements
-    whole = tuple(p.path for p in placements if p.layer_class is WholeModule)
+    whole = tuple(p.path for p in placements if p.layer_class is SavedModule)
     adapted = {p.path: p for p in placements}
     result = []
     for path, module in modules.items():

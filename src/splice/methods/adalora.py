@@ -11,23 +11,24 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from splice.base.layers import LayerKind, features, kind_of
+from splice.base.layers import LayerKind, features, kind_of, pads_with_zeros
 from splice.checkpoint.types import PeftType
 from splice.config import PeftConfig
 from splice.errors import warn
 from splice.kinds.adapters import Adapters, layers_of
 from splice.kinds.additive import Additive
 from splice.kinds.casting import cast_to
-from splice.kinds.file_form import FileForm
-from splice.kinds.layer import Held
+from splice.kinds.convolution import as_convolution
+from splice.kinds.file_form import FileForm, Stored
 from splice.kinds.registry import Method, register
 from splice.kinds.slot import Role, Slot
+from splice.kinds.tensors import Held
 from splice.kinds.weight_delta import operation_of
 from splice.methods.default_targets import ADALORA_TARGETS
 from splice.methods.lora.config import LoraConfig
@@ -94,9 +95,9 @@ class AdaLoraConfig(LoraConfig):
 
 
 def _check(config: AdaLoraConfig) -> None:
-    for name in ("beta1", "beta2"):
-        if not 0 < vars(config)[name] < 1:
-            raise ValueError(f"`{name}` should lie between 0 and 1, got {vars(config)[name]}")
+    for name, beta in (("beta1", config.beta1), ("beta2", config.beta2)):
+        if not 0 < beta < 1:
+            raise ValueError(f"`{name}` should lie between 0 and 1, got {beta}")
 
 
 def _check_beside(config: AdaLoraConfig, others: Mapping[str, PeftConfig]) -> None:
@@ -112,7 +113,8 @@ def _check_beside(config: AdaLoraConfig, others: Mapping[str, PeftConfig]) -> No
 class WithoutPruned(FileForm):
     """A checkpoint holds the ranks that are left, once the budget has been allocated."""
 
-    def to_file(self, layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    def to_file(self, layer: Stored) -> Iterator[tuple[str, torch.Tensor]]:
+        assert isinstance(layer, AdaLora)
         kept = None if layer.kept is None else torch.tensor(layer.kept, device=layer.lora_E.device)
         for name, tensor in layer.named_slots():
             if kept is None or not name.startswith("lora_"):
@@ -121,8 +123,8 @@ class WithoutPruned(FileForm):
                 yield name, tensor.detach()[:, kept] if name == "lora_B" else tensor.detach()[kept]
 
 
-class AdaLoraLayer(Additive):
-    """AdaLoRA on a linear layer, stored either way round."""
+class AdaLora(Additive):
+    """What AdaLoRA on every kind of layer shares: A (r, in), E (r, 1) and B (out, r), and their importance in training."""
 
     lora_A, lora_E, lora_B = Held("lora_A"), Held("lora_E"), Held("lora_B")
     numbers = MappingProxyType({**Additive.numbers, "lora_alpha": "lora_alpha"})
@@ -140,10 +142,6 @@ class AdaLoraLayer(Additive):
         if pattern is not None:
             r = sum(map(bool, pattern))
         return {"lora_A": Slot((r, size_in)), "lora_E": Slot((r, 1)), "lora_B": Slot((size_out, r))}
-
-    @classmethod
-    def resolved(cls, base: nn.Module, config: AdaLoraConfig) -> dict[str, Any]:
-        return {"fan_in_fan_out": kind_of(base) is LayerKind.TRANSPOSED_LINEAR}
 
     def prepare(self, base: nn.Module, config: AdaLoraConfig, path: str) -> None:
         # The scale stays that of the initial rank, whatever is left of it.
@@ -174,51 +172,61 @@ class AdaLoraLayer(Additive):
     def cast_input(self, x: torch.Tensor) -> torch.Tensor:
         return cast_to(x, self.lora_A)
 
-    def delta(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(F.linear(x, self.scaled_A()), self.lora_B)
-
-    def delta_weight(self, weight: torch.Tensor) -> torch.Tensor | None:
-        return self.scale * product(self.lora_B, self.scaled_A())
-
     def orthogonality(self) -> Iterator[torch.Tensor]:
         """How far A and B are from having orthonormal rows and columns."""
         for matrix in (self.lora_A, self.lora_B.T):
             yield torch.linalg.matrix_norm(matrix @ matrix.T - torch.eye(len(matrix)).to(matrix))
 
 
-class AdaLoraConv(AdaLoraLayer):
-    """AdaLoRA on a two-dimensional convolution, as an update of its weight."""
+class AdaLoraLayer(AdaLora):
+    """AdaLoRA on a linear layer, stored either way round."""
 
     @classmethod
-    def slots(cls, base: Any, config: AdaLoraConfig, path: str) -> dict[str, Slot]:
-        if base.groups != 1:
+    def resolved(cls, base: nn.Module, config: AdaLoraConfig) -> dict[str, object]:
+        return {"fan_in_fan_out": kind_of(base) is LayerKind.TRANSPOSED_LINEAR}
+
+    def delta(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.linear(x, self.scaled_A()), self.lora_B)
+
+    def delta_weight(self, weight: torch.Tensor) -> torch.Tensor | None:
+        return self.scale * product(self.lora_B, self.scaled_A())
+
+
+class AdaLoraConv(AdaLora):
+    """AdaLoRA on a two-dimensional convolution, as an update of its weight: A is (r, in * height * width)."""
+
+    @classmethod
+    def slots(cls, base: nn.Module, config: AdaLoraConfig, path: str) -> dict[str, Slot]:
+        conv = as_convolution(base)
+        if conv.groups != 1:
             raise ValueError(
-                f"{path}: AdaLoRA is not defined on a Conv2d with groups (here {base.groups}). Leave it out of the targets."
+                f"{path}: AdaLoRA is not defined on a Conv2d with groups (here {conv.groups}). Leave it out of the targets."
             )
         found = super().slots(base, config, path)
         r, size_in = found["lora_A"].shape
-        return {**found, "lora_A": Slot((r, size_in * math.prod(base.kernel_size)))}
+        return {**found, "lora_A": Slot((r, size_in * math.prod(conv.kernel_size)))}
 
-    def prepare(self, base: Any, config: AdaLoraConfig, path: str) -> None:
+    def prepare(self, base: nn.Module, config: AdaLoraConfig, path: str) -> None:
         super().prepare(base, config, path)
-        self.operation, self.shape = operation_of(base), tuple(base.weight.shape)
+        self.operation, self.shape = operation_of(base), as_convolution(base).weight.shape
         # The operation pads with zeros; where the base does not, the update is no change of its weight.
-        self.mergeable = base.padding_mode == "zeros"
+        self.mergeable = pads_with_zeros(base)
 
     def delta(self, x: torch.Tensor) -> torch.Tensor:
         return self.operation(x, (self.lora_B @ self.scaled_A()).view(self.shape))
 
     def delta_weight(self, weight: torch.Tensor) -> torch.Tensor | None:
-        found = super().delta_weight(weight)
-        return None if found is None else found.view(self.shape)
+        return self.scale * product(self.lora_B, self.scaled_A()).view(self.shape)
 
 
 def _orthogonality(adapters: Adapters, name: str) -> torch.Tensor:
     """What keeps A and B close to being orthogonal, so that E holds what counts."""
-    layers = list(layers_of(adapters, [name], AdaLoraLayer).values())
+    layers = list(layers_of(adapters, [name], AdaLora).values())
+    config = adapters.peft_config[name]
+    assert isinstance(config, AdaLoraConfig)
+    # On one device: the layers of a network that is spread over several are on as many.
     found = torch.stack([value.to(layers[0].lora_A.device) for layer in layers for value in layer.orthogonality()])
-    weight: float = adapters.peft_config[name].orth_reg_weight  # type: ignore[attr-defined]
-    return weight * found.mean()
+    return config.orth_reg_weight * found.mean()
 
 
 # -- the budget: the importance of a value is the running mean of |value * gradient|, times how much that varies; that of a
@@ -236,11 +244,13 @@ def update_and_allocate(adapters: Adapters, global_step: int) -> None:
         ValueError: no AdaLoRA adapter is in training.
         RuntimeError: there are no gradients.
     """
-    name = next((n for n, config in adapters.peft_config.items() if not config.inference_mode), None)
-    if name is None:
+    # By the class: adapters of other methods may be in training beside it.
+    ours = {name: config for name, config in adapters.peft_config.items() if isinstance(config, AdaLoraConfig)}
+    name, config = next(((n, c) for n, c in ours.items() if not c.inference_mode), ("", None))
+    if config is None:
         raise ValueError("`update_and_allocate` needs an adapter in training: load it with `is_trainable=True`")
-    config: Any = adapters.peft_config[name]
-    layers = layers_of(adapters, [name], AdaLoraLayer)
+    assert config.total_step is not None
+    layers = layers_of(adapters, [name], AdaLora)
     last = config.total_step - config.tfinal
     with torch.no_grad():
         if global_step < last:
@@ -258,7 +268,7 @@ def update_and_allocate(adapters: Adapters, global_step: int) -> None:
                 layer.importance = {}
 
 
-def _update_importance(layers: dict[str, AdaLoraLayer], config: AdaLoraConfig) -> None:
+def _update_importance(layers: dict[str, AdaLora], config: AdaLoraConfig) -> None:
     """Follow the importance of every tensor by one step; raises RuntimeError where no tensor has a gradient."""
     seen = False
     for layer in layers.values():
@@ -276,7 +286,7 @@ def _update_importance(layers: dict[str, AdaLoraLayer], config: AdaLoraConfig) -
         )
 
 
-def _budget(layers: dict[str, AdaLoraLayer], config: AdaLoraConfig, step: int) -> tuple[int, bool]:
+def _budget(layers: dict[str, AdaLora], config: AdaLoraConfig, step: int) -> tuple[int, bool]:
     """How many ranks the whole model has at this step, and whether they are allocated anew."""
     assert config.total_step is not None
     start, end = sum(len(layer.lora_A) for layer in layers.values()), config.target_r * len(layers)
@@ -288,9 +298,11 @@ def _budget(layers: dict[str, AdaLoraLayer], config: AdaLoraConfig, step: int) -
     return int((start - end) * left**3 + end), step % config.deltaT == 0
 
 
-def _allocate(layers: dict[str, AdaLoraLayer], config: AdaLoraConfig, count: int) -> None:
+def _allocate(layers: dict[str, AdaLora], config: AdaLoraConfig, count: int) -> None:
     """Set the least important ranks to zero, all but `count` of the whole model, and write down which are left."""
     scores = {path: _scores(layer) for path, layer in layers.items()}
+    # On the CPU, since layers may be on several devices; and by a threshold, as in the reference: of ranks that are equally
+    # important at the threshold all go, so that fewer than `count` may be left.
     ordered = torch.cat([score.cpu() for score in scores.values()]).sort().values
     gone = len(ordered) - count
     threshold = ordered[gone - 1] if gone > 0 else None
@@ -306,7 +318,7 @@ def _allocate(layers: dict[str, AdaLoraLayer], config: AdaLoraConfig, count: int
     config.rank_pattern = pattern
 
 
-def _scores(layer: AdaLoraLayer) -> torch.Tensor:
+def _scores(layer: AdaLora) -> torch.Tensor:
     """(r): the importance of each rank."""
     if not layer.importance:
         return torch.zeros_like(layer.lora_E[:, 0])
@@ -314,7 +326,7 @@ def _scores(layer: AdaLoraLayer) -> torch.Tensor:
     return e[:, 0] + a.mean(1) + b.mean(0)
 
 
-def _prune(layer: AdaLoraLayer, kept: tuple[bool, ...]) -> None:
+def _prune(layer: AdaLora, kept: tuple[bool, ...]) -> None:
     layer.lora_E.mul_(torch.tensor(kept, device=layer.lora_E.device)[:, None])
 
 

@@ -11,16 +11,16 @@ import re
 from dataclasses import dataclass, field
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from splice.base.layers import LayerKind, features, kind_of
 from splice.checkpoint.types import PeftType
-from splice.kinds.layer import Held
 from splice.kinds.registry import Method, register
 from splice.kinds.slot import Slot
+from splice.kinds.tensors import Held
 from splice.kinds.weight_delta import WeightDelta
 from splice.methods.default_targets import LORA_TARGETS
 from splice.methods.targeted import TargetedConfig, check_positive
@@ -96,7 +96,7 @@ class FourierFTLayer(WeightDelta):
         return {"fourierft_spectrum": Slot((count,))}
 
     @classmethod
-    def resolved(cls, base: nn.Module, config: FourierFTConfig) -> dict[str, Any]:
+    def resolved(cls, base: nn.Module, config: FourierFTConfig) -> dict[str, object]:
         return {"fan_in_fan_out": kind_of(base) is LayerKind.TRANSPOSED_LINEAR}
 
     def prepare(self, base: nn.Module, config: FourierFTConfig, path: str) -> None:

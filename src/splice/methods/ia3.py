@@ -11,19 +11,21 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
 
-from splice.base.layers import LayerKind, features, kind_of
+from splice.base.layers import LayerKind, features, kernel_size, kind_of
 from splice.checkpoint.types import PeftType
 from splice.kinds.casting import cast_to
 from splice.kinds.combining import Summed
+from splice.kinds.convolution import as_convolution
 from splice.kinds.effect import Forward
-from splice.kinds.layer import AdapterLayer, Held
+from splice.kinds.layer import AdapterLayer
 from splice.kinds.registry import Method, register
 from splice.kinds.slot import Slot
+from splice.kinds.tensors import Held
 from splice.methods.default_targets import IA3_FEEDFORWARD, IA3_TARGETS
 from splice.methods.targeted import TargetedConfig
 
@@ -74,22 +76,13 @@ def scales_input(config: IA3Config, path: str) -> bool:
     return path.endswith(tuple(names or ()))
 
 
-class IA3Layer(AdapterLayer):
-    """(IA)³ on a linear layer, stored either way round; the vector is (out, 1), or (1, in) where it scales the input."""
+class IA3(AdapterLayer):
+    """What (IA)³ on every kind of layer shares: the vector l, and what it multiplies."""
 
     mergeable = True
     ia3_l = Held()
 
-    @classmethod
-    def slots(cls, base: nn.Module, config: IA3Config, path: str) -> dict[str, Slot]:
-        size_in, size_out = features(base)
-        return {"ia3_l": Slot((1, size_in) if scales_input(config, path) else (size_out, 1))}
-
-    @classmethod
-    def resolved(cls, base: nn.Module, config: IA3Config) -> dict[str, Any]:
-        return {"fan_in_fan_out": kind_of(base) is LayerKind.TRANSPOSED_LINEAR}
-
-    def prepare(self, base: Any, config: IA3Config, path: str) -> None:
+    def prepare(self, base: nn.Module, config: IA3Config, path: str) -> None:
         self.is_feedforward = scales_input(config, path)
         self.keeps_input = not self.is_feedforward
         self.scales_bias = not self.is_feedforward and base._parameters.get("bias") is not None
@@ -99,11 +92,14 @@ class IA3Layer(AdapterLayer):
         (nn.init.ones_ if config.init_ia3_weights else nn.init.normal_)(tensors["ia3_l"])
 
     def scaled(self, x: torch.Tensor) -> torch.Tensor:
-        """An input or output of the layer with its features scaled, in its own dtype."""
-        return (cast_to(x, self.ia3_l) * self.ia3_l.flatten()).to(x.dtype)
+        """`x`, an input or output of the layer, with its features scaled, in its own dtype."""
+        raise NotImplementedError
 
-    def around(self, x: torch.Tensor, inner: Forward) -> Any:
-        return inner(self.scaled(x)) if self.is_feedforward else self.scaled(inner(x))
+    def around(self, x: torch.Tensor, inner: Forward) -> torch.Tensor:
+        if not self.is_feedforward:
+            return self.scaled(inner(x))
+        y: torch.Tensor = inner(self.scaled(x))
+        return y
 
     @property
     def changed_names(self) -> tuple[str, ...]:
@@ -115,26 +111,41 @@ class IA3Layer(AdapterLayer):
         return {**found, "bias": tensors["bias"] * change.flatten()} if self.scales_bias else found
 
     def for_weight(self, vector: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """The vector in a shape that multiplies `weight`."""
+        """`vector`, of the shape of l, in one that multiplies `weight`: (out, in), or (out, in / groups, *kernel)."""
+        raise NotImplementedError
+
+
+class IA3Layer(IA3):
+    """(IA)³ on a linear layer, stored either way round; the vector is (out, 1), or (1, in) where it scales the input."""
+
+    @classmethod
+    def slots(cls, base: nn.Module, config: IA3Config, path: str) -> dict[str, Slot]:
+        size_in, size_out = features(base)
+        return {"ia3_l": Slot((1, size_in) if scales_input(config, path) else (size_out, 1))}
+
+    @classmethod
+    def resolved(cls, base: nn.Module, config: IA3Config) -> dict[str, object]:
+        return {"fan_in_fan_out": kind_of(base) is LayerKind.TRANSPOSED_LINEAR}
+
+    def scaled(self, x: torch.Tensor) -> torch.Tensor:
+        return (cast_to(x, self.ia3_l) * self.ia3_l.flatten()).to(x.dtype)
+
+    def for_weight(self, vector: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return vector
 
 
-class IA3Conv(IA3Layer):
+class IA3Conv(IA3):
     """(IA)³ on a convolution: one factor for every channel, (1, channels, 1, 1)."""
 
     @classmethod
-    def slots(cls, base: Any, config: IA3Config, path: str) -> dict[str, Slot]:
+    def slots(cls, base: nn.Module, config: IA3Config, path: str) -> dict[str, Slot]:
         size_in, size_out = features(base)
         channels = size_in if scales_input(config, path) else size_out
-        return {"ia3_l": Slot((1, channels, *(1,) * len(base.kernel_size)))}
+        return {"ia3_l": Slot((1, channels, *(1,) * len(kernel_size(base))))}
 
-    @classmethod
-    def resolved(cls, base: nn.Module, config: IA3Config) -> dict[str, Any]:
-        return {}
-
-    def prepare(self, base: Any, config: IA3Config, path: str) -> None:
+    def prepare(self, base: nn.Module, config: IA3Config, path: str) -> None:
         super().prepare(base, config, path)
-        self.groups = base.groups
+        self.groups = as_convolution(base).groups
 
     def scaled(self, x: torch.Tensor) -> torch.Tensor:
         # Without its first dimension, so that it multiplies an input without a batch as well.

@@ -43,7 +43,8 @@ class TunedModule(WholeModule):
     names = CopyNames("ln_tuning_layers", "base_layer.", "ln_tuning_layers.")
 
     def prepare_copy(self) -> None:
-        # A layer with nothing but parameters of its own, as norms are, can hold those of the copy.
+        # A layer with nothing but parameters of its own, as norms are, can hold those of the copy. Of any other the copy
+        # stays in its place: buffers and modules below cannot be put back without a copy of the base's.
         self.stays_merged = bool(self.module._modules or self.module._buffers)
 
     @property

@@ -9,16 +9,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar, TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import nn
 
 from splice.base.layers import LayerKind
 from splice.checkpoint.types import PeftType
-from splice.kinds.layer import Held
 from splice.kinds.registry import Method, register
 from splice.kinds.slot import Slot
+from splice.kinds.tensors import Held
 from splice.methods.default_targets import LORA_TARGETS
 from splice.methods.lycoris import LycorisLayer, check, core_shape, draw, product, rank_of, sizes
 from splice.methods.targeted import TargetedConfig
@@ -87,13 +87,15 @@ class LoHaLayer(LycorisLayer):
 
     def update(self) -> torch.Tensor:
         core1, core2 = self.find("hada_t1"), self.find("hada_t2")
-        one, two = (self.hada_w1_a, self.hada_w1_b, core1), (self.hada_w2_a, self.hada_w2_b, core2)
+        a1, b1, a2, b2 = self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b
         if core1 is None or core2 is None or not torch.is_grad_enabled():
-            return (product(*one) * product(*two)).reshape(self.shape)
+            return (product(a1, b1, core1) * product(a2, b2, core2)).reshape(self.shape)
+        one, two = (a1, b1, core1), (a2, b2, core2)
         return (_as_trained(one, two) * _as_trained(two, one)).reshape(self.shape)
 
 
-_Factors: TypeAlias = tuple[torch.Tensor, torch.Tensor, Any]
+# (r, out), (r, in) and the core (r, r, *kernel).
+_Factors: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def _as_trained(own: _Factors, other: _Factors) -> torch.Tensor:

@@ -6,12 +6,13 @@ Yeh et al., "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
 
-from splice.base.layers import features
+from splice.base.layers import features, kernel_size
+from splice.kinds.convolution import as_convolution
 from splice.kinds.effect import Forward
 from splice.kinds.matching import value_for
 from splice.kinds.weight_delta import WeightDelta
@@ -40,14 +41,13 @@ def check(config: LycorisConfig) -> None:
 
 
 def rank_of(config: LycorisConfig, path: str) -> int:
-    return int(value_for(config.rank_pattern, path, config.r))
+    return value_for(config.rank_pattern, path, config.r)
 
 
-def sizes(base: Any) -> tuple[int, int, tuple[int, ...]]:
+def sizes(base: nn.Module) -> tuple[int, int, tuple[int, ...]]:
     """(in, out, kernel) of the weight; of a convolution, `in` is that of one group. A linear layer has no kernel."""
-    size_in, size_out = features(base)
-    kernel = vars(base).get("kernel_size", ())
-    return (size_in // base.groups if kernel else size_in), size_out, tuple(kernel)
+    (size_in, size_out), kernel = features(base), kernel_size(base)
+    return (size_in // as_convolution(base).groups if kernel else size_in), size_out, kernel
 
 
 def core_shape(config: LycorisConfig, rank: int, kernel: tuple[int, ...]) -> tuple[int, ...] | None:

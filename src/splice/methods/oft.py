@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from splice.base.layers import LayerKind, features, kind_of
 from splice.checkpoint.types import PeftType
 from splice.errors import CheckpointError, PeftWarning, warn
 from splice.kinds.casting import cast_to
+from splice.kinds.convolution import as_convolution
 from splice.kinds.effect import Forward
 from splice.kinds.input_transform import InputTransform
 from splice.kinds.layer import AdapterLayer
@@ -110,8 +111,7 @@ class OFTConfig(TargetedConfig):
 
 
 def _check(config: OFTConfig) -> None:
-    for name in ("r", "oft_block_size"):
-        value = vars(config)[name]
+    for name, value in (("r", config.r), ("oft_block_size", config.oft_block_size)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise ValueError(f"`{name}` should be a whole number of at least 0 but the value passed is {value!r}")
     if not isinstance(config.init_weights, bool):
@@ -127,19 +127,20 @@ def blocks(size: int, config: OFTConfig) -> tuple[int, int]:
     return count, size // count
 
 
-class OFTLayer(InputTransform):
-    """OFT on a linear layer."""
+class OFT(InputTransform):
+    """What OFT on every kind of layer shares."""
 
+    # Suffix of the trained tensor.
     tensor_name: ClassVar[str] = "oft_R.weight"
 
     @classmethod
-    def size(cls, base: Any, path: str = "") -> int:
-        """How many values are rotated together.
+    def size(cls, base: nn.Module, path: str) -> int:
+        """How many values of the layer at `path` are rotated together.
 
         Raises:
             ValueError: the layer cannot be adapted.
         """
-        return features(base)[0]
+        raise NotImplementedError
 
     @classmethod
     def slots(cls, base: nn.Module, config: OFTConfig, path: str) -> dict[str, Slot]:
@@ -147,7 +148,7 @@ class OFTLayer(InputTransform):
         return {cls.tensor_name: Slot((1 if config.block_share else count, block * (block - 1) // 2))}
 
     @classmethod
-    def resolved(cls, base: nn.Module, config: OFTConfig) -> dict[str, Any]:
+    def resolved(cls, base: nn.Module, config: OFTConfig) -> dict[str, object]:
         return {"fan_in_fan_out": False} if kind_of(base) is LayerKind.LINEAR else {}
 
     def prepare(self, base: nn.Module, config: OFTConfig, path: str) -> None:
@@ -158,13 +159,14 @@ class OFTLayer(InputTransform):
 
     @classmethod
     def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: OFTConfig) -> None:
-        count, block = blocks(cls.size(base), config)
+        count, block = blocks(cls.size(base, ""), config)
         name, wanted, used = (
             ("oft_block_size", config.oft_block_size, block) if config.oft_block_size else ("r", config.r, count)
         )
         if wanted != used:  # a checkpoint's own shapes say so already
             warn(f"Invalid `{name}` ({wanted})! Adjusted `{name}` to ({used}).")
         (values,) = tensors.values()
+        # Q = 0 makes R the identity, in the exact form and in the series alike.
         nn.init.zeros_(values) if config.init_weights else nn.init.normal_(values, std=0.1)
 
     def values(self) -> torch.Tensor:
@@ -194,6 +196,7 @@ class OFTLayer(InputTransform):
         return self.rotated(own, self.rotation()).to(x.dtype)
 
     def delta_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        # x is a row: `(x R) W^T = x (W R^T)^T`, so the merged weight is W R^T.
         rotation = self.rotation().mT.to(torch.promote_types(weight.dtype, torch.float32))
         wide = weight.to(rotation.dtype)
         return self.rotated(wide.flatten(1), rotation).view_as(wide) - wide
@@ -214,7 +217,15 @@ class OFTLayer(InputTransform):
         own.copy_(torch.where(norm > radius, own * (radius / norm), own))
 
 
-class OFTEmbedding(OFTLayer):
+class OFTLayer(OFT):
+    """OFT on a linear layer."""
+
+    @classmethod
+    def size(cls, base: nn.Module, path: str) -> int:
+        return features(base)[0]
+
+
+class OFTEmbedding(OFT):
     """OFT on an embedding: what was looked up is rotated, so the first of several adapters is the innermost."""
 
     tensor_name = "oft_embedding_R.weight"
@@ -222,10 +233,10 @@ class OFTEmbedding(OFTLayer):
     first_outside = False
 
     @classmethod
-    def size(cls, base: Any, path: str = "") -> int:
+    def size(cls, base: nn.Module, path: str) -> int:
         return features(base)[1]
 
-    def around(self, x: torch.Tensor, inner: Forward) -> Any:
+    def around(self, x: torch.Tensor, inner: Forward) -> torch.Tensor:
         return self.transform(inner(x))
 
     def delta_weight(self, weight: torch.Tensor) -> torch.Tensor:
@@ -234,7 +245,7 @@ class OFTEmbedding(OFTLayer):
         return self.rotated(wide, rotation) - wide
 
 
-class OFTConv(OFTLayer):
+class OFTConv(OFT):
     """OFT on a two-dimensional convolution.
 
     With a kernel of one pixel its channels are rotated. With a larger one the reference takes the image apart into
@@ -244,22 +255,23 @@ class OFTConv(OFTLayer):
     """
 
     @classmethod
-    def size(cls, base: Any, path: str = "") -> int:
-        kernel = base.kernel_size
-        if base.dilation[0] > 1:
+    def size(cls, base: nn.Module, path: str) -> int:
+        conv = as_convolution(base)
+        kernel = conv.kernel_size
+        if conv.dilation[0] > 1:
             raise ValueError(
                 f"{path}: Conv2d with dilation > 1 is not supported by OFT; exclude it with `exclude_modules`."
             )
-        if base.groups > 1 or kernel[0] != kernel[1]:
+        if conv.groups > 1 or kernel[0] != kernel[1]:
             raise ValueError(
-                f"{path}: OFT is not defined on a Conv2d with groups (here {base.groups}) or with a kernel that is no square "
+                f"{path}: OFT is not defined on a Conv2d with groups (here {conv.groups}) or with a kernel that is no square "
                 f"(here {kernel}); exclude it with `exclude_modules`."
             )
-        return int(base.in_channels * kernel[0] ** 2)
+        return conv.in_channels * kernel[0] ** 2
 
-    def prepare(self, base: Any, config: OFTConfig, path: str) -> None:
+    def prepare(self, base: nn.Module, config: OFTConfig, path: str) -> None:
         super().prepare(base, config, path)
-        self.kernel = base.kernel_size[0]
+        self.kernel = as_convolution(base).kernel_size[0]
         self.merges_exactly = self.kernel == 1
 
     def transform(self, x: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from splice.base.embeddings import input_embeddings
 from splice.base.layers import LayerKind
 from splice.checkpoint.types import PeftType
 from splice.kinds.registry import Method, register
-from splice.kinds.token_rows import TokenRows, check_indices
+from splice.kinds.token_rows import TrainedRows, check_indices
 from splice.methods.targeted import TargetedConfig
 
 
@@ -52,7 +52,7 @@ METHOD = register(
         config=TrainableTokensConfig,
         prefix="trainable_tokens_",
         tensor_names=frozenset({"trainable_tokens_delta"}),
-        layers=MappingProxyType(dict.fromkeys((LayerKind.EMBEDDING, LayerKind.LINEAR), TokenRows)),
+        layers=MappingProxyType(dict.fromkeys((LayerKind.EMBEDDING, LayerKind.LINEAR), TrainedRows)),
         find_targets=_input_embeddings,
         follows_ties=True,
         check=_check,

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -23,10 +23,10 @@ from splice.base.layers import LayerKind, features, kind_of
 from splice.checkpoint.types import PeftType
 from splice.kinds.additive import Additive
 from splice.kinds.casting import cast_to
-from splice.kinds.layer import Held
 from splice.kinds.registry import Method, register
 from splice.kinds.shared import SharedTensors
 from splice.kinds.slot import Role, Slot
+from splice.kinds.tensors import Held
 from splice.methods.default_targets import LORA_TARGETS
 from splice.methods.targeted import TargetedConfig, check_positive
 
@@ -109,7 +109,7 @@ class VeraLayer(Additive):
         return {"vera_lambda_b": Slot((features(base)[1],)), "vera_lambda_d": Slot((config.r,))}
 
     @classmethod
-    def resolved(cls, base: nn.Module, config: VeraConfig) -> dict[str, Any]:
+    def resolved(cls, base: nn.Module, config: VeraConfig) -> dict[str, object]:
         return {"fan_in_fan_out": kind_of(base) is LayerKind.TRANSPOSED_LINEAR}
 
     def prepare(self, base: nn.Module, config: VeraConfig, path: str) -> None:
@@ -129,9 +129,12 @@ class VeraLayer(Additive):
 
     def projections(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A (r, in) and B (out, r), on the device of this layer and in its dtype."""
-        shared: Any = self.shared[0]
+        (shared,) = self.shared
+        assert isinstance(shared, VeraProjections)
         size_in, size_out = self.sizes
         own = self.vera_lambda_d
+        # Cut and moved at every call, not once: a cut that is kept would be a second copy on every layer, and a layer on
+        # another device than A and B would go on with what it had when these are loaded anew.
         return shared.vera_A[:, :size_in].to(own), shared.vera_B[:size_out].to(own)
 
     def cast_input(self, x: torch.Tensor) -> torch.Tensor:

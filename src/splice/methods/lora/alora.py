@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
 
+from splice.base.foreign_models import field_of, uses_checkpointing
+from splice.config import PeftConfig
 from splice.errors import PeftWarning, warn
 from splice.kinds.adapters import Adapters
 from splice.kinds.call import Call, ReadsCall
@@ -75,8 +76,7 @@ class AloraLinear(ReadsCall, OnLinear):
 
     def prepare(self, base: nn.Module, config: LoraConfig, path: str) -> None:
         super().prepare(base, config, path)
-        assert config.alora_invocation_tokens is not None
-        self.tokens: Tokens = tuple(config.alora_invocation_tokens)
+        self.tokens = _tokens_of(config)
 
     @classmethod
     def call_context(cls, adapters: Adapters, names: Sequence[str], call: Call) -> AbstractContextManager[None]:
@@ -122,6 +122,11 @@ class AloraLinear(ReadsCall, OnLinear):
         return found
 
 
+def _tokens_of(config: PeftConfig) -> Tokens:
+    assert isinstance(config, LoraConfig) and config.alora_invocation_tokens is not None
+    return tuple(config.alora_invocation_tokens)
+
+
 @contextmanager
 def _invoked(adapters: Adapters, names: Sequence[str], call: Call) -> Iterator[None]:
     """Inside, the adapters `names` know where they were invoked by the tokens of the call."""
@@ -132,8 +137,7 @@ def _invoked(adapters: Adapters, names: Sequence[str], call: Call) -> Iterator[N
         return
     if call.generates and _beams(adapters, call) > 1:
         raise ValueError("aLoRA does not support beam search (`num_beams` > 1): rows change places between steps.")
-    wanted: dict[str, Any] = {name: adapters.peft_config[name] for name in names}
-    tokens = {tuple(config.alora_invocation_tokens) for config in wanted.values()}
+    tokens = {_tokens_of(adapters.peft_config[name]) for name in names}
     length = ids.shape[-1] if ids is not None else max((offset or 0) for offset in given)
     if given is not None:
         starts = torch.tensor([length if offset is None else length - min(offset, length) for offset in given])
@@ -142,9 +146,9 @@ def _invoked(adapters: Adapters, names: Sequence[str], call: Call) -> Iterator[N
         assert ids is not None
         rows = ids.reshape(-1, length)
         found = {sequence: _starts(rows, sequence) for sequence in tokens}
-    network: Any = adapters.model
-    again = adapters.training and torch.is_grad_enabled() and bool(network.__dict__.get("config"))
-    recomputed = again and bool(network.is_gradient_checkpointing)
+    # In training alone: the question walks through all modules.
+    again = adapters.training and torch.is_grad_enabled()
+    recomputed = again and uses_checkpointing(adapters.model.modules())
     token = _of_this_call.set(Invocations(length, found, recomputed))
     try:
         yield
@@ -164,12 +168,12 @@ def _starts(rows: torch.Tensor, tokens: Tokens) -> torch.Tensor:
 
 
 def _beams(adapters: Adapters, call: Call) -> int:
-    network: Any = adapters.model
-    configs = [call.options.get("generation_config"), network.generation_config]
-    for holder in (call.options, *(vars(config) for config in configs if config is not None)):
-        if holder.get("num_beams") is not None:
-            return int(holder["num_beams"])
-    return 1
+    given = (
+        call.options.get("num_beams"),
+        field_of(call.options.get("generation_config"), "num_beams"),
+        field_of(adapters.model.generation_config, "num_beams"),
+    )
+    return next((beams for beams in given if isinstance(beams, int)), 1)
 
 
 def _warn_off() -> None:

@@ -8,7 +8,6 @@ that reaches D is that of one.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -34,7 +33,8 @@ class LoraAttention(OnLinear):
     shows = True
 
     @classmethod
-    def slots(cls, base: Any, config: LoraConfig, path: str) -> dict[str, Slot]:
+    def slots(cls, base: nn.Module, config: LoraConfig, path: str) -> dict[str, Slot]:
+        assert isinstance(base, nn.MultiheadAttention)
         if not base._qkv_same_embed_dim:
             raise UnsupportedLayerError(f"{path}: LoRA on attention needs keys and values of the dimension of queries")
         if not isinstance(base.out_proj, nn.Linear):
@@ -49,7 +49,7 @@ class LoraAttention(OnLinear):
         return {f"{path}.{_OUT}": LoraOutProjection}
 
     @classmethod
-    def resolved(cls, base: nn.Module, config: LoraConfig) -> dict[str, Any]:
+    def resolved(cls, base: nn.Module, config: LoraConfig) -> dict[str, object]:
         return {}
 
     def wrapped(self, inner: Forward) -> Forward:
@@ -93,6 +93,7 @@ class LoraOutProjection(OnLinear):
 
     def delta_weight(self, weight: torch.Tensor) -> torch.Tensor | None:
         delta = super().delta_weight(weight)
+        # Twice the value, once the gradient: see above.
         return None if delta is None else delta + delta.detach()
 
 

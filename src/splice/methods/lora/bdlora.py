@@ -7,7 +7,7 @@ below the other. A part that is not cut is LoRA's own.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from splice.base.layers import features
 from splice.kinds.slot import Slot
 from splice.methods.lora.config import LoraConfig
 from splice.methods.lora.layers import OnLinear, product
+from splice.methods.lora.subconfigs import BdLoraConfig, options_of
 
 
 class BdLoraLinear(OnLinear):
@@ -26,13 +27,14 @@ class BdLoraLinear(OnLinear):
     blocks: tuple[int, int]
 
     @staticmethod
-    def blocks_of(config: Any, path: str) -> tuple[int, int]:
+    def blocks_of(config: LoraConfig, path: str) -> tuple[int, int]:
         """How many blocks A and B have on this layer.
 
         Raises:
             ValueError: both have, or neither though the config is strict.
         """
-        options = config.use_bdlora
+        options = options_of(config.use_bdlora, BdLoraConfig)
+        # Anywhere in the path, as in the reference: a name may stand in the middle of another.
         in_a, in_b = (
             any(part in path for part in named or ())
             for named in (options.target_modules_bd_a, options.target_modules_bd_b)
@@ -82,7 +84,7 @@ class BdLoraLinear(OnLinear):
         return found if bias is None else found + bias
 
     def own_update(self) -> torch.Tensor:
-        block_diag: Any = torch.block_diag
+        block_diag: Callable[..., torch.Tensor] = torch.block_diag  # which has no types
         wide = [block_diag(*factor.chunk(count)) for factor, count in zip((self.a, self.b), self.blocks)]
         return self.scale * product(wide[1], wide[0])
 

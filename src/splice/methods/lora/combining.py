@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from splice.errors import warn
 from splice.kinds.combining import Combination, Combine, Weighted
+from splice.kinds.layer import AdapterLayer
 from splice.kinds.slot import Slot
 from splice.methods.lora.config import LoraConfig, with_rank
 from splice.methods.lora.layers import LowRank
@@ -43,8 +43,10 @@ class _Part:
         return self.scale * self.b @ self.a
 
 
-def _part(layer: Any, weight: float) -> _Part:
+def _part(layer: AdapterLayer, weight: float) -> _Part:
+    assert isinstance(layer, LowRank)
     tensors = dict(layer.named_slots())
+    # In float32: there is no decomposition in half precision, and sums would be rounded at every step.
     a, b = (tensors[name].detach().flatten(1).float() for name in layer.factor_names)
     return _Part(a, b, float(layer.scale), weight)
 
@@ -156,9 +158,10 @@ class CombinedFactors(Combine):
         return with_rank(united, _new_rank(configs, how))
 
     def tensors(
-        self, base: nn.Module, path: str, config: Any, layers: Weighted, how: Combination
+        self, base: nn.Module, path: str, config: LoraConfig, layers: Weighted, how: Combination
     ) -> dict[str, torch.Tensor]:
-        first: Any = layers[0][0]
+        first, _ = layers[0]
+        assert isinstance(first, LowRank)
         a, b = _factors([_part(layer, weight) for layer, weight in layers], how, config.r)
         slots = type(first).slots(base, config, path)
         fresh = {name: torch.zeros(slot.shape) for name, slot in slots.items()}

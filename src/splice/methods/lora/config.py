@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from splice.checkpoint.types import PeftType, TaskType
-from splice.config import PeftConfig, TargetRule
 from splice.errors import UnsupportedFeatureError, warn
 from splice.methods.lora.inits import LOFTQ, check_init, takes_from_base
 from splice.methods.lora.subconfigs import (
@@ -16,10 +15,14 @@ from splice.methods.lora.subconfigs import (
     BdLoraConfig,
     CordaConfig,
     EvaConfig,
+    KasaConfig,
     LoftQConfig,
     LoraGAConfig,
+    MontecloraConfig,
+    VeloraConfig,
     parsed,
 )
+from splice.methods.targeted import TargetedConfig, check_positive
 
 # First components of the names of tensors in its checkpoints.
 TENSOR_NAMES = frozenset(
@@ -45,7 +48,7 @@ class LoraRuntimeConfig:
 
 
 @dataclass
-class LoraConfig(PeftConfig):
+class LoraConfig(TargetedConfig):
     """Fields and defaults of the reference, in its order.
 
     Raises:
@@ -111,7 +114,7 @@ class LoraConfig(PeftConfig):
     # Whether to train DoRA: LoRA for the directions of the weight's rows, and a magnitude m for each row.
     use_dora: bool = False
     # VeLoRA, which keeps less of A's input for the backward: a `VeloraConfig`, or a dict of its fields; None for none.
-    velora_config: Any = None
+    velora_config: VeloraConfig | dict[str, object] | None = None
     # aLoRA: ids of the tokens that switch the adapter on, from their last occurrence in a row; None: it is always on.
     alora_invocation_tokens: list[int] | None = None
     # Whether to train QA-LoRA, on weights quantised by GPTQ, which splice cannot adapt. No effect.
@@ -119,7 +122,7 @@ class LoraConfig(PeftConfig):
     # How many inputs QA-LoRA averages. No effect.
     qalora_group_size: int = 16
     # MonteCLoRA, which adds learned noise to A in training: a `MontecloraConfig`, or a dict of its fields; None for none.
-    monteclora_config: Any = None
+    monteclora_config: MontecloraConfig | dict[str, object] | None = None
     # Ranges [start, end) of the base's blocks to call one after the other, some more than once; None: as they are.
     layer_replication: list[list[int]] | None = None
     # Options that live in memory only: no checkpoint holds them.
@@ -133,16 +136,12 @@ class LoraConfig(PeftConfig):
     # Arrow, which chooses among other adapters for each token. Refused where it is set.
     arrow_config: object = None
     # KaSA, which trains r singular values anew, the smallest: a `KasaConfig`, or a dict of its fields; None for none.
-    kasa_config: Any = None
+    kasa_config: KasaConfig | dict[str, object] | None = None
     # Whether layers that share the weight of the input embeddings share their adapter's tensors as well.
     ensure_weight_tying: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
         if isinstance(self.target_parameters, str):
             raise TypeError("`target_parameters` is a list of names, got a string")
         for name in SUBCONFIGS:
@@ -155,27 +154,8 @@ class LoraConfig(PeftConfig):
     def layer_ranges(self) -> list[list[int]] | None:
         return self.layer_replication or None
 
-    def target_rule(self) -> TargetRule:
-        return TargetRule(
-            self.target_modules,
-            self.exclude_modules,
-            self.layers_to_transform,
-            self.layers_pattern,
-            self.modules_to_save,
-            self.target_parameters,
-        )
-
-    def trained_biases(self) -> str:
-        return self.bias
-
 
 def _check_fields_agree(config: LoraConfig) -> None:
-    if isinstance(config.target_modules, str):
-        for name in ("layers_to_transform", "layers_pattern"):
-            if getattr(config, name) is not None:
-                raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
-    if config.layers_pattern and config.layers_to_transform is None:
-        raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
     if config.use_dora and config.megatron_config:
         raise ValueError("`use_dora` does not work with `megatron_config`; drop one of the two.")
     if config.lora_bias and config.use_dora:
@@ -218,9 +198,7 @@ def active_variants(config: LoraConfig) -> list[str]:
 
 def check(config: LoraConfig) -> None:
     """Refuse configs with which the adapter would compute something other than what was trained."""
-    for name, value in [("r", config.r), *((f"rank_pattern[{k!r}]", v) for k, v in config.rank_pattern.items())]:
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise ValueError(f"`{name}` should be a positive integer value but the value passed is {value!r}")
+    check_positive(r=config.r, **{f"rank_pattern[{key!r}]": rank for key, rank in config.rank_pattern.items()})
     for name, value in [("lora_alpha", config.lora_alpha), *config.alpha_pattern.items()]:
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise ValueError(f"the alpha of {name!r} should be a number but the value passed is {value!r}")
@@ -266,8 +244,6 @@ def _check_loftq(config: LoraConfig, variants: list[str]) -> None:
         raise UnsupportedFeatureError(f"init_lora_weights='loftq' with `{variants[0]}` is not supported.")
 
 
-def with_rank(config: LoraConfig, rank: int, **changes: Any) -> LoraConfig:
+def with_rank(config: LoraConfig, rank: int) -> LoraConfig:
     """A copy of `config` with one rank everywhere and scale 1."""
-    return dataclasses.replace(
-        config, r=rank, lora_alpha=rank, rank_pattern={}, alpha_pattern={}, use_rslora=False, **changes
-    )
+    return dataclasses.replace(config, r=rank, lora_alpha=rank, rank_pattern={}, alpha_pattern={}, use_rslora=False)

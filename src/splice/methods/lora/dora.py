@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from splice.kinds.effect import Forward
-from splice.kinds.layer import Held
 from splice.kinds.names import LayerNames, Place
 from splice.kinds.original import original_weight, tensor_in_use
 from splice.kinds.slot import Slot
+from splice.kinds.tensors import Held
 from splice.kinds.weight_delta import operation_of
 from splice.methods.lora.config import LoraConfig
 from splice.methods.lora.layers import LowRank, OnConvolution, OnEmbedding, OnLinear

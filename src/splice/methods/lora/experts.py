@@ -16,7 +16,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 from torch import nn
 
@@ -98,6 +98,9 @@ def _dimensions(module: nn.Module, name: str) -> int:
 
 # -- the config
 
+# `target_modules` of a config.
+Targets: TypeAlias = "list[str] | set[str] | str | None"
+
 
 def with_stacked_experts(config: LoraConfig, network: nn.Module, modules: Mapping[str, nn.Module]) -> LoraConfig:
     """The config that means for stacked experts what `config` says of the layers they were; itself, if it says nothing.
@@ -171,7 +174,7 @@ def _short(paths: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:
     return result
 
 
-def _modules_left(targets: Any, experts: Experts) -> Any:
+def _modules_left(targets: Targets, experts: Experts) -> Targets:
     """`target_modules` without the old names of experts, as far as these are not names of other layers too."""
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         return targets
@@ -181,7 +184,7 @@ def _modules_left(targets: Any, experts: Experts) -> Any:
     if len(hit) == len(layers) and isinstance(targets, str):
         return targets if layers else []
     if len(hit) == len(layers):
-        return {name for name in targets if _last(name) not in experts.old_names or _selects(name, layers)}
+        return {name for name in targets or () if _last(name) not in experts.old_names or _selects(name, layers)}
     names = {_last(path) for path in layers}  # a router was among them
     alike = TargetMatcher(TargetRule(target_modules=names))
     return names if [path for path in experts.modules if path and alike(path)] == layers else set(layers)
@@ -217,7 +220,7 @@ def joined_values(config: LoraConfig, stack: Stack, parts: Sequence[str]) -> tup
 def part_values(config: LoraConfig, stack: Stack, part: str) -> tuple[int, float]:
     """Rank and alpha that the config gives to the layers of one part."""
     path = f"{stack.owner}.0.{part}"
-    return int(value_for(config.rank_pattern, path, config.r)), value_for(config.alpha_pattern, path, config.lora_alpha)
+    return value_for(config.rank_pattern, path, config.r), value_for(config.alpha_pattern, path, config.lora_alpha)
 
 
 def scale_of(config: LoraConfig, rank: int, alpha: float) -> float:

@@ -7,7 +7,6 @@ W' the weight but for its r smallest singular values: `y = W' x + s * B (d * (A 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,12 +15,13 @@ from splice.base.layers import features
 from splice.errors import UnsupportedLayerError
 from splice.kinds.adapters import Adapters, layers_of
 from splice.kinds.effect import Effect
-from splice.kinds.layer import Held
 from splice.kinds.slot import Slot
+from splice.kinds.tensors import Held
 from splice.methods.lora.config import LoraConfig
 from splice.methods.lora.inits import Taken
 from splice.methods.lora.layers import OnLinear, product
 from splice.methods.lora.residual import Residual
+from splice.methods.lora.subconfigs import KasaConfig, options_of
 
 
 class KasaLinear(Residual, OnLinear):
@@ -47,7 +47,8 @@ class KasaLinear(Residual, OnLinear):
 
     def prepare(self, base: nn.Module, config: LoraConfig, path: str) -> None:
         super().prepare(base, config, path)
-        self.beta, self.gamma = config.kasa_config.beta, config.kasa_config.gamma
+        options = options_of(config.kasa_config, KasaConfig)
+        self.beta, self.gamma = options.beta, options.gamma
 
     def taken(self, weight: torch.Tensor) -> Taken:
         u, s, vh = torch.linalg.svd(weight, full_matrices=False)
@@ -72,7 +73,7 @@ class KasaLinear(Residual, OnLinear):
         return found
 
 
-def kasa_loss(adapters: Adapters, adapter_names: str | Iterable[str] | None = None) -> Any:
+def kasa_loss(adapters: Adapters, adapter_names: str | Iterable[str] | None = None) -> torch.Tensor | float:
     """The sum of KaSA's penalties, for a training loop to add to its loss; 0.0 where there is none.
 
     Args:

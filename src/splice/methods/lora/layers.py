@@ -12,20 +12,21 @@ from __future__ import annotations
 
 import math
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from splice.base.asking import asked
-from splice.base.layers import LayerKind, features, kind_of
+from splice.base.foreign_models import embed_scale
+from splice.base.layers import LayerKind, features, kernel_size, kind_of, pads_with_zeros
 from splice.kinds.additive import Additive
 from splice.kinds.casting import cast_to
+from splice.kinds.convolution import as_convolution, convolve
 from splice.kinds.effect import Factors, Forward
-from splice.kinds.layer import Held
 from splice.kinds.matching import value_for
 from splice.kinds.slot import Slot
+from splice.kinds.tensors import Held, Registry
 from splice.methods.lora.config import LoraConfig
 from splice.methods.lora.inits import initialise_linear
 
@@ -47,7 +48,7 @@ class LowRank(Additive):
     @staticmethod
     def rank(config: LoraConfig, path: str) -> int:
         """The rank that the config gives to the layer at `path`."""
-        return int(value_for(config.rank_pattern, path, config.r))
+        return value_for(config.rank_pattern, path, config.r)
 
     def prepare(self, base: nn.Module, config: LoraConfig, path: str) -> None:
         rank, alpha = self.rank(config, path), value_for(config.alpha_pattern, path, config.lora_alpha)
@@ -64,11 +65,11 @@ class LowRank(Additive):
             nn.init.zeros_(tensors["lora_B.bias"])
 
     def down(self, x: torch.Tensor) -> torch.Tensor:
-        """A applied to `x`: r values for each position."""
+        """A applied to `x` (..., in), token ids (...) on an embedding: (..., r)."""
         raise NotImplementedError
 
     def up(self, hidden: torch.Tensor) -> torch.Tensor:
-        """B applied to what `down` gave."""
+        """B applied to `hidden` (..., r), what `down` gave: (..., out)."""
         raise NotImplementedError
 
     def delta(self, x: torch.Tensor) -> torch.Tensor:
@@ -91,7 +92,7 @@ class OnLinear(LowRank):
         return {**found, "lora_B.bias": Slot((size_out,))} if config.lora_bias else found
 
     @classmethod
-    def resolved(cls, base: nn.Module, config: LoraConfig) -> dict[str, Any]:
+    def resolved(cls, base: nn.Module, config: LoraConfig) -> dict[str, object]:
         # The layout follows from the layer; the field is kept as the reference writes it.
         return {"fan_in_fan_out": kind_of(base) is LayerKind.TRANSPOSED_LINEAR}
 
@@ -121,7 +122,7 @@ class LoraLinear(OnLinear):
         # Where A and B are registered: each step on the way to a tensor would cost a tenth of a small product, and in a
         # mixed batch a miss of the cache.
         a, b = (self.registered[name].registry for name in self.factor_names)
-        self._held: tuple[dict[str, Any], dict[str, Any]] = (a, b)
+        self._held: tuple[Registry, Registry] = (a, b)
         self._is_product = b["bias"] is None and not self.shows
 
     def around(self, x: torch.Tensor, inner: Forward) -> torch.Tensor:
@@ -161,13 +162,14 @@ class OnEmbedding(LowRank):
         else:
             nn.init.zeros_(a)
 
-    def prepare(self, base: Any, config: LoraConfig, path: str) -> None:
+    def prepare(self, base: nn.Module, config: LoraConfig, path: str) -> None:
         super().prepare(base, config, path)
+        assert isinstance(base, nn.Embedding)
         self.dropout = 0.0  # the input is token ids
         self.look_up = (base.padding_idx, base.max_norm, base.norm_type, base.scale_grad_by_freq, base.sparse)
         # Some models multiply what they look up (Gemma, BART); the update is multiplied alike.
-        embed_scale = asked(base, "embed_scale")
-        self.embed_scale = 1.0 if embed_scale is None else float(embed_scale)
+        factor = embed_scale(base)
+        self.embed_scale = 1.0 if factor is None else float(factor)
 
     def cast_input(self, x: torch.Tensor) -> torch.Tensor:
         return x
@@ -187,9 +189,6 @@ class LoraEmbedding(OnEmbedding):
     """LoRA on an embedding."""
 
 
-_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-
-
 class OnConvolution(LowRank):
     """On a convolution: a convolution to r channels, then a pointwise one with the groups of the base.
 
@@ -197,23 +196,24 @@ class OnConvolution(LowRank):
     """
 
     @classmethod
-    def slots(cls, base: Any, config: LoraConfig, path: str) -> dict[str, Slot]:
-        (size_in, size_out), r = features(base), cls.rank(config, path)
-        if r % base.groups:
-            raise ValueError(f"{path}: rank {r} must be a multiple of the convolution's groups ({base.groups})")
-        ones = (1,) * len(base.kernel_size)
+    def slots(cls, base: nn.Module, config: LoraConfig, path: str) -> dict[str, Slot]:
+        (size_in, size_out), kernel, r = features(base), kernel_size(base), cls.rank(config, path)
+        groups = as_convolution(base).groups
+        if r % groups:
+            raise ValueError(f"{path}: rank {r} must be a multiple of the convolution's groups ({groups})")
         found = {
-            "lora_A.weight": Slot((r, size_in, *base.kernel_size)),
-            "lora_B.weight": Slot((size_out, r // base.groups, *ones)),
+            "lora_A.weight": Slot((r, size_in, *kernel)),
+            "lora_B.weight": Slot((size_out, r // groups, *(1,) * len(kernel))),
         }
         return {**found, "lora_B.bias": Slot((size_out,))} if config.lora_bias else found
 
-    def prepare(self, base: Any, config: LoraConfig, path: str) -> None:
+    def prepare(self, base: nn.Module, config: LoraConfig, path: str) -> None:
         super().prepare(base, config, path)
-        self.convolve = _CONVOLUTIONS[len(base.kernel_size)]
-        self.stride, self.padding, self.dilation, self.groups = base.stride, base.padding, base.dilation, base.groups
+        conv = as_convolution(base)
+        self.convolve = convolve(conv)
+        self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
         # The update mixes groups, and pads with zeros also where the base does not: then it is no change of the weight.
-        self.mergeable = base.groups == 1 and base.padding_mode == "zeros"
+        self.mergeable = conv.groups == 1 and pads_with_zeros(base)
 
     def down(self, x: torch.Tensor) -> torch.Tensor:
         return self.convolve(x, self.a, None, self.stride, self.padding, self.dilation)

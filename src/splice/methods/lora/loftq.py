@@ -16,8 +16,8 @@ from torch import nn
 
 from splice.errors import UnsupportedFeatureError
 from splice.kinds.effect import Effect
-from splice.kinds.layer import Held
 from splice.kinds.original import original_weight
+from splice.kinds.tensors import Held
 from splice.methods.lora.config import LoraConfig, loftq_options
 from splice.methods.lora.layers import OnLinear
 from splice.methods.lora.residual import Residual

@@ -7,7 +7,6 @@ Sengupta et al., "Robust and Efficient Fine-tuning of LLMs with Bayesian Reparam
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,10 +15,11 @@ from torch.nn import functional as F
 from splice.base.dense import dtype_of
 from splice.errors import PeftWarning, warn
 from splice.kinds.adapters import Adapters, layers_of
-from splice.kinds.layer import Held
 from splice.kinds.slot import Role, Slot
+from splice.kinds.tensors import Held
 from splice.methods.lora.config import LoraConfig
 from splice.methods.lora.layers import OnLinear
+from splice.methods.lora.subconfigs import MontecloraConfig, options_of
 
 _SAMPLER = "lora_monteclora_sampler"
 _LAST_SAMPLE = (f"{_SAMPLER}.gaussian_var_prior", f"{_SAMPLER}.expert_weights")
@@ -35,7 +35,7 @@ class MontecloraLinear(OnLinear):
 
     @classmethod
     def slots(cls, base: nn.Module, config: LoraConfig, path: str) -> dict[str, Slot]:
-        rank, count = cls.rank(config, path), config.monteclora_config.num_samples
+        rank, count = cls.rank(config, path), options_of(config.monteclora_config, MontecloraConfig).num_samples
         sampler = {"std_prior": (rank,), "expert_weights_prior": (count,)}
         last = dict(zip(_LAST_SAMPLE, ((rank, rank), (count,))))
         return {
@@ -55,7 +55,7 @@ class MontecloraLinear(OnLinear):
 
     def prepare(self, base: nn.Module, config: LoraConfig, path: str) -> None:
         super().prepare(base, config, path)
-        self.options = config.monteclora_config
+        self.options = options_of(config.monteclora_config, MontecloraConfig)
 
     def down(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self._blurred(self.a) if self.training else self.a)
@@ -119,7 +119,7 @@ def _wishart_diagonal(rank: int, device: torch.device) -> torch.Tensor:
     return squares
 
 
-def monteclora_loss(adapters: Adapters, adapter_names: str | Iterable[str] | None = None) -> Any:
+def monteclora_loss(adapters: Adapters, adapter_names: str | Iterable[str] | None = None) -> torch.Tensor | float:
     """The mean of MonteCLoRA's penalties, for a training loop to add to its loss; 0.0 where there is none.
 
     Args:

@@ -11,21 +11,19 @@ Keys carry no parameter name: the parameter that the module registers last has `
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from splice.base.asking import asked
+from splice.base.foreign_models import is_transposed
 from splice.kinds.effect import Forward
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.matching import matching_parameters, value_for
 from splice.kinds.names import BIAS, LayerNames, Names, Place
 from splice.kinds.slot import Slot
-
-if TYPE_CHECKING:
-    from splice.methods.lora.config import LoraConfig
+from splice.methods.lora.config import LoraConfig
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,7 @@ class _Target:
     transposed: bool
 
     def delta(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """The update as the parameter is stored, from A (r * E, in) and B (out, r * E); of a matrix too with E in front."""
         a = a.reshape(self.experts, self.rank, self.size_in)
         b = b.reshape(self.size_out, self.rank, self.experts).permute(2, 0, 1)
         stacked = self.scale * (b @ a)
@@ -61,14 +60,13 @@ def _targets(base: nn.Module, config: LoraConfig, path: str) -> list[_Target]:
     return [_target(base, config, path, name, len(names) - 1 - i) for i, name in enumerate(names)]
 
 
-def _target(base: Any, config: LoraConfig, path: str, name: str, depth: int) -> _Target:
-    shape = tuple(base._parameters[name].shape)
+def _target(base: nn.Module, config: LoraConfig, path: str, name: str, depth: int) -> _Target:
+    shape = tuple(base.get_parameter(name).shape)
     if len(shape) not in (2, 3):
         raise ValueError(f"{path}.{name} has {len(shape)} dimensions; LoRA on parameters needs 2 or 3")
-    # Some transformers classes for stacked experts say so; every other module stores (out, in).
-    transposed = len(shape) == 3 and bool(asked(base, "is_transposed", False))
+    transposed = len(shape) == 3 and is_transposed(base)
     size_out, size_in = (shape[-1], shape[-2]) if transposed else (shape[-2], shape[-1])
-    rank = int(value_for(config.rank_pattern, f"{path}.{name}", config.r))
+    rank = value_for(config.rank_pattern, f"{path}.{name}", config.r)
     alpha = value_for(config.alpha_pattern, f"{path}.{name}", config.lora_alpha)
     scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
     experts = shape[0] if len(shape) == 3 else 1
@@ -118,11 +116,12 @@ class LoraParameters(AdapterLayer):
         return inner  # the host calls it with the adapted parameters in place
 
     def shown(self, base: nn.Module) -> dict[str, torch.Tensor]:
-        current = {t.name: getattr(base, t.name) for t in self.targets}
+        # As attributes: another adapter may show a parameter of its own, and then this one adds to that.
+        current: dict[str, torch.Tensor] = {t.name: getattr(base, t.name) for t in self.targets}
         deltas = self.deltas(current)
         return {name: tensor + deltas[name].to(tensor.dtype) for name, tensor in current.items()}
 
-    def deltas(self, tensors: Any) -> dict[str, torch.Tensor]:
+    def deltas(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         result = {}
         for t in self.targets:
             delta = t.delta(self.tensor(f"{t.front}lora_A.weight"), self.tensor(f"{t.front}lora_B.weight"))

@@ -65,6 +65,8 @@ _TAKEN: Mapping[str, type[AdapterLayer]] = MappingProxyType({"": TakenLinear, "u
 _MICA: Mapping[LayerKind, type[AdapterLayer]] = MappingProxyType(
     {**dict.fromkeys(_LINEAR, MicaLinear), LayerKind.EMBEDDING: MicaEmbedding}
 )
+# `check_init_on` lets it through on no other kind.
+_LOFTQ: Mapping[LayerKind, type[AdapterLayer]] = MappingProxyType({LayerKind.LINEAR: LoftqLinear})
 
 
 def variant(config: LoraConfig, kind: LayerKind) -> type[AdapterLayer] | None:
@@ -78,7 +80,7 @@ def variant(config: LoraConfig, kind: LayerKind) -> type[AdapterLayer] | None:
     if takes_from_base(init) and kind in _LINEAR:
         return _TAKEN[asked[0] if asked else ""]
     if init == LOFTQ:
-        return LoftqLinear
+        return _LOFTQ[kind]
     if not asked:
         return _MICA[kind] if init == "mica" else None
     layers = _VARIANTS[asked[0]]

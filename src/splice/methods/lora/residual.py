@@ -16,9 +16,9 @@ from splice.base.layers import features
 from splice.errors import UnsupportedFeatureError, UnsupportedLayerError
 from splice.kinds.casting import cast_to
 from splice.kinds.effect import Forward
-from splice.kinds.layer import Held
 from splice.kinds.original import original_weight
 from splice.kinds.slot import Slot
+from splice.kinds.tensors import Held
 from splice.methods.lora.config import LoraConfig
 from splice.methods.lora.dora import DoraOnLinear
 from splice.methods.lora.inits import Taken, taken

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+# A config of one of the classes here.
+S = TypeVar("S")
 
 
 def _positive(**values: float) -> None:
@@ -175,6 +178,7 @@ class VeloraConfig:
             )
 
 
+# By the field of `LoraConfig`. They have nothing in common but that they are dataclasses, for which Python has no type.
 SUBCONFIGS: dict[str, type[Any]] = {
     "eva_config": EvaConfig,
     "corda_config": CordaConfig,
@@ -184,6 +188,15 @@ SUBCONFIGS: dict[str, type[Any]] = {
     "monteclora_config": MontecloraConfig,
     "velora_config": VeloraConfig,
 }
+
+
+def options_of(given: object, cls: type[S]) -> S:
+    """The options `given` in a field of `LoraConfig`, where it asks for the relative that has them: then it has made a `cls`.
+
+    A field may also hold a dict, but only until the constructor is done.
+    """
+    assert isinstance(given, cls)
+    return given
 
 
 def parsed(name: str, value: object) -> object:

@@ -7,6 +7,7 @@ are LoRA's; only the gradient of A is worked out from groups that are projected 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from splice.base.layers import features
-from splice.kinds.layer import Held
 from splice.kinds.slot import Role, Slot
+from splice.kinds.tensors import Held
 from splice.methods.lora.config import LoraConfig
 from splice.methods.lora.layers import OnLinear
+from splice.methods.lora.subconfigs import VeloraConfig, options_of
 
 
 class VeloraLinear(OnLinear):
@@ -27,21 +29,21 @@ class VeloraLinear(OnLinear):
 
     @classmethod
     def slots(cls, base: nn.Module, config: LoraConfig, path: str) -> dict[str, Slot]:
-        size = math.ceil(features(base)[0] / config.velora_config.num_groups)
+        size = math.ceil(features(base)[0] / options_of(config.velora_config, VeloraConfig).num_groups)
         return {**super().slots(base, config, path), "lora_velora_embed": Slot((size,), Role.BUFFER)}
 
     @classmethod
     def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: LoraConfig) -> None:
         super().initialise(tensors, base, config)
         vector = tensors["lora_velora_embed"]
-        if config.velora_config.init_type == "random":
+        if options_of(config.velora_config, VeloraConfig).init_type == "random":
             vector.copy_(_unit(torch.randn(vector.shape)))
         else:
             vector.zero_()
 
     def prepare(self, base: nn.Module, config: LoraConfig, path: str) -> None:
         super().prepare(base, config, path)
-        options = config.velora_config
+        options = options_of(config.velora_config, VeloraConfig)
         self.groups, self.backward_scale, self.init_type = options.num_groups, options.scale, options.init_type
         self.is_settled = options.init_type == "random"
 
@@ -59,22 +61,23 @@ class VeloraLinear(OnLinear):
         return grouped(x, self.groups, len(self.lora_velora_embed))
 
     def _projected(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-        apply: Any = _Projected.apply
-        result: torch.Tensor = apply(x, a, self.lora_velora_embed, self.groups, self.backward_scale)
-        return result
+        apply: Callable[..., torch.Tensor] = _Projected.apply  # which has no types
+        return apply(x, a, self.lora_velora_embed, self.groups, self.backward_scale)
 
 
 class _Projected(torch.autograd.Function):
     """`x A^T`, which keeps the projections of the groups of `x` and not `x` itself."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, a: torch.Tensor, vector: torch.Tensor, groups: int, scale: float) -> Any:
+    def forward(
+        ctx: Any, x: torch.Tensor, a: torch.Tensor, vector: torch.Tensor, groups: int, scale: float
+    ) -> torch.Tensor:
         ctx.save_for_backward(grouped(x, groups, len(vector)) @ vector.to(x.dtype), a, vector)
         ctx.scale = scale
         return F.linear(x, a)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
         kept, a, vector = ctx.saved_tensors
         for_x = grad @ a if ctx.needs_input_grad[0] else None

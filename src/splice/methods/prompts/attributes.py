@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
 
 import torch
+from torch import nn
 
+from splice.base.foreign_models import input_embedding_layer
 from splice.config import PromptLearningConfig
 from splice.kinds.adapters import Adapters, layers_of
 from splice.methods.prompts.cached import CachedPrompt
-from splice.methods.prompts.prompt import PromptLayer
+from splice.methods.prompts.prompt import Cache, PromptLayer
 
 
 def prompt_layer(adapters: Adapters, adapter_name: str) -> PromptLayer:
@@ -35,9 +36,9 @@ def prompt_tokens(adapters: Adapters) -> dict[str, torch.Tensor]:
     return tokens
 
 
-def word_embeddings(adapters: Adapters) -> Any:
-    network: Any = adapters.model
-    return network.get_input_embeddings()
+def word_embeddings(adapters: Adapters) -> nn.Module | None:
+    """The base's layer that embeds tokens."""
+    return input_embedding_layer(adapters.model)
 
 
 def get_prompt_embedding_to_save(adapters: Adapters, adapter_name: str) -> torch.Tensor:
@@ -47,7 +48,7 @@ def get_prompt_embedding_to_save(adapters: Adapters, adapter_name: str) -> torch
 
 def get_prompt(
     adapters: Adapters, batch_size: int, task_ids: torch.Tensor | None = None, max_cache_len: int | None = None
-) -> Any:
+) -> torch.Tensor | Cache:
     """What the active adapter puts in front of `batch_size` rows: a tensor (batch, tokens, dim), or a cache.
 
     Raises:
@@ -65,9 +66,9 @@ def get_prompt(
 
 
 # What every record of such a method has as `tuner_methods` and `tuner_views`.
-PROMPT_METHODS: Mapping[str, Callable[..., Any]] = MappingProxyType(
+PROMPT_METHODS: Mapping[str, Callable[..., object]] = MappingProxyType(
     {"get_prompt": get_prompt, "get_prompt_embedding_to_save": get_prompt_embedding_to_save}
 )
-PROMPT_VIEWS: Mapping[str, Callable[[Adapters], Any]] = MappingProxyType(
+PROMPT_VIEWS: Mapping[str, Callable[[Adapters], object]] = MappingProxyType(
     {"prompt_tokens": prompt_tokens, "word_embeddings": word_embeddings}
 )

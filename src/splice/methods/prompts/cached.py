@@ -6,19 +6,30 @@ the decoder's self-attention gets them.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import cast
 
 import torch
 from torch import nn
 
-from splice.base.asking import asked
-from splice.base.foreign_models import accepted_by
+from splice.base.foreign_models import accepted_by, backbone_path, device_map, text_config, uses_checkpointing
 from splice.checkpoint.types import TaskType
+from splice.config import PromptLearningConfig
 from splice.errors import warn
 from splice.kinds.effect import Forward
+from splice.kinds.layer import Config
 from splice.kinds.slot import Slot
-from splice.methods.prompts.prompt import TYPED, Call, Prompt, PromptLayer, main_input, named_arguments
-from splice.methods.prompts.sizes import cache_sizes_of, rooms_of, text_config
+from splice.methods.prompts.prompt import (
+    TYPED,
+    Cache,
+    Call,
+    Prompt,
+    PromptLayer,
+    main_input,
+    named_arguments,
+    token_count,
+)
+from splice.methods.prompts.sizes import cache_sizes_of, rooms_of
 
 _CACHES = {"past_key_values", "cache"}
 _DECODER = ("decoder_input_ids", "decoder_inputs_embeds", "labels", "input_ids", "inputs_embeds")
@@ -28,35 +39,35 @@ class CachedPrompt(PromptLayer):
     """Virtual tokens as keys and values, (n, layers * 2 * heads * size of a head): a layer's keys, then its values."""
 
     @classmethod
-    def place(cls, network: nn.Module, config: Any) -> str:
-        if any(asked(module, "gradient_checkpointing", False) for module in network.modules()):
-            raise ValueError(_checkpointing_text(config.peft_type.value))
+    def place(cls, network: nn.Module, config: PromptLearningConfig) -> str:
+        if uses_checkpointing(network.modules()):
+            raise ValueError(_checkpointing_text(method_name(config)))
         if _CACHES.intersection(named_arguments(network)):
             return ""
         # The models that classify keep the cache of their backbone to themselves.
-        path: str = asked(network, "base_model_prefix", "")  # models of transformers have it
+        path = backbone_path(network)
         backbone = network._modules.get(path)
         if backbone is None or not _CACHES.intersection(named_arguments(backbone)):
             raise ValueError(
-                f"{type(network).__name__} does not support past key values which are required for {config.peft_type.value}: "
+                f"{type(network).__name__} does not support past key values which are required for {method_name(config)}: "
                 "neither its forward nor that of its backbone takes a cache."
             )
         return path
 
     @classmethod
-    def resolved(cls, base: nn.Module, config: Any) -> dict[str, Any]:
-        return cache_sizes_of(base, config)
+    def resolved(cls, base: nn.Module, config: Config) -> dict[str, object]:
+        return {**cache_sizes_of(base, config)}
 
     @classmethod
-    def slots(cls, base: nn.Module, config: Any, path: str) -> dict[str, Slot]:
+    def slots(cls, base: nn.Module, config: Config, path: str) -> dict[str, Slot]:
         sizes = cache_sizes_of(base, config)
-        shape = (config.num_virtual_tokens, sizes["num_layers"] * 2 * sizes["token_dim"])
+        shape = (token_count(config), sizes["num_layers"] * 2 * sizes["token_dim"])
         return {"embedding.weight": Slot(shape, dtype=torch.float32)}
 
-    def prepare(self, base: nn.Module, config: Any, path: str) -> None:
+    def prepare(self, base: nn.Module, config: PromptLearningConfig, path: str) -> None:
         super().prepare(base, config, path)
         sizes = cache_sizes_of(base, config)
-        self.method = config.peft_type.value
+        self.method = method_name(config)
         self.layers, self.heads = sizes["num_layers"], sizes["num_attention_heads"]
         self.submodules = sizes["num_transformer_submodules"]
         self.decodes = self.task == TaskType.SEQ_2_SEQ_LM
@@ -71,7 +82,7 @@ class CachedPrompt(PromptLayer):
     def virtual_tokens(self, call: Call) -> torch.Tensor:
         return self.table().view(1, self.count, 2 * self.layers, self.heads, -1)
 
-    def prompted(self, call: Call, prompt: Prompt, inner: Forward) -> Any:
+    def prompted(self, call: Call, prompt: Prompt, inner: Forward) -> object:
         if self.training and torch.is_grad_enabled():
             self._check_no_checkpointing()
         call.pop("task_ids", None)
@@ -97,23 +108,25 @@ class CachedPrompt(PromptLayer):
         else:
             call[name] = given + prompt.count - (0 if prompt.short is None else prompt.short)
 
-    def filled(self, cache: Any, values: torch.Tensor) -> Any:
+    def filled(self, cache: Cache | None, values: torch.Tensor) -> Cache:
         """`cache`, or a new one, with `values` (batch, n, 2 * layers, heads, size of a head) in it.
 
         Raises:
             ValueError: it cannot grow, or no layer can take the values.
         """
+        # Here, since a network that takes such a cache has imported transformers, and nobody else shall.
         from transformers import DynamicCache, EncoderDecoderCache
 
-        network = self.base
-        values = values.to(network.dtype)
+        values = values.to(cast("torch.dtype", self.base.dtype))
         if self.decodes:
             if self.submodules == 1:  # the reference's own result: one cache for both kinds of attention
                 cache = DynamicCache()
             elif cache is None:
                 cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         elif cache is None:
-            cache = DynamicCache(**accepted_by(DynamicCache.__init__, {"config": text_config(network)}))
+            make: Callable[..., Cache] = DynamicCache
+            cache = make(**accepted_by(DynamicCache.__init__, {"config": text_config(self.base)}))
+        assert cache is not None
         if cache.is_compileable:
             raise ValueError(
                 f"{self.method}: a {type(cache).__name__} cannot be filled beforehand; use a cache that grows (for "
@@ -123,7 +136,7 @@ class CachedPrompt(PromptLayer):
         self._fill(own, values)
         return cache
 
-    def _fill(self, cache: Any, values: torch.Tensor) -> None:
+    def _fill(self, cache: Cache, values: torch.Tensor) -> None:
         devices = _devices(self.base)
         for layer, (heads, dim) in self.rooms.items():
             for_keys, for_values = self._of_layer(values, layer)
@@ -141,15 +154,23 @@ class CachedPrompt(PromptLayer):
 
     def _check_no_checkpointing(self) -> None:
         """Layers that recompute themselves are called without the cache: the virtual tokens would be lost in silence."""
-        if any(asked(module, "gradient_checkpointing", False) for module in self.base.modules()):
+        if uses_checkpointing(self.base.modules()):
             raise ValueError(_checkpointing_text(self.method))
 
 
-def _without(output: Any, cache: Any) -> Any:
+def method_name(config: PromptLearningConfig) -> str:
+    """How messages call the method."""
+    assert config.method is not None
+    return config.method.value
+
+
+def _without(output: object, cache: Cache | None) -> object:
     """`output` without the cache: `generate` that was told to use none takes up whatever a step returns."""
     if isinstance(output, tuple):
         return tuple(part for part in output if part is not cache)
-    return type(output)(**{name: part for name, part in output.items() if part is not cache})
+    assert isinstance(output, Mapping)  # an output of transformers
+    made: Callable[..., object] = type(output)
+    return made(**{name: part for name, part in output.items() if part is not cache})
 
 
 def _checkpointing_text(method: str) -> str:
@@ -158,10 +179,9 @@ def _checkpointing_text(method: str) -> str:
 
 def _devices(network: nn.Module) -> dict[int, torch.device]:
     """Layer -> its device, of a network that is spread over several."""
-    placed = asked(network, "hf_device_map")  # set by accelerate
     found: dict[int, torch.device] = {}
-    for path, device in (placed or {}).items():
+    for path, device in device_map(network).items():
         index = next((part for part in path.split(".") if part.isdigit()), None)
         if index is not None and device not in ("cpu", "disk"):
-            found[int(index)] = torch.device(device)
+            found[int(index)] = torch.device(cast("str | int", device))
     return found

@@ -11,18 +11,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
+from splice.base.foreign_models import input_embedding_layer
 from splice.checkpoint.types import TaskType
 from splice.errors import warn
 from splice.kinds.adapters import Adapters
 from splice.kinds.effect import Forward
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.network import network_layers
-from splice.methods.prompts.prompt import TYPED, Call, Prompt, PromptLayer, main_input, prompt_of_rows
+from splice.methods.prompts.prompt import TYPED, Cache, Call, Prompt, PromptLayer, main_input, prompt_of_rows
 from splice.selection import Choice
 
 # The models that answer for every token: their labels grow with the input.
@@ -40,7 +42,7 @@ class EmbeddedPrompt(PromptLayer):
         # Of two submodules the first half is the encoder's; nothing reads the other.
         return self.table()[None, : self.count]
 
-    def prompted(self, call: Call, prompt: Prompt, inner: Forward) -> Any:
+    def prompted(self, call: Call, prompt: Prompt, inner: Forward) -> object:
         if call.get("encoder_outputs") is not None:
             if _encoded.get():
                 return inner(**call)
@@ -63,7 +65,7 @@ class EmbeddedPrompt(PromptLayer):
         """`call` with embedded inputs that begin with the virtual tokens; everything that goes by tokens grows."""
         embeds, ids = call.get("inputs_embeds"), call.pop("input_ids", None)
         if embeds is None:
-            embeds = self.base.get_input_embeddings()(ids)
+            embeds = embeddings_of(self.base)(ids)
         tokens = prompt.values(call, embeds.shape[0]).to(embeds.dtype)
         call["inputs_embeds"] = torch.cat([tokens, embeds], dim=1)
         if call.get("labels") is not None and self.task in _ONE_LABEL_A_TOKEN:
@@ -91,7 +93,7 @@ class EmbeddedPrompt(PromptLayer):
         return self.in_front(call, prompt)
 
 
-def _refuse_fixed(cache: Any) -> None:
+def _refuse_fixed(cache: Cache | None) -> None:
     if cache is not None and cache.is_compileable:
         raise ValueError(
             f"a {type(cache).__name__} has no room for virtual tokens; use a cache that grows (for `generate`: leave out "
@@ -99,13 +101,27 @@ def _refuse_fixed(cache: Any) -> None:
         )
 
 
-def _generate(adapters: Adapters, *args: Any, **kwargs: Any) -> Any:
+def embeddings_of(network: nn.Module) -> nn.Module:
+    """The layer that embeds what `network` is called with.
+
+    Raises:
+        ValueError: it has none.
+    """
+    found = input_embedding_layer(network)
+    if found is None:
+        raise ValueError(
+            f"{type(network).__name__} has no `get_input_embeddings`: virtual tokens have nowhere to stand"
+        )
+    return found
+
+
+def _generate(adapters: Adapters, *args: Any, **kwargs: Any) -> object:
     """`generate` of an encoder-decoder, which calls the encoder past the network: it gets the virtual tokens here."""
-    network: Any = adapters.model
+    generate = cast("Forward", adapters.model.generate)
     layers = network_layers(adapters)
     choice = adapters.selection.current()
     if choice.rows is None and not choice.names:
-        return network.generate(*args, **kwargs)
+        return generate(*args, **kwargs)
     if args:
         raise TypeError("`generate` with virtual tokens takes its arguments by name (`input_ids=...`)")
     if kwargs.get("input_ids") is None:
@@ -116,7 +132,7 @@ def _generate(adapters: Adapters, *args: Any, **kwargs: Any) -> Any:
         assert isinstance(first, EmbeddedPrompt)
         kwargs = first.encoder_inputs(kwargs, prompt)
     with encoded():
-        return network.generate(**kwargs)
+        return generate(**kwargs)
 
 
 def _chosen(layers: Mapping[str, AdapterLayer], choice: Choice, main: torch.Tensor) -> Prompt | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from splice.kinds.registry import Method, register
 from splice.kinds.slot import Slot
 from splice.methods.prompts.attributes import PROMPT_METHODS, PROMPT_VIEWS
 from splice.methods.prompts.cached import CachedPrompt
-from splice.methods.prompts.prompt import PromptLayer, Reparameterised, check_prompt
+from splice.methods.prompts.prompt import PromptLayer, Reparameterised, check_prompt, token_count
 from splice.methods.prompts.sizes import cache_sizes_of
 
 
@@ -43,33 +43,38 @@ class PrefixTuningConfig(PromptLearningConfig):
             raise ValueError(f"`init_weights` must be 'zero' or None, got {self.init_weights!r}")
 
 
-class PrefixTuning(CachedPrompt):
+class Prefix(CachedPrompt):
+    """Keys and values, however they come about."""
+
+    @classmethod
+    def resolved(cls, base: nn.Module, config: PrefixTuningConfig) -> dict[str, object]:
+        sizes = super().resolved(base, config)
+        return {**sizes, "encoder_hidden_size": config.encoder_hidden_size or sizes["token_dim"]}
+
+
+class PrefixTuning(Prefix):
     """The table of keys and values itself."""
 
     @classmethod
-    def for_training(cls, config: Any) -> type[PromptLayer]:
+    def for_training(cls, config: PrefixTuningConfig) -> type[PromptLayer]:
+        # Only of an adapter that is new: a checkpoint holds what the network gave, and nothing to train it further with.
         return ProjectedPrefix if config.prefix_projection else cls
-
-    @classmethod
-    def resolved(cls, base: nn.Module, config: Any) -> dict[str, Any]:
-        sizes = super().resolved(base, config)
-        return {**sizes, "encoder_hidden_size": config.encoder_hidden_size or sizes["token_dim"]}
 
     @classmethod
     def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: PrefixTuningConfig) -> None:
         (nn.init.zeros_ if config.init_weights == "zero" else nn.init.normal_)(tensors["embedding.weight"])
 
 
-class ProjectedPrefix(Reparameterised, PrefixTuning):
+class ProjectedPrefix(Reparameterised, Prefix):
     """The table as the output of a small network, which makes training steadier (section 4.3)."""
 
     @classmethod
-    def slots(cls, base: nn.Module, config: Any, path: str) -> dict[str, Slot]:
+    def slots(cls, base: nn.Module, config: PrefixTuningConfig, path: str) -> dict[str, Slot]:
         sizes = cache_sizes_of(base, config)
         dim, width = sizes["token_dim"], sizes["num_layers"] * 2 * sizes["token_dim"]
         hidden = config.encoder_hidden_size or dim
         shapes: dict[str, tuple[int, ...]] = {
-            "embedding.weight": (config.num_virtual_tokens, dim),
+            "embedding.weight": (token_count(config), dim),
             "transform.0.weight": (hidden, dim),
             "transform.0.bias": (hidden,),
             "transform.2.weight": (width, hidden),
@@ -82,6 +87,7 @@ class ProjectedPrefix(Reparameterised, PrefixTuning):
         nn.init.normal_(tensors["embedding.weight"])
         for name in ("transform.0", "transform.2"):
             weight = tensors[f"{name}.weight"]
+            # Drawn as a layer of its own draws them, so that the same seed gives what it gives in the reference.
             linear = nn.Linear(weight.shape[1], weight.shape[0])
             weight.copy_(linear.weight)
             tensors[f"{name}.bias"].copy_(linear.bias)

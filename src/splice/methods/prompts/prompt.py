@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -23,20 +23,39 @@ from splice.checkpoint.types import TaskType
 from splice.config import PromptLearningConfig
 from splice.errors import UnsupportedFeatureError, warn
 from splice.kinds.container import Holder
-from splice.kinds.effect import Forward
-from splice.kinds.file_form import FileForm
-from splice.kinds.layer import AdapterLayer, Held
+from splice.kinds.effect import Effect, Forward
+from splice.kinds.file_form import FileForm, Stored
+from splice.kinds.layer import Config
 from splice.kinds.module_copy import WholeModule
 from splice.kinds.names import CopyNames, Names, Place
 from splice.kinds.network import NetworkLayer
 from splice.kinds.slot import Slot
+from splice.kinds.tensors import Held
 from splice.methods.prompts.sizes import sizes_of
 from splice.selection import Rows
 
+# What a network is called with, by name.
 Call = dict[str, Any]
 PROMPT_KEY = "prompt_embeddings"
 # The tasks whose models get the caller's `token_type_ids`.
 TYPED = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS)
+
+
+class Cache(Protocol):
+    """Keys and values of the tokens so far, as transformers has them; what is asked of them here."""
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether its length is fixed."""
+        ...
+
+    def get_seq_length(self) -> int:
+        """How many tokens it holds, the virtual ones among them."""
+        ...
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> object:
+        """Add keys and values (batch, heads, tokens, size of a head) to those of one layer."""
+        ...
 
 
 class PromptHead(WholeModule):
@@ -89,7 +108,6 @@ class PromptLayer(NetworkLayer):
 
     names: Names = PromptNames()
     head = PromptHead
-    base: Any
     table_tensor = Held("embedding.weight")
     # How many virtual tokens stand in front of a row.
     count: int
@@ -99,21 +117,22 @@ class PromptLayer(NetworkLayer):
     task: TaskType | str | None
 
     @classmethod
-    def place(cls, network: nn.Module, config: Any) -> str:
+    def place(cls, network: nn.Module, config: Config) -> str:
         return ""
 
     @classmethod
-    def resolved(cls, base: nn.Module, config: Any) -> dict[str, Any]:
-        return sizes_of(base, config)
+    def resolved(cls, base: nn.Module, config: Config) -> dict[str, object]:
+        return {**sizes_of(base, config)}
 
     @classmethod
-    def slots(cls, base: nn.Module, config: Any, path: str) -> dict[str, Slot]:
+    def slots(cls, base: nn.Module, config: Config, path: str) -> dict[str, Slot]:
         sizes = sizes_of(base, config)
-        rows = config.num_virtual_tokens * sizes["num_transformer_submodules"]
+        rows = token_count(config) * sizes["num_transformer_submodules"]
+        # In float32 whatever the base is in: so the reference trains and writes them.
         return {"embedding.weight": Slot((rows, sizes["token_dim"]), dtype=torch.float32)}
 
-    def prepare(self, base: nn.Module, config: Any, path: str) -> None:
-        self.count = int(config.num_virtual_tokens)
+    def prepare(self, base: nn.Module, config: PromptLearningConfig, path: str) -> None:
+        self.count = token_count(config)
         self.task = config.task_type
         self.arguments = named_arguments(base)
 
@@ -125,24 +144,30 @@ class PromptLayer(NetworkLayer):
         return self.table_tensor
 
     def virtual_tokens(self, call: Call) -> torch.Tensor:
-        """(rows, count, ...) for this call; one row where all are the same."""
+        """(rows, count, ...) for this call, in float32; one row where all are the same."""
         raise NotImplementedError
 
-    def prompted(self, call: Call, prompt: Prompt, inner: Forward) -> Any:
-        """What `inner` gives with the virtual tokens of `prompt` in front of the input."""
+    def prompted(self, call: Call, prompt: Prompt, inner: Forward) -> object:
+        """What `inner` gives with the virtual tokens of `prompt` in front of the input.
+
+        Args:
+            call: the arguments of the network, by name: `input_ids` (batch, T), `attention_mask` (batch, T)...
+            prompt: virtual tokens for each of the batch's rows.
+            inner: the network's own forward.
+        """
         raise NotImplementedError
 
     def wrapped(self, inner: Forward) -> Forward:
-        def run(*args: Any, **kwargs: Any) -> Any:
+        def run(*args: object, **kwargs: object) -> object:
             return self.prompted(self.bound(args, kwargs), Prompt(((self, None),), self.count), inner)
 
         return run
 
     @classmethod
-    def wrapped_rows(cls, layers: Mapping[str, AdapterLayer], rows: Rows, inner: Forward) -> Forward:
+    def wrapped_rows(cls, layers: Mapping[str, Effect], rows: Rows, inner: Forward) -> Forward:
         """As `wrapped`, with an adapter for each row."""
 
-        def run(*args: Any, **kwargs: Any) -> Any:
+        def run(*args: object, **kwargs: object) -> object:
             first = next(layer for layer in layers.values() if isinstance(layer, PromptLayer))
             call = first.bound(args, kwargs)
             prompt = prompt_of_rows(layers, rows, main_input(call))
@@ -150,7 +175,7 @@ class PromptLayer(NetworkLayer):
 
         return run
 
-    def bound(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+    def bound(self, args: Sequence[object], kwargs: Mapping[str, object]) -> Call:
         """All arguments by name."""
         return {**dict(zip(self.arguments, args)), **kwargs}
 
@@ -159,9 +184,9 @@ class PromptLayer(NetworkLayer):
         """What the target calls its cache: transformers is about to rename it."""
         return "past_key_values" if "past_key_values" in self.arguments else "cache"
 
-    def cache_in(self, call: Call) -> Any:
+    def cache_in(self, call: Call) -> Cache | None:
         """The cache of this call under either of its names, or None."""
-        given = call.pop("past_key_values", None)
+        given: Cache | None = call.pop("past_key_values", None)
         given = call.get("cache") if given is None else given
         call.pop("cache", None)
         if given is not None:
@@ -237,7 +262,7 @@ class Prompt:
         """(batch, count, ...) in float32; zeros where a row is padded."""
         layer, rows = self.parts[0]
         tokens = layer.virtual_tokens(call)
-        if rows is None:
+        if rows is None:  # a view, where all rows have the same: no copy for each of them
             return tokens.expand(batch, *tokens.shape[1:])
         result = tokens.new_zeros(batch, self.count, *tokens.shape[2:])
         for layer, rows in self.parts:
@@ -254,7 +279,7 @@ class Prompt:
         return (torch.arange(self.count, device=like.device) >= self.short).to(like.dtype)
 
 
-def prompt_of_rows(layers: Mapping[str, AdapterLayer], rows: Rows, main: torch.Tensor) -> Prompt | None:
+def prompt_of_rows(layers: Mapping[str, Effect], rows: Rows, main: torch.Tensor) -> Prompt | None:
     """The virtual tokens of a batch with an adapter for each row; None where no row has any.
 
     Raises:
@@ -286,7 +311,8 @@ def prompt_of_rows(layers: Mapping[str, AdapterLayer], rows: Rows, main: torch.T
 class TableAlone(FileForm):
     """A checkpoint holds the table alone, as the reference writes it, so training cannot go on where it stopped."""
 
-    def to_file(self, layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    def to_file(self, layer: Stored) -> Iterator[tuple[str, torch.Tensor]]:
+        assert isinstance(layer, PromptLayer)
         yield PROMPT_KEY, layer.table().detach()
 
 
@@ -295,6 +321,12 @@ class Reparameterised(PromptLayer):
 
     names = PromptNames(keys=MappingProxyType({PROMPT_KEY: PROMPT_KEY}), front="prompt_encoder.")
     file_form = TableAlone()
+
+
+def token_count(config: PromptLearningConfig) -> int:
+    """The number of virtual tokens, of a config that was checked."""
+    assert config.num_virtual_tokens is not None
+    return config.num_virtual_tokens
 
 
 def check_prompt(config: PromptLearningConfig) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from splice.checkpoint.types import PeftType
 from splice.config import PromptLearningConfig
 from splice.kinds.registry import Method, register
 from splice.methods.prompts.attributes import PROMPT_METHODS, PROMPT_VIEWS
-from splice.methods.prompts.embedded import EmbeddedPrompt
+from splice.methods.prompts.embedded import EmbeddedPrompt, embeddings_of
 from splice.methods.prompts.prompt import check_prompt
 
 
@@ -59,19 +59,23 @@ class PromptTuning(EmbeddedPrompt):
     """The virtual tokens, (n * submodules, dim)."""
 
     @classmethod
-    def initialise(cls, tensors: dict[str, torch.Tensor], base: Any, config: PromptTuningConfig) -> None:
+    def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: PromptTuningConfig) -> None:
         start_tokens(tensors["embedding.weight"], base, config)
 
 
-def start_tokens(rows: torch.Tensor, base: Any, config: PromptTuningConfig) -> None:
+def start_tokens(rows: torch.Tensor, base: nn.Module, config: PromptTuningConfig) -> None:
     """Fill `rows` with the values that virtual tokens start from."""
     nn.init.normal_(rows)  # also where it is overwritten, so that the same seed gives what it gives in the reference
-    embeddings = base.get_input_embeddings()
+    if config.prompt_tuning_init not in (PromptTuningInit.SAMPLE_VOCAB, PromptTuningInit.TEXT):
+        return
+    embeddings = embeddings_of(base)
+    weight = embeddings.get_parameter("weight")
     if config.prompt_tuning_init == PromptTuningInit.SAMPLE_VOCAB:
-        ids = torch.randint(0, embeddings.weight.shape[0], (len(rows),))
-        rows.copy_(embeddings(ids.to(embeddings.weight.device)))
-    elif config.prompt_tuning_init == PromptTuningInit.TEXT:
-        rows.copy_(embeddings(_text_ids(config, len(rows)).to(embeddings.weight.device)))
+        ids = torch.randint(0, len(weight), (len(rows),))
+    else:
+        ids = _text_ids(config, len(rows))
+    # Called, not indexed: some embeddings multiply what they look up, and the virtual tokens stand behind that.
+    rows.copy_(embeddings(ids.to(weight.device)))
 
 
 def _text_ids(config: PromptTuningConfig, count: int) -> torch.Tensor:

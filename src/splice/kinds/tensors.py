@@ -1,0 +1,152 @@
+"""The tensors of an adapter layer: where each of them stands in the tree of modules, and how the layer reads them there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, TypeAlias, overload
+
+import torch
+from torch import nn
+
+from splice.kinds.container import Holder
+from splice.kinds.names import LayerNames, Names
+from splice.kinds.slot import Role, Slot
+
+# `_parameters` or `_buffers` of a module, or a dict of our own until there is one. torch gives the two different types,
+# and a dict that is written to can be of one alone.
+Registry: TypeAlias = dict[str, Any]
+
+
+class Registered(NamedTuple):
+    """Where a tensor is registered. The place stays while FSDP, `.to` or `load_state_dict` replace the tensor in it."""
+
+    # Of the module that holds it.
+    registry: Registry
+    # Its name there.
+    name: str
+    # What it is.
+    slot: Slot
+
+
+class Home(NamedTuple):
+    """Where the containers of an adapter layer stand."""
+
+    # `_modules` of the adapted layer, or of what stands for the network as a whole.
+    modules: dict[str, nn.Module | None]
+    # Those of them that adapters put there.
+    added: dict[str, nn.Module]
+
+
+class Held:
+    """A tensor of an adapter layer by its suffix, looked up where it is registered: `a = Held("lora_A.weight")`."""
+
+    # Not the tensor itself as an attribute: FSDP, `.to` and `load_state_dict` put others in its place, and tell nobody.
+
+    def __init__(self, suffix: str = "") -> None:
+        self.suffix = suffix
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.suffix = self.suffix or name
+
+    @overload
+    def __get__(self, layer: None, owner: type) -> Held: ...
+
+    @overload
+    def __get__(self, layer: OwnTensors, owner: type) -> torch.Tensor: ...
+
+    def __get__(self, layer: OwnTensors | None, owner: type) -> torch.Tensor | Held:
+        return self if layer is None else layer.tensor(self.suffix)
+
+
+class OwnTensors:
+    """The part of an adapter layer that has its tensors.
+
+    It is no module: they stand in containers on the adapted layer, and it reads them there. So whoever exchanges
+    parameters in the tree need not know of it.
+    """
+
+    # How they are called.
+    names: Names = LayerNames()
+    # Where they stand in the tree; None until the layer is attached.
+    home: Home | None = None
+    # By container: the module that will be this adapter's entry there.
+    entries: dict[str, nn.Module]
+    # Tensors that are entries themselves, until they are registered in their containers.
+    loose: Registry
+    # Suffix -> where the tensor is.
+    registered: dict[str, Registered]
+
+    def __init__(self, slots: Mapping[str, Slot], tensors: Mapping[str, torch.Tensor]) -> None:
+        self.entries, self.loose, self.registered = {}, {}, {}
+        for suffix, tensor in tensors.items():
+            self.hold(suffix, tensor, slots[suffix])
+
+    def tensor(self, suffix: str) -> torch.Tensor:
+        """The tensor as it is now."""
+        registry, name, _ = self.registered[suffix]
+        found: torch.Tensor = registry[name]
+        return found
+
+    def find(self, suffix: str) -> torch.Tensor | None:
+        """The tensor as it is now; None where this layer has none of that name."""
+        return self.tensor(suffix) if suffix in self.registered else None
+
+    def keep(self, suffix: str, tensor: torch.Tensor) -> None:
+        """Have, as a buffer that no checkpoint holds, what the layer worked out itself; again in the place of the old."""
+        known = self.registered.get(suffix)
+        if known is None:
+            self.hold(suffix, tensor, Slot(tuple(tensor.shape), Role.BUFFER, stored=False))
+        else:
+            known.registry[known.name] = tensor
+
+    def named_slots(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor that a checkpoint holds, in the form it has in memory, by suffix."""
+        for suffix, (registry, name, slot) in self.registered.items():
+            if slot.stored:
+                yield suffix, registry[name]
+
+    def tensors_by_role(self, role: Role) -> Iterator[Registered]:
+        """Where the tensors of one role are registered."""
+        return (item for item in self.registered.values() if item.slot.role is role)
+
+    def set_trained(self, trained: bool) -> None:
+        """Whether the tensors of this layer are trained."""
+        for registry, name, _ in self.tensors_by_role(Role.TRAINED):
+            if registry[name].is_leaf:  # under FSDP there are others
+                registry[name].requires_grad = trained
+
+    def hold(self, suffix: str, tensor: torch.Tensor, slot: Slot) -> None:
+        """Take a tensor into the slot: the very parameter where it is one, which then is shared."""
+        container, leaf = self.names.place(suffix)
+        if leaf:
+            *parents, name = leaf.split(".")
+            holder = self.entries.get(container)
+            if holder is None:
+                holder = self.entries[container] = self.new_entry(container)
+            for parent in parents:
+                below = holder._modules.get(parent)
+                if below is None:
+                    below = holder._modules[parent] = Holder()
+                holder = below
+            # Not `register_buffer` and `register_parameter`: their checks of every name are most of what a load would cost.
+            registry: Registry = holder._buffers if slot.role is Role.BUFFER else holder._parameters
+            if slot.role is Role.BUFFER and not slot.stored:
+                holder._non_persistent_buffers_set.add(name)
+        else:
+            registry, name = self.loose, container
+        if slot.role is not Role.BUFFER and type(tensor) is not nn.Parameter:
+            tensor = nn.Parameter(tensor, requires_grad=False)
+        registry[name] = tensor
+        self.registered[suffix] = Registered(registry, name, slot)
+
+    def new_entry(self, container: str) -> nn.Module:
+        """The module for tensors whose names go on behind the container."""
+        return Holder()
+
+    def leave_empty(self) -> None:
+        """Have no values, on the meta device, until they are loaded."""
+        for registry, name, _ in self.registered.values():
+            tensor = registry[name]
+            empty = tensor.detach().to(torch.device("meta"))
+            is_parameter = isinstance(tensor, nn.Parameter)
+            registry[name] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
