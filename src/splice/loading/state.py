@@ -14,7 +14,8 @@ from splice.checkpoint.keys import PREFIX, renamed
 from splice.checkpoint.source import Source
 from splice.checkpoint.tensors import TensorsInMemory, open_weights
 from splice.kinds.reading import Checkpoint
-from splice.loading.load import LoadOptions, LoadResult, load_into
+from splice.loading.load import LoadResult, load_into
+from splice.loading.options import LoadOptions
 from splice.surgery.tuner import tuner_of
 from splice.surgery.undo import Undo
 

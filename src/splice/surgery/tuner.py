@@ -59,6 +59,8 @@ class Tuner(nn.Module):
         # Plain dicts, so that nothing here is registered as a submodule a second time.
         self.adapted: dict[str, Adapted] = {}
         self.placed: dict[str, dict[str, AdapterLayer]] = {}
+        # What each adapter was made by, kept for `loading`: new weights over an adapter follow the same plan.
+        self.plans: dict[str, object] = {}
         # Modules that adapters put here, by their names: containers of tensors that all layers of an adapter share.
         self.added: dict[str, nn.Module] = {}
         # Where layers that act on the call of the network have their tensors: here, or in the PeftModel around it.
@@ -128,12 +130,13 @@ class Tuner(nn.Module):
         built: Sequence[Built],
         freeze_base: bool,
         modules: Mapping[str, nn.Module] | None = None,
+        plan: object = None,
     ) -> None:
         """Attach a finished adapter. A caller that is cut short in the middle takes it back with `Undo`."""
         modules = walk_bare(self.model) if modules is None else modules
         readers = weight_readers(modules)
         self.placed[name] = {item.placement.path: item.layer for item in built}
-        self.peft_config[name] = config
+        self.peft_config[name], self.plans[name] = config, plan
         method = method_of(config)
         self._methods[method.name] += 1
         if method.loss_term is not None:
@@ -180,6 +183,7 @@ class Tuner(nn.Module):
 
     def _forget(self, name: str) -> None:
         del self.placed[name]
+        self.plans.pop(name, None)
         config = self.peft_config.pop(name, None)
         if config is not None and config.method is not None and self._methods[config.method]:
             self._methods[config.method] -= 1
