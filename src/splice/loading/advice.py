@@ -36,7 +36,7 @@ def advice(
     """
     plan, entries, config, paths = found.plan, found.checkpoint.entries, found.config, modules.keys()
     foreign = foreign_names(entries)
-    if foreign:
+    if foreign:  # that explains all the rest, and further advice would lead away from it
         return [foreign]
     resize = resize_of(plan, entries, network, modules)
     causes = [
@@ -46,6 +46,7 @@ def advice(
         _other_method(plan, method),
         _other_prefix(plan, method, paths),
         _adapter_name_inside(plan, adapter_name),
+        # A resized embedding in the file is named like a weight of the base as well, and the resize says more.
         None if resize is None else str(resize),
         _base_weights(plan, paths) if resize is None else None,
         _other_rank(plan, config),
@@ -74,6 +75,7 @@ def _zero_sized(entries: Mapping[str, Entry]) -> str | None:
 
 def outdated(plan: Plan, method: Method) -> dict[str, str]:
     """Tensors that only earlier versions wrote, and what to do about them: they mean something else today."""
+    # By whole components: `lora_A` is part of other methods' names too.
     known = method.outdated_names
     parts = {name: next((part for part in name.split(".") if part in known), None) for name in plan.unexpected}
     return {name: known[part] for name, part in parts.items() if part is not None}
@@ -113,6 +115,7 @@ def _other_prefix(plan: Plan, method: Method, paths: Collection[str]) -> str | N
     if not missing or not plan.unexpected:
         return None
     fronts: Counter[tuple[str, str]] = Counter()
+    # By their last four components: that tells kinds of layer apart, and leaves the front open.
     by_tail: dict[str, list[str]] = {}
     for key in missing:
         by_tail.setdefault(".".join(key.split(".")[-4:]), []).append(key)
@@ -123,7 +126,7 @@ def _other_prefix(plan: Plan, method: Method, paths: Collection[str]) -> str | N
     if not fronts:
         return None
     (had, needs), count = fronts.most_common(1)[0]
-    if count < len(plan.unexpected) / 2:
+    if count < len(plan.unexpected) / 2:  # a coincidence
         return None
     if PREFIX.startswith(needs[: len(PREFIX)]) and needs.startswith(had) and not had:
         return f"{count} names lack the prefix {needs!r}. They were written by another tool: put {needs!r} before each name."

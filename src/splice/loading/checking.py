@@ -32,6 +32,7 @@ def refuse_or_warn(found: Fitted, network: nn.Module, method: Method, options: L
         left_out = tuple(wrong.key for wrong in plan.mismatched)
         shown = [f"{w.key}: {w.found} in the checkpoint, {w.needed} in the model" for w in plan.mismatched]
         warn("Some weights were ignored because their sizes differ:\n" + "\n".join(shown), PeftWarning)
+        # Then the one warning has said everything, and a second one about the same keys would only confuse.
         said_all = not plan.missing and not plan.unexpected
         plan = replace(plan, missing=plan.missing + left_out, mismatched=())
         if said_all:
@@ -62,7 +63,9 @@ def check_base_copies(found: Fitted, weights: Weights) -> None:
         # On the meta device there is nothing to compare with.
         if key not in names or weight is None or weight.is_meta:
             continue
+        # One after the other: embeddings are large, and each is thrown away once it has been compared.
         (stored,) = weights.read([names[key]])
+        # In the base's dtype: the base may have been loaded in another one than it was saved in.
         if not torch.equal(stored.to(weight), weight.detach()):
             raise AdapterMismatchError(
                 f"the checkpoint at {weights.place} holds weights of its base model ({key}), and they differ "
@@ -82,6 +85,7 @@ def check_repeated(found: Fitted, weights: Weights) -> None:
     for key, of in found.plan.repeated.items():
         if key not in names or of.key not in sources:
             continue
+        # Equal to the last bit: when they were saved they were one tensor.
         one, two = weights.read([names[key], sources[of.key]])
         if not torch.equal(one.T if of.transposed else one, two):
             raise AdapterMismatchError(

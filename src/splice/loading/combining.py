@@ -31,13 +31,14 @@ def add_weighted_adapter(
         ValueError: an adapter is unknown, the combination is, or the adapters cannot be combined that way.
         UnsupportedFeatureError: adapters of their method have no sum.
     """
-    if name in tuner.peft_config:
+    if name in tuner.peft_config:  # scripts of the reference call it again and again
         return
     tuner.check_new(name)
     method = _method_of(tuner, adapters, weights)
     combine = method.combine
     if combine is None:
         raise UnsupportedFeatureError(f"adapters of {method.name.value} cannot be combined into a new one")
+    # Of one adapter every combination is the adapter itself, by its weight; but the caller's choice is checked first.
     if len(adapters) == 1:
         combine.check(combination, method.name.value)
         combination = Combination("linear")

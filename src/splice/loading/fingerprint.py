@@ -132,6 +132,7 @@ def fingerprint_of(tuner: Tuner, adapter_name: str) -> Fingerprint:
         and not isinstance(layer, BiasOnly)
         and not (isinstance(layer, WholeModule) and path.endswith(saved_whole))
     )
+    # Evenly, and not the first ones: fine-tunes change some layers more than others.
     sampled = paths[:: -(-len(paths) // _MAX_LAYERS) or 1]
     layers = [tuner.adapted[path] for path in sampled]
     weights = [base_weight(layer) for layer in layers]

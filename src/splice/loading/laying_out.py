@@ -69,6 +69,7 @@ def lay_out(
         NoMatchingPeftModuleError: the config selects nothing.
         ValueError: the config cannot be applied to a layer that it selects.
     """
+    # Before the model is looked at: what a config must not say is wrong on any model.
     method.check(config)
     draft = Draft(network, config, method, walk_bare(network) if modules is None else modules, heads, new)
     for contribute in (*_LAYERS, *_NAMES):

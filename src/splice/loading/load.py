@@ -83,8 +83,10 @@ def load_new(
     """
     name = options.adapter_name
     tuner.check_new(name)
+    # A copy: the caller's config is never changed, and several loads may be given the same one.
     config = copy_config(checkpoint.config, inference_mode=not options.is_trainable)
     _set_runtime(config, options)
+    # Before the plan is made: adapters that cannot stand beside one another are told by their configs alone.
     check_together(tuner, config)
     if tuner.stack_layers(config):
         undo.modules = walk_bare(tuner.model)
@@ -96,6 +98,7 @@ def load_new(
     write_back(config, plan)
     built = build_loaded(plan, config, found.checkpoint.weights, options.autocast)
     tuner.commit(name, config, built, freeze_base, undo.modules, plan)
+    # The flags of this adapter alone: loading one never changes those of another.
     if options.is_trainable:
         tuner.set_requires_grad(name, True)
     elif config.trained_biases() != "none":
@@ -149,12 +152,14 @@ def _planned(
         ValueError: the config cannot be applied to this network.
     """
 
+    # What is wanted is put together anew each time: a base that has been resized has other modules.
     def fit_again() -> Fitted:
         return fitted(wanted(), checkpoint, config)
 
     found = fit_again()
     if options.resizes_vocabulary and not found.plan.fits:
         found = fitted_resized(tuner, found, undo, fit_again)
+    # First what names and shapes tell. Tensors are read for comparison only where the checkpoint fits.
     plan = refuse_or_warn(found, tuner.model, wanted().method, options)
     found = replace(found, plan=plan)
     check_base_copies(found, found.checkpoint.weights)
@@ -196,7 +201,9 @@ def _overwrite(tuner: Tuner, found: Fitted, options: LoadOptions, undo: Undo) ->
     """Put the tensors of the checkpoint into those of the adapter, which stay the objects they are."""
     live = _live_tensors(found.plan, tuner.placed[options.adapter_name])
     # Built layers would be thrown away again, and would draw values for slots that the checkpoint has nothing for.
+    # All are read before the first one is written: a file that is cut off leaves the adapter as it was.
     values = found.checkpoint.weights.read([found.plan.sources[key] for key in live])
+    # For a moment the adapter takes twice its memory; without the copies what fails later could not be undone.
     before = [tensor.clone() for tensor in live.values()]
     undo.also(lambda: _copy(zip(live.values(), before)))
     _copy(zip(live.values(), values))
@@ -206,6 +213,7 @@ def _live_tensors(plan: Plan, layers: dict[str, AdapterLayer]) -> dict[str, torc
     """Key -> the adapter's own tensor, for all that the checkpoint has a tensor for."""
     live = {}
     for placement in plan.placements:
+        # `.data`, as autograd refuses to write into a leaf that is trained.
         own = dict(layers[placement.path].named_slots())
         live.update({key: own[suffix].data for suffix, key in placement.keys.items() if key in plan.sources})
     return live
@@ -221,6 +229,7 @@ def _finished(tuner: Tuner, found: Fitted, options: LoadOptions) -> Loaded:
     name, config = options.adapter_name, found.config
     base = compare_base(tuner, found.checkpoint.weights, name)
     about = about_base(base, both_bases(config, tuner.model))
+    # Through `warnings` and not in the report alone: few people print that, and these lines tell of wrong results.
     for line in (*found.warnings, *about, *method_of(config).loading_notes(config)):
         warn(f"adapter {name!r}: {line}.", PeftWarning)
     return report(found, tuner.placed[name].values(), options, base.match)

@@ -38,6 +38,7 @@ def open_checkpoint(
     if config is not None and not isinstance(config, PeftConfig):
         raise ValueError(f"The input config must be a PeftConfig, got {type(config).__name__}")
     source = Source.from_options(model_id, options.extra.get("subfolder"), options.extra)
+    # The config before the weights: on the Hub the first file settles the commit that the other one is taken from.
     read = ReadConfig(config) if config is not None else _config_in(source, present)
     weights = open_weights(Path(source.weights()))
     names = renamed(weights.entries, key_mapping) if key_mapping else {name: name for name in weights.entries}

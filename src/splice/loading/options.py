@@ -29,6 +29,7 @@ class LoadOptions:
     ephemeral_gpu_offload: bool
     key_mapping: Mapping[str, str] | None
     strict: bool
+    # Of any type: most of them are passed on to the download as they came.
     extra: Mapping[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
 

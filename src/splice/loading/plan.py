@@ -86,9 +86,11 @@ class Plan:
 def fit(plan: Plan, checkpoint: Checkpoint) -> Plan:
     """`plan` with where each tensor of the checkpoint goes, and with all that does not fit."""
     entries, names = checkpoint.entries, checkpoint.names
+    # By the names in the weights and not by those that the plan sees: whoever reads needs the plan alone.
     sources: dict[str, str] = {}
     missing: list[str] = []
     mismatched: list[Mismatch] = []
+    # Collected on the way and compared at the end, so that what is unexpected comes in the order of the file.
     known = {*plan.redundant, *plan.base_copies, *plan.repeated}
     for placement in plan.placements:
         keys = placement.keys
@@ -137,6 +139,7 @@ def _is_floating(dtype: str) -> bool:
 
 def write_back(config: PeftConfig, plan: Plan) -> None:
     """What the config left open is filled in, as users of the reference read it: default targets, "all-linear", heads."""
+    # On the config and not beside it: a save writes the config, and the reference's users read these fields there.
     own = field_names(config)
     for name, value in plan.resolved.items():
         # Heads of a task are saved whole also by methods whose configs cannot say so.

@@ -71,6 +71,7 @@ def _all_linear(config: PeftConfig, network: nn.Module, modules: Mapping[str, nn
     kinds = (LayerKind.LINEAR, LayerKind.TRANSPOSED_LINEAR)
     names = {path for path, module in modules.items() if kind_of(module) in kinds}
     head = output_embeddings_path(network, modules) if is_pretrained(network) else ""
+    # The output layer is left out: it is far larger than the others, and the reference leaves it out too.
     if head:
         return names - {head}
     if config.task_type == TaskType.SEQ_CLS:
@@ -91,6 +92,7 @@ def select(rule: TargetRule, modules: Mapping[str, nn.Module]) -> dict[str, nn.M
     matcher = TargetMatcher(rule)
     selected = {path: module for path, module in modules.items() if path and matcher.is_selected(path)}
     kept = {path: module for path, module in selected.items() if not matcher.is_excluded(path)}
+    # Nothing selected and everything excluded are different mistakes, and the message tells them apart.
     if not kept and not rule.target_parameters:
         raise NoMatchingPeftModuleError(_nothing_matched(rule, bool(selected)))
     return kept

@@ -23,6 +23,7 @@ from splice.loading.plan import Plan
 Shapes = Mapping[str, tuple[int, ...]]
 
 
+# A protocol with two small classes, in place of a flag: the road asks what it needs to know and never which of the two it is.
 class Wanted(Protocol):
     """The adapter that a checkpoint is to become."""
 
@@ -64,7 +65,7 @@ class Wanted(Protocol):
         ...
 
     def is_served_by(self, plan: Plan) -> bool:
-        """Whether a plan that has been fitted leaves nothing to be desired."""
+        """Whether a fitted plan can be followed as it is; if not, another meaning of the checkpoint is looked for."""
         ...
 
 
@@ -136,4 +137,5 @@ class PresentAdapter:
         return any(p.path == module and shapes == shapes_of(dict(p.slots)) for p in self.kept.placements)
 
     def is_served_by(self, plan: Plan) -> bool:
+        # A trainer that sends some of the tensors means no others; a name without a place is wrong all the same.
         return plan.fits or (self.partly and not plan.unexpected and not plan.mismatched)

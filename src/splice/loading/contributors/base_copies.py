@@ -9,6 +9,7 @@ from splice.loading.tying import EMBEDDING_NAMES
 
 def base_copies(draft: Draft) -> None:
     """Where embeddings are targets, a checkpoint may hold the base's own embeddings."""
+    # The reference writes them, so that rows which came with a resized vocabulary are not lost. By name, as it goes by names.
     for placement in draft.placements if draft.on_layers else ():
         if (
             placement.path.rpartition(".")[2] in EMBEDDING_NAMES

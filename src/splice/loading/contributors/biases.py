@@ -31,5 +31,6 @@ def biases(draft: Draft) -> None:
         elif placement is not None:
             result.append(replace(placement, slots={**placement.slots, BIAS: bias_slot(module)}))
         elif which == "all":
+            # With a config that says nothing: a bias is a bias, whatever the method.
             result.append(Placement.of(path, module, BiasOnly, PeftConfig()))
     draft.placements = result

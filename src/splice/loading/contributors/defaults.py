@@ -22,6 +22,7 @@ def defaults(draft: Draft) -> None:
         if further:
             draft.config = copy_config(draft.config, **further)
             draft.resolved.update(further)
+    # Into the rule and not the config: not every config has a field for them.
     if draft.heads:
         rule = replace(rule, modules_to_save=list(dict.fromkeys([*(rule.modules_to_save or ()), *draft.heads])))
     draft.rule = rule

@@ -26,13 +26,14 @@ def followers(draft: Draft) -> None:
     leader = by_path.get(tied.embeddings.path)
     if leader is None:
         return
+    # Rows that take the place of those at one end alone would part the two ends, whatever the config says of ties.
     always = method.follows_ties or leader.layer_class is TokenRowsBeside
     if not (always or (tied.whole if issubclass(leader.layer_class, WholeModule) else tied.targets)):
         return
     for path in tied.embeddings.tied:
         own = by_path.get(path)
         if own is not None and (own.layer_class is leader.layer_class or method.follows_ties):
-            continue
+            continue  # it was named itself, and has tensors of its own
         if own is not None:
             raise TypeError(
                 f"{path!r} shares its weight with {leader.path!r}, whose rows are trained, and is adapted in another way "

@@ -13,6 +13,7 @@ def parameters(draft: Draft) -> None:
         NoMatchingPeftModuleError: neither a layer nor a parameter is selected.
         ValueError: a parameter cannot be adapted where it is.
     """
+    # After the targets: a module that is one as a whole cannot be adapted in part as well.
     layer_class = draft.method.parameters_layer
     if draft.rule.target_parameters and layer_class is not None:
         for path in select_parameters(draft.rule, draft.modules, draft.by_path()):

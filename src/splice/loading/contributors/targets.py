@@ -23,6 +23,7 @@ def targets(draft: Draft) -> None:
         layer_class = draft.method.layer_for(base, path, draft.config)
         draft.place(path, base, layer_class)
         for below, companion in layer_class.companions(base, path).items():
+            # Only the method knows what it adapts along with a layer, so the selection could not refuse this.
             if below in selected:
                 raise UnsupportedLayerError(
                     f"{below!r} is selected, and so is {path!r}, which adapts it along with itself. Exclude one of them "

@@ -20,6 +20,7 @@ def ties(draft: Draft) -> None:
         return
     rule, embeddings = draft.rule, input_embeddings(draft.network, draft.modules)
     wanted = bool(field_value(draft.config, "ensure_weight_tying"))
+    # As in the reference, which looks at layers of these names alone.
     named = [path for path in embeddings.all if path.rpartition(".")[2] in EMBEDDING_NAMES]
     selects, saved = TargetMatcher(rule), tuple(rule.modules_to_save or ())
     targeted = any(selects(path) for path in named)
@@ -58,6 +59,7 @@ def _warn(embeddings: InputEmbeddings, wanted: bool, touched: bool, known: bool)
 
 def _with_embeddings(targets: set[str] | list[str] | str | None, embeddings: InputEmbeddings) -> set[str] | str:
     """`targets` with the input embeddings in the place of the layers that follow them."""
+    # An expression cannot be taken apart: it goes on matching the followers, and `Tying.left_out` keeps those out.
     if isinstance(targets, str):
         known = re.fullmatch(targets, embeddings.path)
         return targets if known else f"(?:{targets}|^{re.escape(embeddings.path)}$)"

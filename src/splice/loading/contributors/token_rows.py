@@ -25,7 +25,7 @@ def token_rows(draft: Draft) -> None:
         ValueError: a named layer does not exist, is saved whole too, or tied layers are to have different rows.
         TypeError: a named layer is a target of the same adapter.
     """
-    # `check_kinds` has seen to it that a file holds nothing else there; a caller's mistake is found by the layer itself.
+    # Whatever else a caller may have written there, the layer refuses when it checks the numbers.
     given = cast("TokenIndices | None", field_value(draft.config, "trainable_token_indices"))
     if not given:
         return

@@ -50,6 +50,7 @@ def uncovered(
     rule = _rule(method, config, network, modules)
     selects, kept = TargetMatcher(rule), set(move.to.values())
     kinds = {template(path) for path in kept}
+    # An expression for all linear layers names those of the model at hand, so it is asked under today's paths.
     if str(config.target_rule().target_modules).lower() == ALL_LINEAR:  # knows this network, not the adapter's own
         selected = {path for path in modules if path and move.reaches(path) and selects(path)}
     else:

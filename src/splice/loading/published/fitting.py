@@ -1,7 +1,8 @@
 """Adapters as people published them: what does not fit to the letter and has one meaning all the same is read so.
 
 Nothing here is looked at while a checkpoint fits as it is. Every mend gives names and a config of their own, and counts
-only if with them *every* tensor is placed and *no* slot stays empty; otherwise the checkpoint is refused as it stands.
+only if with them *every* tensor is placed and *no* slot stays empty; otherwise the checkpoint is refused as it stands. Only
+an adapter that is there may be given some of its tensors, if the caller says so: then the others stay as they are.
 """
 
 from __future__ import annotations
@@ -90,8 +91,9 @@ class _Mender:
             return self._tried(self.config, meant.names)
         layers = _layers(meant.names, self.checkpoint.entries, wanted.method)
         moves = find_moves(list(layers), wanted.modules, wanted.network, self._fits(layers)) if layers else []
+        # Of several that are equally good none is taken: a wrong one computes something, and nobody would notice.
         if len(moves) > 1:
-            self.hints.append(_both(moves))
+            self.hints.append(_choices(moves))
         return self._moved(meant.names, moves[0]) if len(moves) == 1 else None
 
     def _moved(self, names: dict[str, str], move: Move) -> Fitted | None:
@@ -104,6 +106,8 @@ class _Mender:
             return self._tried(self.config, names)
         config, notes = with_heads_and_biases(self.config, names, wanted)
         self.notes += notes
+        # The config as it is, if it says the same of the layers where they are now: then the adapter stays as its author
+        # wrote it, and so does what is saved again.
         if same_values(config, move):
             found = self._tried(config, names)
             if found is not None:
@@ -117,7 +121,7 @@ class _Mender:
         return None if found is None else replace(found, warnings=cover.left_out)
 
     def _tried(self, config: PeftConfig, names: dict[str, str]) -> Fitted | None:
-        """The fit of the checkpoint under these names; None where it leaves something to be desired."""
+        """The fit of the checkpoint under these names; None where that is not good enough to be followed."""
         if len(names) < len(self.checkpoint.names):  # two tensors would have one name
             return None
         own = {name: self.checkpoint.names[given] for name, given in names.items()}
@@ -130,7 +134,7 @@ class _Mender:
     def _plan(self, config: PeftConfig, checkpoint: Checkpoint) -> Plan | None:
         try:
             return fit(self.wanted.plan(config), checkpoint)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError):  # the config, as it is read here, cannot be applied: this is not what was meant
             return None
 
     def _fits(self, layers: Mapping[str, Mapping[str, Entry]]) -> Fits:
@@ -168,7 +172,7 @@ def _moved_name(name: str, move: Move, method: Method) -> str:
     return format_key(move.of_name(layer) + path[len(layer) :], leaf)
 
 
-def _both(moves: Sequence[Move]) -> str:
+def _choices(moves: Sequence[Move]) -> str:
     """A sentence: the modules that a layer of the checkpoint could be, and how to choose one."""
     old = next(path for path in moves[0].to if moves[0].to[path] != moves[1].to[path])
     shown = " and ".join(repr(move.to[old]) for move in moves[:4])

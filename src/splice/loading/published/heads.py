@@ -56,8 +56,10 @@ def _heads_among(names: Collection[str], known: tuple[str, ...], wanted: Wanted)
         if parse_key(name, wanted.method.tensor_names) or not name.startswith(PREFIX):
             continue
         parts = name[len(PREFIX) :].split(".")[:-1]
+        # In a numbered layer it is no head of a task but a layer that the config should name.
         if any(part.isdigit() for part in parts):
             continue
+        # From the top of the tree down: of modules inside one another the outermost that is whole.
         paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
         head = next((path for path in paths if _is_whole(path, names, wanted.modules)), None)
         if head is not None and head not in heads and not (known and head.endswith(known)):

@@ -46,6 +46,7 @@ def spelled(entries: Collection[str], plan: Plan | None, paths: Collection[str],
         method: the adapter's.
     """
     loose = list(entries if plan is None else plan.unexpected)
+    # A model may have a child called `module` itself; that one is part of its paths.
     own_parts = {part for path in paths for part in path.split(".")}
     meant = {name: _bare(name, _WRAPPERS - own_parts, method) for name in loose}
     notes, hints = _notes(meant, method), []
@@ -59,6 +60,7 @@ def spelled(entries: Collection[str], plan: Plan | None, paths: Collection[str],
         notes.append(f"the adapter name {'.'.join(found.parts)!r} stands inside the names: left out")
         markers = _markers(method)
         meant = {old: _shortened(new, _tail(new, markers), found.parts) for old, new in meant.items()}
+    # Names that have their place stay: a mend must not take apart what fits.
     names = {name: name for name in entries if name not in meant}
     names.update({new: old for old, new in meant.items()})
     return Spelled(names if len(names) == len(entries) else None, tuple(notes), tuple(hints))
@@ -94,6 +96,7 @@ def _adapter_name_in(names: Iterable[str], plan: Plan | None, method: Method) ->
     own |= {"weight", "bias"}
     tails = [_tail(name, markers) for name in names]
     found = {tail[1] for tail in tails if len(tail) > 1 and tail[1] not in own}
+    # Several adapters in one file: which one is meant is for the user to say.
     if len(found) > 1:
         return _AdapterName(several=sorted(found))
     return _AdapterName(_shared_name([tail for tail in tails if len(tail) > 1 and tail[1] in found], own))

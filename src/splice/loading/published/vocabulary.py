@@ -21,6 +21,7 @@ from splice.loading.plan import Fitted, Plan
 from splice.surgery.tuner import Tuner
 from splice.surgery.undo import Undo
 
+# What output layers are called, for models that do not say which one is theirs.
 _OUTPUTS = ("lm_head", "embed_out")
 
 
@@ -65,6 +66,7 @@ def resize_of(
         slots.update({} if weight is None else {key: tuple(weight.shape)})
     found: dict[int, str] = {}
     present = {weight.shape[0] for weight in holders.values()}
+    # Embeddings of several sizes: a text model and another one. Which vocabulary was resized cannot be told.
     if len(present) != 1:
         return None
     (count,) = present
@@ -85,7 +87,7 @@ def resize_of(
 
 def _holders(network: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
     """The weight of every layer with a row for each token, by path."""
-    known = _said_by(network, modules)
+    known = _embeddings_said_by(network, modules)
     for path, module in modules.items():
         if known:
             is_one = path in known
@@ -99,7 +101,7 @@ def _holders(network: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[t
             yield path, weight
 
 
-def _said_by(network: nn.Module, modules: Mapping[str, nn.Module]) -> set[str]:
+def _embeddings_said_by(network: nn.Module, modules: Mapping[str, nn.Module]) -> set[str]:
     """Paths of the modules that a model of transformers calls its embeddings; none where it calls none so."""
     if not is_pretrained(network):
         return set()
@@ -146,6 +148,7 @@ def fitted_resized(tuner: Tuner, found: Fitted, undo: Undo, again: Callable[[], 
     if reason is not None:
         return replace(found, hints=(*found.hints, reason))
     undo.at_last(_memory_of(undo.modules))
+    # transformers draws the new rows; the caller's random numbers go on as if it had not.
     with torch.random.fork_rng(devices=[]):
         cast(_Resizable, network).resize_token_embeddings(resize.size)
     undo.modules = walk_bare(network)
@@ -186,7 +189,8 @@ def _not_in(made_up: list[str], resize: Resize, plan: Plan) -> list[str]:
 
 
 def _memory_of(modules: Mapping[str, nn.Module]) -> Callable[[], None]:
-    """Remember what resizing changes; the result makes it so again, with the same objects."""
+    """Remember everything that resizing changes. Calling the result puts it back, as the same objects."""
+    # The dicts of the modules and not their `state_dict`: whoever holds a parameter or a layer goes on holding it.
     registries: list[MutableMapping[str, object]] = []
     for module in modules.values():
         own = vars(module)
