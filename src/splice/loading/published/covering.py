@@ -44,14 +44,14 @@ def uncovered(
     """Compare the layers of the checkpoint with those that the config selects, under the names it knew.
 
     A selected module without tensors is a loss, unless the checkpoint has tensors for modules of the same name and for
-    none of its kind (the same path with other numbers): then it belongs to a part that the adapter's own base had not. A
-    layer that is not selected is the adapter's, if the checkpoint has tensors for all of its kind.
+    none of its kind (the same path with other numbers): then it belongs to a part that the base of its
+    training did not have. A layer that is not selected is the adapter's, if the checkpoint has tensors for all of its kind.
     """
     rule = _rule(method, config, network, modules)
     selects, kept = TargetMatcher(rule), set(move.to.values())
     kinds = {template(path) for path in kept}
     # An expression for all linear layers names those of the model at hand, so it is asked under today's paths.
-    if str(config.target_rule().target_modules).lower() == ALL_LINEAR:  # knows this network, not the adapter's own
+    if str(config.target_rule().target_modules).lower() == ALL_LINEAR:
         selected = {path for path in modules if path and move.reaches(path) and selects(path)}
     else:
         selected = {path for path in modules if path and selects(move.back(path))}
