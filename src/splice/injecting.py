@@ -58,8 +58,8 @@ def inject_adapter_in_model(
     # The base is frozen with its first adapter only: a trainer that injects a second one may train parts of the base by now.
     first, undo = not tuner.peft_config, Undo(tuner)
     try:
-        _, built = new_adapter(tuner, config, (), False, low_cpu_mem_usage)
-        tuner.commit(adapter_name, peft_config, built, freeze_base=first)
+        plan, built = new_adapter(tuner, config, (), False, low_cpu_mem_usage)
+        tuner.commit(adapter_name, peft_config, built, freeze_base=first, plan=plan)
         tuner.selection.set([adapter_name])
         tuner.set_requires_grad(adapter_name, not peft_config.inference_mode)
         return model

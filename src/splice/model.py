@@ -22,7 +22,8 @@ from splice.kinds.combining import Combination
 from splice.loading.combining import add_weighted_adapter
 from splice.loading.creating import new_adapter
 from splice.loading.in_memory import checkpoint_from
-from splice.loading.load import Loaded, LoadOptions, load_into, load_new
+from splice.loading.load import Loaded, load_into, load_new
+from splice.loading.options import LoadOptions
 from splice.loading.report import LoadReport
 from splice.loading.saving import facts_of, save
 from splice.selection import Choice
@@ -85,8 +86,8 @@ class PeftModel(nn.Module):
         tuner.check_new(adapter_name)
         undo = Undo(tuner)
         try:
-            _, built = new_adapter(tuner, peft_config, self.heads, autocast_adapter_dtype, low_cpu_mem_usage)
-            tuner.commit(adapter_name, peft_config, built, freeze_base=True)
+            plan, built = new_adapter(tuner, peft_config, self.heads, autocast_adapter_dtype, low_cpu_mem_usage)
+            tuner.commit(adapter_name, peft_config, built, freeze_base=True, plan=plan)
             tuner.selection.set([adapter_name])
             tuner.set_requires_grad(adapter_name, not peft_config.inference_mode)
         except BaseException:
@@ -211,7 +212,7 @@ class PeftModel(nn.Module):
                 f"adapter {adapter_name!r} is there already and keeps its config: leave out `config` to load new weights "
                 "into it, or call `delete_adapter` first"
             )
-        checkpoint = checkpoint_from(model_id, tensors, present or config, options, key_mapping)
+        checkpoint = checkpoint_from(model_id, tensors, config, options, key_mapping, present)
         undo, before = Undo(tuner), (self.load_report, self._unused_checked, self.training)
         try:
             if adapter_name in tuner.peft_config:
@@ -250,8 +251,8 @@ class PeftModel(nn.Module):
         tuner.check_new(adapter_name)
         first, undo = not tuner.peft_config, Undo(tuner)
         try:
-            _, built = new_adapter(tuner, peft_config, self.heads, autocast_adapter_dtype, low_cpu_mem_usage)
-            tuner.commit(adapter_name, peft_config, built, freeze_base=first)
+            plan, built = new_adapter(tuner, peft_config, self.heads, autocast_adapter_dtype, low_cpu_mem_usage)
+            tuner.commit(adapter_name, peft_config, built, freeze_base=first, plan=plan)
         except BaseException:
             undo.run()
             raise

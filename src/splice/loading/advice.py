@@ -14,42 +14,47 @@ from splice.checkpoint.keys import PREFIX, Key, parse_key
 from splice.checkpoint.types import TaskType
 from splice.config import PeftConfig
 from splice.kinds.registry import Method, all_methods
-from splice.loading.plan import Plan
+from splice.loading.config_fields import field_value
+from splice.loading.plan import Fitted, Mismatch, Plan
 from splice.loading.published.vocabulary import resize_of
 
+# What models of transformers call the head of a task, at the top of the tree.
 _HEADS = ("score", "classifier", "qa_outputs", "lm_head")
 
 
 def advice(
-    plan: Plan,
-    entries: Mapping[str, Entry],
-    config: PeftConfig,
-    method: Method,
-    adapter_name: str,
-    network: nn.Module,
-    modules: Mapping[str, nn.Module],
+    found: Fitted, method: Method, adapter_name: str, network: nn.Module, modules: Mapping[str, nn.Module]
 ) -> list[str]:
-    """Sentences, the most likely cause first. `modules` are all of the network's by path."""
-    paths = modules.keys()
+    """Sentences, the most likely cause first.
+
+    Args:
+        found: what does not fit.
+        method: the adapter's.
+        adapter_name: what it was to be called here.
+        network: the base model.
+        modules: all modules of the network, by path.
+    """
+    plan, entries, config, paths = found.plan, found.checkpoint.entries, found.config, modules.keys()
     foreign = foreign_names(entries)
-    if foreign:
+    if foreign:  # that explains all the rest, and further advice would lead away from it
         return [foreign]
     resize = resize_of(plan, entries, network, modules)
-    found = [
+    causes = [
         _empty(entries),
         _zero_sized(entries),
         _outdated(plan, method),
         _other_method(plan, method),
         _other_prefix(plan, method, paths),
         _adapter_name_inside(plan, adapter_name),
+        # A resized embedding in the file is named like a weight of the base as well, and the resize says more.
         None if resize is None else str(resize),
         _base_weights(plan, paths) if resize is None else None,
-        _other_rank(plan),
+        _other_rank(plan, config),
         _other_task_class(plan, config),
         _nearest_module(plan, method, paths),
         _wrong_dtype(plan),
     ]
-    return [sentence for sentence in found if sentence]
+    return [sentence for sentence in causes if sentence]
 
 
 def _empty(entries: Mapping[str, Entry]) -> str | None:
@@ -70,6 +75,7 @@ def _zero_sized(entries: Mapping[str, Entry]) -> str | None:
 
 def outdated(plan: Plan, method: Method) -> dict[str, str]:
     """Tensors that only earlier versions wrote, and what to do about them: they mean something else today."""
+    # By whole components: `lora_A` is part of other methods' names too.
     known = method.outdated_names
     parts = {name: next((part for part in name.split(".") if part in known), None) for name in plan.unexpected}
     return {name: known[part] for name, part in parts.items() if part is not None}
@@ -109,6 +115,7 @@ def _other_prefix(plan: Plan, method: Method, paths: Collection[str]) -> str | N
     if not missing or not plan.unexpected:
         return None
     fronts: Counter[tuple[str, str]] = Counter()
+    # By their last four components: that tells kinds of layer apart, and leaves the front open.
     by_tail: dict[str, list[str]] = {}
     for key in missing:
         by_tail.setdefault(".".join(key.split(".")[-4:]), []).append(key)
@@ -119,7 +126,7 @@ def _other_prefix(plan: Plan, method: Method, paths: Collection[str]) -> str | N
     if not fronts:
         return None
     (had, needs), count = fronts.most_common(1)[0]
-    if count < len(plan.unexpected) / 2:
+    if count < len(plan.unexpected) / 2:  # a coincidence
         return None
     if PREFIX.startswith(needs[: len(PREFIX)]) and needs.startswith(had) and not had:
         return f"{count} names lack the prefix {needs!r}. They were written by another tool: put {needs!r} before each name."
@@ -170,29 +177,34 @@ def _base_weights(plan: Plan, paths: Collection[str]) -> str | None:
     return None
 
 
-def _other_rank(plan: Plan) -> str | None:
-    ranks = {
-        (found, needed)
-        for key, found_shape, needed_shape in plan.mismatched
-        for found, needed in zip(_sizes(found_shape), _sizes(needed_shape))
-        if found != needed and "lora_" in key
-    }
-    if not plan.mismatched or len(ranks) != 1:
+def _other_rank(plan: Plan, config: PeftConfig) -> str | None:
+    """Every tensor that does not fit has the same other number where the config's rank should be."""
+    pairs = {_differing_size(wrong) for wrong in plan.mismatched}
+    if len(pairs) != 1 or None in pairs:
         return None
-    found, needed = ranks.pop()
+    ((found, needed),) = filter(None, pairs)
+    if needed not in _ranks(config):
+        return None
     return (
         f"the tensors have rank {found} and the config says {needed}. If the tensors are right, set r (or rank_pattern) "
         f"to {found} in the config; the scale alpha / r changes with it."
-        if _is_rank(plan)
-        else None
     )
 
 
-def _is_rank(plan: Plan) -> bool:
-    return all(
-        len(_sizes(found)) == len(_sizes(needed)) and sum(a != b for a, b in zip(_sizes(found), _sizes(needed))) == 1
-        for _, found, needed in plan.mismatched
-    )
+def _ranks(config: PeftConfig) -> set[object]:
+    """The ranks that a config gives its layers; none where its method has no ranks, or one for each layer alone."""
+    field = config.pattern_fields.get("rank_pattern")
+    if field is None:
+        return set()
+    pattern = field_value(config, "rank_pattern")
+    return {field_value(config, field), *(pattern.values() if isinstance(pattern, Mapping) else ())}
+
+
+def _differing_size(wrong: Mismatch) -> tuple[int, int] | None:
+    """The size that the tensor has, and the one that it should have, in the one dimension in which they differ."""
+    found, needed = _sizes(wrong.found), _sizes(wrong.needed)
+    differing = [pair for pair in zip(found, needed) if pair[0] != pair[1]]
+    return differing[0] if len(found) == len(needed) and len(differing) == 1 else None
 
 
 def _sizes(text: str) -> list[int]:
@@ -201,7 +213,7 @@ def _sizes(text: str) -> list[int]:
 
 def _other_task_class(plan: Plan, config: PeftConfig) -> str | None:
     heads = {key.removeprefix(PREFIX).partition(".")[0] for key in (*plan.missing, *plan.unexpected)} & set(_HEADS)
-    shapes = {key.removeprefix(PREFIX).partition(".")[0] for key, _, _ in plan.mismatched} & set(_HEADS)
+    shapes = {wrong.key.removeprefix(PREFIX).partition(".")[0] for wrong in plan.mismatched} & set(_HEADS)
     if shapes:
         return f"the head {sorted(shapes)[0]!r} has another size: load the base with the number of labels it was trained for."
     if not heads:
@@ -223,7 +235,7 @@ def _nearest_module(plan: Plan, method: Method, paths: Collection[str]) -> str |
 
 
 def _wrong_dtype(plan: Plan) -> str | None:
-    wrong = {found for _, found, _ in plan.mismatched if found.startswith("dtype")}
-    if not wrong:
+    dtypes = {wrong.found for wrong in plan.mismatched if wrong.found.startswith("dtype")}
+    if not dtypes:
         return None
-    return f"the tensors are stored as {', '.join(sorted(wrong))}, as quantised or miscast weights are; adapters are floats."
+    return f"the tensors are stored as {', '.join(sorted(dtypes))}, as quantised or miscast weights are; adapters are floats."

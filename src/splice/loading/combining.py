@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import cast
 
 import torch
 
@@ -13,6 +13,8 @@ from splice.kinds.combining import Combination
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.module_copy import WholeModule
 from splice.kinds.registry import Method, method_of
+from splice.loading.config_fields import field_value
+from splice.loading.laying_out import plan_of_layers
 from splice.surgery.placement import Built, Placement
 from splice.surgery.tuner import Tuner
 
@@ -29,13 +31,14 @@ def add_weighted_adapter(
         ValueError: an adapter is unknown, the combination is, or the adapters cannot be combined that way.
         UnsupportedFeatureError: adapters of their method have no sum.
     """
-    if name in tuner.peft_config:
+    if name in tuner.peft_config:  # scripts of the reference call it again and again
         return
     tuner.check_new(name)
     method = _method_of(tuner, adapters, weights)
     combine = method.combine
     if combine is None:
         raise UnsupportedFeatureError(f"adapters of {method.name.value} cannot be combined into a new one")
+    # Of one adapter every combination is the adapter itself, by its weight; but the caller's choice is checked first.
     if len(adapters) == 1:
         combine.check(combination, method.name.value)
         combination = Combination("linear")
@@ -47,7 +50,8 @@ def add_weighted_adapter(
     for path in dict.fromkeys(path for adapter in adapters for path in tuner.placed[adapter]):
         present = [(tuner.placed[a][path], w) for a, w in zip(adapters, weights) if path in tuner.placed[a]]
         built.append(_combined(tuner, path, present, config, combination, method))
-    tuner.commit(name, config, built, freeze_base=False)
+    plan = plan_of_layers(tuner.model, config, method, [item.placement for item in built])
+    tuner.commit(name, config, built, freeze_base=False, plan=plan)
 
 
 def _method_of(tuner: Tuner, adapters: Sequence[str], weights: Sequence[float]) -> Method:
@@ -82,16 +86,23 @@ def _check_layers(tuner: Tuner, adapters: Sequence[str]) -> None:
 def _united(configs: Sequence[PeftConfig], method: Method) -> PeftConfig:
     """The config of the first adapter, on the layers of all of them."""
     names = ("target_modules", *method.default_modules)
-    united = {name: _union([getattr(config, name) for config in configs], name) for name in names}
+    united = {name: _union([_names(config, name) for config in configs], name) for name in names}
     return copy_config(configs[0], inference_mode=True, **united)
 
 
-def _union(values: Sequence[Any], name: str) -> Any:
+def _names(config: PeftConfig, name: str) -> set[str] | str | None:
+    """The modules that one field of a config names, or a regular expression for them."""
+    return cast("set[str] | str | None", field_value(config, name))
+
+
+def _union(values: Sequence[set[str] | str | None], name: str) -> set[str] | str:
+    """What selects all that one of `values` selects."""
     if len({isinstance(value, str) for value in values}) > 1:
         raise ValueError(f"all adapter configs should use the same type for `{name}`: all a str, or all a list")
-    if isinstance(values[0], str):
-        return "|".join(f"({pattern})" for pattern in dict.fromkeys(values))
-    return set().union(*(value or () for value in values))
+    patterns = [value for value in values if isinstance(value, str)]
+    if patterns:
+        return "|".join(f"({pattern})" for pattern in dict.fromkeys(patterns))
+    return {entry for value in values for entry in value or ()}
 
 
 def _combined(

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from torch import nn
 
 from splice.base.bare import walk_bare
+from splice.base.foreign_models import name_or_path
 from splice.config import PeftConfig
 from splice.errors import warn
 from splice.kinds.registry import method_named
 from splice.loading.commit import build_new
-from splice.loading.plan import Plan, lay_out, write_back
+from splice.loading.laying_out import lay_out
+from splice.loading.plan import Plan, write_back
 from splice.surgery.placement import Built
 from splice.surgery.together import check_together
 from splice.surgery.tuner import Tuner
@@ -19,7 +21,7 @@ from splice.surgery.tuner import Tuner
 
 def adopt_base(config: PeftConfig, model: nn.Module, revision: str | None) -> None:
     """Record in `config` which base model, and which revision of it, the adapter is made for."""
-    name = model.__dict__.get("name_or_path") or None
+    name = name_or_path(model)
     if config.base_model_name_or_path is not None and config.base_model_name_or_path != name:
         warn(
             f"The PEFT config's `base_model_name_or_path` was renamed from {config.base_model_name_or_path!r} to {name!r}. "

@@ -17,7 +17,6 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -26,11 +25,11 @@ from splice.base.bare import original_class, own_tensors
 from splice.checkpoint.format import METADATA_KEY
 from splice.kinds.module_copy import WholeModule
 from splice.kinds.trained_bias import BiasOnly
-
-if TYPE_CHECKING:
-    from splice.surgery.tuner import Tuner
+from splice.loading.base_weight import base_weight
+from splice.surgery.tuner import Tuner
 
 _VERSION = 1
+# Values of each weight: enough to tell two apart, and little enough for the header of the file.
 _SAMPLES = 8
 # More layers than this are thinned out evenly: the header of the file stays small, and a load costs little more for it.
 _MAX_LAYERS = 64
@@ -49,16 +48,16 @@ class Match(Enum):
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Of a base model, as far as one adapter's targets go.
+    """What a base model is known by, as far as one adapter's targets go.
 
     Attributes:
-        architecture: name of its class.
+        architecture: name of the model's class.
         count: how many targets there are.
-        targets: hash of their paths, and of the shapes of the weights that are sampled.
-        quantization: class of a quantised target.
+        targets: hash of the targets' paths, and of the shapes of the weights that are sampled.
+        quantization: class of a quantised target; None where there is none.
         samples: (layers, 8) in float32, of the targets in the order of their paths; a row of NaN where a weight has no
             plain values.
-        paths: those of the rows; they are not stored.
+        paths: the target that each row is of; empty for a fingerprint that was read, as they are not stored.
     """
 
     architecture: str
@@ -88,7 +87,13 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How a base compares with a fingerprint; `differing` are the paths of the layers that are not the same."""
+    """How a base compares with a fingerprint.
+
+    Attributes:
+        match: the answer.
+        compared: how many layers could be compared.
+        differing: paths of the layers whose weights are not the same.
+    """
 
     match: Match
     compared: int = 0
@@ -111,7 +116,7 @@ def read_fingerprint(metadata: Mapping[str, str]) -> Fingerprint | None:
             samples.view(-1, _SAMPLES),
         )  # fmt: skip
     except (ValueError, KeyError, TypeError, RuntimeError, binascii.Error):
-        return None  # somebody else's entry of that name: it is no part of the adapter
+        return None  # another tool's entry of that name: it is no part of the adapter
 
 
 def fingerprint_of(tuner: Tuner, adapter_name: str) -> Fingerprint:
@@ -127,9 +132,10 @@ def fingerprint_of(tuner: Tuner, adapter_name: str) -> Fingerprint:
         and not isinstance(layer, BiasOnly)
         and not (isinstance(layer, WholeModule) and path.endswith(saved_whole))
     )
+    # Evenly, and not the first ones: fine-tunes change some layers more than others.
     sampled = paths[:: -(-len(paths) // _MAX_LAYERS) or 1]
-    layers = [cast(nn.Module, tuner.adapted[path]) for path in sampled]
-    weights = [_weight(layer) for layer in layers]
+    layers = [tuner.adapted[path] for path in sampled]
+    weights = [base_weight(layer) for layer in layers]
     shapes = [None if weight is None else tuple(weight.shape) for weight in weights]
     digest = hashlib.sha256(repr((paths, shapes)).encode()).hexdigest()
     plain = [weight if _is_plain(weight) else None for weight in weights]
@@ -181,13 +187,6 @@ def _differ(a: torch.Tensor, b: torch.Tensor, known: torch.Tensor) -> torch.Tens
 def _held_by(samples: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """(layers, 1): whether all samples of a layer are values of `dtype`."""
     return (samples.to(dtype).float() == samples).all(1, keepdim=True)
-
-
-def _weight(layer: nn.Module) -> torch.Tensor | None:
-    """The weight of a base layer, as it was before any adapter was merged into it."""
-    weight = layer._parameters.get("weight")
-    host: Any = layer.__dict__.get("splice_host")
-    return weight if host is None or not host.originals else host.originals.get("weight", weight)
 
 
 def _is_plain(weight: torch.Tensor | None) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
@@ -13,7 +12,8 @@ from splice.checkpoint.tensors import TensorsInMemory
 from splice.config import PeftConfig
 from splice.errors import CheckpointError
 from splice.kinds.reading import Checkpoint
-from splice.loading.load import LoadOptions, open_checkpoint
+from splice.loading.opening import open_checkpoint
+from splice.loading.options import LoadOptions
 
 
 def checkpoint_from(
@@ -22,8 +22,17 @@ def checkpoint_from(
     config: PeftConfig | None,
     options: LoadOptions,
     key_mapping: Mapping[str, str] | None,
+    present: PeftConfig | None = None,
 ) -> Checkpoint:
-    """The checkpoint at `model_id`, or the one that `tensors` and `config` are.
+    """The checkpoint at `model_id`, or the one that `tensors` and their config are.
+
+    Args:
+        model_id: a folder or a Hub id; None with `tensors`.
+        tensors: the adapter's tensors by their names in a checkpoint; None with `model_id`.
+        config: the caller's, in place of the checkpoint's own.
+        options: of the load.
+        key_mapping: regular expression -> replacement for the names, behind the prefix.
+        present: the config of the adapter that the weights are for, where it is on the model already.
 
     Raises:
         ValueError: not exactly one of the two is given, or tensors without a config.
@@ -32,9 +41,10 @@ def checkpoint_from(
     if tensors is None:
         if model_id is None:
             raise ValueError("nothing to load: pass `model_id` (a folder or a Hub id), or `tensors` and `config`")
-        return open_checkpoint(model_id, config, options, key_mapping)
+        return open_checkpoint(model_id, config, options, key_mapping, present)
     if model_id is not None:
         raise ValueError(f"pass either `model_id` (given: {os.fspath(model_id)!r}) or `tensors`, not both")
+    config = present or config
     if not isinstance(config, PeftConfig):
         raise ValueError(
             f"`tensors` need their config as a PeftConfig, got {type(config).__name__}: they do not tell the method or the "
@@ -46,7 +56,7 @@ def checkpoint_from(
     return Checkpoint(config, given, names)
 
 
-def _check(tensors: Any) -> None:
+def _check(tensors: object) -> None:
     """Raise unless all are tensors whose values can be copied as they are."""
     if not isinstance(tensors, Mapping):
         raise CheckpointError(f"`tensors` must be a dict from names to tensors, got {type(tensors).__name__}")

@@ -1,42 +1,37 @@
-"""A load from end to end: open the checkpoint, plan, check, read, commit, report."""
+"""A load from end to end: plan, check, read, commit, report."""
 
 from __future__ import annotations
 
 import gc
 import logging
-import os
 import time
 from collections import namedtuple
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Protocol, cast
 
 import torch
-from torch import nn
 
-from splice.base.bare import original_class, walk_bare
-from splice.checkpoint.keys import renamed
-from splice.checkpoint.source import Source
-from splice.checkpoint.tensors import open_weights
-from splice.config import PeftConfig, ReadConfig, copy_config, read_config
-from splice.errors import AdapterMismatchError, PeftWarning, warn
+from splice.base.bare import walk_bare
+from splice.config import PeftConfig, copy_config
+from splice.errors import PeftWarning, warn
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.reading import Checkpoint
-from splice.kinds.registry import Method, method_named
+from splice.kinds.registry import method_of
 from splice.kinds.shared import SharedTensors
-from splice.kinds.slot import Slot
-from splice.loading.advice import advice, outdated
+from splice.loading.checking import check_base_copies, check_repeated, refuse_or_warn
 from splice.loading.commit import build_loaded
+from splice.loading.config_fields import field_names
 from splice.loading.fingerprint import Match
-from splice.loading.other_base import about_base, compare_base, other_architecture
-from splice.loading.plan import Fitted, Plan, fit, write_back
+from splice.loading.options import LoadOptions as LoadOptions  # where callers look for it
+from splice.loading.other_base import about_base, both_bases, compare_base
+from splice.loading.plan import Fitted, Plan, plan_of_present, write_back
 from splice.loading.published.fitting import fitted
 from splice.loading.published.vocabulary import fitted_resized
-from splice.loading.report import LoadReport, grouped, mismatch_error
-from splice.loading.tying import repeated_keys
-from splice.surgery.placement import Built, Placement
+from splice.loading.report import LoadReport
+from splice.loading.wanted import NewAdapter, PresentAdapter, Wanted
+from splice.surgery.placement import Built
 from splice.surgery.together import check_together
 from splice.surgery.tuner import Tuner
 from splice.surgery.undo import Undo
@@ -48,54 +43,13 @@ LoadResult = namedtuple("LoadResult", ["missing_keys", "unexpected_keys"])
 
 
 @dataclass(frozen=True)
-class LoadOptions:
-    """What the caller of a load asked for; the fields are the arguments of `PeftModel.from_pretrained`."""
-
-    adapter_name: str
-    is_trainable: bool
-    autocast: bool
-    ephemeral_gpu_offload: bool
-    key_mapping: Mapping[str, str] | None
-    strict: bool
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    started: float = field(default_factory=time.perf_counter)
-
-    @property
-    def ignores_sizes(self) -> bool:
-        return bool(self.extra.get("ignore_mismatched_sizes"))
-
-    @property
-    def resizes_vocabulary(self) -> bool:
-        return bool(self.extra.get("resize_vocabulary"))
-
-
-@dataclass(frozen=True)
 class Loaded:
     """A finished load."""
 
+    # What the caller gets: keys without a tensor, and names without a place; both empty unless strictness was waived.
     result: LoadResult
+    # What was done, for people.
     report: LoadReport
-
-
-def open_checkpoint(
-    model_id: str | os.PathLike[str],
-    config: PeftConfig | None,
-    options: LoadOptions,
-    key_mapping: Mapping[str, str] | None,
-) -> Checkpoint:
-    """Find a checkpoint and read its config and the header of its weights. No model is involved.
-
-    Raises:
-        CheckpointError: it cannot be found or read.
-        ValueError: `config` is no PeftConfig.
-    """
-    if config is not None and not isinstance(config, PeftConfig):
-        raise ValueError(f"The input config must be a PeftConfig, got {type(config).__name__}")
-    source = Source.from_options(model_id, options.extra.get("subfolder"), options.extra)
-    read = ReadConfig(config) if config is not None else read_config(source.config_text(), source.config_place)
-    weights = open_weights(Path(source.weights()))
-    names = renamed(weights.entries, key_mapping) if key_mapping else {name: name for name in weights.entries}
-    return Checkpoint(read.config, weights, names, read.legacy, read.notes)
 
 
 @contextmanager
@@ -127,36 +81,90 @@ def load_new(
 
     Where the caller asked for it, the base is resized first; `undo` takes that back.
     """
-    tuner.check_new(options.adapter_name)
+    name = options.adapter_name
+    tuner.check_new(name)
+    # A copy: the caller's config is never changed, and several loads may be given the same one.
     config = copy_config(checkpoint.config, inference_mode=not options.is_trainable)
     _set_runtime(config, options)
+    # Before the plan is made: adapters that cannot stand beside one another are told by their configs alone.
     check_together(tuner, config)
     if tuner.stack_layers(config):
         undo.modules = walk_bare(tuner.model)
-    method = method_named(config.peft_type, "the config")
-
-    def refit() -> Fitted:
-        return fitted(tuner.model, checkpoint, config, method, heads, undo.modules)
-
-    found = refit()
-    if options.resizes_vocabulary and not found.plan.fits:
-        found = fitted_resized(tuner, found, undo, refit)
-    plan, checkpoint, config = found.plan, found.checkpoint, found.config
-    settle(plan, tuner.model, checkpoint, config, method, options)
-    check_base_copies(plan, checkpoint)
-    check_repeated(plan, checkpoint)
+    method = method_of(config)
+    found = _planned(
+        tuner, lambda: NewAdapter(tuner.model, undo.modules, method, heads), checkpoint, config, options, undo
+    )
+    plan, config = found.plan, found.config
     write_back(config, plan)
-    plan.sources = {key: checkpoint.names[name] for key, name in plan.sources.items()}
-    built = build_loaded(plan, config, checkpoint.weights, options.autocast)
-    tuner.commit(options.adapter_name, config, built, freeze_base, undo.modules)
+    built = build_loaded(plan, config, found.checkpoint.weights, options.autocast)
+    tuner.commit(name, config, built, freeze_base, undo.modules, plan)
+    # The flags of this adapter alone: loading one never changes those of another.
     if options.is_trainable:
-        tuner.set_requires_grad(options.adapter_name, True)
+        tuner.set_requires_grad(name, True)
     elif config.trained_biases() != "none":
         _leave_biases_trainable(built)
-    base = compare_base(tuner, checkpoint.weights, options.adapter_name)
-    for line in (*found.warnings, *about_base(base, _bases(config, tuner.model)), *method.loading_notes(config)):
-        warn(f"adapter {options.adapter_name!r}: {line}.", PeftWarning)
-    return report(plan, built, options, (*checkpoint.notes, *found.notes), base.match)
+    return _finished(tuner, found, options)
+
+
+@_without_collections()
+def load_into(tuner: Tuner, checkpoint: Checkpoint, options: LoadOptions, undo: Undo) -> Loaded:
+    """Load weights over those of an adapter that is there, by the plan that it was made by.
+
+    The tensors stay the same objects. Everything is read and checked before the first value changes. With `strict=False`
+    the checkpoint may hold some of the tensors; the others stay as they are.
+    """
+    name = options.adapter_name
+    if name in tuner.merged:
+        raise ValueError(f"adapter {name!r} is merged; call `unmerge_adapter()` before loading new weights into it")
+    method, kept = method_of(tuner.peft_config[name]), plan_of_present(tuner, name)
+    found = _planned(
+        tuner,
+        lambda: PresentAdapter(tuner.model, undo.modules, method, kept, not options.strict),
+        checkpoint,
+        tuner.peft_config[name],
+        options,
+        undo,
+    )
+    _overwrite(tuner, found, options, undo)
+    return _finished(tuner, found, options)
+
+
+def _planned(
+    tuner: Tuner,
+    wanted: Callable[[], Wanted],
+    checkpoint: Checkpoint,
+    config: PeftConfig,
+    options: LoadOptions,
+    undo: Undo,
+) -> Fitted:
+    """The plan for a checkpoint, with all that can be checked of it before the network changes.
+
+    Args:
+        tuner: the network.
+        wanted: what the checkpoint is loaded as. It is asked once more where the base has been resized meanwhile.
+        checkpoint: as it was opened.
+        config: of the adapter.
+        options: the caller's.
+        undo: takes the resizing back.
+
+    Raises:
+        AdapterMismatchError: the checkpoint does not fit.
+        ValueError: the config cannot be applied to this network.
+    """
+
+    # What is wanted is put together anew each time: a base that has been resized has other modules.
+    def fit_again() -> Fitted:
+        return fitted(wanted(), checkpoint, config)
+
+    found = fit_again()
+    if options.resizes_vocabulary and not found.plan.fits:
+        found = fitted_resized(tuner, found, undo, fit_again)
+    # First what names and shapes tell. Tensors are read for comparison only where the checkpoint fits.
+    plan = refuse_or_warn(found, tuner.model, wanted().method, options)
+    found = replace(found, plan=plan)
+    check_base_copies(found, found.checkpoint.weights)
+    check_repeated(found, found.checkpoint.weights)
+    return found
 
 
 def _leave_biases_trainable(built: Sequence[Built]) -> None:
@@ -167,169 +175,80 @@ def _leave_biases_trainable(built: Sequence[Built]) -> None:
             bias.requires_grad = True
 
 
-def _set_runtime(config: Any, options: LoadOptions) -> None:
+class _Offloading(Protocol):
+    """A `runtime_config`."""
+
+    ephemeral_gpu_offload: bool
+
+
+class _HasRuntime(Protocol):
+    """A config of a method that can offload."""
+
+    runtime_config: _Offloading
+
+
+def _set_runtime(config: PeftConfig, options: LoadOptions) -> None:
+    """Record in `config`, the adapter's own copy, that it may be offloaded."""
     if not options.ephemeral_gpu_offload:
         return
-    if "runtime_config" in vars(config):
-        config.runtime_config = replace(config.runtime_config, ephemeral_gpu_offload=True)
+    if "runtime_config" in field_names(config):
+        cast(_HasRuntime, config).runtime_config.ephemeral_gpu_offload = True
     else:
         warn("Ephemeral GPU offloading is not supported by this method; it is ignored.")
 
 
-def check_base_copies(plan: Plan, checkpoint: Checkpoint) -> None:
-    """Weights of the base that a checkpoint repeats must be those of this base: a load never changes the base.
-
-    Raises:
-        AdapterMismatchError: they differ.
-    """
-    for key, weight in plan.base_copies.items():
-        (stored,) = checkpoint.weights.read([checkpoint.names[key]])
-        if weight.device.type != "meta" and not torch.equal(stored.to(weight), weight.detach()):
-            raise AdapterMismatchError(
-                f"the checkpoint at {checkpoint.weights.place} holds weights of its base model ({key}), and they differ "
-                "from those of the given model: the base was trained too, or it is another one. The model is unchanged. "
-                "Load them into the base model yourself, then load the adapter.",
-                mismatched=[key],
-            )
+def _overwrite(tuner: Tuner, found: Fitted, options: LoadOptions, undo: Undo) -> None:
+    """Put the tensors of the checkpoint into those of the adapter, which stay the objects they are."""
+    live = _live_tensors(found.plan, tuner.placed[options.adapter_name])
+    # Built layers would be thrown away again, and would draw values for slots that the checkpoint has nothing for.
+    # All are read before the first one is written: a file that is cut off leaves the adapter as it was.
+    values = found.checkpoint.weights.read([found.plan.sources[key] for key in live])
+    # For a moment the adapter takes twice its memory; without the copies what fails later could not be undone.
+    before = [tensor.clone() for tensor in live.values()]
+    undo.also(lambda: _copy(zip(live.values(), before)))
+    _copy(zip(live.values(), values))
 
 
-def check_repeated(plan: Plan, checkpoint: Checkpoint) -> None:
-    """Tensors of tied layers stand twice in a checkpoint, and must be the same both times.
-
-    Raises:
-        AdapterMismatchError: they differ.
-    """
-    for key, of in plan.repeated.items():
-        if of.key not in plan.sources:
-            continue
-        one, two = checkpoint.weights.read([checkpoint.names[key], checkpoint.names[plan.sources[of.key]]])
-        if not torch.equal(one.T if of.transposed else one, two):
-            raise AdapterMismatchError(
-                f"the checkpoint at {checkpoint.weights.place} has different tensors for {key} and {of.key}, and the layers "
-                "are tied here. The model is unchanged. Set `ensure_weight_tying` to False in the config if they were "
-                "trained apart, or load the adapter onto a base that is not tied.",
-                mismatched=[key],
-            )
+def _live_tensors(plan: Plan, layers: dict[str, AdapterLayer]) -> dict[str, torch.Tensor]:
+    """Key -> the adapter's own tensor, for all that the checkpoint has a tensor for."""
+    live = {}
+    for placement in plan.placements:
+        # `.data`, as autograd refuses to write into a leaf that is trained.
+        own = dict(layers[placement.path].named_slots())
+        live.update({key: own[suffix].data for suffix, key in placement.keys.items() if key in plan.sources})
+    return live
 
 
-def settle(
-    plan: Plan, network: nn.Module, checkpoint: Checkpoint, config: PeftConfig, method: Method, options: LoadOptions
-) -> None:
-    """Refuse a plan that does not fit, or warn about it where the caller waived strictness.
-
-    Raises:
-        AdapterMismatchError: something is missing, unexpected or of another shape.
-    """
-    if plan.mismatched and options.ignores_sizes:
-        shown = [f"{key}: {found} in the checkpoint, {needed} in the model" for key, found, needed in plan.mismatched]
-        warn("Some weights were ignored because their sizes differ:\n" + "\n".join(shown), PeftWarning)
-        plan.missing += [key for key, _, _ in plan.mismatched]
-        plan.mismatched = []
-        if not plan.unexpected and set(plan.missing) <= {line.partition(": ")[0] for line in shown}:
-            return
-    if plan.fits:
-        return
-    if options.strict or plan.mismatched or outdated(plan, method):
-        paths = walk_bare(network)
-        hints = [*plan.hints, *advice(plan, checkpoint.entries, config, method, options.adapter_name, network, paths)]
-        bases = _bases(config, network) + other_architecture(checkpoint.weights, network)
-        raise mismatch_error(plan, checkpoint.weights.place, bases, hints)
-    for what, keys in (("missing adapter keys", plan.missing), ("unexpected keys", plan.unexpected)):
-        if keys:
-            text = f"Found {what} while loading the checkpoint: {grouped(keys)}."
-            warn(text, PeftWarning)
-
-
-def _bases(config: PeftConfig, network: nn.Module) -> str:
-    """Which base the adapter names, and what was given."""
-    given = network.__dict__.get("name_or_path") or "no name"
-    named = config.base_model_name_or_path or "no base model"
-    return f"The adapter names {named!r} as its base; given was a {original_class(network).__name__} ({given})."
-
-
-def report(
-    plan: Plan,
-    built: Sequence[Built],
-    options: LoadOptions,
-    notes: tuple[str, ...] = (),
-    base: Match = Match.UNKNOWN,
-) -> Loaded:
-    """Say what was done."""
-    tensors = [tensor for item in built if not item.layer.leader for _, tensor in item.layer.named_slots()]
-    line = LoadReport(
-        adapter_name=options.adapter_name,
-        placed=len(plan.sources),
-        expected=len(tensors),
-        layers=sum(not isinstance(item.layer, SharedTensors) for item in built),
-        nbytes=sum(t.numel() * t.element_size() for t in tensors),
-        seconds=time.perf_counter() - options.started,
-        notes=notes,
-        base=base,
-    )
-    logger.info("%s", line)
-    return Loaded(LoadResult(list(plan.missing), list(plan.unexpected)), line)
-
-
-def load_into(tuner: Tuner, checkpoint: Checkpoint, options: LoadOptions, undo: Undo) -> Loaded:
-    """Load weights over those of an adapter that is there. The tensors stay the same objects.
-
-    Everything is read and checked before the first value changes.
-    """
-    name = options.adapter_name
-    if name in tuner.merged:
-        raise ValueError(f"adapter {name!r} is merged; call `unmerge_adapter()` before loading new weights into it")
-    method = method_named(checkpoint.config.peft_type, "the config")
-    plan = fit(plan_of_present(tuner, name), checkpoint.entries)
-    if not plan.fits:  # weights from before the experts' layers were stacked, over those that were made of such
-        modules = walk_bare(tuner.model)
-        for reader in method.readings:
-            reading = reader(checkpoint, checkpoint.config, tuner.model, modules)
-            if reading is not None:
-                checkpoint = replace(reading.checkpoint, config=checkpoint.config)
-                plan = fit(plan_of_present(tuner, name), checkpoint.entries)
-    settle(plan, tuner.model, checkpoint, checkpoint.config, method, options)
-    plan.sources = {key: checkpoint.names[own] for key, own in plan.sources.items()}
-    values = build_loaded(plan, checkpoint.config, checkpoint.weights, options.autocast)
-    present = [Built(item.placement, tuner.placed[name][item.placement.path]) for item in values]
-    pairs = []
-    for new, old in zip(values, present):
-        targets = dict(old.layer.named_slots())
-        for suffix, tensor in new.layer.named_slots():
-            if new.placement.keys.get(suffix) in plan.sources:
-                pairs.append((targets[suffix].data, tensor.data))
-    before = [target.clone() for target, _ in pairs]
-    undo.also(lambda: _overwrite([(target, old) for (target, _), old in zip(pairs, before)]))
-    _overwrite(pairs)
-    base = compare_base(tuner, checkpoint.weights, name)
-    for line in about_base(base, _bases(tuner.peft_config[name], tuner.model)):
-        warn(f"adapter {name!r}: {line}.", PeftWarning)
-    return report(plan, present, options, base=base.match)
-
-
-def _overwrite(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+def _copy(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
     for target, value in pairs:
         target.copy_(value)
 
 
-def plan_of_present(tuner: Tuner, name: str) -> Plan:
-    """The plan that an adapter on the model is the result of."""
-    config = tuner.peft_config[name]
-    placements = [
-        Placement(
-            path,
-            cast(nn.Module, tuner.adapted.get(path, tuner.model)),
-            type(layer),
-            _slots(layer),
-            own_config=layer.own_config,
-            leader=layer.leader,
-        )
-        for path, layer in tuner.placed[name].items()
-    ]
-    leading, following = [p for p in placements if not p.leader], [p for p in placements if p.leader]
-    return Plan(leading, config.target_rule(), repeated=repeated_keys(following, leading))
+def _finished(tuner: Tuner, found: Fitted, options: LoadOptions) -> Loaded:
+    """Warn of what the caller should know of a load that is done, and say what was done."""
+    name, config = options.adapter_name, found.config
+    base = compare_base(tuner, found.checkpoint.weights, name)
+    about = about_base(base, both_bases(config, tuner.model))
+    # Through `warnings` and not in the report alone: few people print that, and these lines tell of wrong results.
+    for line in (*found.warnings, *about, *method_of(config).loading_notes(config)):
+        warn(f"adapter {name!r}: {line}.", PeftWarning)
+    return report(found, tuner.placed[name].values(), options, base.match)
 
 
-def _slots(layer: AdapterLayer) -> dict[str, Slot]:
-    """The slots of a layer as it is now: ranks may have been pruned."""
-    stored = ((suffix, item.slot) for suffix, item in layer.registered.items() if item.slot.stored)
-    return {suffix: slot._replace(shape=tuple(layer.tensor(suffix).shape)) for suffix, slot in stored}
+def report(found: Fitted, layers: Iterable[AdapterLayer], options: LoadOptions, base: Match) -> Loaded:
+    """What was done to these layers of the adapter."""
+    layers = list(layers)
+    # Followers share the tensors of their leaders: counted there.
+    tensors = [tensor for layer in layers if not layer.leader for _, tensor in layer.named_slots()]
+    line = LoadReport(
+        adapter_name=options.adapter_name,
+        placed=len(found.plan.sources),
+        expected=len(tensors),
+        layers=sum(not isinstance(layer, SharedTensors) for layer in layers),
+        nbytes=sum(t.numel() * t.element_size() for t in tensors),
+        seconds=time.perf_counter() - options.started,
+        notes=(*found.checkpoint.notes, *found.notes),
+        base=base,
+    )
+    logger.info("%s", line)
+    return Loaded(LoadResult(list(found.plan.missing), list(found.plan.unexpected)), line)

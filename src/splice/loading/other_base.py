@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import nn
 
 from splice.base.bare import original_class
+from splice.base.foreign_models import name_or_path
 from splice.checkpoint.tensors import Weights
+from splice.config import PeftConfig
 from splice.loading.fingerprint import Comparison, Match, compare, fingerprint_of, read_fingerprint
 from splice.loading.report import grouped
+from splice.surgery.tuner import Tuner
 
-if TYPE_CHECKING:
-    from splice.surgery.tuner import Tuner
+
+def both_bases(config: PeftConfig, network: nn.Module) -> str:
+    """A sentence: which base the adapter names, and which one it was given."""
+    given = name_or_path(network) or "no name"
+    named = config.base_model_name_or_path or "no base model"
+    return f"The adapter names {named!r} as its base; given was a {original_class(network).__name__} ({given})."
 
 
 def compare_base(tuner: Tuner, weights: Weights, adapter_name: str) -> Comparison:
@@ -22,7 +27,7 @@ def compare_base(tuner: Tuner, weights: Weights, adapter_name: str) -> Compariso
 
 
 def about_base(found: Comparison, bases: str) -> list[str]:
-    """The one line for a base that is another one, and none for any other.
+    """One line for a base that is another one; no line for any other result.
 
     Args:
         found: how it compares.
@@ -31,6 +36,7 @@ def about_base(found: Comparison, bases: str) -> list[str]:
     if found.match is not Match.OTHER_WEIGHTS:
         return []
     count, shown = len(found.differing), ", ".join(grouped(found.differing)[:3])
+    # A base that differs everywhere was exchanged; one that differs here and there was trained. The mends are not the same.
     if count == found.compared:
         cause = "another checkpoint or revision, a fine-tuned base, or one whose weights were never loaded"
     else:

@@ -10,6 +10,7 @@ from splice.errors import AdapterMismatchError
 from splice.loading.fingerprint import Match
 from splice.loading.plan import Plan
 
+# Groups of names that one section of the error shows: it is read in a terminal.
 _SHOWN = 6
 
 
@@ -24,8 +25,8 @@ class LoadReport:
         layers: layers of the base model that carry them.
         nbytes: bytes that the adapter's tensors take in memory.
         seconds: from the call to the finished load.
-        notes: what the load did beyond placing tensors by their names.
-        base: whether the base is the one that the adapter was saved with.
+        notes: a line for each thing that was read in another way than it is written; empty for most loads.
+        base: whether the base is the one that the adapter was saved with; UNKNOWN where the file does not tell.
     """
 
     adapter_name: str
@@ -78,7 +79,7 @@ def _section(title: str, lines: Sequence[str], count: int) -> str:
 
 def mismatch_error(plan: Plan, place: str, bases: str, advice: Sequence[str]) -> AdapterMismatchError:
     """The one error for a checkpoint that does not fit: everything that is wrong, and the likely mend."""
-    mismatched = grouped(f"{key}: {found} in the checkpoint, {needed} here" for key, found, needed in plan.mismatched)
+    mismatched = grouped(f"{w.key}: {w.found} in the checkpoint, {w.needed} here" for w in plan.mismatched)
     total = len(plan.sources) + len(plan.missing) + len(plan.mismatched)
     sections = [
         f"the adapter at {place} does not fit this model; the model is unchanged. "
@@ -94,5 +95,5 @@ def mismatch_error(plan: Plan, place: str, bases: str, advice: Sequence[str]) ->
         "\n".join(filter(None, sections)),
         missing=plan.missing,
         unexpected=plan.unexpected,
-        mismatched=[key for key, _, _ in plan.mismatched],
+        mismatched=[wrong.key for wrong in plan.mismatched],
     )

@@ -14,7 +14,8 @@ from splice.checkpoint.keys import PREFIX, renamed
 from splice.checkpoint.source import Source
 from splice.checkpoint.tensors import TensorsInMemory, open_weights
 from splice.kinds.reading import Checkpoint
-from splice.loading.load import LoadOptions, LoadResult, load_into
+from splice.loading.load import LoadResult, load_into
+from splice.loading.options import LoadOptions
 from splice.surgery.tuner import tuner_of
 from splice.surgery.undo import Undo
 
@@ -70,7 +71,9 @@ def set_peft_model_state_dict(
     if adapter_name not in tuner.placed:
         raise KeyError(f"no adapter {adapter_name!r}; there are {list(tuner.placed)}")
     given = TensorsInMemory(peft_model_state_dict, "the given state dict")
+    # Below a network alone names begin with its own modules; the grammar has them behind its prefix.
     names = {name if prefix or name.startswith(PREFIX) else PREFIX + name: name for name in peft_model_state_dict}
+    # Never strict, as in the reference: trainers put parts of a state dict back.
     options = LoadOptions(
         adapter_name, False, True, False, None, strict=False, extra={"ignore_mismatched_sizes": ignore_mismatched_sizes}
     )

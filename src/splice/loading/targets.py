@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 from torch import nn
 
-from splice.base.asking import asked
-from splice.base.foreign_models import is_pretrained
+from splice.base.embeddings import output_embeddings_path
+from splice.base.foreign_models import is_pretrained, model_type
 from splice.base.layers import LayerKind, kind_of
 from splice.checkpoint.types import TaskType
 from splice.config import PeftConfig, TargetRule
 from splice.errors import NoMatchingPeftModuleError
 from splice.kinds.matching import ALL_LINEAR, TargetMatcher, matching_parameters
 from splice.kinds.registry import Method
+from splice.loading.config_fields import field_value
 
+# What a config has in `target_modules` where no module is meant, and not the default either.
 NO_TARGETS = "dummy-target-modules"
 
 
@@ -27,60 +29,51 @@ def resolved_rule(
     Raises:
         ValueError: the config names no targets and there are no defaults for this `model_type`.
     """
-    import dataclasses
-
     rule = config.target_rule()
     if rule.target_modules is None and method.layers:
-        model_type = model_type_of(network)
-        if model_type not in method.default_targets:
+        known_as = model_type(network)
+        if known_as not in method.default_targets:
             if method.find_targets is not None:
-                return dataclasses.replace(rule, target_modules=method.find_targets(network, modules))
+                return replace(rule, target_modules=method.find_targets(network, modules))
             if rule.target_parameters:
                 return rule
             raise ValueError(
                 f"Please specify `target_modules` in `peft_config`: {method.name.value} has no default for "
-                f"model_type {model_type!r}."
+                f"model_type {known_as!r}."
             )
-        targets = method.default_targets[model_type]
-        return dataclasses.replace(rule, target_modules=targets if isinstance(targets, str) else set(targets))
+        targets = method.default_targets[known_as]
+        return replace(rule, target_modules=targets if isinstance(targets, str) else set(targets))
     if isinstance(rule.target_modules, str) and rule.target_modules.lower() == ALL_LINEAR:
-        return dataclasses.replace(rule, target_modules=_all_linear(config, network, modules))
+        return replace(rule, target_modules=_all_linear(config, network, modules))
     return rule
 
 
-def default_modules(method: Method, config: PeftConfig, network: nn.Module) -> dict[str, Any]:
+def default_modules(method: Method, config: PeftConfig, network: nn.Module) -> dict[str, set[str]]:
     """Default values for the other fields that name modules, where `config` leaves them open.
 
     Raises:
         ValueError: there are no defaults for this `model_type`.
     """
-    model_type, found = model_type_of(network), {}
+    known_as, found = model_type(network), {}
     for name, defaults in method.default_modules.items():
-        if getattr(config, name) is not None:
+        if field_value(config, name) is not None:
             continue
-        if model_type not in defaults:
+        if known_as not in defaults:
             raise ValueError(
                 f"Please specify `{name}` in `peft_config`: {method.name.value} has no default for model_type "
-                f"{model_type!r}. An empty list means none."
+                f"{known_as!r}. An empty list means none."
             )
-        found[name] = set(defaults[model_type])
+        found[name] = set(defaults[known_as])
     return found
 
 
-def model_type_of(network: nn.Module) -> str:
-    """`config.model_type` of a transformers model, "custom" for any other."""
-    config = network.__dict__.get("config")
-    if isinstance(config, dict):
-        return str(config.get("model_type", "custom"))
-    return str(asked(config, "model_type", "custom"))
-
-
-def _all_linear(config: PeftConfig, network: Any, modules: Mapping[str, nn.Module]) -> set[str]:
+def _all_linear(config: PeftConfig, network: nn.Module, modules: Mapping[str, nn.Module]) -> set[str]:
     kinds = (LayerKind.LINEAR, LayerKind.TRANSPOSED_LINEAR)
     names = {path for path, module in modules.items() if kind_of(module) in kinds}
-    head = network.get_output_embeddings() if is_pretrained(network) else None
-    if head is not None:
-        return {path for path in names if modules[path] is not head}
+    head = output_embeddings_path(network, modules) if is_pretrained(network) else ""
+    # The output layer is left out: it is far larger than the others, and the reference leaves it out too.
+    if head:
+        return names - {head}
     if config.task_type == TaskType.SEQ_CLS:
         last = {path.rpartition(".")[2] for path in names}
         head_name = next((name for name in ("score", "classifier") if name in last), None)
@@ -99,17 +92,18 @@ def select(rule: TargetRule, modules: Mapping[str, nn.Module]) -> dict[str, nn.M
     matcher = TargetMatcher(rule)
     selected = {path: module for path, module in modules.items() if path and matcher.is_selected(path)}
     kept = {path: module for path, module in selected.items() if not matcher.is_excluded(path)}
+    # Nothing selected and everything excluded are different mistakes, and the message tells them apart.
     if not kept and not rule.target_parameters:
         raise NoMatchingPeftModuleError(_nothing_matched(rule, bool(selected)))
     return kept
 
 
-def select_parameters(rule: TargetRule, modules: Mapping[str, nn.Module], adapted: Mapping[str, Any]) -> list[str]:
+def select_parameters(rule: TargetRule, modules: Mapping[str, nn.Module], adapted: Collection[str]) -> list[str]:
     """Paths of the modules that own a parameter which `rule` selects, in the order of the model.
 
     Raises:
         NoMatchingPeftModuleError: neither a module nor a parameter is selected.
-        ValueError: a selected parameter is on the model itself, or on a module that is a target as a whole.
+        ValueError: a selected parameter is on the model itself, or on a module that is in `adapted`: a target as a whole.
     """
     entries = rule.target_parameters or []
     found = [path for path, module in modules.items() if matching_parameters(module, path, entries)]

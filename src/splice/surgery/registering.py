@@ -11,8 +11,9 @@ from torch import nn
 from splice.kinds.container import Container, Holder, Owner
 from splice.kinds.effect import Forward
 from splice.kinds.host import Host
-from splice.kinds.layer import AdapterLayer, Home, Registered
+from splice.kinds.layer import AdapterLayer
 from splice.kinds.slot import Role
+from splice.kinds.tensors import Home, Registered
 
 
 def register(adapter: AdapterLayer, name: str, home: Home, owner: Owner | None = None) -> None:

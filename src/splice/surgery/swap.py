@@ -12,7 +12,8 @@ from torch import nn
 
 from splice.base.bare import HOST
 from splice.kinds.host import Host
-from splice.kinds.layer import AdapterLayer, Home
+from splice.kinds.layer import AdapterLayer
+from splice.kinds.tensors import Home
 from splice.selection import Selection
 from splice.surgery.adapted import Adapted
 from splice.surgery.generated import generated

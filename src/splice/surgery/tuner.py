@@ -19,11 +19,12 @@ from splice.errors import warn
 from splice.kinds.adapters import Adapters
 from splice.kinds.call import ReadsCall
 from splice.kinds.host import Host, first_conflict
-from splice.kinds.layer import AdapterLayer, Home
+from splice.kinds.layer import AdapterLayer
 from splice.kinds.network import NetworkLayer
 from splice.kinds.registry import Method, method_named, method_of
 from splice.kinds.shared import SharedTensors
 from splice.kinds.slot import Role
+from splice.kinds.tensors import Home
 from splice.selection import BASE, Rows, Selection
 from splice.surgery.adapted import Adapted
 from splice.surgery.base_changes import BaseChanges
@@ -59,6 +60,8 @@ class Tuner(nn.Module):
         # Plain dicts, so that nothing here is registered as a submodule a second time.
         self.adapted: dict[str, Adapted] = {}
         self.placed: dict[str, dict[str, AdapterLayer]] = {}
+        # What each adapter was made by, kept for `loading`: new weights over an adapter follow the same plan.
+        self.plans: dict[str, object] = {}
         # Modules that adapters put here, by their names: containers of tensors that all layers of an adapter share.
         self.added: dict[str, nn.Module] = {}
         # Where layers that act on the call of the network have their tensors: here, or in the PeftModel around it.
@@ -128,12 +131,13 @@ class Tuner(nn.Module):
         built: Sequence[Built],
         freeze_base: bool,
         modules: Mapping[str, nn.Module] | None = None,
+        plan: object = None,
     ) -> None:
         """Attach a finished adapter. A caller that is cut short in the middle takes it back with `Undo`."""
         modules = walk_bare(self.model) if modules is None else modules
         readers = weight_readers(modules)
         self.placed[name] = {item.placement.path: item.layer for item in built}
-        self.peft_config[name] = config
+        self.peft_config[name], self.plans[name] = config, plan
         method = method_of(config)
         self._methods[method.name] += 1
         if method.loss_term is not None:
@@ -180,6 +184,7 @@ class Tuner(nn.Module):
 
     def _forget(self, name: str) -> None:
         del self.placed[name]
+        self.plans.pop(name, None)
         config = self.peft_config.pop(name, None)
         if config is not None and config.method is not None and self._methods[config.method]:
             self._methods[config.method] -= 1

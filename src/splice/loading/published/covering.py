@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import cast
 
 from torch import nn
 
@@ -13,12 +13,13 @@ from splice.config import PeftConfig, TargetRule, copy_config
 from splice.errors import PeftError
 from splice.kinds.matching import ALL_LINEAR, TargetMatcher, value_for
 from splice.kinds.registry import Method, method_of
+from splice.loading.config_fields import field_names, field_value
 from splice.loading.published.relocating import Move, template
 from splice.loading.report import grouped
 from splice.loading.targets import resolved_rule, select_parameters
 
 
-@dataclass
+@dataclass(frozen=True)
 class Cover:
     """What the config selects and the checkpoint lacks, and the other way round.
 
@@ -31,10 +32,10 @@ class Cover:
     """
 
     rule: TargetRule
-    complete: bool = True
+    complete: bool
     why_not: str = ""
-    notes: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 def uncovered(
@@ -43,43 +44,52 @@ def uncovered(
     """Compare the layers of the checkpoint with those that the config selects, under the names it knew.
 
     A selected module without tensors is a loss, unless the checkpoint has tensors for modules of the same name and for
-    none of its kind (the same path with other numbers): then it belongs to a part that the adapter's own base had not. A
-    layer that is not selected is the adapter's, if the checkpoint has tensors for all of its kind.
+    none of its kind (the same path with other numbers): then it belongs to a part that the base of its
+    training did not have. A layer that is not selected is the adapter's, if the checkpoint has tensors for all of its kind.
     """
     rule = _rule(method, config, network, modules)
     selects, kept = TargetMatcher(rule), set(move.to.values())
     kinds = {template(path) for path in kept}
-    if str(config.target_rule().target_modules).lower() == ALL_LINEAR:  # knows this network, not the adapter's own
+    # An expression for all linear layers names those of the model at hand, so it is asked under today's paths.
+    if str(config.target_rule().target_modules).lower() == ALL_LINEAR:
         selected = {path for path in modules if path and move.reaches(path) and selects(path)}
     else:
         selected = {path for path in modules if path and selects(move.back(path))}
-    cover = Cover(rule)
     missing = [path for path in selected - kept if template(path) in kinds]
     names = {path.rpartition(".")[2] for path in move.to}
     lost = missing or [p for p in selected - kept if move.back(p).rpartition(".")[2] not in names]
     added = kept - selected - _owners(rule, modules)
     unnamed = _unnamed(rule, move) if move.said or added else []
-    partial = sorted({template(path) for path in modules} & {template(p) for p in added})
-    partial = [kind for kind in partial if any(template(p) == kind and p not in kept for p in modules)]
+    partial = _partly_there(added, kept, modules)
+    why_not, notes = "", []
+    left_out: tuple[str, ...] = ()
     if partial:
-        cover.why_not = (
+        why_not = (
             f"the checkpoint has tensors for some of {partial[0]!r} and not for others, and the config names none."
         )
     elif unnamed or (lost and not missing):
-        shown = ", ".join(map(repr, unnamed)) or "; ".join(grouped(sorted(lost))[:3])
-        cover.why_not = (
+        shown = ", ".join(map(repr, unnamed)) or _shown(lost)
+        why_not = (
             f"the config selects {shown}, and the checkpoint has no tensors for that. If the adapter was trained without, "
             "take it out of target_modules."
         )
-    cover.complete = not (lost or unnamed or partial)
     if added:
-        shown = "; ".join(grouped(sorted(added))[:3])
-        cover.notes.append(f"target_modules do not select {shown}, and the file has its tensors: added")
+        notes.append(f"target_modules do not select {_shown(added)}, and the file has its tensors: added")
     if selected - kept:
-        shown = "; ".join(grouped(sorted(selected - kept))[:3])
-        cover.left_out.append(f"target_modules select {shown}, and the file has nothing for it: left as it is")
-    cover.notes += cover.left_out
-    return cover
+        shown = _shown(selected - kept)
+        left_out = (f"target_modules select {shown}, and the file has nothing for it: left as it is",)
+    complete = not (lost or unnamed or partial)
+    return Cover(rule, complete, why_not, (*notes, *left_out), left_out)
+
+
+def _partly_there(added: Collection[str], kept: Collection[str], modules: Mapping[str, nn.Module]) -> list[str]:
+    """Kinds of layer that the config does not name and that the checkpoint has tensors for some of."""
+    kinds = sorted({template(path) for path in modules} & {template(path) for path in added})
+    return [kind for kind in kinds if any(template(path) == kind and path not in kept for path in modules)]
+
+
+def _shown(paths: Iterable[str]) -> str:
+    return "; ".join(grouped(sorted(paths))[:3])
 
 
 def _rule(method: Method, config: PeftConfig, network: nn.Module, modules: Mapping[str, nn.Module]) -> TargetRule:
@@ -98,26 +108,36 @@ def _unnamed(rule: TargetRule, move: Move) -> list[str]:
 
 
 def _owners(rule: TargetRule, modules: Mapping[str, nn.Module]) -> set[str]:
-    return set(select_parameters(rule, modules, {"": None})) if rule.target_parameters else set()
+    return set(select_parameters(rule, modules, {""})) if rule.target_parameters else set()
 
 
 def explicit(config: PeftConfig, move: Move, modules: Mapping[str, nn.Module], rule: TargetRule) -> PeftConfig:
     """The config that selects the layers of the checkpoint where they are now, with the values it gave them before."""
-    fields = vars(config)
     targets = sorted(set(move.to.values()) - _owners(rule, modules))
-    changes: dict[str, Any] = {"target_modules": _shortest(targets, modules, rule)}
-    changes.update(
-        {name: None for name in ("exclude_modules", "layers_to_transform", "layers_pattern") if name in fields}
-    )
+    changes: dict[str, object] = {"target_modules": _shortest(targets, modules, rule)}
+    # The paths are spelled out, so whatever narrowed them down before has done its work.
+    narrowing = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    changes.update({name: None for name in narrowing if name in field_names(config)})
     for name, default_field in config.pattern_fields.items():
-        if fields.get(name):
-            default = fields[default_field]
-            values = {new: value_for(fields[name], old, default) for old, new in move.to.items()}
+        pattern = _pattern(config, name)
+        if pattern:
+            default = field_value(config, default_field)
+            values = {new: value_for(pattern, old, default) for old, new in move.to.items()}
             changes[name] = {"^" + re.escape(new): value for new, value in values.items() if value != default}
     for name in method_of(config).default_modules:
-        names = TargetMatcher(TargetRule(target_modules=fields[name]))
+        names = _matcher(config, name)
         changes[name] = {new for old, new in move.to.items() if names(old)}
     return copy_config(config, **changes)
+
+
+def _pattern(config: PeftConfig, name: str) -> Mapping[str, object]:
+    """The values for single layers in a field that the config's `pattern_fields` name."""
+    return cast("Mapping[str, object] | None", field_value(config, name)) or {}
+
+
+def _matcher(config: PeftConfig, name: str) -> TargetMatcher:
+    """What decides whether a field of the config that names modules names one."""
+    return TargetMatcher(TargetRule(target_modules=cast("set[str] | str | None", field_value(config, name))))
 
 
 def _shortest(targets: list[str], modules: Mapping[str, nn.Module], rule: TargetRule) -> set[str]:
@@ -129,13 +149,12 @@ def _shortest(targets: list[str], modules: Mapping[str, nn.Module], rule: Target
 
 def same_values(config: PeftConfig, move: Move) -> bool:
     """Whether the config gives every layer under its new path what it gave it under the old one."""
-    fields = vars(config)
     for name in config.pattern_fields:
-        pattern = fields.get(name) or {}
+        pattern = _pattern(config, name)
         if any(value_for(pattern, old, None) != value_for(pattern, new, None) for old, new in move.to.items()):
             return False
     for name in method_of(config).default_modules:
-        names = TargetMatcher(TargetRule(target_modules=fields[name]))
+        names = _matcher(config, name)
         if any(names(old) != names(new) for old, new in move.to.items()):
             return False
     return True

@@ -1,211 +1,154 @@
 """Adapters as people published them: what does not fit to the letter and has one meaning all the same is read so.
 
 Nothing here is looked at while a checkpoint fits as it is. Every mend gives names and a config of their own, and counts
-only if with them *every* tensor is placed and *no* slot stays empty; otherwise the checkpoint is refused as it stands.
+only if with them *every* tensor is placed and *no* slot stays empty; otherwise the checkpoint is refused as it stands. Only
+an adapter that is there may be given some of its tensors, if the caller says so: then the others stay as they are.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from torch import nn
-
-from splice.base.asking import asked
-from splice.base.bare import own_tensors
 from splice.checkpoint.foreign import foreign_names
 from splice.checkpoint.header import Entry
 from splice.checkpoint.keys import PREFIX, format_key, parse_key
-from splice.config import PeftConfig, copy_config
+from splice.config import PeftConfig
+from splice.kinds.reading import Checkpoint
 from splice.kinds.registry import Method
-from splice.kinds.slot import shapes_of
-from splice.loading.plan import Fitted, Plan, fit, lay_out
+from splice.loading.plan import Fitted, Plan, fit
 from splice.loading.published.covering import explicit, same_values, uncovered
-from splice.loading.published.relocating import Move, find_moves
+from splice.loading.published.heads import with_heads_and_biases
+from splice.loading.published.relocating import Fits, Move, find_moves
 from splice.loading.published.spelling import spelled
-
-if TYPE_CHECKING:
-    from splice.kinds.reading import Checkpoint
+from splice.loading.wanted import Wanted
 
 
-def fitted(
-    network: nn.Module,
-    checkpoint: Checkpoint,
-    config: PeftConfig,
-    method: Method,
-    heads: Sequence[str],
-    modules: Mapping[str, nn.Module],
-) -> Fitted:
+def fitted(wanted: Wanted, checkpoint: Checkpoint, config: PeftConfig) -> Fitted:
     """The plan for `checkpoint`; where it does not fit as it is, the plan for what it means, if that is certain.
 
+    Args:
+        wanted: the adapter that it is to become.
+        checkpoint: as it was opened.
+        config: the adapter's: of a new one what the checkpoint says, of one that is there its own.
+
     Raises:
-        As `lay_out`, where no meaning is found.
+        ValueError: the config cannot be applied to this network, and no other meaning is found.
     """
-    mender = _Mender(network, checkpoint, config, method, heads, modules)
+    mender = _Mender(wanted, checkpoint, config)
     try:
-        plan = fit(lay_out(network, config, method, heads, modules), checkpoint.entries)
+        plan = fit(wanted.plan(config), checkpoint)
     except ValueError as error:
         mended = mender.mend(None)
-        if mended is None:
-            foreign = foreign_names(checkpoint.entries)
-            hints = [foreign[0].upper() + foreign[1:]] if foreign else mender.hints
-            if hints:
-                raise type(error)(f"{error} {' '.join(hints)}") from error
-            raise
-        return mended
-    if plan.fits:
+        if mended is not None:
+            return mended
+        foreign = foreign_names(checkpoint.entries)
+        hints = [foreign[0].upper() + foreign[1:]] if foreign else mender.hints
+        if hints:
+            raise type(error)(f"{error} {' '.join(hints)}") from error
+        raise
+    if wanted.is_served_by(plan):
         return Fitted(plan, checkpoint, config)
-    mended = mender.mend(plan)
-    plan.hints += mender.hints
-    return mended or Fitted(plan, checkpoint, config)
+    return mender.mend(plan) or Fitted(plan, checkpoint, config, hints=tuple(mender.hints))
 
 
 @dataclass
 class _Mender:
-    """One checkpoint that does not fit as it is; `hints` say why it could not be read otherwise."""
+    """One checkpoint that does not fit as it is."""
 
-    network: nn.Module
+    # The adapter that it is to become.
+    wanted: Wanted
+    # The checkpoint, as it has been read so far.
     checkpoint: Checkpoint
+    # The adapter's config, as it has been read so far.
     config: PeftConfig
-    method: Method
-    heads: Sequence[str]
-    modules: Mapping[str, nn.Module]
+    # A line for each thing that was read in another way than it is written.
     notes: list[str] = field(default_factory=list)
+    # Why it could not be read in another way, where one was near.
     hints: list[str] = field(default_factory=list)
 
     def mend(self, plan: Plan | None) -> Fitted | None:
         """What the checkpoint means; `plan` is that of what it says, if there is one."""
-        for reader in self.method.readings:
-            reading = reader(self.checkpoint, self.config, self.network, self.modules)
+        wanted = self.wanted
+        for reader in wanted.method.readings:
+            # Of an adapter that is there the config is settled, and may be no longer what such a file was written with.
+            said = self.config if wanted.follows_config else self.checkpoint.config
+            reading = reader(self.checkpoint, said, wanted.network, wanted.modules)
             if reading is None:
                 continue
-            self.checkpoint, self.config = reading.checkpoint, reading.config
+            self.checkpoint = reading.checkpoint
+            self.config = reading.config if wanted.follows_config else self.config
             self.notes += reading.notes
             plan = self._plan(self.config, self.checkpoint)
-            if plan is not None and plan.fits:
-                return Fitted(plan, self.checkpoint, self.config, self.notes)
-        meant = spelled(self.checkpoint.entries, plan, self.modules, self.method)
+            if plan is not None and wanted.is_served_by(plan):
+                return Fitted(plan, self.checkpoint, self.config, tuple(self.notes))
+        meant = spelled(self.checkpoint.entries, plan, wanted.modules, wanted.method)
         self.notes += meant.notes
         self.hints += meant.hints
-        names = meant.names
-        if names is None:
+        if meant.names is None:
             return None
-        if self.method.network_layer is not None:
-            return self._tried(self.config, names)
-        layers = _layers(names, self.checkpoint.entries, self.method)
-        moves = find_moves(list(layers), self.modules, self.network, self._fits(layers)) if layers else []
+        if wanted.method.network_layer is not None:
+            return self._tried(self.config, meant.names)
+        layers = _layers(meant.names, self.checkpoint.entries, wanted.method)
+        moves = find_moves(list(layers), wanted.modules, wanted.network, self._fits(layers)) if layers else []
+        # Of several that are equally good none is taken: a wrong one computes something, and nobody would notice.
         if len(moves) > 1:
-            self.hints.append(_both(moves))
-        return self._moved(names, layers, moves[0]) if len(moves) == 1 else None
+            self.hints.append(_choices(moves))
+        return self._moved(meant.names, moves[0]) if len(moves) == 1 else None
 
-    def _moved(self, names: dict[str, str], layers: Collection[str], move: Move) -> Fitted | None:
+    def _moved(self, names: dict[str, str], move: Move) -> Fitted | None:
         """The fit of the checkpoint with its layers where `move` takes them, and the config made to say so."""
+        wanted = self.wanted
         if move.said:
             self.notes.append(move.said)
-        names = {_moved_name(name, move, self.method): own for name, own in names.items()}
-        config = self._with_heads_and_biases(self.config, names)
+        names = {_moved_name(name, move, wanted.method): own for name, own in names.items()}
+        if not wanted.follows_config:
+            return self._tried(self.config, names)
+        config, notes = with_heads_and_biases(self.config, names, wanted)
+        self.notes += notes
+        # The config as it is, if it says the same of the layers where they are now: then the adapter stays as its author
+        # wrote it, and so does what is saved again.
         if same_values(config, move):
             found = self._tried(config, names)
             if found is not None:
                 return found
-        cover = uncovered(self.method, config, move, self.network, self.modules)
+        cover = uncovered(wanted.method, config, move, wanted.network, wanted.modules)
         if not cover.complete:
             self.hints += filter(None, [cover.why_not])
             return None
         self.notes += cover.notes
-        found = self._tried(explicit(config, move, self.modules, cover.rule), names)
-        if found is not None:
-            found.warnings += cover.left_out
-        return found
+        found = self._tried(explicit(config, move, wanted.modules, cover.rule), names)
+        return None if found is None else replace(found, warnings=cover.left_out)
 
     def _tried(self, config: PeftConfig, names: dict[str, str]) -> Fitted | None:
-        entries = self.checkpoint.entries
-        if len(names) < len(entries):  # two tensors would have one name
+        """The fit of the checkpoint under these names; None where that is not good enough to be followed."""
+        if len(names) < len(self.checkpoint.names):  # two tensors would have one name
             return None
         own = {name: self.checkpoint.names[given] for name, given in names.items()}
-        checkpoint = dataclasses.replace(self.checkpoint, names=own)
+        checkpoint = replace(self.checkpoint, names=own)
         plan = self._plan(config, checkpoint)
-        return Fitted(plan, checkpoint, config, self.notes) if plan is not None and plan.fits else None
+        if plan is None or not self.wanted.is_served_by(plan):
+            return None
+        return Fitted(plan, checkpoint, config, tuple(self.notes))
 
     def _plan(self, config: PeftConfig, checkpoint: Checkpoint) -> Plan | None:
         try:
-            return fit(lay_out(self.network, config, self.method, self.heads, self.modules), checkpoint.entries)
-        except (ValueError, TypeError):
+            return fit(self.wanted.plan(config), checkpoint)
+        except (ValueError, TypeError):  # the config, as it is read here, cannot be applied: this is not what was meant
             return None
 
-    def _fits(self, layers: Mapping[str, Mapping[str, Entry]]) -> Any:
-        """Whether the tensors of a layer of the checkpoint are those that the config asks for on a module."""
+    def _fits(self, layers: Mapping[str, Mapping[str, Entry]]) -> Fits:
+        """Whether the tensors of a layer of the checkpoint are those that are wanted on a module."""
+        shapes = {path: {suffix: e.shape for suffix, e in tensors.items()} for path, tensors in layers.items()}
+        # Every way of looking for a move asks about the same pairs again.
         known: dict[tuple[str, str], bool] = {}
 
         def fits(old: str, new: str) -> bool:
             if (old, new) not in known:
-                known[old, new] = self._layer_fits(layers[old], old, self.modules[new])
+                known[old, new] = self.wanted.takes(shapes[old], old, new, self.config)
             return known[old, new]
 
         return fits
-
-    def _layer_fits(self, tensors: Mapping[str, Entry], old: str, base: nn.Module) -> bool:
-        try:
-            layer = self.method.layer_for(base, old, self.config)
-            needed = layer.slots(base, self.config, old)
-        except (ValueError, TypeError):
-            owned = self.method.parameters_layer
-            if owned is None or not asked(self.config, "target_parameters"):  # few methods have the field
-                return False
-            try:
-                needed = owned.slots(base, self.config, old)
-            except (ValueError, TypeError):
-                return False
-        return {suffix: entry.shape for suffix, entry in tensors.items()} == shapes_of(needed)
-
-    # -- config
-
-    def _with_heads_and_biases(self, config: PeftConfig, names: Collection[str]) -> PeftConfig:
-        """The config, saying of heads and biases what the file holds."""
-        fields = vars(config)
-        changes: dict[str, Any] = {}
-        heads = self._heads_among(names)
-        if heads and "modules_to_save" in fields:
-            changes["modules_to_save"] = [*(fields["modules_to_save"] or ()), *heads]
-            shown = ", ".join(repr(head) for head in heads)
-            self.notes.append(f"{shown} in the file is not in the config's modules_to_save: loaded as a trained module")
-        whole = (*(vars(config).get("modules_to_save") or ()), *self.heads, *(changes.get("modules_to_save") or ()))
-        paths = {name.rpartition(".")[0].removesuffix(".base_layer") for name in names if name.endswith(".bias")}
-        if config.trained_biases() != "none" and all(_is_inside(path.removeprefix(PREFIX), whole) for path in paths):
-            changes["bias"] = "none"
-            self.notes.append(
-                f"bias={config.trained_biases()!r} in the config, and the file holds no bias: read as 'none'"
-            )
-        return copy_config(config, **changes) if changes else config
-
-    def _heads_among(self, names: Collection[str]) -> list[str]:
-        """Modules outside the numbered layers that the file holds whole, though the config names them nowhere."""
-        saved = (*(vars(self.config).get("modules_to_save") or ()), *self.heads)
-        heads: list[str] = []
-        for name in names:
-            if parse_key(name, self.method.tensor_names) or not name.startswith(PREFIX):
-                continue
-            parts = name[len(PREFIX) :].split(".")[:-1]
-            if any(part.isdigit() for part in parts):
-                continue
-            paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
-            head = next((path for path in paths if path in self.modules and self._is_whole(path, names)), None)
-            known = head is not None and (head in heads or (saved and head.endswith(saved)))
-            if head is not None and not known:
-                heads.append(head)
-        return heads
-
-    def _is_whole(self, path: str, names: Collection[str]) -> bool:
-        tensors = [format_key(path, name) for name, _ in own_tensors(self.modules[path])]
-        return bool(tensors) and all(key in names for key in tensors)
-
-
-def _is_inside(path: str, names: Collection[str]) -> bool:
-    """Whether the module at `path` is one that these names call, or is in one."""
-    dotted = f".{path}."
-    return any(f".{name}." in dotted for name in names)
 
 
 def _layers(names: Mapping[str, str], entries: Mapping[str, Entry], method: Method) -> dict[str, dict[str, Entry]]:
@@ -229,7 +172,8 @@ def _moved_name(name: str, move: Move, method: Method) -> str:
     return format_key(move.of_name(layer) + path[len(layer) :], leaf)
 
 
-def _both(moves: Sequence[Move]) -> str:
+def _choices(moves: Sequence[Move]) -> str:
+    """A sentence: the modules that a layer of the checkpoint could be, and how to choose one."""
     old = next(path for path in moves[0].to if moves[0].to[path] != moves[1].to[path])
     shown = " and ".join(repr(move.to[old]) for move in moves[:4])
     text = (

@@ -68,15 +68,18 @@ def find_moves(paths: Collection[str], modules: Mapping[str, nn.Module], network
     at_home = {path: path for path in paths if path not in set(astray)}
     if not astray:
         return [stay(paths)]
+    # The surest way first: transformers knows its own renamings, another front leaves the names as they are, and shapes
+    # with the customs of naming are the last resort.
     for look in (_by_table, _by_front, _by_structure):
         found = look(astray, modules, network, fits)
+        # Two layers of the checkpoint cannot be the same module.
         free = [move for move in found if not set(move.to.values()) & set(at_home)]
         if free:
-            return [_with(move, at_home) for move in free]
+            return [_joined(move, at_home) for move in free]
     return []
 
 
-def _with(move: Move, at_home: Mapping[str, str]) -> Move:
+def _joined(move: Move, at_home: Mapping[str, str]) -> Move:
     return Move({**at_home, **move.to}, move.back, move.reaches, move.said, move.front)
 
 
@@ -99,6 +102,7 @@ def _by_table(paths: Collection[str], modules: Mapping[str, nn.Module], network:
 def _by_front(paths: Collection[str], modules: Mapping[str, nn.Module], network: nn.Module, fits: Fits) -> list[Move]:
     """Of the fronts that can be exchanged, those that leave the longest end of every path as it is."""
     first = next(iter(paths))
+    # The shortest front first: what is exchanged should be as little as possible.
     for had in _common_fronts(paths):
         rest = first[len(had) :]
         found: dict[tuple[str, ...], Move] = {}
@@ -169,7 +173,7 @@ def _by_structure(
         layers.setdefault(template(path), []).append(path)
     choices = [_places(old, members, kinds, fits) for old, members in layers.items()]
     moves = []
-    for images in product(*choices) if all(choices) and _few(choices) else ():
+    for images in product(*choices) if all(choices) and _are_few(choices) else ():
         if len(set(images)) == len(images):
             renaming = dict(zip(layers, images))
             to = {p: kinds[renaming[old]][tuple(_numbers(p))] for old, members in layers.items() for p in members}
@@ -177,7 +181,7 @@ def _by_structure(
     return moves
 
 
-def _few(choices: Iterable[Collection[str]]) -> bool:
+def _are_few(choices: Iterable[Collection[str]]) -> bool:
     """Whether trying all combinations is quick; where there are more than these, there are several that fit."""
     count = 1
     for choice in choices:

@@ -1,14 +1,15 @@
 """The names of a checkpoint's tensors as the grammar spells them.
 
-What stands there beside: no prefix, or half of it, or twice; components that wrappers of a model put into its paths; the
-adapter's own name, as in a raw state dict of the reference.
+What files have instead: no prefix, half of it, or twice the prefix; components that wrappers of a model put into its paths;
+the adapter's own name, as in a raw state dict of the reference.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from splice.checkpoint.keys import PREFIX, SHORT_PREFIX
 from splice.kinds.registry import Method
@@ -16,23 +17,23 @@ from splice.loading.plan import Plan
 
 # Modules that other libraries put around a part of a model while it is trained.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"})
-# How the table of virtual tokens is called in memory.
+# What the table of virtual tokens is called in memory.
 _PROMPT = re.compile(r"(base_model\.)?prompt_encoder(\.[^.]+)?\.embedding\.weight")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Spelled:
     """Names as they were meant.
 
     Attributes:
         names: name in the grammar -> name in the checkpoint; None where two tensors would have the same.
-        notes: a line for each way in which they were read otherwise than they are written.
-        hints: why a name could not be.
+        notes: a line for each way in which the names were read otherwise than they are written.
+        hints: why a name could not be read in another way.
     """
 
-    names: dict[str, str] | None = None
-    notes: list[str] = field(default_factory=list)
-    hints: list[str] = field(default_factory=list)
+    names: dict[str, str] | None
+    notes: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
 
 
 def spelled(entries: Collection[str], plan: Plan | None, paths: Collection[str], method: Method) -> Spelled:
@@ -41,18 +42,28 @@ def spelled(entries: Collection[str], plan: Plan | None, paths: Collection[str],
     Args:
         entries: the names.
         plan: that of the names as they are, if there is one; names that have their place in it stay.
-        paths: of all modules of the network: a component that is one of its own is nobody's wrapper.
+        paths: of all modules of the network: a component of one of these was put there by no wrapper.
         method: the adapter's.
     """
     loose = list(entries if plan is None else plan.unexpected)
+    # A model may have a child called `module` itself; that one is part of its paths.
     own_parts = {part for path in paths for part in path.split(".")}
     meant = {name: _bare(name, _WRAPPERS - own_parts, method) for name in loose}
-    result = Spelled(notes=_notes(meant, method))
-    meant = _without_adapter_name(meant, plan, method, result)
+    notes, hints = _notes(meant, method), []
+    found = _adapter_name_in(meant.values(), plan, method)
+    if found.several:
+        shown = ", ".join(repr(name) for name in found.several)
+        hints.append(
+            f"the names hold the adapter names {shown}: these are several adapters in one file. Keep the tensors of one."
+        )
+    elif found.parts:
+        notes.append(f"the adapter name {'.'.join(found.parts)!r} stands inside the names: left out")
+        markers = _markers(method)
+        meant = {old: _shortened(new, _tail(new, markers), found.parts) for old, new in meant.items()}
+    # Names that have their place stay: a mend must not take apart what fits.
     names = {name: name for name in entries if name not in meant}
     names.update({new: old for old, new in meant.items()})
-    result.names = names if len(names) == len(entries) else None
-    return result
+    return Spelled(names if len(names) == len(entries) else None, tuple(notes), tuple(hints))
 
 
 def _notes(meant: Mapping[str, str], method: Method) -> list[str]:
@@ -69,24 +80,31 @@ def _notes(meant: Mapping[str, str], method: Method) -> list[str]:
     return notes
 
 
-def _without_adapter_name(meant: dict[str, str], plan: Plan | None, method: Method, result: Spelled) -> dict[str, str]:
-    """Names as in a raw state dict of the reference hold the adapter's name behind the name of the tensor."""
-    markers = method.tensor_names | {"modules_to_save"}
+class _AdapterName(NamedTuple):
+    """An adapter's name inside the names of its tensors."""
+
+    # Its components; none where the names hold no such name.
+    parts: Sequence[str] = ()
+    # Where there is more than one name: their first components, in order.
+    several: Sequence[str] = ()
+
+
+def _adapter_name_in(names: Iterable[str], plan: Plan | None, method: Method) -> _AdapterName:
+    """A raw state dict of the reference holds the adapter's name behind the first component of a tensor's own name."""
+    markers = _markers(method)
     own = {part for p in plan.placements for s in p.slots for part in s.split(".")[1:]} if plan else set()
     own |= {"weight", "bias"}
-    tails = {old: _tail(new, markers) for old, new in meant.items()}
-    found = {tail[1] for tail in tails.values() if len(tail) > 1 and tail[1] not in own}
+    tails = [_tail(name, markers) for name in names]
+    found = {tail[1] for tail in tails if len(tail) > 1 and tail[1] not in own}
+    # Several adapters in one file: which one is meant is for the user to say.
     if len(found) > 1:
-        shown = ", ".join(repr(name) for name in sorted(found))
-        result.hints.append(
-            f"the names hold the adapter names {shown}: these are several adapters in one file. Keep the tensors of one."
-        )
-        return meant
-    shared = _shared_name([tail for tail in tails.values() if len(tail) > 1 and tail[1] in found], own)
-    if not shared:
-        return meant
-    result.notes.append(f"the adapter name {'.'.join(shared)!r} stands inside the names: left out")
-    return {old: _shortened(new, tails[old], shared) for old, new in meant.items()}
+        return _AdapterName(several=sorted(found))
+    return _AdapterName(_shared_name([tail for tail in tails if len(tail) > 1 and tail[1] in found], own))
+
+
+def _markers(method: Method) -> frozenset[str]:
+    """Components behind which the reference puts an adapter's name."""
+    return method.tensor_names | {"modules_to_save"}
 
 
 def _bare(name: str, wrappers: Collection[str], method: Method) -> str:

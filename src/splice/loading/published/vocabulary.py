@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass, replace
+from typing import Protocol, cast
 
 import torch
 from torch import nn
 
-from splice.base.asking import asked
 from splice.base.bare import own_tensors, walk_bare
-from splice.base.foreign_models import is_pretrained
+from splice.base.embeddings import input_embeddings, output_embeddings_path
+from splice.base.foreign_models import can_resize_vocabulary, is_pretrained
 from splice.base.layers import LayerKind, kind_of
 from splice.checkpoint.header import Entry
 from splice.checkpoint.keys import PREFIX
 from splice.kinds.module_copy import WholeModule
-from splice.loading.plan import Plan
+from splice.kinds.reading import Checkpoint
+from splice.loading.plan import Fitted, Plan
+from splice.surgery.tuner import Tuner
+from splice.surgery.undo import Undo
 
-if TYPE_CHECKING:
-    from splice.kinds.reading import Checkpoint
-    from splice.loading.plan import Fitted
-    from splice.surgery.tuner import Tuner
-    from splice.surgery.undo import Undo
-
+# What output layers are called, for models that do not say which one is theirs.
 _OUTPUTS = ("lm_head", "embed_out")
+
+
+class _Resizable(Protocol):
+    """A model that can be given another number of tokens: those of transformers can."""
+
+    def resize_token_embeddings(self, new_num_tokens: int, /) -> object: ...
 
 
 @dataclass(frozen=True)
@@ -55,14 +59,18 @@ def resize_of(
 ) -> Resize | None:
     """The resize that explains shapes which do not fit; None where they are not about the vocabulary."""
     holders = dict(_holders(network, modules))
-    mismatched = {key for key, _, _ in plan.mismatched}
-    slots = dict(plan.slots()) | {key: tuple(weight.shape) for key, weight in plan.base_copies.items()}
+    mismatched = [wrong.key for wrong in plan.mismatched]
+    slots = dict(plan.slots())
+    for key, layer in plan.base_copies.items():
+        weight = layer._parameters["weight"]
+        slots.update({} if weight is None else {key: tuple(weight.shape)})
     found: dict[int, str] = {}
     present = {weight.shape[0] for weight in holders.values()}
+    # Embeddings of several sizes: a text model and another one. Which vocabulary was resized cannot be told.
     if len(present) != 1:
         return None
     (count,) = present
-    for name in (*(key for key, _, _ in plan.mismatched), *plan.unexpected):
+    for name in (*mismatched, *plan.unexpected):
         path = next((path for path in holders if name.startswith(f"{PREFIX}{path}.")), None)
         if path is None or name not in entries:
             continue
@@ -79,10 +87,10 @@ def resize_of(
 
 def _holders(network: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
     """The weight of every layer with a row for each token, by path."""
-    known = _said_by(network)
+    known = _embeddings_said_by(network, modules)
     for path, module in modules.items():
         if known:
-            is_one = id(module) in known
+            is_one = path in known
         else:
             last = path.rpartition(".")[2]
             is_one = last in _OUTPUTS or (
@@ -93,15 +101,11 @@ def _holders(network: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[t
             yield path, weight
 
 
-def _said_by(network: Any) -> set[int]:
-    """Ids of the modules that a model of transformers calls its embeddings."""
+def _embeddings_said_by(network: nn.Module, modules: Mapping[str, nn.Module]) -> set[str]:
+    """Paths of the modules that a model of transformers calls its embeddings; none where it calls none so."""
     if not is_pretrained(network):
         return set()
-    try:
-        found = (network.get_input_embeddings(), network.get_output_embeddings())
-    except (NotImplementedError, AttributeError):  # what models without tokens raise
-        return set()
-    return {id(module) for module in found if module is not None}
+    return {input_embeddings(network, modules).path, output_embeddings_path(network, modules)} - {""}
 
 
 def _own_shape(module: nn.Module, name: str) -> tuple[int, ...] | None:
@@ -118,7 +122,7 @@ def _other_count(found: tuple[int, ...], needed: tuple[int, ...] | None, count: 
 
 def _why_not(tuner: Tuner, resize: Resize) -> str | None:
     """A sentence, where the base cannot be resized."""
-    if not callable(asked(tuner.model, "resize_token_embeddings")):  # only models of transformers have it
+    if not can_resize_vocabulary(tuner.model):
         return "resize_vocabulary=True: this model has no `resize_token_embeddings`; resize its embeddings yourself."
     for name, layers in tuner.placed.items():
         path = next((path for path in resize.paths if path in layers), None)
@@ -136,23 +140,23 @@ def fitted_resized(tuner: Tuner, found: Fitted, undo: Undo, again: Callable[[], 
     The base is resized as transformers does it, with the new rows that the checkpoint repeats beside its adapter, if it
     does. The caller's random state is left alone, and `undo` makes the base what it was.
     """
-    network: Any = tuner.model
+    network = tuner.model
     resize = resize_of(found.plan, found.checkpoint.entries, network, undo.modules)
     if resize is None:
         return found
     reason = _why_not(tuner, resize)
     if reason is not None:
-        found.plan.hints.append(reason)
-        return found
+        return replace(found, hints=(*found.hints, reason))
     undo.at_last(_memory_of(undo.modules))
+    # transformers draws the new rows; the caller's random numbers go on as if it had not.
     with torch.random.fork_rng(devices=[]):
-        network.resize_token_embeddings(resize.size)
+        cast(_Resizable, network).resize_token_embeddings(resize.size)
     undo.modules = walk_bare(network)
     made_up = _fill(undo.modules, resize, found.checkpoint) if resize.size > resize.present else []
     found = again()
-    found.notes.insert(0, f"the base's vocabulary was resized from {resize.present} to {resize.size} tokens")
-    found.warnings += _not_in(made_up, resize, found.plan)
-    return found
+    note = f"the base's vocabulary was resized from {resize.present} to {resize.size} tokens"
+    warnings = (*found.warnings, *_not_in(made_up, resize, found.plan))
+    return replace(found, notes=(note, *found.notes), warnings=warnings)
 
 
 @torch.no_grad()
@@ -185,23 +189,27 @@ def _not_in(made_up: list[str], resize: Resize, plan: Plan) -> list[str]:
 
 
 def _memory_of(modules: Mapping[str, nn.Module]) -> Callable[[], None]:
-    """Remember what resizing changes; the result makes it so again, with the same objects."""
-    registries = [d for m in modules.values() for d in (m._parameters, m._buffers, m._modules, m.__dict__)]
-    configs = [vars(config) for m in modules.values() for config in _configs(m.__dict__)]
-    before = [(own, dict(own)) for own in (*registries, *configs)]
+    """Remember everything that resizing changes. Calling the result puts it back, as the same objects."""
+    # The dicts of the modules and not their `state_dict`: whoever holds a parameter or a layer goes on holding it.
+    registries: list[MutableMapping[str, object]] = []
+    for module in modules.values():
+        own = vars(module)
+        registries += [own["_parameters"], own["_buffers"], own["_modules"], own]
+        registries += [vars(config) for config in _configs(own)]
+    before = [(registry, dict(registry)) for registry in registries]
     data = [(p, p.data) for m in modules.values() for p in m._parameters.values() if p is not None]
 
     def take_back() -> None:
-        for own, values in before:
-            own.clear()
-            own.update(values)
+        for registry, values in before:
+            registry.clear()
+            registry.update(values)
         for parameter, tensor in data:
             parameter.data = tensor
 
     return take_back
 
 
-def _configs(values: Mapping[str, Any]) -> Iterator[Any]:
+def _configs(values: Mapping[str, object]) -> Iterator[object]:
     """The configs of transformers among `values`, and those inside them."""
     for value in list(values.values()):
         if any(cls.__name__.lower() == "pretrainedconfig" for cls in type(value).__mro__):

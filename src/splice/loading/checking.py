@@ -1,0 +1,96 @@
+"""What is looked at between the plan and the first change: whether it fits, and tensors that must be equal."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from splice.base.bare import walk_bare
+from splice.checkpoint.tensors import Weights
+from splice.errors import AdapterMismatchError, PeftWarning, warn
+from splice.kinds.registry import Method
+from splice.loading.advice import advice, outdated
+from splice.loading.base_weight import base_weight
+from splice.loading.options import LoadOptions
+from splice.loading.other_base import both_bases, other_architecture
+from splice.loading.plan import Fitted, Plan
+from splice.loading.report import grouped, mismatch_error
+
+
+def refuse_or_warn(found: Fitted, network: nn.Module, method: Method, options: LoadOptions) -> Plan:
+    """The plan to be followed: `found.plan`, without the tensors of other shapes that the caller chose to leave out.
+
+    Where it does not fit and the caller waived strictness, it is followed all the same, with a warning.
+
+    Raises:
+        AdapterMismatchError: something is missing, unexpected or of another shape.
+    """
+    plan = found.plan
+    if plan.mismatched and options.ignores_sizes:
+        left_out = tuple(wrong.key for wrong in plan.mismatched)
+        shown = [f"{w.key}: {w.found} in the checkpoint, {w.needed} in the model" for w in plan.mismatched]
+        warn("Some weights were ignored because their sizes differ:\n" + "\n".join(shown), PeftWarning)
+        # Then the one warning has said everything, and a second one about the same keys would only confuse.
+        said_all = not plan.missing and not plan.unexpected
+        plan = replace(plan, missing=plan.missing + left_out, mismatched=())
+        if said_all:
+            return plan
+    if plan.fits:
+        return plan
+    # Outdated tensors mean something else today: leaving them out in silence is never what was meant.
+    if options.strict or plan.mismatched or outdated(plan, method):
+        weights = found.checkpoint.weights
+        likely = advice(replace(found, plan=plan), method, options.adapter_name, network, walk_bare(network))
+        bases = both_bases(found.config, network) + other_architecture(weights, network)
+        raise mismatch_error(plan, weights.place, bases, [*found.hints, *likely])
+    for what, keys in (("missing adapter keys", plan.missing), ("unexpected keys", plan.unexpected)):
+        if keys:
+            warn(f"Found {what} while loading the checkpoint: {grouped(keys)}.", PeftWarning)
+    return plan
+
+
+def check_base_copies(found: Fitted, weights: Weights) -> None:
+    """Weights of the base that a checkpoint repeats must be those of this base: a load never changes the base.
+
+    Raises:
+        AdapterMismatchError: they differ.
+    """
+    names = found.checkpoint.names
+    for key, layer in found.plan.base_copies.items():
+        weight = base_weight(layer)
+        # On the meta device there is nothing to compare with.
+        if key not in names or weight is None or weight.is_meta:
+            continue
+        # One after the other: embeddings are large, and each is thrown away once it has been compared.
+        (stored,) = weights.read([names[key]])
+        # In the base's dtype: the base may have been loaded in another one than it was saved in.
+        if not torch.equal(stored.to(weight), weight.detach()):
+            raise AdapterMismatchError(
+                f"the checkpoint at {weights.place} holds weights of its base model ({key}), and they differ "
+                "from those of the given model: the base was trained too, or it is another one. The model is unchanged. "
+                "Load them into the base model yourself, then load the adapter.",
+                mismatched=[key],
+            )
+
+
+def check_repeated(found: Fitted, weights: Weights) -> None:
+    """Tensors of tied layers stand twice in a checkpoint, and must be the same both times.
+
+    Raises:
+        AdapterMismatchError: they differ.
+    """
+    names, sources = found.checkpoint.names, found.plan.sources
+    for key, of in found.plan.repeated.items():
+        if key not in names or of.key not in sources:
+            continue
+        # Equal to the last bit: when they were saved they were one tensor.
+        one, two = weights.read([names[key], sources[of.key]])
+        if not torch.equal(one.T if of.transposed else one, two):
+            raise AdapterMismatchError(
+                f"the checkpoint at {weights.place} has different tensors for {key} and {of.key}, and the layers "
+                "are tied here. The model is unchanged. Set `ensure_weight_tying` to False in the config if they were "
+                "trained apart, or load the adapter onto a base that is not tied.",
+                mismatched=[key],
+            )

@@ -1,0 +1,28 @@
+"""What a config selects once its defaults are filled in and the heads of the task are added."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from splice.config import copy_config
+from splice.loading.contributors.draft import Draft
+from splice.loading.targets import default_modules, resolved_rule
+
+
+def defaults(draft: Draft) -> None:
+    """Fill in the targets and the other names of modules that the config leaves open.
+
+    Raises:
+        ValueError: it names none and there is no default for this model.
+    """
+    rule = draft.config.target_rule()
+    if draft.on_layers:
+        rule = resolved_rule(draft.method, draft.config, draft.network, draft.modules)
+        further = default_modules(draft.method, draft.config, draft.network)
+        if further:
+            draft.config = copy_config(draft.config, **further)
+            draft.resolved.update(further)
+    # Into the rule and not the config: not every config has a field for them.
+    if draft.heads:
+        rule = replace(rule, modules_to_save=list(dict.fromkeys([*(rule.modules_to_save or ()), *draft.heads])))
+    draft.rule = rule

@@ -1,0 +1,16 @@
+"""Tensors that all layers of one adapter use."""
+
+from __future__ import annotations
+
+from splice.loading.contributors.draft import Draft
+from splice.surgery.placement import Placement
+
+
+def shared_tensors(draft: Draft) -> None:
+    """Place what holds them before the layers that use them, with the shapes that those need."""
+    shared = draft.method.shared
+    if shared is None or not draft.placements:
+        return
+    slots = shared.shared_slots([(p.path, p.base) for p in draft.placements], draft.config)
+    # On the device of one of the layers, and in its precision: the last one's, as in the reference.
+    draft.placements.insert(0, Placement("", draft.placements[-1].base, shared, slots))

@@ -1,0 +1,32 @@
+"""The layers of the base that the config selects."""
+
+from __future__ import annotations
+
+from splice.errors import UnsupportedLayerError
+from splice.loading.contributors.draft import Draft
+from splice.loading.targets import select
+
+
+def targets(draft: Draft) -> None:
+    """Place the method's adapter layer on each of them, and on the layers that one adapts along with itself.
+
+    Raises:
+        NoMatchingPeftModuleError: there is none.
+        UnsupportedLayerError: the method cannot be put on one of them, or two of them contain one another.
+    """
+    if not draft.on_layers:
+        return
+    selected = select(draft.rule, draft.modules)
+    for path in draft.tied.left_out:
+        selected.pop(path, None)
+    for path, base in selected.items():
+        layer_class = draft.method.layer_for(base, path, draft.config)
+        draft.place(path, base, layer_class)
+        for below, companion in layer_class.companions(base, path).items():
+            # Only the method knows what it adapts along with a layer, so the selection could not refuse this.
+            if below in selected:
+                raise UnsupportedLayerError(
+                    f"{below!r} is selected, and so is {path!r}, which adapts it along with itself. Exclude one of them "
+                    "with `exclude_modules`."
+                )
+            draft.place(below, base.get_submodule(below[len(path) + 1 :]), companion)
