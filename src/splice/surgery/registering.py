@@ -114,7 +114,7 @@ def called_through(adapter: AdapterLayer, run: Forward) -> Forward:
     """`run`, called through the modules that hold the tensors of `adapter`, so that hooks on these fire around it."""
     home = adapter.home
     assert home is not None
-    roots = [home.added[path.partition(".")[0]] for path in sorted(_containers(adapter))]
+    roots = [home.added[path.partition(".")[0]] for path in _containers(adapter)]
     holders = [module for entry in adapter.entries.values() for module in entry.modules() if isinstance(module, Holder)]
     containers = [module for root in roots for module in root.modules() if isinstance(module, Container)]
 
@@ -144,10 +144,11 @@ def unshare(adapter: AdapterLayer, host: Host) -> None:
     """Take back what `share` did, unless another adapter of the layer shares as well."""
     others = {path for other in host.layers.values() for shared in other.shared for path in _containers(shared)}
     for shared in adapter.shared:
-        for path in _containers(shared) - others:
+        for path in [path for path in _containers(shared) if path not in others]:
             host.base._modules.pop(path, None)
             host.added.pop(path, None)
 
 
-def _containers(adapter: AdapterLayer) -> set[str]:
-    return {adapter.names.place(suffix).container for suffix in adapter.registered}
+def _containers(adapter: AdapterLayer) -> list[str]:
+    # In their own order and not as a set: data-parallel processes send buffers to one another in the order of the tree.
+    return list(dict.fromkeys(adapter.names.place(suffix).container for suffix in adapter.registered))
