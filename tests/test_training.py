@@ -20,7 +20,17 @@ import splice
 from splice.kinds.module_copy import WholeModule
 from tests import bases
 from tests.bases import Inputs, run
-from tests.comparing import Pair, Snapshot, assert_close, base_parameters, differ, load_both, named, parameters_of
+from tests.comparing import (
+    Pair,
+    Snapshot,
+    assert_close,
+    base_parameters,
+    differ,
+    layer_parameters,
+    load_both,
+    named,
+    parameters_of,
+)
 from tests.samples import Case, kind_cases, plain_cases
 
 MODELS = (bases.LINEAR, bases.EMBEDDING, bases.CONV2D, bases.MIXED, bases.LLAMA, bases.BERT, bases.T5)
@@ -219,7 +229,7 @@ def test_compiled_in_one_graph(case: Case, backend: str, shared_checkpoint: Any)
 
     first = assert_same()
     with torch.no_grad():
-        for parameter in model.base_model.placed["default"]["first"].parameters():
+        for parameter in layer_parameters(model, "default", "first"):
             parameter.mul_(1.5)
     changed = assert_same()
     assert differ(changed, first)
