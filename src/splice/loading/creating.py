@@ -12,8 +12,8 @@ from splice.errors import warn
 from splice.kinds.registry import method_named
 from splice.loading.commit import build_new
 from splice.loading.plan import Plan, lay_out, write_back
+from splice.surgery.coexistence import check_together
 from splice.surgery.placement import Built
-from splice.surgery.together import check_together
 from splice.surgery.tuner import Tuner
 
 

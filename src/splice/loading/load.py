@@ -36,8 +36,8 @@ from splice.loading.published.fitting import fitted
 from splice.loading.published.vocabulary import fitted_resized
 from splice.loading.report import LoadReport, grouped, mismatch_error
 from splice.loading.tying import repeated_keys
+from splice.surgery.coexistence import check_together
 from splice.surgery.placement import Built, Placement
-from splice.surgery.together import check_together
 from splice.surgery.tuner import Tuner
 from splice.surgery.undo import Undo
 
