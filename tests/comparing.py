@@ -143,6 +143,12 @@ def base_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
     return dict(first.values())
 
 
+def layer_parameters(model: splice.PeftModel, adapter_name: str, path: str) -> list[nn.Parameter]:
+    """The parameters that an adapter has on the layer at `path`."""
+    stored = model.base_model.placed[adapter_name][path].named_slots()
+    return [tensor for _, tensor in stored if isinstance(tensor, nn.Parameter)]
+
+
 def in_base_terms(name: str) -> str:
     """The name without what tells that its layer carries an adapter."""
     return name.replace("base_layer.", "").replace("original_module.", "")

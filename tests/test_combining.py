@@ -17,7 +17,7 @@ from splice.kinds.combining import Summed
 from splice.kinds.registry import all_methods
 from tests import bases
 from tests.bases import Base, run
-from tests.comparing import Pair, assert_close, differ, load_both, trainable_names
+from tests.comparing import Pair, assert_close, differ, layer_parameters, load_both, trainable_names
 from tests.samples import Case, kind_cases, plain_cases
 
 BASES = (bases.LINEAR, bases.TRANSPOSED, bases.EMBEDDING, bases.CONV1D, bases.CONV2D, bases.MIXED, bases.LLAMA)
@@ -143,9 +143,9 @@ def test_the_parts_do_not_change(shared_checkpoint: Any) -> None:
         pair.ours.add_weighted_adapter(["default", "second"], [2.0, -1.0], str(number), kind, density=0.5)
         pair.ours.set_adapter(str(number))
         with torch.no_grad():
-            for adapter in pair.ours.base_model.placed[str(number)].values():
-                for _, tensor in adapter.named_slots():
-                    tensor.fill_(7)
+            for path in pair.ours.base_model.placed[str(number)]:
+                for parameter in layer_parameters(pair.ours, str(number), path):
+                    parameter.fill_(7)
     now = dict(pair.ours.named_parameters())
     assert all(torch.equal(now[name], value) for name, value in before.items())
 
@@ -163,11 +163,11 @@ def test_chance_keeps_the_expectation(shared_checkpoint: Any) -> None:
     """DARE enlarges what it keeps: the mean over many draws is the plain sum."""
     model = three(bases.LINEAR, shared_checkpoint).ours
     model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "plain", combination_type="linear")
-    total: Any = 0
+    factors, total = model.get_base_model().first.lora_A, 0
     for number in range(300):
         model.add_weighted_adapter(["default", "second"], [1.0, 1.0], str(number), "dare_linear", density=0.5)
-        total = total + model.base_model.placed[str(number)]["first"].tensor("lora_A.weight")
-    expected = model.base_model.placed["plain"]["first"].tensor("lora_A.weight")
+        total = total + factors[str(number)].weight
+    expected = factors["plain"].weight
     torch.testing.assert_close(total / 300, expected, rtol=0, atol=0.25)
 
 

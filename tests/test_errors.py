@@ -463,6 +463,21 @@ def _resolved(name: str) -> Any:
     raise AssertionError(name)
 
 
+def test_a_base_layer_with_a_module_of_an_adapters_name() -> None:
+    """Its own module would be lost under the adapter's tensors."""
+
+    class OwnFactors(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(8, 8)
+            self.lora_A = nn.Linear(8, 2)
+
+    network = nn.Sequential(nn.Linear(8, 8), OwnFactors())
+    before = picture(network)
+    with pytest.raises(ValueError, match=r"has a Linear of its own named 'lora_A'.*exclude_modules"):
+        splice.get_peft_model(network, splice.LoraConfig(target_modules=["0", "1"]))
+    assert_unchanged(before, network)
+
+
 def test_a_module_that_refuses_eval_mode(tmp_path: Path) -> None:
     """User code that raises in the middle of a load, after the adapter was attached."""
 

@@ -14,7 +14,7 @@ from torch import nn
 import splice
 from tests import bases
 from tests.bases import run
-from tests.comparing import Snapshot, assert_close, base_parameters, differ, load_both
+from tests.comparing import Snapshot, assert_close, base_parameters, differ, layer_parameters, load_both
 from tests.samples import Case, kind_cases, option_cases, plain_cases
 
 MERGING_BASES = (*bases.BY_KIND.values(), bases.NO_BIAS, bases.PADDED, bases.MIXED, bases.LLAMA, bases.GPT2, bases.TIED)
@@ -286,10 +286,10 @@ def test_a_layer_that_is_there_twice(case: Case, checkpoint: Any) -> None:
 # -- what cannot be merged, and what goes wrong
 
 
-def _break(model: Any, path: str) -> None:
+def _break(model: Any, path: str, value: float = float("nan")) -> None:
     with torch.no_grad():
-        for tensor in model.base_model.placed["default"][path].parameters():
-            tensor.fill_(float("nan"))
+        for tensor in layer_parameters(model, "default", path):
+            tensor.fill_(value)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -300,9 +300,7 @@ def test_a_safe_merge_that_fails_changes_nothing(case: Case, value: float, share
     model = mergeable_model(case, shared_checkpoint, network)
     before, inputs = snapshot_of_parameters(network), case.base.inputs(3)
     last = model.targeted_module_names[-1]
-    with torch.no_grad():
-        for tensor in model.base_model.placed["default"][last].parameters():
-            tensor.fill_(value)
+    _break(model, last, value)
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(ValueError, match="default") as raised:
             merge(safe_merge=True)

@@ -21,7 +21,9 @@ from tests.comparing import (
     config_in,
     differ,
     load_both,
+    named,
     parameters_of,
+    state_of,
     tensors_in,
     trainable_names,
 )
@@ -77,7 +79,7 @@ def test_it_is_what_the_reference_computes(option: str, shared_checkpoint: Any) 
     # Biases of the base that the adapter brings its own of are kept beside them.
     own = {name: tensor for name, tensor in parameters_of(pair.ours).items() if "original_module" not in name}
     assert own == parameters_of(pair.reference)
-    assert set(pair.reference.state_dict()) <= set(pair.ours.state_dict())
+    assert set(pair.reference.state_dict()) <= set(state_of(pair.ours))
 
 
 @each
@@ -87,7 +89,7 @@ def test_gradients(base: Base, shared_checkpoint: Any) -> None:
     found = []
     for model in (pair.reference, pair.ours):
         model.train()(**_floats(3)).square().sum().backward()
-        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        found.append({name: p.grad for name, p in named(model) if p.grad is not None})
     assert set(found[1]) == set(found[0]) == trainable_names(pair.ours)
     for name, gradient in found[0].items():
         assert_close(found[1][name], gradient, factor=20)

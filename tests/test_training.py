@@ -19,7 +19,17 @@ from torch.nn import functional as F
 import splice
 from tests import bases
 from tests.bases import Inputs, run
-from tests.comparing import Pair, Snapshot, assert_close, base_parameters, differ, load_both, named, parameters_of
+from tests.comparing import (
+    Pair,
+    Snapshot,
+    assert_close,
+    base_parameters,
+    differ,
+    layer_parameters,
+    load_both,
+    named,
+    parameters_of,
+)
 from tests.samples import Case, kind_cases, plain_cases
 
 MODELS = (bases.LINEAR, bases.EMBEDDING, bases.CONV2D, bases.MIXED, bases.LLAMA, bases.BERT, bases.T5)
@@ -218,8 +228,8 @@ def test_compiled_in_one_graph(case: Case, backend: str, shared_checkpoint: Any)
 
     first = assert_same()
     with torch.no_grad():
-        for _, tensor in model.base_model.placed["default"]["first"].named_slots():
-            tensor.mul_(1.5)
+        for parameter in layer_parameters(model, "default", "first"):
+            parameter.mul_(1.5)
     changed = assert_same()
     assert differ(changed, first)
     model.set_adapter("second", inference_mode=True)

@@ -4,36 +4,36 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import nn
 
-from splice.base.asking import asked
+from splice.base.foreign_models import full_numel, key_renaming
 from splice.checkpoint.card import write_card
 from splice.checkpoint.publishing import Publication, publish
-from splice.checkpoint.types import TaskType
+from splice.checkpoint.types import PeftType, TaskType
 from splice.config import PeftConfig
 from splice.errors import PeftWarning, warn
-from splice.kinds.call import Call, ReadsCall
 from splice.kinds.combining import Combination
 from splice.loading.combining import add_weighted_adapter
 from splice.loading.creating import new_adapter
 from splice.loading.in_memory import checkpoint_from
-from splice.loading.load import Loaded, load_into, load_new
+from splice.loading.load import Loaded, LoadResult, load_into, load_new
 from splice.loading.options import LoadOptions
 from splice.loading.report import LoadReport
 from splice.loading.saving import facts_of, save
-from splice.selection import Choice
 from splice.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
-from splice.surgery.first_call import warn_if_unused
+from splice.surgery.calls import call_network
 from splice.surgery.tuner import Tuner
 from splice.surgery.undo import Undo
 
 # The classes of PeftModels by their task. `tasks.py` defines them, and each enters itself.
 _CLASSES: dict[TaskType, type[PeftModel]] = {}
+
+T = TypeVar("T")
 
 
 class PeftModel(nn.Module):
@@ -108,8 +108,8 @@ class PeftModel(nn.Module):
         self.base_model = Tuner.of(model)
         self.base_model.mixes_methods = self.mixes_methods
         self.base_model.stand_in(self._modules)
+        # What the last load did; None before the first.
         self.load_report: LoadReport | None = None
-        self._unused_checked = True
 
     # -- loading
 
@@ -127,7 +127,7 @@ class PeftModel(nn.Module):
         key_mapping: Mapping[str, str] | None = None,
         strict: bool = True,
         tensors: Mapping[str, torch.Tensor] | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> PeftModel:
         """Load a trained adapter onto `model`, which is changed in place. If anything fails, it is as it was.
 
@@ -160,8 +160,9 @@ class PeftModel(nn.Module):
         options = LoadOptions(
             adapter_name, is_trainable, autocast_adapter_dtype, ephemeral_gpu_offload, key_mapping, strict, kwargs
         )
-        mapping = key_mapping if key_mapping is not None else asked(model, "_checkpoint_conversion_mapping")
+        mapping = key_mapping if key_mapping is not None else key_renaming(model)
         checkpoint = checkpoint_from(model_id, tensors, config, options, mapping)
+        # Past `__init__`, which would make a new adapter.
         peft_model: PeftModel = object.__new__(cls.class_for(checkpoint.config))
         peft_model._wrap(model)
         tuner = peft_model.base_model
@@ -188,8 +189,8 @@ class PeftModel(nn.Module):
         strict: bool = True,
         config: PeftConfig | None = None,
         tensors: Mapping[str, torch.Tensor] | None = None,
-        **kwargs: Any,
-    ) -> Any:
+        **kwargs: object,
+    ) -> LoadResult:
         """Load one more adapter, which does not become active; or new weights into the adapter of that name.
 
         Arguments as in `from_pretrained`; with `tensors`, `model_id` is None. Weights for an adapter that exists are
@@ -213,9 +214,9 @@ class PeftModel(nn.Module):
                 "into it, or call `delete_adapter` first"
             )
         checkpoint = checkpoint_from(model_id, tensors, config, options, key_mapping, present)
-        undo, before = Undo(tuner), (self.load_report, self._unused_checked, self.training)
+        undo, before = Undo(tuner), (self.load_report, self.training)
         try:
-            if adapter_name in tuner.peft_config:
+            if present is not None:
                 loaded = load_into(tuner, checkpoint, options, undo)
             else:
                 loaded = load_new(tuner, checkpoint, options, self.heads, not tuner.peft_config, undo)
@@ -223,12 +224,12 @@ class PeftModel(nn.Module):
             return loaded.result
         except BaseException:
             undo.run()
-            self.load_report, self._unused_checked, self.training = before
+            self.load_report, self.training = before
             raise
 
     def _after_load(self, loaded: Loaded, is_trainable: bool, modules: Mapping[str, nn.Module]) -> None:
         self.load_report = loaded.report
-        self._unused_checked = False
+        self.base_model.awaits_call = True
         if not is_trainable:
             self.base_model.eval_network(modules.values())
             self.training = False
@@ -265,7 +266,7 @@ class PeftModel(nn.Module):
         save_embedding_layers: str | bool = "auto",
         is_main_process: bool = True,
         path_initial_model_for_weight_conversion: str | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         """Write adapters to disk; "default" into the folder itself, every other one into a subfolder of its name.
 
@@ -293,7 +294,7 @@ class PeftModel(nn.Module):
             selected_adapters,
             save_embedding_layers,
             is_main_process,
-            kwargs.get("state_dict"),
+            cast("Mapping[str, torch.Tensor] | None", kwargs.get("state_dict")),
             path_initial_model_for_weight_conversion,
         )
         if kwargs.get("push_to_hub"):
@@ -376,7 +377,8 @@ class PeftModel(nn.Module):
         return self.peft_config[self.active_adapter]
 
     @property
-    def peft_type(self) -> Any:
+    def peft_type(self) -> PeftType | str | None:
+        """The method of the first adapter."""
         return next(iter(self.peft_config.values())).peft_type
 
     @property
@@ -426,8 +428,24 @@ class PeftModel(nn.Module):
         density: float | None = None,
         majority_sign_method: str = "total",
     ) -> None:
-        """Combine adapters into a new one; see `merging/combine.py` for the combinations."""
+        """Combine adapters into a new one, frozen and not active.
 
+        Args:
+            adapters: their names.
+            weights: one for each, what its update is multiplied with.
+            adapter_name: the name of the new one; if it is taken, nothing happens, as in the reference.
+            combination_type: the way to combine them; the record of their method knows which there are.
+            svd_rank: rank of the new adapter, of ways that end in a decomposition; the largest of theirs, if None.
+            svd_clamp: quantile at which the factors are cut off after a decomposition; None for no cut.
+            svd_full_matrices: accepted for compatibility.
+            svd_driver: torch's method for the decomposition on CUDA; its own choice, if None.
+            density: share of the values that is kept, of ways that prune.
+            majority_sign_method: how TIES elects a sign: "total" by the sum of the values, "frequency" by their number.
+
+        Raises:
+            ValueError: an adapter is unknown, the combination is, or the adapters cannot be combined that way.
+            UnsupportedFeatureError: adapters of their method have no sum.
+        """
         combination = Combination(
             combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method
         )
@@ -444,47 +462,23 @@ class PeftModel(nn.Module):
             **kwargs: passed on.
         """
         output = self._call(self.get_base_model().__call__, adapter_names, False, *args, **kwargs)
+        # Asked first: in a decode step a call less, and nearly no adapter has such a term.
         return self.base_model.with_loss_terms(output) if self.base_model.loss_terms else output
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Call the base model's `generate`; `adapter_names` as in `forward`."""
-        base: Any = self.get_base_model()
-        return self._call(base.generate, adapter_names, True, *args, **kwargs)
+        generate = cast(Callable[..., Any], self.get_base_model().generate)
+        return self._call(generate, adapter_names, True, *args, **kwargs)
 
     def _call(
         self,
-        function: Callable[..., Any],
+        function: Callable[..., T],
         adapter_names: Sequence[str] | None,
-        may_repeat: bool,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        if adapter_names is None or not self.base_model.selection.enabled:
-            context: Any = nullcontext()
-        else:
-            rows = self.base_model.rows(adapter_names, may_repeat, self.training)
-            context = self.base_model.selection.for_this_call(Choice(rows=rows))
-        with context, self._reading(may_repeat, args, kwargs):
-            result = function(*args, **kwargs)
-        if not self._unused_checked:
-            self._unused_checked = True
-            warn_if_unused(self.base_model)
-        return result
-
-    def _reading(self, generates: bool, args: Sequence[Any], kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
-        """What adapters need that have to know the arguments of a call."""
-        return self._read(generates, args, kwargs) if self.base_model.reading else nullcontext()
-
-    @contextmanager
-    def _read(self, generates: bool, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[None]:
-        reading = self.base_model.reading
-        ids = next((kwargs[n] for n in ("input_ids", "inputs") if kwargs.get(n) is not None), args[0] if args else None)
-        call = Call(ids, kwargs, generates)
-        with ExitStack() as stack:
-            for layer_class in set[type[ReadsCall]]().union(*reading.values()):
-                names = [name for name, classes in reading.items() if layer_class in classes]
-                stack.enter_context(layer_class.call_context(self.base_model, names, call))
-            yield
+        generates: bool,
+        *args: object,
+        **kwargs: object,
+    ) -> T:
+        return call_network(self.base_model, function, args, kwargs, adapter_names, generates, self.training)
 
     def unused_layers(self) -> list[str]:
         """Paths of adapted layers that no call has reached since their adapter came: loaded is not yet applied."""
@@ -498,7 +492,7 @@ class PeftModel(nn.Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters; shared ones count once."""
-        parameters = [(p.requires_grad, getattr(p, "ds_numel", p.numel())) for p in self.parameters()]
+        parameters = [(p.requires_grad, full_numel(p)) for p in self.parameters()]
         return sum(n for trainable, n in parameters if trainable), sum(n for _, n in parameters)
 
     def print_trainable_parameters(self) -> None:

@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
 
 import torch
 
@@ -17,10 +16,13 @@ BASE = "__base__"
 
 @dataclass(frozen=True)
 class Group:
-    """The rows of a batch that use one adapter: as numbers, and as a tensor of them on the batch's device."""
+    """The rows of a batch that use one adapter."""
 
+    # The adapter's name.
     name: str
+    # The rows, counted from 0, in their order.
     rows: list[int]
+    # The same as a tensor on the batch's device, (rows,).
     index: torch.Tensor
 
 
@@ -32,9 +34,12 @@ class Rows:
     of these rows; an encoder still gets each row once.
     """
 
+    # One name for each row.
     names: tuple[str, ...]
+    # Whether a batch may hold a multiple of these rows.
     may_repeat: bool = False
-    made: dict[Any, list[Group]] = field(default_factory=dict, compare=False, repr=False)
+    # What `groups` has made, by the size of the batch and its device: every layer of a call asks for the same.
+    made: dict[tuple[int, torch.device], list[Group]] = field(default_factory=dict, compare=False, repr=False)
 
     def groups(self, batch: int, device: torch.device) -> list[Group]:
         """One group for each adapter, for a batch of this size, without the rows of the bare base.
@@ -45,13 +50,14 @@ class Rows:
         if batch != len(self.names) and (not self.may_repeat or batch % len(self.names)):
             raise ValueError(f"`adapter_names` names {len(self.names)} rows, and the input has {batch}")
         found = self.made.get((batch, device))
-        if found is None:  # every layer of a call asks for the same
+        if found is None:
             by_name = _rows_by_name(self.names, batch // len(self.names))
             found = [Group(name, rows, torch.tensor(rows, device=device)) for name, rows in by_name]
             self.made[batch, device] = found
         return found
 
 
+# Of the last calls: a server sends the same mixtures again, and one token at a time.
 @lru_cache(maxsize=256)
 def _rows_by_name(names: tuple[str, ...], repeats: int) -> list[tuple[str, list[int]]]:
     found: dict[str, list[int]] = {}
@@ -65,7 +71,9 @@ def _rows_by_name(names: tuple[str, ...], repeats: int) -> list[tuple[str, list[
 class Choice:
     """What one call uses: the same adapters for the whole batch, in order, or one for each row."""
 
+    # The adapters for the whole batch; empty for none.
     names: tuple[str, ...] = ()
+    # One adapter for each row; where it is given, `names` is empty.
     rows: Rows | None = None
 
 
@@ -121,6 +129,7 @@ class Selection:
 
     def set(self, names: Sequence[str]) -> None:
         """Make these adapters the active ones, on every layer."""
+        # A new object, and nothing in the old one is changed: a call that began with that keeps it to its end.
         self.active = tuple(names)
         self.epoch += 1
         self.choice = Choice(self.active) if self.enabled else NOTHING

@@ -12,8 +12,7 @@ from torch import nn
 from splice.base.bare import original_class
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.slot import Role
-from splice.surgery.adapted import Adapted
-from splice.surgery.names import is_whole
+from splice.surgery.adapted_layer import Adapted, is_whole
 from splice.surgery.tuner import Tuner, tuner_of
 
 Irregular = Literal["irregular"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from splice.surgery.adapted import Adapted
+from splice.surgery.adapted_layer import Adapted
 
 
 def base_weight(layer: nn.Module) -> torch.Tensor | None:

@@ -14,8 +14,8 @@ from splice.kinds.registry import method_named
 from splice.loading.commit import build_new
 from splice.loading.laying_out import lay_out
 from splice.loading.plan import Plan, write_back
+from splice.surgery.coexistence import check_together
 from splice.surgery.placement import Built
-from splice.surgery.together import check_together
 from splice.surgery.tuner import Tuner
 
 

@@ -31,8 +31,8 @@ from splice.loading.published.fitting import fitted
 from splice.loading.published.vocabulary import fitted_resized
 from splice.loading.report import LoadReport
 from splice.loading.wanted import NewAdapter, PresentAdapter, Wanted
+from splice.surgery.coexistence import check_together
 from splice.surgery.placement import Built
-from splice.surgery.together import check_together
 from splice.surgery.tuner import Tuner
 from splice.surgery.undo import Undo
 

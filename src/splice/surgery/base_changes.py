@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from splice.base.asking import asked
+from splice.base.foreign_models import config_field, input_embedding_layer, set_config_field, uses_checkpointing
 from splice.surgery.replication import replicate
 
 
@@ -19,38 +19,40 @@ class BaseChanges:
 
     Attributes:
         unfrozen: parameters that were trainable before.
-        hook: the hook on the input embeddings, where there is one.
-        slices: `config.pretraining_tp` as it was, where it was not 1.
-        ranges: of its layers, where they are used several times.
-        unstack: puts the layers back as they were.
+        hook: the hook on the input embeddings; None where there is none.
+        slices: `config.pretraining_tp` as it was; None where it was 1 or is not there.
+        ranges: those of the network's layers that it uses one after the other; None where it uses each layer once.
+        unstack: puts the layers back as they were; None where they are.
     """
 
     unfrozen: list[nn.Parameter] = field(default_factory=list)
-    hook: Any = None
-    slices: int | None = None
+    hook: RemovableHandle | None = None
+    slices: object = None
     ranges: list[list[int]] | None = None
     unstack: Callable[[], None] | None = None
 
     def make(self, network: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         """Change `network`, whose modules are `modules`."""
+        # Flags of single parameters are remembered, not one for all: a user may have frozen some before.
         for module in modules.values():
             for parameter in module._parameters.values():
                 if parameter is not None and parameter.requires_grad:
                     self.unfrozen.append(parameter)
                     parameter.requires_grad = False
-        if any(module.__dict__.get("gradient_checkpointing") for module in modules.values()):
+        if uses_checkpointing(modules.values()):
             self._let_inputs_require_grad(network)
-        config: Any = network.__dict__.get("config")
-        slices = asked(config, "pretraining_tp", 1)  # few configs have it
+        slices = config_field(network, "pretraining_tp")
         if slices not in (None, 1):
-            # With more, older models of transformers multiply with slices of `weight` and never call the layer.
-            self.slices, config.pretraining_tp = slices, 1
+            # With more, older models of transformers multiply with slices of `weight` and never call the layer. Both give
+            # the same numbers but for rounding.
+            self.slices = slices
+            set_config_field(network, "pretraining_tp", 1)
 
-    def _let_inputs_require_grad(self, network: Any) -> None:
+    def _let_inputs_require_grad(self, network: nn.Module) -> None:
         """Recomputed blocks pass gradients on only if their input requires them, and below it everything is frozen."""
-        find = asked(network, "get_input_embeddings")  # models outside of transformers have none
-        embeddings = find() if find is not None and self.hook is None else None
-        if embeddings is not None:
+        # A hook, since the embeddings' weight stays frozen: a trainable one would be trained.
+        embeddings = input_embedding_layer(network)
+        if embeddings is not None and self.hook is None:
             self.hook = embeddings.register_forward_hook(_require_grad)
 
     def stack(self, network: nn.Module, ranges: Sequence[Sequence[int]], adapted: bool) -> bool:
@@ -84,10 +86,11 @@ class BaseChanges:
             self.hook.remove()
             self.hook = None
         if self.slices is not None:
-            network.__dict__["config"].pretraining_tp = self.slices
+            set_config_field(network, "pretraining_tp", self.slices)
             self.slices = None
 
 
-def _require_grad(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+def _require_grad(module: nn.Module, args: object, output: torch.Tensor) -> None:
+    # What is no leaf requires grad already, or is made where grad is off.
     if output.is_leaf:
         output.requires_grad_(True)

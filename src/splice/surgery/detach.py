@@ -7,6 +7,7 @@ from types import MethodType
 from torch import nn
 
 from splice.base.bare import HOST
+from splice.base.foreign_models import patched_forwards
 from splice.kinds.host import Host, host_of
 from splice.surgery.registering import unregister, unshare
 from splice.surgery.weight_readers import below_guard, release_reader, with_guard_of
@@ -20,6 +21,7 @@ def detach(layer: nn.Module, name: str) -> None:
     host = host_of(layer)
     if host is None:
         return
+    # In the order opposite to `attach`, each step only if it was taken: an interrupt may have come between any two.
     dropped = host.layers.get(name)
     if dropped is not None:
         unregister(dropped, name)
@@ -37,8 +39,7 @@ def _swap_back(layer: nn.Module, host: Host) -> None:
     adapted, cls = below_guard(type(layer)), host.original
     layer.__class__ = with_guard_of(layer, cls)
     # A hook may have come or gone in the meantime; wherever our forward was left, the base's own takes its place.
-    for name in ("_old_forward", "forward"):
-        standing = layer.__dict__.get(name)
-        if isinstance(standing, MethodType) and standing.__func__ is adapted.__dict__.get("forward"):
+    for name, standing in patched_forwards(layer).items():
+        if isinstance(standing, MethodType) and standing.__func__ is adapted.forward:
             layer.__dict__[name] = host.own_forward or cls.forward.__get__(layer)
     del layer.__dict__[HOST]

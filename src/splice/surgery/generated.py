@@ -5,13 +5,15 @@ They stand in no module, so pickle cannot find them by name. Each carries the re
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, TypeAlias
+from typing import ClassVar, SupportsIndex, TypeAlias
 
 from torch import nn
 
 # The class of the layer as it was, and what was put in front of it, one after the other.
 Recipe: TypeAlias = "tuple[type[nn.Module], tuple[type[Generated], ...]]"
 
+# Made once, and never forgotten: as many as there are classes of adapted layers. A second class for the same pair would
+# differ from the first for `isinstance`, for pickle and for the caches of torch.compile.
 _made: dict[tuple[type[Generated], type[nn.Module]], type[nn.Module]] = {}
 
 
@@ -21,11 +23,12 @@ class Generated:
     splice_recipe: ClassVar[Recipe]
 
     @classmethod
-    def members_for(cls, base: type[nn.Module]) -> dict[str, Any]:
+    def members_for(cls, base: type[nn.Module]) -> dict[str, object]:
         """What the generated class has of its own, in front of `base`."""
         return {}
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
+        # Also the way that `copy` and `deepcopy` take.
         return _made_again, type(self).splice_recipe, self.__dict__
 
 
@@ -33,6 +36,7 @@ def generated(mixin: type[Generated], base: type[nn.Module]) -> type[nn.Module]:
     """The class with `mixin` in front of `base`."""
     found = _made.get((mixin, base))
     if found is None:
+        # A recipe is flat, since the class below may be generated itself: attention is adapted and guarded.
         original, mixins = base.splice_recipe if issubclass(base, Generated) else (base, ())
         members = {
             "__module__": base.__module__,

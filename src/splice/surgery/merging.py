@@ -8,12 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
 
 from splice.base.dense import added, in_linear_layout
+from splice.base.foreign_models import (
+    config_field,
+    input_embedding_layer,
+    output_embedding_layer,
+    set_config_field,
+)
 from splice.errors import PeftWarning, warn
 from splice.kinds.host import Host, first_conflict, in_order
 from splice.kinds.layer import AdapterLayer
@@ -97,6 +103,7 @@ def _merging(hosts: Mapping[str, Host], names: Sequence[str], safe_merge: bool, 
     own = [host for host in concerned if host.path not in ties]
     worked_out = (merged_tensors(host, names, safe_merge) for host in _with_progress(own, progressbar))
     # With `safe_merge` every layer is worked out before the first one is changed.
+    # Without, the new tensors of one layer at a time are held beside the old ones.
     for item in list(worked_out) if safe_merge else worked_out:
         put(item)
         yield item.host
@@ -119,6 +126,7 @@ def _ties(hosts: Mapping[str, Host], concerned: Iterable[Host], names: Iterable[
 
     All that is merged on such a layer is shared too.
     """
+    # By the parameter and not by the config: only layers that compute with one parameter now can go on sharing it.
     found: dict[str, Host] = {}
     for host in concerned:
         present = [host.layers[name] for name in names if name in host.layers]
@@ -150,6 +158,7 @@ def check_mergeable(hosts: Iterable[Host], names: Iterable[str]) -> None:
         RuntimeError: an update has a bias and the base layer has none.
         ValueError: two adapters put different things in the place of the same tensors.
     """
+    # All layers before the first is changed: what is found at the tenth must not leave nine merged.
     names = list(names)
     for host in hosts:
         clash = first_conflict(host.layers, [*host.merged, *names])
@@ -229,6 +238,8 @@ def _check_finite(tensors: dict[str, torch.Tensor], path: str, name: str) -> Non
 
 def put(item: Merged) -> None:
     """Put worked-out tensors in place, keeping what they replace."""
+    # A new parameter, where adding into the old one would spare its memory: then unmerging had to subtract, which rounds,
+    # and a tied layer elsewhere would change as well.
     host = item.host
     registry: dict[str, nn.Parameter | None] = host.base._parameters
     for name, tensor in item.tensors.items():
@@ -264,12 +275,11 @@ def unmerge_layer(host: Host) -> None:
     host.merged.clear()
 
 
-def note_untied(network: Any) -> None:
+def note_untied(network: nn.Module) -> None:
     """A merge may have given one of two tied layers a weight of its own; the model's config must not tie them again."""
-    config = network.__dict__.get("config")
-    if config is None or isinstance(config, dict) or not vars(config).get("tie_word_embeddings"):
+    if not config_field(network, "tie_word_embeddings"):
         return
-    inputs, outputs = network.get_input_embeddings(), network.get_output_embeddings()
+    inputs, outputs = input_embedding_layer(network), output_embedding_layer(network)
     if inputs is not None and outputs is not None and inputs.weight is not outputs.weight:
         warn("The embeddings are no longer tied after the merge; `tie_word_embeddings` is set to False.")
-        config.tie_word_embeddings = False
+        set_config_field(network, "tie_word_embeddings", False)

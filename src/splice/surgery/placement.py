@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import nn
@@ -39,7 +38,12 @@ class Placement:
 
     @classmethod
     def of(
-        cls, path: str, base: nn.Module, layer_class: type[AdapterLayer], config: Any, own: PeftConfig | None = None
+        cls,
+        path: str,
+        base: nn.Module,
+        layer_class: type[AdapterLayer],
+        config: PeftConfig,
+        own: PeftConfig | None = None,
     ) -> Placement:
         """With the slots that the config asks for; `own` takes the place of `config` where it is given."""
         return cls(path, base, layer_class, layer_class.slots(base, own or config, path), own_config=own)
@@ -47,10 +51,12 @@ class Placement:
     @cached_property
     def keys(self) -> dict[str, str]:
         """Suffix -> name in the checkpoint."""
+        # Kept: planning, checking and reading ask for the same names.
         key = self.layer_class.names.key
         return {suffix: key(self.path, suffix) for suffix in self.slots}
 
     def key(self, suffix: str) -> str:
+        """The name of a tensor in the checkpoint."""
         return self.keys[suffix]
 
     def dtype(self, suffix: str, autocast: bool) -> torch.dtype:
@@ -59,6 +65,7 @@ class Placement:
         if given is not None:
             return given
         own = dtype_of(self.base)
+        # Of one byte in any case: nothing can be added or trained in float8.
         return torch.float32 if own in HALVES and (autocast or own.itemsize == 1) else own
 
 
@@ -66,5 +73,7 @@ class Placement:
 class Built:
     """An adapter layer that is finished and not yet attached."""
 
+    # What it was built from.
     placement: Placement
+    # The layer, with all its tensors.
     layer: AdapterLayer

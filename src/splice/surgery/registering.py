@@ -21,6 +21,7 @@ def register(adapter: AdapterLayer, name: str, home: Home, owner: Owner | None =
 
     `owner` is told where somebody hooks what holds them.
     """
+    # First of all, so that `unregister` finds what an interrupt cuts short.
     adapter.home = home
     for path, entry in adapter.entries.items():
         container = _container(home, path, adapter.training)
@@ -51,6 +52,7 @@ def unregister(adapter: AdapterLayer, name: str) -> None:
     paths = list(adapter.entries)
     for suffix, (registry, _, slot) in list(adapter.registered.items()):
         path, leaf = adapter.names.place(suffix)
+        # The layer keeps its tensors: whoever still holds it can go on reading them.
         if not leaf and registry is not adapter.loose:
             adapter.loose[path] = registry[name]
             adapter.registered[suffix] = Registered(adapter.loose, path, slot)
@@ -62,7 +64,11 @@ def unregister(adapter: AdapterLayer, name: str) -> None:
 
 
 def _container(home: Home, path: str, training: bool) -> Container:
-    """The container at `path`, made where it is not there yet."""
+    """The container at `path`, made where it is not there yet.
+
+    Raises:
+        ValueError: the base layer has a module of its own there.
+    """
     found = home.added.get(path) if "." not in path else None
     if isinstance(found, Container):
         return found
@@ -76,7 +82,13 @@ def _container(home: Home, path: str, training: bool) -> Container:
                 home.added[parent] = below
         modules, outermost = below._modules, False
     container = modules.get(last)
-    if not isinstance(container, Container):
+    if container is not None and not isinstance(container, Container):
+        # Another name would part the tree from the files, and in its place the base's own module would be lost.
+        raise ValueError(
+            f"the base layer has a {type(container).__name__} of its own named {path!r}, where the tensors of an adapter "
+            "stand. Rename it, or leave the layer out with `exclude_modules`."
+        )
+    if container is None:
         container = Container()
         container.training = training
         if outermost:
@@ -142,6 +154,8 @@ def share(adapter: AdapterLayer, host: Host) -> None:
 
 def unshare(adapter: AdapterLayer, host: Host) -> None:
     """Take back what `share` did, unless another adapter of the layer shares as well."""
+    if not adapter.shared:  # nearly all methods: others need not be looked through
+        return
     others = {path for other in host.layers.values() for shared in other.shared for path in _containers(shared)}
     for shared in adapter.shared:
         for path in [path for path in _containers(shared) if path not in others]:

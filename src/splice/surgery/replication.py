@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
 from splice.base.bare import bare_copy, walk_bare
+from splice.base.foreign_models import config_of, has_cache_place, set_config_field
 
 _LAYERS = re.compile(r"((model|transformer)\.)*(layers|h)|bert\.encoder\.layer")
 
@@ -23,7 +23,7 @@ def replicate(network: nn.Module, ranges: Sequence[Sequence[int]]) -> Callable[[
         ranges: pairs [start, end), in the order in which the layers are called.
 
     Raises:
-        ValueError: there is no such list, or a range is none of it.
+        ValueError: there is no such list, or a range goes beyond its end.
     """
     path, layers = _layers_of(network)
     chosen = [index for start, end in map(_pair, ranges) for index in _indices(start, end, len(layers), path)]
@@ -31,16 +31,16 @@ def replicate(network: nn.Module, ranges: Sequence[Sequence[int]]) -> Callable[[
     stacked.training = layers.training
     parent_path, _, name = path.rpartition(".")
     parent = network.get_submodule(parent_path)
-    config: Any = network.__dict__.get("config")
-    before = {} if config is None else {key: vars(config)[key] for key in _SIZES if vars(config).get(key) is not None}
+    own = _own_fields(network)
+    before = {key: own[key] for key in _SIZES if own.get(key) is not None}
     parent._modules[name] = stacked
     for key, value in before.items():
-        setattr(config, key, [value[index] for index in chosen] if isinstance(value, list) else len(chosen))
+        set_config_field(network, key, [value[i] for i in chosen] if isinstance(value, list) else len(chosen))
 
     def take_back() -> None:
         parent._modules[name] = layers
         for key, value in before.items():
-            setattr(config, key, value)
+            set_config_field(network, key, value)
 
     return take_back
 
@@ -49,7 +49,17 @@ def replicate(network: nn.Module, ranges: Sequence[Sequence[int]]) -> Callable[[
 _SIZES = ("num_hidden_layers", "n_layer", "layer_types")
 
 
+def _own_fields(network: nn.Module) -> Mapping[str, object]:
+    """The fields that stand on the config of `network` itself."""
+    # Not whatever can be read there: some configs work `layer_types` out of other fields, and then it cannot be set.
+    config = config_of(network)
+    if config is None:
+        return {}
+    return config if isinstance(config, dict) else vars(config)
+
+
 def _layers_of(network: nn.Module) -> tuple[str, nn.ModuleList]:
+    # By the names that the reference knows: any other list may hold anything.
     for path, module in walk_bare(network).items():
         if isinstance(module, nn.ModuleList) and _LAYERS.fullmatch(path):
             return path, module
@@ -72,8 +82,9 @@ def _indices(start: int, end: int, count: int, path: str) -> range:
 
 
 def _copy(layer: nn.Module, place: int) -> nn.Module:
+    # A module of its own with the very parameters: the same module in two places could not carry two adapters.
     copy = bare_copy(layer, {id(parameter): parameter for parameter in layer.parameters()})
     for module in copy.modules():
-        if "layer_idx" in module.__dict__:  # where its keys and values stand in a cache
+        if has_cache_place(module):
             module.layer_idx = place  # type: ignore[assignment]
     return copy

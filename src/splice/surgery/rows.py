@@ -7,18 +7,15 @@ batched products take the place of two products for every adapter. Everything el
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from splice.kinds.effect import Factors
 from splice.kinds.layer import AdapterLayer
-
-if TYPE_CHECKING:
-    from splice.selection import Group
+from splice.selection import Group
 
 # The factors of an adapter, and the rows of the batch that use it.
-Part = tuple[Factors, "Group"]
+Part = tuple[Factors, Group]
 
 
 def split(
@@ -50,6 +47,7 @@ def add_products(y: torch.Tensor, x: torch.Tensor, parts: Sequence[Part]) -> tor
     if x.device.type == "cpu":
         # On a CPU stacking the factors would cost more than it saves: that writes, and reads again, all their bytes.
         return _add_sorted(y, x, parts) if torch.is_grad_enabled() else _add_in_place(y, x, parts)
+    # Parts of one shape together. Padding ranks and rows to the largest would make one group of all, and work of zeros.
     alike: dict[tuple[int, int, torch.dtype], list[Part]] = {}
     for part in parts:
         alike.setdefault((part[0].a.shape[0], len(part[1].rows), part[0].a.dtype), []).append(part)
@@ -81,6 +79,7 @@ def _add_in_place(y: torch.Tensor, x: torch.Tensor, parts: Sequence[Part]) -> to
 def _add_rows(ys: torch.Tensor, xs: torch.Tensor, part: Part) -> None:
     """Add to the rows of one part; `ys` is changed."""
     factors, group = part
+    # One row is a view, and several are copied out and in again: `ys[rows]` would be a copy that nothing is added to.
     if len(group.rows) == 1:
         row = group.rows[0]
         ys[row] = _added(ys[row], xs[row], factors)
@@ -113,11 +112,13 @@ def _add_stacked(y: torch.Tensor, x: torch.Tensor, parts: Sequence[Part]) -> tor
     """Parts of one rank and one number of rows: two batched products for all of them."""
     count, (first, group) = len(parts), parts[0]
     index = group.index if count == 1 else torch.cat([group.index for _, group in parts])
-    a, b = (torch.stack([getattr(factors, name) for factors, _ in parts]) for name in ("a", "b"))
+    # a: (parts, r, in), b: (parts, out, r)
+    a, b = torch.stack([factors.a for factors, _ in parts]), torch.stack([factors.b for factors, _ in parts])
     scales = [factors.scale for factors, _ in parts]
     chosen = x[index].to(a.dtype)
     hidden = torch.bmm(chosen.reshape(count, -1, a.shape[2]), a.transpose(1, 2))
     alpha = 1.0
+    # One scale for all is free inside the sum, and most batches have one.
     if all(scale == first.scale for scale in scales):
         alpha = first.scale
     else:

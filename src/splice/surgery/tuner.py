@@ -2,41 +2,51 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import nn
 
-from splice.base.asking import asked
-from splice.base.bare import walk_bare
+from splice.base.bare import carried, walk_bare
+from splice.base.foreign_models import loss_of
 from splice.checkpoint.keys import PREFIX
+from splice.checkpoint.types import PeftType
 from splice.config import PeftConfig
 from splice.errors import warn
 from splice.kinds.adapters import Adapters
 from splice.kinds.call import ReadsCall
 from splice.kinds.host import Host, first_conflict
 from splice.kinds.layer import AdapterLayer
+from splice.kinds.module_copy import WholeModule
 from splice.kinds.network import NetworkLayer
-from splice.kinds.registry import Method, method_named, method_of
+from splice.kinds.registry import method_named, method_of
 from splice.kinds.shared import SharedTensors
 from splice.kinds.slot import Role
-from splice.kinds.tensors import Home
+from splice.kinds.tensors import Home, Registered
 from splice.selection import BASE, Rows, Selection
-from splice.surgery.adapted import Adapted
+from splice.surgery.adapted_layer import Adapted, is_whole
+from splice.surgery.attach import attach
 from splice.surgery.base_changes import BaseChanges
 from splice.surgery.detach import detach
 from splice.surgery.merging import adapters_to_merge, merge, merge_for_good, note_untied, unmerge
-from splice.surgery.names import is_whole
 from splice.surgery.placement import Built
 from splice.surgery.registering import register, unregister
-from splice.surgery.swap import attach
 from splice.surgery.weight_readers import weight_readers
 
+# Under which attributes a network keeps its tuner and the configs of its adapters.
 TUNER = "splice_tuner"
+CONFIGS = "peft_config"
+
+T = TypeVar("T")
+
+
+class _HasLoss(Protocol):
+    """The output of a network that was given labels."""
+
+    loss: torch.Tensor
 
 
 class Tuner(nn.Module):
@@ -66,45 +76,52 @@ class Tuner(nn.Module):
         self.added: dict[str, nn.Module] = {}
         # Where layers that act on the call of the network have their tensors: here, or in the PeftModel around it.
         self.around = Home(self._modules, self.added)
-        # How many adapters there are of each method.
-        self._methods: Counter[str] = Counter()
-        # Adapters that have to know what the model is called with, and which of their layers.
-        self.reading: dict[str, set[type[ReadsCall]]] = {}
+        # The adapters of each method. Names and not a number of them: taking back an interrupted commit, nobody could tell
+        # whether the adapter had been counted.
+        self._of_method: dict[PeftType, set[str]] = {}
+        # Layers that have to know what the model is called with, and the adapters that have such, in the order they came.
+        self.reading: dict[type[ReadsCall], dict[str, None]] = {}
         # What each adapter's own method adds to the loss.
         self.loss_terms: dict[str, Callable[[Adapters, str], torch.Tensor]] = {}
+        # Adapters whose tensors may require grad: a switch need not look at the flags of all others.
         self._trainable: set[str] = set()
-        self._places: dict[str, list[tuple[dict[str, Any], str]]] = {}
+        # For each adapter that was ever switched, where its trained tensors are registered.
+        self._places: dict[str, list[Registered]] = {}
         self._base_changes = BaseChanges()
+        # Whether adapters may be of several methods.
         self.mixes_methods = False
+        # Whether no call has come since the last load: the first one shows whether the adapter is reached at all.
+        self.awaits_call = False
 
     @classmethod
     def of(cls, network: nn.Module) -> Tuner:
         """The tuner of a network that carries adapters already, else a new one."""
-        existing = network.__dict__.get(TUNER)
-        return existing[0] if existing else cls(network)
+        # In a tuple: what looks through the attributes of a network for modules must not find one that holds the network.
+        existing = cast("tuple[Tuner] | None", carried(network, TUNER))
+        return cls(network) if existing is None else existing[0]
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> Any:
         return self.model(*args, **kwargs)
 
-    def with_loss_terms(self, output: Any) -> Any:
+    def with_loss_terms(self, output: T) -> T:
         """The output of a forward, with what the methods of adapters in training add to its loss."""
-        # Outputs without labels, and models that give a plain tensor, have no loss.
-        loss = asked(output, "loss")
+        loss = loss_of(output)
         if loss is not None:
             for name in self.selection.current().names:
                 term = self.loss_terms.get(name)
                 if term is not None and name in self._trainable:
                     loss = loss + term(self, name)
-            output.loss = loss
+            cast(_HasLoss, output).loss = loss
         return output
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "model":  # not there before __init__, as while unpickling
+            if name in ("model", "_of_method"):  # not there before __init__, as while unpickling
                 raise
-            for peft_type in self.__dict__.get("_methods", ()):
+            # By method, of which there are one or two, and not by adapter, of which there may be a thousand.
+            for peft_type in self._of_method:
                 method = method_named(peft_type, "an adapter")
                 if name in method.tuner_methods:
                     return partial(method.tuner_methods[name], self)
@@ -117,7 +134,7 @@ class Tuner(nn.Module):
         before, self.around = self.around, Home(modules, {})
         for placed in self.placed.values():
             for layer in placed.values():
-                if layer.home == before and isinstance(layer, NetworkLayer):  # of a PeftModel that was there first
+                if isinstance(layer, NetworkLayer) and layer.home is before:  # of a PeftModel that was there first
                     layer.home = self.around
         self.around.added.update({n: m for n, m in before.added.items() if before.modules is not self._modules})
         modules.update(self.around.added)
@@ -134,20 +151,19 @@ class Tuner(nn.Module):
         plan: object = None,
     ) -> None:
         """Attach a finished adapter. A caller that is cut short in the middle takes it back with `Undo`."""
+        # What `_forget` needs to find the adapter comes first, its layers last: what fails in between can be taken back.
         modules = walk_bare(self.model) if modules is None else modules
         readers = weight_readers(modules)
         self.placed[name] = {item.placement.path: item.layer for item in built}
         self.peft_config[name], self.plans[name] = config, plan
         method = method_of(config)
-        self._methods[method.name] += 1
+        self._of_method.setdefault(method.name, set()).add(name)
         if method.loss_term is not None:
             self.loss_terms[name] = method.loss_term
-        self.model.__dict__[TUNER] = (self,)
-        self.model.__dict__["peft_config"] = self.peft_config
+        vars(self.model).update({TUNER: (self,), CONFIGS: self.peft_config})
         self._share(name, [item.layer for item in built])
-        reading: set[type[ReadsCall]] = {type(item.layer) for item in built if isinstance(item.layer, ReadsCall)}
-        if reading:
-            self.reading[name] = reading
+        for layer_class in {type(item.layer): None for item in built if isinstance(item.layer, ReadsCall)}:
+            self.reading.setdefault(layer_class, {})[name] = None
         for item in built:
             path, base = item.placement.path, item.placement.base
             if isinstance(item.layer, SharedTensors):
@@ -166,13 +182,13 @@ class Tuner(nn.Module):
 
     def discard(self, name: str) -> None:
         """Take an adapter off, finished or half attached, and forget it."""
-        self.reading.pop(name, None)
         shared = []
         for path, layer in self.placed[name].items():
             if isinstance(layer, SharedTensors):
                 shared.append(layer)
                 continue
-            base = self.adapted.get(path) or self.model.get_submodule(path)
+            # An interrupt may have left a layer attached that is not listed yet.
+            base = self.adapted[path] if path in self.adapted else self.model.get_submodule(path)
             detach(base, name)
             if not isinstance(base, Adapted):
                 self.adapted.pop(path, None)
@@ -185,10 +201,14 @@ class Tuner(nn.Module):
     def _forget(self, name: str) -> None:
         del self.placed[name]
         self.plans.pop(name, None)
-        config = self.peft_config.pop(name, None)
-        if config is not None and config.method is not None and self._methods[config.method]:
-            self._methods[config.method] -= 1
-            self._methods += Counter()  # without those that are left with none
+        self.peft_config.pop(name, None)
+        # Looked for in all of these tables: there are as many as methods, and a table from name to method could disagree.
+        for names in self._of_method.values():
+            names.discard(name)
+        self._of_method = {method: names for method, names in self._of_method.items() if names}
+        for told in self.reading.values():
+            told.pop(name, None)
+        self.reading = {layer_class: told for layer_class, told in self.reading.items() if told}
         self.loss_terms.pop(name, None)
         self._trainable.discard(name)
         self._places.pop(name, None)
@@ -201,8 +221,8 @@ class Tuner(nn.Module):
     def restore_base(self, keep_layers: bool = False) -> None:
         """Give the network back the flags and layers it had, and forget that it carried adapters."""
         self._base_changes.take_back(self.model, keep_layers)
-        self.model.__dict__.pop(TUNER, None)
-        self.model.__dict__.pop("peft_config", None)
+        for name in (TUNER, CONFIGS):
+            vars(self.model).pop(name, None)
 
     # -- selecting
 
@@ -260,8 +280,8 @@ class Tuner(nn.Module):
         """Raise where two of these adapters cannot take effect together on some layer."""
         if len(names) < 2:
             return
-        for path, layer in self.adapted.items():
-            clash = first_conflict(layer.splice_host.layers, names)
+        for path in {path: None for name in names for path in self.placed[name] if path in self.adapted}:
+            clash = first_conflict(self.adapted[path].splice_host.layers, names)
             if clash is not None:
                 one, two, why = clash
                 raise ValueError(f"Only one adapter can be set at a time for {path!r}, of {one!r} and {two!r}: {why}.")
@@ -282,16 +302,12 @@ class Tuner(nn.Module):
             (self._trainable.add if requires_grad else self._trainable.discard)(name)
             _set_flags(self._places_of(name), requires_grad)
 
-    def _places_of(self, name: str) -> list[tuple[dict[str, Any], str]]:
-        """Where the adapter's parameters are registered: these places stay when the parameters in them are replaced."""
+    def _places_of(self, name: str) -> list[Registered]:
+        """Where the adapter's trained tensors are registered: places stay when the parameters in them are replaced."""
         found = self._places.get(name)
         if found is None:
-            found = [
-                (registry, key)
-                for layer in self.placed[name].values()
-                for registry, key, _ in layer.tensors_by_role(Role.TRAINED)
-            ]
-            self._places[name] = found
+            layers = self.placed[name].values()
+            found = self._places[name] = [item for layer in layers for item in layer.tensors_by_role(Role.TRAINED)]
         return found
 
     def enable_adapter_layers(self) -> None:
@@ -323,7 +339,7 @@ class Tuner(nn.Module):
             if not module.training:
                 continue
             if type(module).train is nn.Module.train:
-                module.__dict__["training"] = False
+                vars(module)["training"] = False  # past `__setattr__`, which is most of what `eval()` costs
             else:  # a class with rules of its own
                 module.train(False)
         for host in self.hosts.values():
@@ -388,12 +404,12 @@ class Tuner(nn.Module):
     def _take_off(self, keep_copies_of: list[str], keep_layers: bool = False) -> nn.Module:
         """Detach everything; copies of whole modules stay in place for the adapters named."""
         for path, host in self.hosts.items():
-            copies = [host.layers[name] for name in keep_copies_of if name in host.layers]
-            whole = next((copy for copy in copies if copy.stays_merged), None)
+            layers = [host.layers[name] for name in keep_copies_of if name in host.layers]
+            copies = [layer for layer in layers if isinstance(layer, WholeModule) and layer.stays_merged]
             for name in list(host.layers):
                 detach(host.base, name)
-            if whole is not None:
-                self.model.set_submodule(path, cast(Any, whole).module)
+            if copies:
+                self.model.set_submodule(path, copies[0].module)
         for name in list(self.placed):
             for layer in self.placed[name].values():
                 if isinstance(layer, SharedTensors):
@@ -410,13 +426,7 @@ class Tuner(nn.Module):
     @property
     def prefix(self) -> str:
         """What the names of the active adapter's tensors begin with."""
-        name = next(iter(self.selection.active or self.peft_config))
-        return self.methods[name].prefix
-
-    @property
-    def methods(self) -> dict[str, Method]:
-        """The record of each adapter's own method."""
-        return {name: method_of(config) for name, config in self.peft_config.items()}
+        return method_of(self.peft_config[next(iter(self.selection.active or self.peft_config))]).prefix
 
     @property
     def targeted_module_names(self) -> list[str]:
@@ -447,7 +457,7 @@ class Tuner(nn.Module):
             raise ValueError(
                 f"Cannot pass `adapter_names` when adapters are merged ({self.merged}); unmerge them first."
             )
-        unknown = sorted(set(adapter_names) - set(self.peft_config) - {BASE})
+        unknown = sorted({name for name in adapter_names if name != BASE and name not in self.peft_config})
         if unknown:
             raise ValueError(
                 f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; "
@@ -456,18 +466,18 @@ class Tuner(nn.Module):
         return Rows(tuple(adapter_names), may_repeat)
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: Any
+        self, state_dict: dict[str, object], prefix: str, local_metadata: object, strict: bool, *lists: list[str]
     ) -> None:
         # Where adapters act on the call, the reference wraps nothing, and has the network itself in this place.
-        if any(isinstance(layer, NetworkLayer) for placed in self.placed.values() for layer in placed.values()):
+        if any(method_named(method, "an adapter").network_layer is not None for method in self._of_method):
             for key in [k for k in state_dict if k.startswith(prefix) and not k.startswith(f"{prefix}model.")]:
                 if key[len(prefix) :].partition(".")[0] in self.model._modules:
                     state_dict[f"{prefix}model.{key[len(prefix) :]}"] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
 
 
-def _set_flags(places: Iterable[tuple[Mapping[str, Any], str]], requires_grad: bool) -> None:
-    for registry, key in places:
+def _set_flags(places: Iterable[Registered], requires_grad: bool) -> None:
+    for registry, key, _ in places:
         try:
             registry[key].requires_grad = requires_grad
         except RuntimeError:

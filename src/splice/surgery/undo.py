@@ -19,8 +19,10 @@ class Undo:
         self.tuner = tuner
         self.names = set(tuner.placed)
         self.active, self.enabled = tuner.selection.active, tuner.selection.enabled
+        self.awaits_call, self.tuner_training = tuner.awaits_call, tuner.training
         # Also for the operation itself, which would otherwise walk the network again.
         self.modules = walk_bare(tuner.model)
+        # Module by module, since users put parts of a network into eval mode.
         self.training = [module for module in self.modules.values() if module.training]
         self.steps: list[Callable[[], None]] = []
         self.last: list[Callable[[], None]] = []
@@ -42,6 +44,7 @@ class Undo:
         if (selection.active, selection.enabled) != (self.active, self.enabled):
             selection.enabled = self.enabled
             selection.set(self.active)
+        self.tuner.awaits_call, self.tuner.training = self.awaits_call, self.tuner_training
         for module in self.modules.values():
             module.training = False
         for module in self.training:

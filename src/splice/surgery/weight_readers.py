@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
 
-from splice.base.bare import GUARD, original_class
+from splice.base.bare import GUARD, carried, original_class
 from splice.kinds.host import Host, host_of, in_order
 from splice.kinds.layer import AdapterLayer
 from splice.surgery.generated import Generated, generated
@@ -49,14 +49,20 @@ def readers_above(readers: Mapping[str, nn.Module], path: str) -> list[nn.Module
     return [module for above, module in readers.items() if not above or path.startswith(above + ".")]
 
 
+def guard_of(parent: nn.Module) -> Guard | None:
+    """What `parent` carries; None where it is not guarded."""
+    return cast("Guard | None", carried(parent, GUARD))
+
+
 def guard_reader(parent: nn.Module, path: str) -> None:
     """Keep `parent` from stepping around the layer at `path`, until it is released."""
-    guard: Guard | None = parent.__dict__.get(GUARD)
+    guard = guard_of(parent)
     if guard is None:
         reader = next(cls for cls in _READERS if isinstance(parent, cls))
         was = getattr(parent, _SWITCH[reader]) if reader in _SWITCH else None
         guard = parent.__dict__[GUARD] = Guard(original_class(parent), reader, was)
     guard.users.add(path)
+    # By the switch where there is one: torch's fused code takes more from the layers than their weights.
     if guard.reader in _SWITCH:
         setattr(parent, _SWITCH[guard.reader], False)
     elif not isinstance(parent, ShowsAdaptedWeights):
@@ -65,7 +71,7 @@ def guard_reader(parent: nn.Module, path: str) -> None:
 
 def release_reader(parent: nn.Module, path: str) -> None:
     """The layer at `path` is adapted no longer; with the last one the parent is what it was."""
-    guard: Guard | None = parent.__dict__.get(GUARD)
+    guard = guard_of(parent)
     if guard is None:
         return
     guard.users.discard(path)
@@ -89,7 +95,8 @@ _READERS: tuple[type[nn.Module], ...] = (*_SWITCH, nn.MultiheadAttention)
 class ShowsAdaptedWeights(Generated):
     """Mixed into an attention whose `out_proj` is adapted: during a call, `out_proj.weight` is the adapted weight."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
+        # Only during a call. Weights shown for good would be those that a save or an optimizer finds.
         with ExitStack() as stack:
             for child in cast(nn.Module, self).children():
                 host = host_of(child)
@@ -117,7 +124,7 @@ def adapted_weight_shown(layer: nn.Module, host: Host) -> Iterator[None]:
     if choice.rows is not None:
         raise ValueError(f"{host.path}: its weight is read by its parent, so rows cannot have adapters of their own")
     host.reached = True
-    own: dict[str, Any] = layer.__dict__
+    own = vars(layer)
     shown: set[str] = set()
     try:
         for name in in_order(host.layers, choice.names):
@@ -139,6 +146,8 @@ def adapted_weight_shown(layer: nn.Module, host: Host) -> Iterator[None]:
             del own[name]
 
 
-def _with_deltas(adapter: AdapterLayer, layer: Any) -> dict[str, torch.Tensor]:
-    current = {"weight": layer.weight, "bias": layer.bias}
+def _with_deltas(adapter: AdapterLayer, layer: nn.Module) -> dict[str, torch.Tensor]:
+    # As attributes: they may be shown by an adapter before, and then are not what is registered.
+    read = {"weight": layer.weight, "bias": layer.bias}
+    current = {name: tensor for name, tensor in read.items() if isinstance(tensor, torch.Tensor)}
     return {n: (current[n] + delta).to(current[n].dtype) for n, delta in adapter.deltas(current).items()}

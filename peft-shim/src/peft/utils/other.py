@@ -1,4 +1,4 @@
 """`peft.utils.other`."""
 
-from splice.surgery.recognised import AuxiliaryTrainingWrapper as AuxiliaryTrainingWrapper
-from splice.surgery.recognised import ModulesToSaveWrapper as ModulesToSaveWrapper
+from splice.surgery.isinstance_classes import AuxiliaryTrainingWrapper as AuxiliaryTrainingWrapper
+from splice.surgery.isinstance_classes import ModulesToSaveWrapper as ModulesToSaveWrapper

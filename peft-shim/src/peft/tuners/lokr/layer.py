@@ -2,7 +2,7 @@
 
 from splice.methods import lokr
 from splice.methods.lokr import split as factorization
-from splice.surgery.recognised import layer_of
+from splice.surgery.isinstance_classes import layer_of
 
 __all__ = ["LoKrLayer", "factorization"]
 

@@ -26,6 +26,7 @@ def check_together(tuner: Tuner, config: PeftConfig) -> None:
     Raises:
         ValueError: another method, a second adapter that trains biases of the base, or what the method's own rule refuses.
     """
+    # Of configs and not of layers: a load asks before there is a plan, and the answer is the same for every layer.
     new = config.trained_biases()
     if tuner.mixes_methods:
         check_mixed(config)

@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from torch import nn
 
 from splice.base.bare import HOST
+from splice.base.foreign_models import patched_forwards
 from splice.kinds.host import Host
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.tensors import Home
 from splice.selection import Selection
-from splice.surgery.adapted import Adapted
+from splice.surgery.adapted_layer import Adapted
 from splice.surgery.generated import generated
 from splice.surgery.layer_attributes import publish
 from splice.surgery.registering import register, share
@@ -59,11 +60,12 @@ def _swap(layer: nn.Module, path: str, selection: Selection, readers: Mapping[st
     cls = generated(Adapted, original)
     host = Host(layer, path, original, selection, readers=readers_above(readers, path))
     layer.__dict__[HOST] = host
-    # accelerate's hooks call `_old_forward`, other patches are called by the object: both sit below the adapters.
-    name = next((name for name in ("_old_forward", "forward") if name in layer.__dict__), None)
-    if name is not None:
-        host.own_forward = layer.__dict__[name]
-        layer.__dict__[name] = cls.forward.__get__(layer)
+    # The class before the forward: an interrupt between them leaves a forward that `detach` knows for the layer's own.
     layer.__class__ = with_guard_of(layer, cls)  # type: ignore[assignment]
+    # A hook of accelerate calls `_old_forward`: the adapters go between the hook, which brings inputs and weights to their
+    # device, and the base. Any other patch has become the base's forward, and the adapters go around it.
+    for name, standing in list(patched_forwards(layer).items())[:1]:
+        host.own_forward = standing
+        layer.__dict__[name] = cls.forward.__get__(layer)
     for parent in host.readers:
         guard_reader(parent, path)

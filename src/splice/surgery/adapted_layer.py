@@ -1,15 +1,9 @@
-"""The class swap: a base layer becomes an adapted layer by taking on a generated subclass of its own class.
-
-The object, its parameters and their names stay what they are; `isinstance(layer, nn.Linear)` stays true. What torch's
-FSDP2 and `parametrize` do to modules is done here for the same reasons: nothing that holds the layer has to learn of it.
-Wrapping the layer in another module instead would rename every parameter below it.
-"""
+"""The class of an adapted layer: its forward composes the selected adapter layers around the base layer's own forward."""
 
 from __future__ import annotations
 
 import inspect
 from types import FunctionType
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,31 +12,36 @@ from splice.kinds.effect import Forward
 from splice.kinds.host import Host, in_order
 from splice.kinds.layer import AdapterLayer
 from splice.selection import Rows
-from splice.surgery.commands import LayerCommands
 from splice.surgery.generated import Generated
 from splice.surgery.layer_attributes import AdaptedViews
+from splice.surgery.layer_commands import LayerCommands
 from splice.surgery.registering import called_through
 from splice.surgery.rows import add_products, split
 
 
 class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
-    """Mixed into the class of an adapted layer: composes the selected adapter layers around the base's forward."""
+    """Mixed into the class of an adapted layer, in front of the class that it had."""
 
     splice_host: Host
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    # A decode step pays this at every layer: no module is called here, and what is known at attach or by the selection is
+    # not looked up again.
+
+    def forward(self, *args: object, **kwargs: object) -> object:
         host = self.splice_host
         host.reached = True
+        # While compiling there is one thread, and a lock would break the graph.
         if host.shows and not torch.compiler.is_compiling():
             with host.lock:
                 return self._forward_selected(host, *args, **kwargs)
         return self._forward_selected(host, *args, **kwargs)
 
-    def _forward_selected(self, host: Host, *args: Any, **kwargs: Any) -> Any:
+    def _forward_selected(self, host: Host, *args: object, **kwargs: object) -> object:
         choice = host.selection.current()
         run: Forward = super().forward if host.own_forward is None else host.own_forward
         if choice.rows is not None:
             return self._forward_rows(run, choice.rows, *args, **kwargs)
+        # The order matters only where there are two: one name is not sorted.
         for name in choice.names if len(choice.names) < 2 else in_order(host.layers, choice.names):
             layer = host.layers.get(name)
             if layer is not None and name not in host.merged:
@@ -54,8 +53,9 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
         return called_through(layer, run) if self.splice_host.hooked else run
 
     def _showing(self, layer: AdapterLayer, inner: Forward) -> Forward:
-        def run(*args: Any, **kwargs: Any) -> Any:
+        def run(*args: object, **kwargs: object) -> object:
             # An entry in the instance's dict is found before the parameter of the same name, which stays untouched.
+            # Putting another parameter into `_parameters` instead would show it to whoever walks the tree meanwhile.
             own, shown = self.__dict__, layer.shown(self)
             before = {name: own[name] for name in shown if name in own}
             own.update(shown)
@@ -68,9 +68,10 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
 
         return run
 
-    def _forward_rows(self, run: Forward, rows: Rows, *args: Any, **kwargs: Any) -> Any:
+    def _forward_rows(self, run: Forward, rows: Rows, *args: object, **kwargs: object) -> object:
         """Each row of the batch with its own adapter: the base once for all rows, every adapter for its own."""
         host = self.splice_host
+        # Asked of one for all: methods whose rows cannot be taken one by one never share a place with other methods.
         together_only = next(iter(host.layers.values())).wrapped_rows(host.layers, rows, run)
         if together_only is not None:
             return together_only(*args, **kwargs)
@@ -89,6 +90,7 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
         for layer, group in single:
             base_rows = y[group.index]
             reuse = layer.keeps_input and not layer.shows
+            # Otherwise the base is called again, for these rows: the adapter changes what goes into it.
             inner: Forward = (lambda _, kept=base_rows: kept) if reuse else run
             if not written:  # what the base gave may be its input, or kept for a backward
                 y, written = y.clone(), True
@@ -99,15 +101,16 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
         return y
 
     @classmethod
-    def members_for(cls, base: type[nn.Module]) -> dict[str, Any]:
-        # The forward has the signature of the base's own: much code decides by it what it may pass.
+    def members_for(cls, base: type[nn.Module]) -> dict[str, object]:
+        # A function of its own for each class, since it carries the signature. One wrapper around a shared forward would
+        # cost a call more. The forward has the signature of the base's own: much code decides by it what it may pass.
         own = Adapted.forward
         forward = FunctionType(own.__code__, own.__globals__, own.__name__, own.__defaults__, own.__closure__)
         forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
         return {"forward": forward}
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: Any
+        self, state_dict: dict[str, object], prefix: str, local_metadata: object, strict: bool, *lists: list[str]
     ) -> None:
         # The reference's spelling of the base's own tensors is understood too (`base_layer.weight`).
         host = self.splice_host
@@ -120,3 +123,9 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, (super().extra_repr(), f"adapters={list(self.splice_host.layers)}")))
+
+
+def is_whole(layer: Adapted) -> bool:
+    """Whether the layer carries only copies of itself, or biases, and no method's own tensors."""
+    # By names and not by classes: the reference writes `base_layer` into those below a layer of a method, and into no other.
+    return all(adapter.names.base != "base_layer." for adapter in layer.splice_host.layers.values())

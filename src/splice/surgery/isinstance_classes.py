@@ -6,19 +6,21 @@ Nothing is an instance of them by inheritance: an adapted layer is of its own cl
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
 
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.module_copy import WholeModule
-from splice.surgery.adapted import Adapted
-from splice.surgery.names import is_whole
+from splice.surgery.adapted_layer import Adapted, is_whole
 
 
 class _Recognising(type):
     """The class of classes that decide by themselves what their instances are."""
 
-    def __instancecheck__(cls, instance: Any) -> bool:
-        return isinstance(instance, Adapted) and bool(cast(Any, cls).recognises(instance))
+    # Whether a layer is an instance; a static method of each class.
+    recognises: Callable[[Adapted], bool]
+
+    # Python looks this up on the class of the class, so no method of the classes themselves could take its place.
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, Adapted) and cls.recognises(instance)
 
 
 class BaseTunerLayer(metaclass=_Recognising):

@@ -7,18 +7,27 @@ something of its own gets a selection of its own, until the model is told the ne
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from splice.errors import warn
+from splice.kinds.host import Host
 from splice.surgery.detach import detach
 from splice.surgery.layer_attributes import View, method_view
 from splice.surgery.merging import merge_layer, unmerge_layer
 
 
+def _number_names(host: Host) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for adapter in host.layers.values() for name in adapter.numbers))
+
+
+def _tensor_names(host: Host) -> tuple[str, ...]:
+    found = [name for adapter in host.layers.values() for name, _ in adapter.named_slots()]
+    return tuple(dict.fromkeys(name.partition(".")[0] for name in found))
+
+
 class LayerCommands:
     """Methods of an adapted layer; each gives way to a method of the same name of the base layer's own class."""
 
-    splice_host: Any
+    splice_host: Host
 
     @method_view
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -30,6 +39,7 @@ class LayerCommands:
             unmerge_layer(host)
         host.selection = host.selection.only_here()
         host.selection.set(names)
+        # Told to the model as a mark, not as a list of flags: it looks at all of them when it is told something itself.
         host.selection.root.flags_changed = True
         for name, adapter in host.layers.items():
             adapter.set_trained(name in names and not inference_mode)
@@ -60,7 +70,7 @@ class LayerCommands:
         if adapter_name in self.splice_host.merged:
             raise ValueError(f"Adapter {adapter_name!r} is merged here; call `unmerge()` before deleting it.")
         if adapter_name in self.splice_host.layers:
-            detach(self, adapter_name)  # type: ignore[arg-type]
+            detach(self.splice_host.base, adapter_name)
 
     @method_view
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -74,14 +84,5 @@ class LayerCommands:
             warn("Already unmerged. Nothing to do.")
         unmerge_layer(self.splice_host)
 
-    adapter_layer_names = View(lambda layer: _tensor_names(layer))
-    other_param_names = View(lambda layer: _number_names(layer))
-
-
-def _number_names(layer: Any) -> tuple[str, ...]:
-    return tuple({name: None for adapter in layer.splice_host.layers.values() for name in adapter.numbers})
-
-
-def _tensor_names(layer: Any) -> tuple[str, ...]:
-    found = [name for adapter in layer.splice_host.layers.values() for name, _ in adapter.named_slots()]
-    return tuple(dict.fromkeys(name.partition(".")[0] for name in found))
+    adapter_layer_names = View(_tensor_names)
+    other_param_names = View(_number_names)

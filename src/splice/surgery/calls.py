@@ -1,0 +1,90 @@
+"""One call of a PeftModel: which adapters it uses, what methods must know of it, and whether it reached any adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import TypeVar
+
+import torch
+
+from splice.errors import PeftWarning, warn
+from splice.kinds.call import Call
+from splice.selection import Choice
+from splice.surgery.tuner import Tuner
+
+T = TypeVar("T")
+
+
+def call_network(
+    tuner: Tuner,
+    function: Callable[..., T],
+    args: Sequence[object],
+    options: dict[str, object],
+    adapter_names: Sequence[str] | None,
+    generates: bool,
+    training: bool,
+) -> T:
+    """What `function` of the network gives with the selected adapters, or with one adapter for each row of the batch.
+
+    Args:
+        tuner: of the network.
+        function: its forward or its `generate`.
+        args: its arguments.
+        options: its named arguments; those that only adapters understand are taken out.
+        adapter_names: one adapter for each row; None for the selected ones.
+        generates: whether `function` is `generate`, which may repeat rows.
+        training: whether the PeftModel is in training mode.
+
+    Raises:
+        ValueError: rows cannot have these adapters now; see `Tuner.rows`.
+    """
+    with _chosen(tuner, adapter_names, generates, training), _told(tuner, generates, args, options):
+        result = function(*args, **options)
+    if tuner.awaits_call:
+        tuner.awaits_call = False
+        _warn_if_unused(tuner)
+    return result
+
+
+def _chosen(
+    tuner: Tuner, adapter_names: Sequence[str] | None, generates: bool, training: bool
+) -> AbstractContextManager[None]:
+    # Where adapters are switched off, all rows are the base's, whatever their names.
+    if adapter_names is None or not tuner.selection.enabled:
+        return nullcontext()
+    return tuner.selection.for_this_call(Choice(rows=tuner.rows(adapter_names, generates, training)))
+
+
+def _told(
+    tuner: Tuner, generates: bool, args: Sequence[object], options: dict[str, object]
+) -> AbstractContextManager[None]:
+    # Asked first: few models have such adapters, and all others should not pay for a generator at each call.
+    return _reading(tuner, generates, args, options) if tuner.reading else nullcontext()
+
+
+@contextmanager
+def _reading(tuner: Tuner, generates: bool, args: Sequence[object], options: dict[str, object]) -> Iterator[None]:
+    """Inside, adapters that have to know what the PeftModel was called with have been told."""
+    named = (options[name] for name in ("input_ids", "inputs") if options.get(name) is not None)
+    ids = next(named, args[0] if args else None)
+    call = Call(ids if isinstance(ids, torch.Tensor) else None, options, generates)
+    with ExitStack() as stack:
+        for layer_class, names in tuner.reading.items():
+            stack.enter_context(layer_class.call_context(tuner, list(names), call))
+        yield
+
+
+def _warn_if_unused(tuner: Tuner) -> None:
+    """Loaded is not yet applied: warn where adapters are active and no call has come by any of their layers."""
+    if not tuner.selection.enabled or not tuner.selection.active:
+        return
+    unused = tuner.unused_layers()
+    # Some layers may well be left out, as the half of an encoder-decoder is; all of them hardly.
+    if unused and len(unused) == len(tuner.active_paths()):
+        warn(
+            f"The active adapter {tuner.active_adapter!r} is loaded and had no effect: the first call reached none of "
+            f"its {len(unused)} layers ({unused[0]}, ...). The model may use their weights without calling them, or may "
+            "not use this part at all. See `model.unused_layers()`.",
+            PeftWarning,
+        )
