@@ -104,9 +104,6 @@ def names_in_reference(model: nn.Module) -> dict[str, str]:
         for name, _ in _bare_tensors(host.base) if first is not None else ():
             theirs = first.names.base_in_reference(path) + name
             names[format_key(path, name)] = format_key(path, f"original_module.{name}") if theirs in taken else theirs
-        bias = format_key(path, "bias")
-        if first is None and bias in taken:
-            names[bias] = format_key(path, "original_module.bias")
     return names
 
 

@@ -29,6 +29,11 @@ class Host:
     layers: dict[str, AdapterLayer] = field(default_factory=dict)
     # Modules that adapters put below the layer, by their names there; all others are the base's.
     added: dict[str, nn.Module] = field(default_factory=dict)
+    # The base's own parameters, by name, in whose places in the tree an adapter has put trained ones; shown while that
+    # adapter is not selected.
+    displaced: dict[str, nn.Parameter] = field(default_factory=dict)
+    # The adapter that did so; empty for none.
+    displaced_by: str = ""
     # Whether some adapter layer shows tensors in place of the base's.
     shows: bool = False
     # Whether somebody hooked a module that holds tensors of adapters here: then these are called.
@@ -45,6 +50,11 @@ class Host:
     readers: list[nn.Module] = field(default_factory=list)
     # Held while the layer's tensors read as others than its own: another thread may call it with another selection.
     lock: OwnLock = field(default_factory=OwnLock, repr=False)
+
+    @property
+    def shows_displaced(self) -> bool:
+        """Whether a call begins with the base's own parameters in the place of those that displaced them."""
+        return bool(self.displaced) and self.displaced_by not in self.merged
 
 
 def host_of(layer: nn.Module) -> Host | None:

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 from splice.checkpoint.keys import PREFIX, SHORT_PREFIX, format_key
 
-# The suffix of a bias of the base that an adapter trains, and the container it has on the layer: the base keeps its own.
+# The suffix of a bias of a target that an adapter trains. The base keeps its own; since only one adapter of a model can train
+# biases, this one has no adapter's name in it.
 BIAS = "base_layer.bias"
-BIAS_CONTAINER = "trained_bias"
 
 
 class Place(NamedTuple):
@@ -45,19 +45,27 @@ class Names(ABC):
         """What stands before the tensors' names in the reference's memory, with a dot at its end unless it is empty."""
         return format_key(path, "")
 
+    def nameless(self, suffix: str) -> str | None:
+        """Where a tensor stands on the layer that has no adapter's name in its own, dotted; None of all others."""
+        return BIAS if suffix == BIAS else None
+
     def path_in_tree(self, path: str) -> str:
         """What stands before the tensors' names in the tree of modules, likewise."""
         return format_key(path, "")
 
     def in_tree(self, path: str, suffix: str, adapter_name: str) -> str:
         """The name of the tensor in the tree of modules, seen from the PeftModel."""
+        nameless = self.nameless(suffix)
+        if nameless is not None:
+            return self.path_in_tree(path) + nameless
         container, leaf = self.place(suffix)
         return self.path_in_tree(path) + ".".join(filter(None, (container, adapter_name, leaf)))
 
     def in_reference(self, path: str, suffix: str, adapter_name: str) -> str:
         """How the reference calls the tensor in memory: as the tree does, but for what it puts before base tensors."""
-        if suffix == BIAS:
-            return self.path_in_reference(path) + BIAS
+        nameless = self.nameless(suffix)
+        if nameless is not None:
+            return self.path_in_reference(path) + nameless
         container, leaf = self.place(suffix)
         return self.path_in_reference(path) + ".".join(filter(None, (container, adapter_name, leaf)))
 
@@ -80,8 +88,6 @@ class LayerNames(Names):
         return format_key(path, suffix)
 
     def place(self, suffix: str) -> Place:
-        if suffix == BIAS:
-            return Place(BIAS_CONTAINER, "")
         known = self.places.get(suffix)
         if known is not None:
             return known
@@ -128,6 +134,10 @@ class SharedNames(Names):
 
     def path_in_reference(self, path: str) -> str:
         return SHORT_PREFIX
+
+    def nameless(self, suffix: str) -> str | None:
+        """Where a tensor stands on the layer that has no adapter's name in its own, dotted; None of all others."""
+        return BIAS if suffix == BIAS else None
 
     def path_in_tree(self, path: str) -> str:
         return SHORT_PREFIX

@@ -15,7 +15,9 @@ from splice.kinds.host import host_of
 def original_tensor(layer: nn.Module, name: str) -> torch.Tensor | None:
     """The tensor as the base stores it; the one before the first merge, while adapters are merged."""
     own, host = layer._parameters[name], host_of(layer)
-    return own if host is None or not host.originals else host.originals.get(name, own)
+    if host is None:
+        return own
+    return host.displaced[name] if name in host.displaced else host.originals.get(name, own)
 
 
 def original_weight(layer: nn.Module) -> torch.Tensor:
@@ -34,4 +36,4 @@ def tensor_in_use(layer: nn.Module, name: str) -> torch.Tensor | None:
             shown = {} if adapter is None else adapter.shown(layer)
             if name in shown:
                 return shown[name]
-    return layer._parameters[name]
+    return layer._parameters[name] if host is None else host.displaced.get(name, layer._parameters[name])

@@ -35,6 +35,8 @@ class Home(NamedTuple):
     modules: dict[str, nn.Module | None]
     # Those of them that adapters put there.
     added: dict[str, nn.Module]
+    # The layer, or the network.
+    layer: nn.Module
 
 
 class Held:
@@ -117,7 +119,8 @@ class OwnTensors:
 
     def hold(self, suffix: str, tensor: torch.Tensor, slot: Slot) -> None:
         """Take a tensor into the slot: the very parameter where it is one, which then is shared."""
-        container, leaf = self.names.place(suffix)
+        nameless = self.names.nameless(suffix) is not None
+        container, leaf = (suffix, "") if nameless else self.names.place(suffix)
         if leaf:
             *parents, name = leaf.split(".")
             holder = self.entries.get(container)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -11,23 +10,23 @@ from torch import nn
 from splice.config import PeftConfig
 from splice.kinds.effect import Forward
 from splice.kinds.layer import AdapterLayer
-from splice.kinds.names import BIAS_CONTAINER, LayerNames, Names, Place
+from splice.kinds.names import LayerNames, Names
 from splice.kinds.slot import Slot
 
 _SUFFIX = "bias"
 
 
 class _BiasNames(LayerNames):
-    """The reference trains the base's own bias, so in its memory it has no name of the adapter's."""
+    """The reference trains the base's own bias, so it stands in the place of that one, under its name."""
 
-    def in_reference(self, path: str, suffix: str, adapter_name: str) -> str:
-        return self.path_in_reference(path) + _SUFFIX
+    def nameless(self, suffix: str) -> str | None:
+        return _SUFFIX
 
 
 class BiasOnly(AdapterLayer):
     """The bias alone."""
 
-    names: Names = _BiasNames("", MappingProxyType({_SUFFIX: Place(BIAS_CONTAINER, "")}))
+    names: Names = _BiasNames("")
     mergeable = True
     # Shown and not added to the output: a layer may use its bias in another way, or read it without calling anything.
     shows = True

@@ -11,10 +11,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from splice.base.asking import asked
 from splice.base.bare import original_class, own_tensors, walk_bare
 from splice.base.embeddings import input_embeddings, output_embeddings_path
-from splice.base.foreign_models import is_pretrained
+from splice.base.foreign_models import config_field, is_pretrained, model_tags, name_or_path
 from splice.checkpoint.card import CardFacts, write_card
 from splice.checkpoint.keys import PREFIX, format_key
 from splice.checkpoint.source import Source
@@ -90,11 +89,11 @@ def facts_of(tuner: Tuner) -> CardFacts:
     """What the model card says of a model."""
     network, configs = tuner.model, list(tuner.peft_config.values())
     tags = {tag for config in configs for tag in method_of(config).tags}
-    tags |= set(asked(network, "model_tags") or ())  # models of transformers may have some
+    tags |= set(model_tags(network))
     if is_pretrained(network):
         tags.add("transformers")
-    fields = vars(network)
-    named = [asked(fields.get("config"), "_name_or_path"), fields.get("name_or_path")]
+    said = config_field(network, "_name_or_path")
+    named = [said if isinstance(said, str) else None, name_or_path(network)]
     named += [config.base_model_name_or_path for config in configs]
     causal = bool(configs) and configs[0].task_type == TaskType.CAUSAL_LM
     return CardFacts(tuple(filter(None, named)), tuple(tags), "text-generation" if causal else None)
@@ -114,7 +113,7 @@ def config_text(config: PeftConfig, network: nn.Module) -> str:
     """The text of `adapter_config.json` for an adapter of `network`."""
     name = config.base_model_name_or_path
     if name is None:
-        name = network.__dict__.get("name_or_path") or None
+        name = name_or_path(network)
     mapping, cls = None, original_class(network)
     if config.task_type is None:
         mapping = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
@@ -206,9 +205,8 @@ def _is_resized(tuner: Tuner, adapter_name: str) -> bool:
     """Whether the base has another number of tokens than its own files say; they are looked for on this machine alone."""
     from huggingface_hub import try_to_load_from_cache
 
-    name = tuner.peft_config[adapter_name].base_model_name_or_path or tuner.model.__dict__.get("name_or_path")
-    config: Any = tuner.model.__dict__.get("config")
-    now = None if config is None or isinstance(config, dict) else vars(config).get("vocab_size")
+    name = tuner.peft_config[adapter_name].base_model_name_or_path or name_or_path(tuner.model)
+    now = config_field(tuner.model, "vocab_size")
     if not name or now is None:
         return False
     local = Path(name) / "config.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping
 from types import FunctionType
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from splice.kinds.effect import Forward
 from splice.kinds.host import Host, in_order
 from splice.kinds.layer import AdapterLayer
-from splice.selection import Rows
+from splice.selection import Choice, Rows
 from splice.surgery.generated import Generated
 from splice.surgery.layer_attributes import AdaptedViews
 from splice.surgery.layer_commands import LayerCommands
@@ -38,6 +39,13 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
 
     def _forward_selected(self, host: Host, *args: object, **kwargs: object) -> object:
         choice = host.selection.current()
+        if host.displaced and host.shows_displaced:
+            # The tree has a trained bias in the place of the base's; whoever is selected shows it again.
+            own = self._showing_these(lambda: dict(host.displaced), self._forward_choice)
+            return own(host, choice, *args, **kwargs)
+        return self._forward_choice(host, choice, *args, **kwargs)
+
+    def _forward_choice(self, host: Host, choice: Choice, *args: object, **kwargs: object) -> object:
         run: Forward = super().forward if host.own_forward is None else host.own_forward
         if choice.rows is not None:
             return self._forward_rows(run, choice.rows, *args, **kwargs)
@@ -53,10 +61,13 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
         return called_through(layer, run) if self.splice_host.hooked else run
 
     def _showing(self, layer: AdapterLayer, inner: Forward) -> Forward:
+        return self._showing_these(lambda: layer.shown(self), inner)
+
+    def _showing_these(self, tensors: Callable[[], Mapping[str, torch.Tensor]], inner: Forward) -> Forward:
         def run(*args: object, **kwargs: object) -> object:
             # An entry in the instance's dict is found before the parameter of the same name, which stays untouched.
             # Putting another parameter into `_parameters` instead would show it to whoever walks the tree meanwhile.
-            own, shown = self.__dict__, layer.shown(self)
+            own, shown = self.__dict__, tensors()
             before = {name: own[name] for name in shown if name in own}
             own.update(shown)
             try:

@@ -48,7 +48,7 @@ def attach(
     assert isinstance(layer, Adapted)
     host = layer.splice_host
     host.layers[name] = adapter
-    register(adapter, name, home or Home(layer._modules, host.added), host)
+    register(adapter, name, home or Home(layer._modules, host.added, layer), host)
     share(adapter, host)
     host.shows |= adapter.shows
     publish(below_guard(type(layer)), adapter)

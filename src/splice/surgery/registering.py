@@ -10,10 +10,11 @@ from torch import nn
 
 from splice.kinds.container import Container, Holder, Owner
 from splice.kinds.effect import Forward
-from splice.kinds.host import Host
+from splice.kinds.host import Host, host_of
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.slot import Role
 from splice.kinds.tensors import Home, Registered
+from splice.surgery.layer_attributes import bare_layer
 
 
 def register(adapter: AdapterLayer, name: str, home: Home, owner: Owner | None = None) -> None:
@@ -24,7 +25,7 @@ def register(adapter: AdapterLayer, name: str, home: Home, owner: Owner | None =
     # First of all, so that `unregister` finds what an interrupt cuts short.
     adapter.home = home
     for path, entry in adapter.entries.items():
-        container = _container(home, path, adapter.training)
+        container = _container(home, path, adapter.training, adapter.base)
         if type(entry) is not Holder and entry.training is not container.training:
             entry.train(container.training)
         container._modules[name] = entry
@@ -33,7 +34,11 @@ def register(adapter: AdapterLayer, name: str, home: Home, owner: Owner | None =
     for suffix, (registry, path, slot) in adapter.registered.items() if adapter.loose else ():
         if registry is not adapter.loose:
             continue
-        container = _container(home, path, adapter.training)
+        nameless = adapter.names.nameless(suffix)
+        if nameless is not None:
+            _register_nameless(adapter, name, suffix, home)
+            continue
+        container = _container(home, path, adapter.training, adapter.base)
         is_buffer = slot.role is Role.BUFFER
         in_tree = container._buffers if is_buffer else container._parameters
         in_tree[name] = registry[path]
@@ -51,6 +56,9 @@ def unregister(adapter: AdapterLayer, name: str) -> None:
         return
     paths = list(adapter.entries)
     for suffix, (registry, _, slot) in list(adapter.registered.items()):
+        if adapter.names.nameless(suffix) is not None:
+            _unregister_nameless(adapter, suffix, home)
+            continue
         path, leaf = adapter.names.place(suffix)
         # The layer keeps its tensors: whoever still holds it can go on reading them.
         if not leaf and registry is not adapter.loose:
@@ -63,7 +71,90 @@ def unregister(adapter: AdapterLayer, name: str) -> None:
     adapter.home = None
 
 
-def _container(home: Home, path: str, training: bool) -> Container:
+class BaseLayer(Holder):
+    """What the reference calls `base_layer` and has tensors of an adapter in; all else that is asked of it is the base's."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        del self._parameters["bias"]  # of one that is not held here, the base is asked
+        self.__dict__["base"] = base
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = vars(self)["base"]
+            host = host_of(base)
+            return getattr(base if host is None else bare_layer(host), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        host = host_of(vars(self)["base"])
+        assert host is not None
+        return bare_layer(host)(*args, **kwargs)
+
+
+def _register_nameless(adapter: AdapterLayer, name: str, suffix: str, home: Home) -> None:
+    """Register a tensor that has no adapter's name in its own: where the base has such a parameter, in its place."""
+    _, path, slot = adapter.registered[suffix]
+    *parents, key = (adapter.names.nameless(suffix) or "").split(".")
+    registry: dict[str, Any] = _holder(home, parents, adapter.base)._parameters if parents else adapter.base._parameters
+    host = host_of(adapter.base)
+    if not parents and host is not None:
+        host.displaced[key], host.displaced_by = registry[key], name
+    registry[key] = adapter.loose[path]
+    adapter.registered[suffix] = Registered(registry, key, slot)
+
+
+def _unregister_nameless(adapter: AdapterLayer, suffix: str, home: Home) -> None:
+    registry, key, slot = adapter.registered[suffix]
+    *parents, _ = (adapter.names.nameless(suffix) or "").split(".")
+    host = host_of(adapter.base)
+    if registry is not adapter.loose:
+        adapter.loose[suffix] = registry[key]
+        adapter.registered[suffix] = Registered(adapter.loose, suffix, slot)
+        if parents:
+            registry.pop(key, None)
+    if not parents and host is not None and key in host.displaced:
+        own = host.displaced.pop(key)
+        if host.displaced_by not in host.merged:  # else it was merged for good, and what is there stays
+            adapter.base._parameters[key] = own
+    _drop_holders(home, parents)
+
+
+def _holder(home: Home, parents: list[str], base: nn.Module) -> nn.Module:
+    """The module below `home` that these components lead to, made where it is not there yet."""
+    modules, outermost = home.modules, True
+    found: nn.Module | None = None
+    for parent in parents:
+        found = modules.get(parent)
+        if found is None:
+            of = home.layer if outermost else base
+            found = modules[parent] = BaseLayer(of) if parent == "base_layer" else Holder()
+            if outermost:
+                home.added[parent] = found
+        modules, outermost = found._modules, False
+    assert found is not None
+    return found
+
+
+def _drop_holders(home: Home, parents: list[str]) -> None:
+    """Take away those of these modules, the innermost first, that hold nothing any more."""
+    for count in range(len(parents), 0, -1):
+        modules: dict[str, nn.Module | None] = home.modules
+        for parent in parents[: count - 1]:
+            above = modules.get(parent)
+            if above is None:
+                return
+            modules = above._modules
+        module = modules.get(parents[count - 1])
+        if module is None or module._modules or any(p is not None for p in module._parameters.values()):
+            return
+        del modules[parents[count - 1]]
+        if modules is home.modules:
+            home.added.pop(parents[0], None)
+
+
+def _container(home: Home, path: str, training: bool, base: nn.Module) -> Container:
     """The container at `path`, made where it is not there yet.
 
     Raises:
@@ -73,14 +164,7 @@ def _container(home: Home, path: str, training: bool) -> Container:
     if isinstance(found, Container):
         return found
     *parents, last = path.split(".")
-    modules, outermost = home.modules, True
-    for parent in parents:
-        below = modules.get(parent)
-        if below is None:
-            below = modules[parent] = Holder()
-            if outermost:
-                home.added[parent] = below
-        modules, outermost = below._modules, False
+    modules = _holder(home, parents, base)._modules if parents else home.modules
     container = modules.get(last)
     if container is not None and not isinstance(container, Container):
         # Another name would part the tree from the files, and in its place the base's own module would be lost.
@@ -91,7 +175,7 @@ def _container(home: Home, path: str, training: bool) -> Container:
     if container is None:
         container = Container()
         container.training = training
-        if outermost:
+        if not parents:
             home.added[last] = container
         modules[last] = container
     return container
@@ -112,14 +196,12 @@ def _drop(home: Home, path: str, name: str) -> None:
     if not isinstance(container, Container):
         return
     container.drop(name)
-    for registry, part in reversed(way):
-        module = registry[part]
-        assert module is not None
-        if len(module) if isinstance(module, Container) else module._modules:
-            break
-        del registry[part]
-        if registry is home.modules:
-            home.added.pop(part, None)
+    if len(container):
+        return
+    del way[-1][0][last]
+    if not parents:
+        home.added.pop(last, None)
+    _drop_holders(home, parents)
 
 
 def called_through(adapter: AdapterLayer, run: Forward) -> Forward:
@@ -165,4 +247,5 @@ def unshare(adapter: AdapterLayer, host: Host) -> None:
 
 def _containers(adapter: AdapterLayer) -> list[str]:
     # In their own order and not as a set: data-parallel processes send buffers to one another in the order of the tree.
-    return list(dict.fromkeys(adapter.names.place(suffix).container for suffix in adapter.registered))
+    named = (suffix for suffix in adapter.registered if adapter.names.nameless(suffix) is None)
+    return list(dict.fromkeys(adapter.names.place(suffix).container for suffix in named))

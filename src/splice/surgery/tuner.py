@@ -75,7 +75,7 @@ class Tuner(nn.Module):
         # Modules that adapters put here, by their names: containers of tensors that all layers of an adapter share.
         self.added: dict[str, nn.Module] = {}
         # Where layers that act on the call of the network have their tensors: here, or in the PeftModel around it.
-        self.around = Home(self._modules, self.added)
+        self.around = Home(self._modules, self.added, self.model)
         # The adapters of each method. Names and not a number of them: taking back an interrupted commit, nobody could tell
         # whether the adapter had been counted.
         self._of_method: dict[PeftType, set[str]] = {}
@@ -131,7 +131,7 @@ class Tuner(nn.Module):
 
     def stand_in(self, modules: dict[str, nn.Module | None]) -> None:
         """Let what acts on the call of the network have its tensors among these modules, those of a PeftModel."""
-        before, self.around = self.around, Home(modules, {})
+        before, self.around = self.around, Home(modules, {}, self.model)
         for placed in self.placed.values():
             for layer in placed.values():
                 if isinstance(layer, NetworkLayer) and layer.home is before:  # of a PeftModel that was there first
@@ -169,6 +169,9 @@ class Tuner(nn.Module):
             if isinstance(item.layer, SharedTensors):
                 continue
             home = self.around if isinstance(item.layer, NetworkLayer) else None
+            if item.layer.stands_above:
+                above = self.adapted[path.rpartition(".")[0]].splice_host
+                home = Home(above.base._modules, above.added, above.base)
             attach(base, path, name, item.layer, self.selection, readers, home)
             self.adapted[path] = cast(Adapted, base)
         if freeze_base:
@@ -176,7 +179,7 @@ class Tuner(nn.Module):
 
     def _share(self, name: str, layers: Sequence[AdapterLayer]) -> None:
         for shared in (layer for layer in layers if isinstance(layer, SharedTensors)):
-            register(shared, name, Home(self._modules, self.added))
+            register(shared, name, Home(self._modules, self.added, self.model))
             for layer in layers:
                 layer.join(shared)
 

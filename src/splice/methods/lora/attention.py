@@ -16,7 +16,7 @@ from splice.checkpoint.keys import format_key
 from splice.errors import UnsupportedLayerError
 from splice.kinds.effect import Forward
 from splice.kinds.layer import AdapterLayer
-from splice.kinds.names import LayerNames, Names
+from splice.kinds.names import LayerNames, Names, Place
 from splice.kinds.slot import Slot
 from splice.methods.lora.config import LoraConfig
 from splice.methods.lora.layers import OnLinear
@@ -75,6 +75,20 @@ class _OutNames(LayerNames):
     def key(self, path: str, suffix: str) -> str:
         return format_key(_below_base_layer(path), suffix)
 
+    def place(self, suffix: str) -> Place:
+        container, leaf = super().place(suffix)
+        return Place(f"base_layer.{_OUT}.{container}", leaf)
+
+    def nameless(self, suffix: str) -> str | None:
+        place = super().nameless(suffix)
+        return None if place is None else f"base_layer.{_OUT}.{place}"
+
+    def path_in_tree(self, path: str) -> str:
+        return format_key(_attention(path), "")
+
+    def in_reference(self, path: str, suffix: str, adapter_name: str) -> str:
+        return self.in_tree(path, suffix, adapter_name)
+
     def path_in_reference(self, path: str) -> str:
         return format_key(_below_base_layer(path), "")
 
@@ -83,6 +97,7 @@ class LoraOutProjection(OnLinear):
     """The update of the output projection; rank, alpha and names follow from the attention it belongs to."""
 
     names: Names = _OutNames()
+    stands_above = True
 
     @classmethod
     def slots(cls, base: nn.Module, config: LoraConfig, path: str) -> dict[str, Slot]:
