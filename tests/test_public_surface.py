@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import splice
+from splice.discovery import public_names
 from splice.kinds.registry import all_methods
 
 CONFIGS = [method.config.__name__ for method in all_methods().values()]
@@ -42,6 +43,20 @@ def test_names_that_are_not_there() -> None:
         with pytest.raises(AttributeError, match=f"module 'splice' has no attribute '{name}'"):
             getattr(splice, name)
     assert set(splice.__all__) <= set(dir(splice))
+
+
+def test_the_methods_own_names_are_found_without_importing_the_methods() -> None:
+    """`from splice import LoraConfig` reads which file has it, and `dir` tells every config and what belongs to one."""
+    assert set(CONFIGS) <= set(public_names()) <= set(dir(splice))
+    for name, module in public_names().items():
+        assert getattr(splice, name).__module__ == module
+    program = (
+        "import sys, splice\n"
+        "splice.LoraConfig\n"
+        "print(*[name for name in sys.modules if name.startswith('splice.methods') and name.count('.') == 2])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) <= {"splice.methods.lora", "splice.methods.targeted"}
 
 
 def test_importing_costs_nothing_that_is_not_used() -> None:

@@ -6,7 +6,8 @@ This is the table of public names. Each is imported when it is first asked for, 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+
+from splice.discovery import public_names
 
 _PUBLIC = {
     "splice.tasks": [
@@ -42,24 +43,19 @@ _PLACES = {name: module for module, names in _PUBLIC.items() for name in names}
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> Any:
-    if name in _PLACES:
-        value = getattr(import_module(_PLACES[name]), name)
-    elif name == "__all__":
-        value = sorted({*_PLACES, *_of_methods()})
-    elif not name.startswith("_") and name in _of_methods():
-        value = _of_methods()[name]
-    else:
+# The names that cost one import, of what everybody needs. The methods' own are found by name, and `dir` tells them.
+__all__ = sorted(_PLACES)
+
+
+def __getattr__(name: str) -> object:
+    module = _PLACES.get(name)
+    if module is None and not name.startswith("_"):
+        module = public_names().get(name)
+    if module is None:
         raise AttributeError(f"module 'splice' has no attribute {name!r}")
-    globals()[name] = value
+    value = globals()[name] = getattr(import_module(module), name)
     return value
 
 
-def _of_methods() -> dict[str, type]:
-    """Every method brings a config, and stands in no list."""
-    found: dict[str, type] = import_module("splice.kinds.registry").public_classes()
-    return found
-
-
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PLACES, *_of_methods()})
+    return sorted({*globals(), *_PLACES, *public_names()})

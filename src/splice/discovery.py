@@ -11,9 +11,14 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
+from functools import cache
+from pathlib import Path
 
 _PACKAGE = "splice.methods"
 _FOREIGN = "foreign"
+# What a method has that is public: configs, and the choices that are fields of these.
+_PUBLIC_CLASS = re.compile(r"^class ([A-Z]\w*(?:Config|Init))\b", re.MULTILINE)
 _found = False
 _found_foreign = False
 
@@ -45,3 +50,17 @@ def _walk(package: str, only: str | None) -> None:
             _walk(module.name, only)
         elif only is None or module.name.endswith(f".{only}"):
             importlib.import_module(module.name)
+
+
+@cache
+def public_names() -> dict[str, str]:
+    """Name of a public class of the methods -> the module that defines it, for whoever asks for one of them by name.
+
+    The files are read and not imported: a program that needs one config would otherwise wait for all methods.
+    """
+    found: dict[str, str] = {}
+    root = Path(*importlib.import_module(_PACKAGE).__path__)
+    for file in sorted(root.rglob("*.py")):
+        module = ".".join([_PACKAGE, *file.relative_to(root).with_suffix("").parts])
+        found.update(dict.fromkeys(_PUBLIC_CLASS.findall(file.read_text(encoding="utf-8")), module))
+    return found

@@ -5,7 +5,7 @@ from typing import Any
 import splice
 
 __version__ = "0.21.2+splice.1"
-__all__ = [*splice.__all__]
+__all__ = [name for name in dir(splice) if not name.startswith("_")]
 
 
 def __getattr__(name: str) -> Any:

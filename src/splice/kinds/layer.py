@@ -54,8 +54,6 @@ class AdapterLayer(OwnTensors, Effect, WeightEffect):
     uses_shared: ClassVar[bool] = False
     # The adapter layer that holds these, in a tuple; empty until it is joined.
     shared: tuple[AdapterLayer, ...] = ()
-    # Whether its tensors stand on the layer above its target, which the adapter is on as well.
-    stands_above: ClassVar[bool] = False
     # The path of the layer of the same adapter whose tensors this one shares, where two base layers are tied.
     leader: str = ""
     # The config it was made from, where that is not the adapter's.

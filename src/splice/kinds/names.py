@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from splice.checkpoint.keys import PREFIX, SHORT_PREFIX, format_key
 
@@ -32,6 +32,8 @@ class Names(ABC):
 
     # What the reference puts before the names of the base's own tensors, once such a layer is on it.
     base: str
+    # Whether the tensors stand on the layer above the target, which the adapter is on as well.
+    above: ClassVar[bool] = False
 
     @abstractmethod
     def key(self, path: str, suffix: str) -> str:

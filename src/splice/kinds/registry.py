@@ -90,7 +90,6 @@ class Method:
         check: raises where a config asks for something that is wrong or not supported, before anything is read.
         loading_notes: a line for each thing that whoever loads an adapter with this config is warned of.
         check_beside: raises where an adapter with the first config cannot stand beside those with the others, by name.
-        exports: classes that are public beside its config.
         paper: where the method is described.
         summary: what the method does, in one sentence for readers who do not know it.
     """
@@ -122,7 +121,6 @@ class Method:
     check: Callable[[Config], None] = _nothing_to_check
     loading_notes: Callable[[Config], list[str]] = _nothing_to_note
     check_beside: Callable[[Config, Mapping[str, PeftConfig]], None] | None = None
-    exports: tuple[type, ...] = ()
     paper: str = ""
     summary: str = ""
 
@@ -182,11 +180,3 @@ def method_named(peft_type: object, place: str) -> Method:
     name = class_of(peft_type, place).method
     assert name is not None
     return _METHODS[name]
-
-
-def public_classes() -> dict[str, type]:
-    """What the methods add to the public names: their configs, and what belongs to these."""
-    found: dict[str, type] = {}
-    for method in all_methods().values():
-        found.update({cls.__name__: cls for cls in (method.config, *method.exports)})
-    return found

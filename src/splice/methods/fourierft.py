@@ -23,11 +23,11 @@ from splice.kinds.slot import Slot
 from splice.kinds.tensors import Held
 from splice.kinds.weight_delta import WeightDelta
 from splice.methods.default_targets import LORA_TARGETS
-from splice.methods.targeted import TargetedConfig, check_positive
+from splice.methods.targeted import Targeted, check_positive
 
 
 @dataclass
-class FourierFTConfig(TargetedConfig):
+class FourierFTConfig(Targeted):
     """Fields and defaults of the reference, in its order."""
 
     # The `peft_type` of its checkpoints.

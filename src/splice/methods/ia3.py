@@ -27,11 +27,11 @@ from splice.kinds.registry import Method, register
 from splice.kinds.slot import Slot
 from splice.kinds.tensors import Held
 from splice.methods.default_targets import IA3_FEEDFORWARD, IA3_TARGETS
-from splice.methods.targeted import TargetedConfig
+from splice.methods.targeted import Targeted
 
 
 @dataclass
-class IA3Config(TargetedConfig):
+class IA3Config(Targeted):
     """Fields and defaults of the reference, in its order.
 
     Raises:

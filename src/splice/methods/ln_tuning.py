@@ -14,11 +14,11 @@ from splice.kinds.module_copy import WholeModule
 from splice.kinds.names import CopyNames
 from splice.kinds.registry import Method, register
 from splice.methods.default_targets import LN_TUNING_TARGETS
-from splice.methods.targeted import TargetedConfig
+from splice.methods.targeted import Targeted
 
 
 @dataclass
-class LNTuningConfig(TargetedConfig):
+class LNTuningConfig(Targeted):
     """Fields and defaults of the reference, in its order."""
 
     # Modules to train copies of: ends of paths, or a regular expression for whole paths; None for those that are usual

@@ -21,11 +21,11 @@ from splice.kinds.slot import Slot
 from splice.kinds.tensors import Held
 from splice.methods.default_targets import LORA_TARGETS
 from splice.methods.lycoris import LycorisLayer, check, core_shape, draw, product, rank_of, sizes
-from splice.methods.targeted import TargetedConfig
+from splice.methods.targeted import Targeted
 
 
 @dataclass
-class LoHaConfig(TargetedConfig):
+class LoHaConfig(Targeted):
     """Fields and defaults of the reference, in its order."""
 
     # The `peft_type` of its checkpoints.

@@ -19,12 +19,12 @@ from splice.checkpoint.types import PeftType
 from splice.kinds.registry import Method, register
 from splice.kinds.slot import Slot
 from splice.methods.default_targets import LORA_TARGETS
-from splice.methods.lycoris import LycorisConfig, LycorisLayer, check, core_shape, draw, product, rank_of, sizes
-from splice.methods.targeted import TargetedConfig
+from splice.methods.lycoris import LycorisFields, LycorisLayer, check, core_shape, draw, product, rank_of, sizes
+from splice.methods.targeted import Targeted
 
 
 @dataclass
-class LoKrConfig(TargetedConfig):
+class LoKrConfig(Targeted):
     """Fields and defaults of the reference, in its order."""
 
     # The `peft_type` of its checkpoints.
@@ -112,7 +112,7 @@ class LoKrLayer(LycorisLayer):
         zero = ("lokr_w2", "lokr_w2_b") if config.init_weights == "lycoris" else ("lokr_w1", "lokr_w1_a")
         draw(tensors, zero if config.init_weights else ())
 
-    def prepare(self, base: nn.Module, config: LycorisConfig, path: str) -> None:
+    def prepare(self, base: nn.Module, config: LycorisFields, path: str) -> None:
         assert isinstance(config, LoKrConfig)
         super().prepare(base, config, path)
         self.dropout_keeps_mean = config.rank_dropout_scale

@@ -19,7 +19,7 @@ from splice.kinds.weight_delta import WeightDelta
 from splice.methods.targeted import check_positive
 
 
-class LycorisConfig(Protocol):
+class LycorisFields(Protocol):
     """The fields that the configs of both have."""
 
     # Rank of the factors, at least 1, and the numerator of the scale alpha / r.
@@ -35,12 +35,12 @@ class LycorisConfig(Protocol):
     use_effective_conv2d: bool
 
 
-def check(config: LycorisConfig) -> None:
+def check(config: LycorisFields) -> None:
     """Raise ValueError for ranks below 1."""
     check_positive(r=config.r, **{f"rank_pattern[{key!r}]": rank for key, rank in config.rank_pattern.items()})
 
 
-def rank_of(config: LycorisConfig, path: str) -> int:
+def rank_of(config: LycorisFields, path: str) -> int:
     return value_for(config.rank_pattern, path, config.r)
 
 
@@ -50,7 +50,7 @@ def sizes(base: nn.Module) -> tuple[int, int, tuple[int, ...]]:
     return (size_in // as_convolution(base).groups if kernel else size_in), size_out, kernel
 
 
-def core_shape(config: LycorisConfig, rank: int, kernel: tuple[int, ...]) -> tuple[int, ...] | None:
+def core_shape(config: LycorisFields, rank: int, kernel: tuple[int, ...]) -> tuple[int, ...] | None:
     """The shape of the tensor between two factors of a convolution, or None where they are a plain product."""
     if not config.use_effective_conv2d or math.prod(kernel) == 1:
         return None
@@ -68,7 +68,7 @@ class LycorisLayer(WeightDelta):
     # Whether what is left of a dropped update is scaled up.
     dropout_keeps_mean: bool = True
 
-    def prepare(self, base: nn.Module, config: LycorisConfig, path: str) -> None:
+    def prepare(self, base: nn.Module, config: LycorisFields, path: str) -> None:
         super().prepare(base, config, path)
         self.r, alpha = rank_of(config, path), value_for(config.alpha_pattern, path, config.alpha)
         self.scale = self.initial_scale = alpha / self.r

@@ -30,11 +30,11 @@ from splice.kinds.registry import Method, register
 from splice.kinds.slot import Slot
 from splice.methods.default_targets import LORA_TARGETS
 from splice.methods.rotations import cayley, nearest_divisor, series, skew_places
-from splice.methods.targeted import TargetedConfig
+from splice.methods.targeted import Targeted
 
 
 @dataclass
-class OFTConfig(TargetedConfig):
+class OFTConfig(Targeted):
     """Fields and defaults of the reference, in its order.
 
     Raises:

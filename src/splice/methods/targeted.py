@@ -8,7 +8,7 @@ from typing import ClassVar
 from splice.config import PeftConfig, TargetRule
 
 
-class TargetedConfig(PeftConfig):
+class Targeted(PeftConfig):
     """A config whose adapter is put on layers that it selects.
 
     A method declares the fields it has, in the reference's order; what they mean is said in `TargetRule`. Those that it

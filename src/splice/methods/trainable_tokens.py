@@ -13,11 +13,11 @@ from splice.base.layers import LayerKind
 from splice.checkpoint.types import PeftType
 from splice.kinds.registry import Method, register
 from splice.kinds.token_rows import TrainedRows, check_indices
-from splice.methods.targeted import TargetedConfig
+from splice.methods.targeted import Targeted
 
 
 @dataclass
-class TrainableTokensConfig(TargetedConfig):
+class TrainableTokensConfig(Targeted):
     """Fields and defaults of the reference, in its order."""
 
     # Ids of the tokens whose rows are trained, in the order of the rows in the checkpoint; at least one.

@@ -28,11 +28,11 @@ from splice.kinds.shared import SharedTensors
 from splice.kinds.slot import Role, Slot
 from splice.kinds.tensors import Held
 from splice.methods.default_targets import LORA_TARGETS
-from splice.methods.targeted import TargetedConfig, check_positive
+from splice.methods.targeted import Targeted, check_positive
 
 
 @dataclass
-class VeraConfig(TargetedConfig):
+class VeraConfig(Targeted):
     """Fields and defaults of the reference, in its order."""
 
     # The `peft_type` of its checkpoints.

@@ -169,7 +169,7 @@ class Tuner(nn.Module):
             if isinstance(item.layer, SharedTensors):
                 continue
             home = self.around if isinstance(item.layer, NetworkLayer) else None
-            if item.layer.stands_above:
+            if item.layer.names.above:
                 above = self.adapted[path.rpartition(".")[0]].splice_host
                 home = Home(above.base._modules, above.added, above.base)
             attach(base, path, name, item.layer, self.selection, readers, home)

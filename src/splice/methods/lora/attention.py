@@ -72,6 +72,8 @@ class LoraAttention(OnLinear):
 class _OutNames(LayerNames):
     """The reference has wrapped the attention above, and the projection is inside what it wrapped."""
 
+    above = True
+
     def key(self, path: str, suffix: str) -> str:
         return format_key(_below_base_layer(path), suffix)
 
@@ -97,7 +99,6 @@ class LoraOutProjection(OnLinear):
     """The update of the output projection; rank, alpha and names follow from the attention it belongs to."""
 
     names: Names = _OutNames()
-    stands_above = True
 
     @classmethod
     def slots(cls, base: nn.Module, config: LoraConfig, path: str) -> dict[str, Slot]:

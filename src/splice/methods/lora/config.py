@@ -22,7 +22,7 @@ from splice.methods.lora.subconfigs import (
     VeloraConfig,
     parsed,
 )
-from splice.methods.targeted import TargetedConfig, check_positive
+from splice.methods.targeted import Targeted, check_positive
 
 # First components of the names of tensors in its checkpoints.
 TENSOR_NAMES = frozenset(
@@ -48,7 +48,7 @@ class LoraRuntimeConfig:
 
 
 @dataclass
-class LoraConfig(TargetedConfig):
+class LoraConfig(Targeted):
     """Fields and defaults of the reference, in its order.
 
     Raises:

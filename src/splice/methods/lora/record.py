@@ -109,7 +109,6 @@ METHOD = register(
         restated=with_stacked_experts,
         for_unchanged_base=for_unchanged_base,
         tags=("lora",),
-        exports=(LoraRuntimeConfig,),
         check=check,
         loading_notes=lambda config: notes_about(config.init_lora_weights),
         paper="arXiv 2106.09685",

@@ -98,7 +98,6 @@ METHOD = register(
         prefix="prompt_tuning_",
         tensor_names=frozenset({"prompt_embeddings"}),
         network_layer=PromptTuning,
-        exports=(PromptTuningInit,),
         check=check_prompt,
         tuner_methods=PROMPT_METHODS,
         tuner_views=PROMPT_VIEWS,
