@@ -326,21 +326,33 @@ def test_an_exception_leaves_the_selection_as_it_was(
 
 
 @pytest.mark.parametrize("case", plain_cases(bases.BERT), ids=str)
-def test_an_exception_under_a_trained_bias_leaves_the_base_parameter(case: Case, shared_checkpoint: Any) -> None:
-    """While such a layer computes, its bias is another tensor: it must be put back."""
+def test_an_exception_under_a_trained_bias_leaves_the_parameters(case: Case, shared_checkpoint: Any) -> None:
+    """While such a layer computes without its adapter, its bias is another tensor: it must be put back."""
     if "bias" not in vars(splice.get_peft_config(case.config())):
         pytest.skip("the method trains no biases")
+
+    def biases(module: Any) -> dict[str, int]:
+        return {name: id(p) for name, p in module.named_parameters() if name.endswith("bias")}
+
     network = case.base.build()
-    biases = {name: id(p) for name, p in network.named_parameters() if name.endswith("bias")}
+    own = biases(network)
     model = splice.PeftModel.from_pretrained(network, shared_checkpoint(case.base, case.config(bias="all")))
-    with pytest.raises((ValueError, RuntimeError, IndexError)):
-        run(model, {"input_ids": torch.tensor([[0, 99999]])})
+    trained = biases(model)
     layer = network.get_submodule(model.targeted_module_names[0])
-    with pytest.raises(RuntimeError):
-        layer(torch.zeros(2, 7))
-    found = {name: id(p) for name, p in network.named_parameters() if name in biases}
-    assert found == biases
+
+    def fail() -> None:
+        with pytest.raises((ValueError, RuntimeError, IndexError)):
+            run(model, {"input_ids": torch.tensor([[0, 99999]])})
+        with pytest.raises(RuntimeError):
+            layer(torch.zeros(2, 7))
+
+    fail()
+    assert biases(model) == trained
+    with model.disable_adapter():
+        fail()
+    assert biases(model) == trained
     assert "bias" not in layer.__dict__
+    assert biases(model.unload()) == own
 
 
 # -- disabling

@@ -147,8 +147,10 @@ class OwnTensors:
         return Holder()
 
     def leave_empty(self) -> None:
-        """Have no values, on the meta device, until they are loaded."""
-        for registry, name, _ in self.registered.values():
+        """Have no values, on the meta device, until they are loaded; what no checkpoint holds keeps its own."""
+        for registry, name, slot in self.registered.values():
+            if not slot.stored:
+                continue
             tensor = registry[name]
             empty = tensor.detach().to(torch.device("meta"))
             is_parameter = isinstance(tensor, nn.Parameter)

@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
 import torch
+from torch import nn
 
 from splice.base.bare import walk_bare
+from splice.base.dense import device_of
 from splice.config import PeftConfig, copy_config
 from splice.errors import PeftWarning, warn
 from splice.kinds.layer import AdapterLayer
@@ -199,7 +201,9 @@ def _set_runtime(config: PeftConfig, options: LoadOptions) -> None:
 
 def _overwrite(tuner: Tuner, found: Fitted, options: LoadOptions, undo: Undo) -> None:
     """Put the tensors of the checkpoint into those of the adapter, which stay the objects they are."""
-    live = _live_tensors(found.plan, tuner.placed[options.adapter_name])
+    layers = tuner.placed[options.adapter_name]
+    undo.also(_give_memory(found.plan, layers))
+    live = _live_tensors(found.plan, layers)
     # Built layers would be thrown away again, and would draw values for slots that the checkpoint has nothing for.
     # All are read before the first one is written: a file that is cut off leaves the adapter as it was.
     values = found.checkpoint.weights.read([found.plan.sources[key] for key in live])
@@ -207,6 +211,39 @@ def _overwrite(tuner: Tuner, found: Fitted, options: LoadOptions, undo: Undo) ->
     before = [tensor.clone() for tensor in live.values()]
     undo.also(lambda: _copy(zip(live.values(), before)))
     _copy(zip(live.values(), values))
+
+
+def _give_memory(plan: Plan, layers: dict[str, AdapterLayer]) -> Callable[[], None]:
+    """Let tensors that were left without values have memory on their layers' devices; the result takes that back.
+
+    They become other objects: a tensor on the meta device cannot get values. What shares one, as tied layers do, gets the
+    new one too.
+    """
+    empty = {
+        id(layers[p.path].tensor(suffix)): device_of(p.base)
+        for p in plan.placements
+        for suffix, key in p.keys.items()
+        if key in plan.sources and layers[p.path].tensor(suffix).is_meta
+    }
+    made: dict[int, torch.Tensor] = {}
+    before = []
+    for layer in layers.values() if empty else ():
+        for registry, name, _ in layer.registered.values():
+            old: torch.Tensor = registry[name]
+            if id(old) not in empty:
+                continue
+            before.append((registry, name, old))
+            if id(old) not in made:
+                tensor = torch.empty_like(old, device=empty[id(old)], requires_grad=False)
+                is_parameter = isinstance(old, nn.Parameter)
+                made[id(old)] = nn.Parameter(tensor, requires_grad=old.requires_grad) if is_parameter else tensor
+            registry[name] = made[id(old)]
+
+    def take_back() -> None:
+        for registry, name, tensor in before:
+            registry[name] = tensor
+
+    return take_back
 
 
 def _live_tensors(plan: Plan, layers: dict[str, AdapterLayer]) -> dict[str, torch.Tensor]:
