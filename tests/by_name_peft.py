@@ -118,7 +118,7 @@ def best() -> dict[str, Any]:
 
 def layers() -> dict[str, Any]:
     """What transformers and diffusers do to a model that carries adapters itself, layer by layer."""
-    from peft import inject_adapter_in_model
+    from peft import PromptTuningConfig, TaskType, inject_adapter_in_model
     from peft.functional import delete_adapter
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -161,6 +161,9 @@ def layers() -> dict[str, Any]:
     found["kept"] = torch.equal(logits(model), with_a)
     delete_adapter(model, adapter_name="a", prefix="lora_")
     found["gone"] = torch.equal(logits(model), before)
+    # Its network has a `set_adapter` of its own, which calls that of every layer that it takes for a tuner's.
+    prompted = get_peft_model(base(), PromptTuningConfig(num_virtual_tokens=2, task_type=TaskType.CAUSAL_LM))
+    found["prompted"] = [name for name, m in prompted.named_modules() if isinstance(m, BaseTunerLayer)]
     return found
 
 

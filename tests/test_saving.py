@@ -402,11 +402,14 @@ def test_no_adapter_selected(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists() or not files(tmp_path / "out")
 
 
-def test_a_process_that_is_not_the_main_one_still_gathers(tmp_path: Path) -> None:
-    """Gathering takes all processes: the state dict is looked at, and nothing is written."""
+def test_a_process_that_is_not_the_main_one_writes_nothing(tmp_path: Path) -> None:
+    """Trainers that gather on the main process alone hand the others an empty state dict."""
     model = load(parts().write(tmp_path / "in"))
-    with pytest.raises(KeyError):
-        model.save_pretrained(tmp_path / "out", is_main_process=False, state_dict={})
+    model.save_pretrained(tmp_path / "out", is_main_process=False, state_dict={})
+    with pytest.raises(KeyError, match="the given state_dict has none of"):
+        model.save_pretrained(tmp_path / "out", state_dict={})
+    with pytest.raises(KeyError, match="the given state_dict has none of"):
+        model.save_pretrained(tmp_path / "out", is_main_process=False, state_dict={"else": torch.ones(1)})
     model.save_pretrained(tmp_path / "out", is_main_process=False)
     assert not (tmp_path / "out").exists() or not files(tmp_path / "out")
 

@@ -112,6 +112,7 @@ def test_a_network_that_carries_adapters_itself(installed: Path, folder: Path) -
     result = scenario("layers", installed, folder)
     assert (result["tuned"], result["lora"], result["whole"]) == (2, 2, 1)
     assert result["active"] == ["a", "a"]
+    assert result["prompted"] == []
     assert result["second"] == "b"
     flags = ("bare_names", "changed", "disabled", "enabled", "back", "kept", "gone")
     assert all(result[name] for name in flags), result

@@ -50,6 +50,8 @@ def save(
         )
     for name in names:
         _check_place(name)
+    if state_dict is not None and not state_dict and not is_main_process:
+        return  # all was gathered on the main process, which alone has it
     for name in names:
         tensors = tensors_to_save(tuner, name, state_dict, save_embedding_layers)
         _warn_of_shards(tensors, state_dict is None)

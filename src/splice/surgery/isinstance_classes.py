@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.module_copy import WholeModule
+from splice.kinds.network import NetworkLayer
 from splice.surgery.adapted_layer import Adapted, is_whole
 
 
@@ -24,11 +25,12 @@ class _Recognising(type):
 
 
 class BaseTunerLayer(metaclass=_Recognising):
-    """A layer that carries adapter layers of a method."""
+    """A layer that carries adapter layers of a method; not the network as a whole, which has a `set_adapter` of its own."""
 
     @staticmethod
     def recognises(layer: Adapted) -> bool:
-        return not is_whole(layer)
+        on_call = any(isinstance(adapter, NetworkLayer) for adapter in layer.splice_host.layers.values())
+        return not on_call and not is_whole(layer)
 
 
 class ModulesToSaveWrapper(metaclass=_Recognising):
