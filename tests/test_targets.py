@@ -156,6 +156,23 @@ PATTERN_KEYS = (
 
 
 @targeting
+def test_keys_of_patterns_that_match_nothing_are_named(method: Method) -> None:
+    config = Case(method, bases.LINEAR).config()
+    created = splice.get_peft_config(config)
+    for name, default in created.pattern_fields.items():
+        for pattern, unmatched in (({"first": 2, "nowhere": 3, r"la\d": 2}, r"nowhere, la\d"), ({"first": 2}, "")):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                splice.get_peft_model(bases.LINEAR.build(), splice.get_peft_config({**config, name: dict(pattern)}))
+            told = [str(w.message) for w in caught if str(w.message).startswith(name)]
+            assert len(told) == bool(unmatched)
+            if unmatched:
+                assert f"{name} has keys that match no layer of the adapter: {unmatched}. " in told[0]
+                assert f"get {default}={getattr(created, default)}. " in told[0]
+                assert "one of the paths is first." in told[0]
+
+
+@targeting
 @quick
 @given(data=st.data())
 def test_generated_patterns_give_the_same_values(method: Method, data: st.DataObject) -> None:
