@@ -107,13 +107,14 @@ def _register_nameless(adapter: AdapterLayer, name: str, suffix: str, home: Home
 
 def _unregister_nameless(adapter: AdapterLayer, suffix: str, home: Home) -> None:
     registry, key, slot = adapter.registered[suffix]
-    *parents, _ = (adapter.names.nameless(suffix) or "").split(".")
+    *parents, leaf = (adapter.names.nameless(suffix) or "").split(".")
     host = host_of(adapter.base)
     if registry is not adapter.loose:
         adapter.loose[suffix] = registry[key]
         adapter.registered[suffix] = Registered(adapter.loose, suffix, slot)
-        if parents:
-            registry.pop(key, None)
+    holder = _module_at(home, parents)
+    if isinstance(holder, Holder):  # also what an interrupt came before it was noted
+        holder._parameters.pop(leaf, None)
     if not parents and host is not None and key in host.displaced:
         own = host.displaced.pop(key)
         if host.displaced_by not in host.merged:  # else it was merged for good, and what is there stays
@@ -140,18 +141,24 @@ def _holder(home: Home, parents: list[str], base: nn.Module) -> nn.Module:
 def _drop_holders(home: Home, parents: list[str]) -> None:
     """Take away those of these modules, the innermost first, that hold nothing any more."""
     for count in range(len(parents), 0, -1):
-        modules: dict[str, nn.Module | None] = home.modules
-        for parent in parents[: count - 1]:
-            above = modules.get(parent)
-            if above is None:
-                return
-            modules = above._modules
-        module = modules.get(parents[count - 1])
+        module = _module_at(home, parents[:count])
         if module is None or module._modules or any(p is not None for p in module._parameters.values()):
             return
-        del modules[parents[count - 1]]
-        if modules is home.modules:
+        above = _module_at(home, parents[: count - 1])
+        del (home.modules if above is None else above._modules)[parents[count - 1]]
+        if above is None:
             home.added.pop(parents[0], None)
+
+
+def _module_at(home: Home, path: list[str]) -> nn.Module | None:
+    """The module below `home` that these components lead to; None where there is none, and for the home itself."""
+    modules, found = home.modules, None
+    for part in path:
+        found = modules.get(part)
+        if found is None:
+            return None
+        modules = found._modules
+    return found
 
 
 def _container(home: Home, path: str, training: bool, base: nn.Module) -> Container:
