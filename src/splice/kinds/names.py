@@ -57,19 +57,18 @@ class Names(ABC):
 
     def in_tree(self, path: str, suffix: str, adapter_name: str) -> str:
         """The name of the tensor in the tree of modules, seen from the PeftModel."""
-        nameless = self.nameless(suffix)
-        if nameless is not None:
-            return self.path_in_tree(path) + nameless
-        container, leaf = self.place(suffix)
-        return self.path_in_tree(path) + ".".join(filter(None, (container, adapter_name, leaf)))
+        return self.path_in_tree(path) + self._on_layer(suffix, adapter_name)
 
     def in_reference(self, path: str, suffix: str, adapter_name: str) -> str:
         """How the reference calls the tensor in memory: as the tree does, but for what it puts before base tensors."""
+        return self.path_in_reference(path) + self._on_layer(suffix, adapter_name)
+
+    def _on_layer(self, suffix: str, adapter_name: str) -> str:
         nameless = self.nameless(suffix)
         if nameless is not None:
-            return self.path_in_reference(path) + nameless
+            return nameless
         container, leaf = self.place(suffix)
-        return self.path_in_reference(path) + ".".join(filter(None, (container, adapter_name, leaf)))
+        return ".".join(filter(None, (container, adapter_name, leaf)))
 
     def base_in_reference(self, path: str) -> str:
         """What the reference puts before the names of the base's own tensors, seen from the PeftModel."""
