@@ -42,6 +42,13 @@ class Adapters(Protocol):
         ...
 
 
+def names_or_active(adapters: Adapters, names: str | Iterable[str] | None) -> list[str]:
+    """The adapters that somebody names, one or several; the active ones, if None."""
+    if names is None:
+        return list(adapters.selection.active)
+    return [names] if isinstance(names, str) else list(names)
+
+
 def layers_of(adapters: Adapters, names: Iterable[str], kind: type[T]) -> dict[str, T]:
     """The layers of one class that these adapters have, by path; adapters that are not there have none."""
     found = (item for name in names for item in adapters.placed.get(name, {}).items())

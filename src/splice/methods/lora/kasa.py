@@ -13,7 +13,7 @@ from torch import nn
 
 from splice.base.layers import features
 from splice.errors import UnsupportedLayerError
-from splice.kinds.adapters import Adapters, layers_of
+from splice.kinds.adapters import Adapters, layers_of, names_or_active
 from splice.kinds.effect import Effect
 from splice.kinds.slot import Slot
 from splice.kinds.tensors import Held
@@ -80,8 +80,6 @@ def kasa_loss(adapters: Adapters, adapter_names: str | Iterable[str] | None = No
         adapters: found on the model.
         adapter_names: of these adapters; of the active ones, if None.
     """
-    if isinstance(adapter_names, str):
-        adapter_names = [adapter_names]
-    names = list(adapters.selection.active) if adapter_names is None else list(adapter_names)
+    names = names_or_active(adapters, adapter_names)
     penalties = [layer.penalty() for name in names for layer in layers_of(adapters, [name], KasaLinear).values()]
     return sum(penalties[1:], start=penalties[0]) if penalties else 0.0

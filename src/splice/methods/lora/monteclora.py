@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from splice.base.dense import dtype_of
 from splice.errors import PeftWarning, warn
-from splice.kinds.adapters import Adapters, layers_of
+from splice.kinds.adapters import Adapters, layers_of, names_or_active
 from splice.kinds.slot import Role, Slot
 from splice.kinds.tensors import Held
 from splice.methods.lora.config import LoraConfig
@@ -126,8 +126,6 @@ def monteclora_loss(adapters: Adapters, adapter_names: str | Iterable[str] | Non
         adapters: found on the model.
         adapter_names: of these adapters; of the active ones, if None.
     """
-    if isinstance(adapter_names, str):
-        adapter_names = [adapter_names]
-    names = list(adapters.selection.active) if adapter_names is None else list(adapter_names)
+    names = names_or_active(adapters, adapter_names)
     penalties = [layer.penalty() for name in names for layer in layers_of(adapters, [name], MontecloraLinear).values()]
     return torch.stack(penalties).mean() if penalties else 0.0
