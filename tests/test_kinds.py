@@ -35,7 +35,7 @@ def layer_classes(value: object) -> Iterator[type[AdapterLayer]]:
 
 def used_by(method: Method) -> set[type[AdapterLayer]]:
     """The classes that an adapter of `method` may put on a layer, on parameters or on the network."""
-    found = set(layer_classes(vars(method)))
+    found = set(layer_classes(method._asdict()))
     if method.variant is not None:  # which chooses from the tables of its module
         for name, value in vars(sys.modules[method.variant.__module__]).items():
             found.update(layer_classes(value) if name.isupper() else ())

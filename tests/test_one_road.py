@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import warnings
 from collections.abc import Callable
@@ -314,7 +313,7 @@ def plan_in(model: Any, name: str = "default") -> Any:
 def test_the_plan_is_frozen_and_kept(tmp_path: Path) -> None:
     model = load(parts().write(tmp_path / "a"))
     plan = plan_in(model)
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(AttributeError):
         plan.missing = ()
     assert plan.fits and set(plan.sources) == set(parts().tensors)
     model.load_adapter(parts(seed=1).write(tmp_path / "b"), "default")

@@ -7,10 +7,10 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 from splice.checkpoint.cleaning import check_kinds, cleaned
 from splice.checkpoint.fields import UnknownFields, read_fields
@@ -23,8 +23,7 @@ from splice.discovery import find_methods
 from splice.errors import CheckpointError, PeftWarning, UnknownMethodError, warn
 
 
-@dataclass(frozen=True)
-class TargetRule:
+class TargetRule(NamedTuple):
     """Which modules of a base model a config selects. `kinds/matching.py` applies it, `loading/targets.py` fills it in."""
 
     # Names at the end of paths, or one regular expression for whole paths, or "all-linear". None for the method's defaults.
@@ -215,14 +214,13 @@ class PromptLearningConfig(PeftConfig):
         return TargetRule(modules_to_save=self.modules_to_save)
 
 
-@dataclass(frozen=True)
-class ReadConfig:
+class ReadConfig(NamedTuple):
     """A config as it was read."""
 
     # The config.
     config: PeftConfig
     # Fields of long ago that still say something, and that no config has any more.
-    legacy: dict[str, object] = field(default_factory=dict)
+    legacy: Mapping[str, object] = MappingProxyType({})
     # A line for each value that was spelled in another way.
     notes: tuple[str, ...] = ()
 

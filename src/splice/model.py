@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -158,7 +159,14 @@ class PeftModel(nn.Module):
             UnknownMethodError: (a KeyError) its `peft_type` is not known.
         """
         options = LoadOptions(
-            adapter_name, is_trainable, autocast_adapter_dtype, ephemeral_gpu_offload, key_mapping, strict, kwargs
+            adapter_name,
+            is_trainable,
+            autocast_adapter_dtype,
+            ephemeral_gpu_offload,
+            key_mapping,
+            strict,
+            kwargs,
+            time.perf_counter(),
         )
         mapping = key_mapping if key_mapping is not None else key_renaming(model)
         checkpoint = checkpoint_from(model_id, tensors, config, options, mapping)
@@ -204,7 +212,14 @@ class PeftModel(nn.Module):
             As `from_pretrained`, and ValueError where the new adapter cannot stand beside the present ones.
         """
         options = LoadOptions(
-            adapter_name, is_trainable, autocast_adapter_dtype, ephemeral_gpu_offload, key_mapping, strict, kwargs
+            adapter_name,
+            is_trainable,
+            autocast_adapter_dtype,
+            ephemeral_gpu_offload,
+            key_mapping,
+            strict,
+            kwargs,
+            time.perf_counter(),
         )
         tuner = self.base_model
         present = tuner.peft_config.get(adapter_name)

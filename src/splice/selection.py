@@ -8,14 +8,14 @@ from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
 BASE = "__base__"
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """The rows of a batch that use one adapter."""
 
     # The adapter's name.
@@ -23,7 +23,7 @@ class Group:
     # The rows, counted from 0, in their order.
     rows: list[int]
     # The same as a tensor on the batch's device, (rows,).
-    index: torch.Tensor
+    indices: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,7 @@ def _rows_by_name(names: tuple[str, ...], repeats: int) -> list[tuple[str, list[
     return list(found.items())
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """What one call uses: the same adapters for the whole batch, in order, or one for each row."""
 
     # The adapters for the whole batch; empty for none.

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 from torch import nn
 
@@ -35,8 +34,7 @@ class _Step(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Stacking:
+class Stacking(NamedTuple):
     """A parameter that holds a layer of every expert, or several layers of each behind one another.
 
     Attributes:

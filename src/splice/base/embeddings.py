@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
 from splice.base.foreign_models import config_field, input_embedding_layer, output_embedding_layer
 
 
-@dataclass(frozen=True)
-class InputEmbeddings:
+class InputEmbeddings(NamedTuple):
     """Where the input embeddings of a network are, and which layers compute with the same parameter."""
 
     # Path of the input embeddings; empty where the network has none.

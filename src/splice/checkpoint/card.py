@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from splice.checkpoint.files import write_text
 from splice.checkpoint.format import FORMAT_VERSION
@@ -25,8 +24,7 @@ model = PeftModel.from_pretrained(base_model, "<folder or id>")
 ```"""
 
 
-@dataclass(frozen=True)
-class CardFacts:
+class CardFacts(NamedTuple):
     """What a card says of a model, as far as the model knows it."""
 
     # Names that the base goes by, the surest first: ids of the Hub, and folders of this machine.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
 def cleaned(values: Mapping[str, object], config_class: type) -> tuple[dict[str, object], list[str]]:
@@ -41,8 +41,7 @@ def check_kinds(values: Mapping[str, object]) -> None:
                 raise ValueError(f"`{name}` should be {rule.what}, got {value!r}")
 
 
-@dataclass(frozen=True)
-class _Rule:
+class _Rule(NamedTuple):
     """A check for fields of certain names, the same in every method that has them."""
 
     # Whether the rule is for a field of this name.

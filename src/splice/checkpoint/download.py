@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from splice.errors import CheckpointError
 
@@ -14,8 +13,7 @@ from splice.errors import CheckpointError
 _Arguments: TypeAlias = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """The answer to a request for one file."""
 
     # Where it lies now; None if the repository does not have it.

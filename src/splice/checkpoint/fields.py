@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from splice.checkpoint.foreign import LFS_START, lfs_pointer
 from splice.errors import CheckpointError
 
 
-@dataclass(frozen=True)
-class UnknownFields:
+class UnknownFields(NamedTuple):
     """Fields of a config file that no config class here has: what a newer or another library wrote."""
 
     # The fields with their values, as they stand in the file.
-    values: dict[str, object] = field(default_factory=dict)
+    values: dict[str, object]
 
     @property
     def switched_on(self) -> dict[str, object]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from splice.discovery import find_foreign
 
@@ -20,8 +20,7 @@ def lfs_pointer(place: str) -> str:
     return f"{place} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`"
 
 
-@dataclass(frozen=True)
-class ForeignNames:
+class ForeignNames(NamedTuple):
     """How another library names its tensors."""
 
     # A regular expression that is found in such names, and in no name of this format.
@@ -32,8 +31,7 @@ class ForeignNames:
     remedy: str
 
 
-@dataclass(frozen=True)
-class ForeignConfig:
+class ForeignConfig(NamedTuple):
     """How the config of another tool is told from one of this format that lacks its `peft_type`."""
 
     # Of each group, one field at least is there and not null.

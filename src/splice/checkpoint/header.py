@@ -6,9 +6,8 @@ import importlib.util
 import json
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 from safetensors import SafetensorError, safe_open
 
@@ -22,8 +21,7 @@ _FLOATS = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F16", "BF16", "F32", "F64")
 DTYPE_NAMES = frozenset((*_INTEGERS, *_FLOATS))
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One tensor of a checkpoint, before it is read."""
 
     # As safetensors spells it: "F32", "BF16".
@@ -36,8 +34,7 @@ class Entry:
     size: int
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """What stands in front of the tensors in a safetensors file."""
 
     # All tensors, by name, in the order of the header; that of the values may be another.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 # The reference's object tree: a PeftModel's `base_model`, whose `model` is the base. It stands in files, whoever wrote them.
 PREFIX = "base_model.model."
@@ -21,8 +21,7 @@ PREFIX = "base_model.model."
 SHORT_PREFIX = "base_model."
 
 
-@dataclass(frozen=True)
-class Key:
+class Key(NamedTuple):
     """A parsed key."""
 
     # The target's dotted path in the base model.

@@ -5,9 +5,8 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from splice.checkpoint.card import CARD_NAME, tag_card
 
@@ -15,8 +14,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 
-@dataclass(frozen=True)
-class Publication:
+class Publication(NamedTuple):
     """Where to publish, and under which words: the arguments of `PeftModel.push_to_hub` that say so."""
 
     # Id of the repository, "user/name"; it is made if it does not exist.

@@ -13,7 +13,7 @@ import torch
 from splice.kinds.adapters import Adapters
 
 
-@dataclass
+@dataclass(eq=False)
 class Call:
     """One call of a PeftModel."""
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import nn
@@ -18,8 +17,7 @@ from splice.kinds.slot import Slot
 Weighted: TypeAlias = "Sequence[tuple[AdapterLayer, float]]"
 
 
-@dataclass(frozen=True)
-class Combination:
+class Combination(NamedTuple):
     """How to combine; the fields are the arguments of `PeftModel.add_weighted_adapter`."""
 
     # The way, by the name that the caller gives it (`combination_type`).

@@ -13,7 +13,7 @@ from splice.kinds.layer import AdapterLayer
 from splice.selection import LayerSelection, OwnLock, Selection
 
 
-@dataclass
+@dataclass(eq=False)
 class Host:
     """What an adapted layer carries, beside what it was. It is data: whoever swaps, merges or calls does the rest."""
 

@@ -75,7 +75,7 @@ class Names(ABC):
         return self.path_in_reference(path) + self.base
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerNames(Names):
     """Of layers whose tensors stand behind the layer's path: those of nearly all methods."""
 
@@ -96,7 +96,7 @@ class LayerNames(Names):
         return Place(container, leaf)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CopyNames(Names):
     """Of copies of whole modules: the module's own names, in one container."""
 
@@ -119,7 +119,7 @@ class CopyNames(Names):
         return f"{self.prefix}{path}."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SharedNames(Names):
     """Of tensors that all layers of an adapter share: they stand behind no path."""
 

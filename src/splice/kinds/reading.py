@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Protocol
+from types import MappingProxyType
+from typing import NamedTuple, Protocol
 
 from torch import nn
 
@@ -14,8 +14,7 @@ from splice.config import PeftConfig
 from splice.kinds.layer import Config
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """A checkpoint that has been opened: its config, and its tensors by their names after any mapping."""
 
     # What its config file says, or the caller in its place.
@@ -25,7 +24,7 @@ class Checkpoint:
     # Name of a tensor as the plan sees it -> its name in `weights`.
     names: Mapping[str, str]
     # Fields of long ago that the config's class understands and no longer has.
-    legacy: Mapping[str, object] = field(default_factory=dict)
+    legacy: Mapping[str, object] = MappingProxyType({})
     # What of the config was read in another way than it is written, a line each.
     notes: tuple[str, ...] = ()
 
@@ -35,8 +34,7 @@ class Checkpoint:
         return {name: self.weights.entries[own] for name, own in self.names.items()}
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):
     """A checkpoint as a method reads it where its names and shapes are not those of today."""
 
     # With the tensors that it stands for.

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -57,8 +56,7 @@ class UnchangedBase(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Method:
+class Method(NamedTuple):
     """What the library has to know about a method.
 
     Attributes:
@@ -98,18 +96,18 @@ class Method:
     config: type[PeftConfig]
     prefix: str
     tensor_names: frozenset[str]
-    layers: Mapping[LayerKind, type[AdapterLayer]] = field(default_factory=lambda: MappingProxyType({}))
+    layers: Mapping[LayerKind, type[AdapterLayer]] = MappingProxyType({})
     variant: Callable[[Config, LayerKind], type[AdapterLayer] | None] | None = None
     other_layer: type[AdapterLayer] | None = None
     parameters_layer: type[AdapterLayer] | None = None
     network_layer: type[NetworkLayer] | None = None
     shared: type[SharedTensors] | None = None
-    tuner_methods: Mapping[str, Callable[..., object]] = field(default_factory=lambda: MappingProxyType({}))
-    tuner_views: Mapping[str, Callable[[Adapters], object]] = field(default_factory=lambda: MappingProxyType({}))
+    tuner_methods: Mapping[str, Callable[..., object]] = MappingProxyType({})
+    tuner_views: Mapping[str, Callable[[Adapters], object]] = MappingProxyType({})
     loss_term: Callable[[Adapters, str], torch.Tensor] | None = None
-    default_targets: Mapping[str, list[str] | str] = field(default_factory=lambda: MappingProxyType({}))
+    default_targets: Mapping[str, list[str] | str] = MappingProxyType({})
     find_targets: Callable[[nn.Module, Mapping[str, nn.Module]], str] | None = None
-    default_modules: Mapping[str, Mapping[str, list[str]]] = field(default_factory=lambda: MappingProxyType({}))
+    default_modules: Mapping[str, Mapping[str, list[str]]] = MappingProxyType({})
     follows_ties: bool = False
     exclusive: bool = False
     combine: Combine | None = None
@@ -117,7 +115,7 @@ class Method:
     restated: Callable[[Config, nn.Module, Mapping[str, nn.Module]], PeftConfig] = _as_it_is
     for_unchanged_base: UnchangedBase | None = None
     tags: tuple[str, ...] = ()
-    outdated_names: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    outdated_names: Mapping[str, str] = MappingProxyType({})
     check: Callable[[Config], None] = _nothing_to_check
     loading_notes: Callable[[Config], list[str]] = _nothing_to_note
     check_beside: Callable[[Config, Mapping[str, PeftConfig]], None] | None = None

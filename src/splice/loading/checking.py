@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import nn
 
@@ -34,7 +32,7 @@ def refuse_or_warn(found: Fitted, network: nn.Module, method: Method, options: L
         warn("Some weights were ignored because their sizes differ:\n" + "\n".join(shown), PeftWarning)
         # Then the one warning has said everything, and a second one about the same keys would only confuse.
         said_all = not plan.missing and not plan.unexpected
-        plan = replace(plan, missing=plan.missing + left_out, mismatched=())
+        plan = plan._replace(missing=plan.missing + left_out, mismatched=())
         if said_all:
             return plan
     if plan.fits:
@@ -42,7 +40,7 @@ def refuse_or_warn(found: Fitted, network: nn.Module, method: Method, options: L
     # Outdated tensors mean something else today: leaving them out in silence is never what was meant.
     if options.strict or plan.mismatched or outdated(plan, method):
         weights = found.checkpoint.weights
-        likely = advice(replace(found, plan=plan), method, options.adapter_name, network, walk_bare(network))
+        likely = advice(found._replace(plan=plan), method, options.adapter_name, network, walk_bare(network))
         bases = both_bases(found.config, network) + other_architecture(weights, network)
         raise mismatch_error(plan, weights.place, bases, [*found.hints, *likely])
     for what, keys in (("missing adapter keys", plan.missing), ("unexpected keys", plan.unexpected)):

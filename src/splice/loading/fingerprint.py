@@ -15,8 +15,8 @@ import hashlib
 import json
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -46,13 +46,12 @@ class Match(Enum):
     UNKNOWN = "nothing to compare: no fingerprint, other layers, or weights without plain values"
 
 
-@dataclass(frozen=True)
-class Fingerprint:
+class Fingerprint(NamedTuple):
     """What a base model is known by, as far as one adapter's targets go.
 
     Attributes:
         architecture: name of the model's class.
-        count: how many targets there are.
+        target_count: how many targets there are.
         targets: hash of the targets' paths, and of the shapes of the weights that are sampled.
         quantization: class of a quantised target; None where there is none.
         samples: (layers, 8) in float32, of the targets in the order of their paths; a row of NaN where a weight has no
@@ -61,7 +60,7 @@ class Fingerprint:
     """
 
     architecture: str
-    count: int
+    target_count: int
     targets: str
     quantization: str | None
     samples: torch.Tensor
@@ -73,7 +72,7 @@ class Fingerprint:
         fields = {
             "version": _VERSION,
             "architecture": self.architecture,
-            "count": self.count,
+            "count": self.target_count,
             "targets": self.targets,
             "quantization": self.quantization,
             "samples": base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode(),
@@ -82,11 +81,10 @@ class Fingerprint:
 
     def __str__(self) -> str:
         quantised = f", quantised as {self.quantization}" if self.quantization else ""
-        return f"a {self.architecture} ({self.count} targets{quantised})"
+        return f"a {self.architecture} ({self.target_count} targets{quantised})"
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(NamedTuple):
     """How a base compares with a fingerprint.
 
     Attributes:

@@ -8,8 +8,7 @@ import time
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import nn
@@ -44,8 +43,7 @@ logger = logging.getLogger("splice")
 LoadResult = namedtuple("LoadResult", ["missing_keys", "unexpected_keys"])
 
 
-@dataclass(frozen=True)
-class Loaded:
+class Loaded(NamedTuple):
     """A finished load."""
 
     # What the caller gets: keys without a tensor, and names without a place; both empty unless strictness was waived.
@@ -163,7 +161,7 @@ def _planned(
         found = fitted_resized(tuner, found, undo, fit_again)
     # First what names and shapes tell. Tensors are read for comparison only where the checkpoint fits.
     plan = refuse_or_warn(found, tuner.model, wanted().method, options)
-    found = replace(found, plan=plan)
+    found = found._replace(plan=plan)
     check_base_copies(found, found.checkpoint.weights)
     check_repeated(found, found.checkpoint.weights)
     return found

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True)
-class LoadOptions:
+class LoadOptions(NamedTuple):
     """The arguments of `PeftModel.from_pretrained` and `load_adapter` that a load looks at.
 
     Attributes:
@@ -30,8 +27,8 @@ class LoadOptions:
     key_mapping: Mapping[str, str] | None
     strict: bool
     # Of any type: most of them are passed on to the download as they came.
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    started: float = field(default_factory=time.perf_counter)
+    extra: Mapping[str, Any]
+    started: float
 
     @property
     def ignores_sizes(self) -> bool:

@@ -7,7 +7,7 @@ memory or changes the model; both work on a model on the `meta` device. Whoever 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import nn
@@ -42,8 +42,7 @@ class Mismatch(NamedTuple):
     needed: str
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """What one adapter consists of on one model, and which tensor of a checkpoint becomes which part of it.
 
     Attributes:
@@ -60,13 +59,13 @@ class Plan:
     """
 
     placements: tuple[Placement, ...]
-    followers: tuple[Placement, ...] = ()
-    resolved: Mapping[str, object] = field(default_factory=dict)
+    followers: tuple[Placement, ...]
+    resolved: Mapping[str, object]
     # The layers and not their weights: whoever trains or shards the base may put another Parameter in the place of one.
-    base_copies: Mapping[str, nn.Module] = field(default_factory=dict)
-    repeated: Mapping[str, Repeated] = field(default_factory=dict)
-    redundant: frozenset[str] = frozenset()
-    sources: Mapping[str, str] = field(default_factory=dict)
+    base_copies: Mapping[str, nn.Module]
+    repeated: Mapping[str, Repeated]
+    redundant: frozenset[str]
+    sources: Mapping[str, str]
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     mismatched: tuple[Mismatch, ...] = ()
@@ -110,7 +109,7 @@ def fit(plan: Plan, checkpoint: Checkpoint) -> Plan:
                 sources[key] = names[key]
     mismatched += [*_misshapen_base_copies(plan, entries), *_misshapen_repeats(plan, entries, sources)]
     unexpected = tuple(name for name in entries if name not in known)
-    return replace(plan, sources=sources, missing=tuple(missing), unexpected=unexpected, mismatched=tuple(mismatched))
+    return plan._replace(sources=sources, missing=tuple(missing), unexpected=unexpected, mismatched=tuple(mismatched))
 
 
 def _misshapen_base_copies(plan: Plan, entries: Mapping[str, Entry]) -> Iterator[Mismatch]:
@@ -159,7 +158,7 @@ def plan_of_present(tuner: Tuner, name: str) -> Plan:
     now = [_as_it_is(placement, placed[placement.path]) for placement in plan.placements]
     # A new plan for each load would be as much work as laying one out; nearly always the kept one is right as it is.
     changed = any(one is not other for one, other in zip(now, plan.placements))
-    return replace(plan, placements=tuple(now)) if changed else plan
+    return plan._replace(placements=tuple(now)) if changed else plan
 
 
 def _as_it_is(placement: Placement, layer: AdapterLayer) -> Placement:
@@ -172,8 +171,7 @@ def _as_it_is(placement: Placement, layer: AdapterLayer) -> Placement:
     return replace(placement, slots=changed)
 
 
-@dataclass(frozen=True)
-class Fitted:
+class Fitted(NamedTuple):
     """A plan, the checkpoint and the config that it is for, and what was read in another way than it is written.
 
     Attributes:

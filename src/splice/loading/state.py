@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,8 @@ def set_peft_model_state_dict(
     # Below a network alone names begin with its own modules; the grammar has them behind its prefix.
     names = {name if prefix or name.startswith(PREFIX) else PREFIX + name: name for name in peft_model_state_dict}
     # Never strict, as in the reference: trainers put parts of a state dict back.
-    options = LoadOptions(
-        adapter_name, False, True, False, None, strict=False, extra={"ignore_mismatched_sizes": ignore_mismatched_sizes}
-    )
+    asked = {"ignore_mismatched_sizes": ignore_mismatched_sizes}
+    options = LoadOptions(adapter_name, False, True, False, None, False, asked, time.perf_counter())
     checkpoint = Checkpoint(tuner.peft_config[adapter_name], given, names)
     undo = Undo(tuner)
     try:

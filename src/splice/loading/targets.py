@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 
 from torch import nn
 
@@ -34,7 +33,7 @@ def resolved_rule(
         known_as = model_type(network)
         if known_as not in method.default_targets:
             if method.find_targets is not None:
-                return replace(rule, target_modules=method.find_targets(network, modules))
+                return rule._replace(target_modules=method.find_targets(network, modules))
             if rule.target_parameters:
                 return rule
             raise ValueError(
@@ -42,9 +41,9 @@ def resolved_rule(
                 f"model_type {known_as!r}."
             )
         targets = method.default_targets[known_as]
-        return replace(rule, target_modules=targets if isinstance(targets, str) else set(targets))
+        return rule._replace(target_modules=targets if isinstance(targets, str) else set(targets))
     if isinstance(rule.target_modules, str) and rule.target_modules.lower() == ALL_LINEAR:
-        return replace(rule, target_modules=_all_linear(config, network, modules))
+        return rule._replace(target_modules=_all_linear(config, network, modules))
     return rule
 
 

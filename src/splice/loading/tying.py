@@ -6,7 +6,7 @@ one. It does where the config says so (`ensure_weight_tying`), and always where 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -18,8 +18,7 @@ from splice.kinds.layer import AdapterLayer
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 
 
-@dataclass(frozen=True)
-class Tying:
+class Tying(NamedTuple):
     """What the tied layers of a base mean for one adapter.
 
     Attributes:
@@ -28,7 +27,7 @@ class Tying:
         whole: whether they follow the copy of the input embeddings (`modules_to_save`).
     """
 
-    embeddings: InputEmbeddings = field(default_factory=InputEmbeddings)
+    embeddings: InputEmbeddings = InputEmbeddings()
     targets: bool = False
     whole: bool = False
 

@@ -8,8 +8,7 @@ it was put on the model, and only the names of the checkpoint are still open. Al
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import nn
 
@@ -69,8 +68,7 @@ class Wanted(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class NewAdapter:
+class NewAdapter(NamedTuple):
     """An adapter that is made by the load; the fields are those of `Wanted`."""
 
     # The base model.
@@ -108,8 +106,7 @@ class NewAdapter:
         return plan.fits
 
 
-@dataclass(frozen=True)
-class PresentAdapter:
+class PresentAdapter(NamedTuple):
     """An adapter that is on the model and keeps its config, its layers and its tensors as objects."""
 
     # The base model.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import ClassVar
 
 from splice.config import PeftConfig, TargetRule
@@ -67,7 +66,7 @@ class Targeted(PeftConfig):
             self.target_parameters,
         )
         by_pattern = isinstance(rule.target_modules, str)
-        return dataclasses.replace(rule, layers_to_transform=None, layers_pattern=None) if by_pattern else rule
+        return rule._replace(layers_to_transform=None, layers_pattern=None) if by_pattern else rule
 
     def trained_biases(self) -> str:
         return self.bias

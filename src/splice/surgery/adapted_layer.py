@@ -99,16 +99,16 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
         if together:
             y, written = add_products(y, x, together), True
         for layer, group in single:
-            base_rows = y[group.index]
+            base_rows = y[group.indices]
             reuse = layer.keeps_input and not layer.shows
             # Otherwise the base is called again, for these rows: the adapter changes what goes into it.
             inner: Forward = (lambda _, kept=base_rows: kept) if reuse else run
             if not written:  # what the base gave may be its input, or kept for a backward
                 y, written = y.clone(), True
             shown = self._showing(layer, inner) if layer.shows else inner
-            wrapped = layer.wrapped_for(shown, group.index)
+            wrapped = layer.wrapped_for(shown, group.indices)
             wrapped = called_through(layer, wrapped) if host.hooked else wrapped
-            y[group.index] = wrapped(x[group.index]).to(y.dtype)
+            y[group.indices] = wrapped(x[group.indices]).to(y.dtype)
         return y
 
     @classmethod

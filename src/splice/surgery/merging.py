@@ -7,8 +7,7 @@ parameter that is shared with another module (tied embeddings) is left alone the
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -26,8 +25,7 @@ from splice.kinds.layer import AdapterLayer
 from splice.selection import Selection
 
 
-@dataclass(frozen=True)
-class Merged:
+class Merged(NamedTuple):
     """The new tensors of one layer, worked out and not yet in it."""
 
     # The layer's host.

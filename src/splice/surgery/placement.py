@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -69,8 +70,7 @@ class Placement:
         return torch.float32 if own in HALVES and (autocast or own.itemsize == 1) else own
 
 
-@dataclass(frozen=True)
-class Built:
+class Built(NamedTuple):
     """An adapter layer that is finished and not yet attached."""
 
     # What it was built from.

@@ -84,14 +84,14 @@ def _add_rows(ys: torch.Tensor, xs: torch.Tensor, part: Part) -> None:
         row = group.rows[0]
         ys[row] = _added(ys[row], xs[row], factors)
     else:
-        before = ys.index_select(0, group.index)
-        flat = _added(before.flatten(0, 1), xs.index_select(0, group.index).flatten(0, 1), factors)
-        ys.index_copy_(0, group.index, flat.view(before.shape))
+        before = ys.index_select(0, group.indices)
+        flat = _added(before.flatten(0, 1), xs.index_select(0, group.indices).flatten(0, 1), factors)
+        ys.index_copy_(0, group.indices, flat.view(before.shape))
 
 
 def _add_sorted(y: torch.Tensor, x: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
     """The same in a way that can be differentiated: rows are sorted by adapter, and nothing is changed in place."""
-    order = torch.cat([group.index for _, group in parts])
+    order = torch.cat([group.indices for _, group in parts])
     xs, ys = x.index_select(0, order), y.index_select(0, order)
     inputs, outputs = xs.view(-1, xs.shape[-1]), ys.view(-1, ys.shape[-1])
     sizes = [len(group.rows) * (len(inputs) // len(xs)) for _, group in parts]
@@ -111,7 +111,7 @@ def _added(y: torch.Tensor, x: torch.Tensor, factors: Factors) -> torch.Tensor:
 def _add_stacked(y: torch.Tensor, x: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
     """Parts of one rank and one number of rows: two batched products for all of them."""
     count, (first, group) = len(parts), parts[0]
-    index = group.index if count == 1 else torch.cat([group.index for _, group in parts])
+    index = group.indices if count == 1 else torch.cat([group.indices for _, group in parts])
     # a: (parts, r, in), b: (parts, out, r)
     a, b = torch.stack([factors.a for factors, _ in parts]), torch.stack([factors.b for factors, _ in parts])
     scales = [factors.scale for factors, _ in parts]

@@ -22,7 +22,7 @@ from splice.kinds.layer import AdapterLayer
 from splice.surgery.generated import Generated, generated
 
 
-@dataclass
+@dataclass(eq=False)
 class Guard:
     """What a parent carries while layers below it are adapted.
 

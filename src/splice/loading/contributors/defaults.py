@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from splice.config import copy_config
 from splice.loading.contributors.draft import Draft
 from splice.loading.targets import default_modules, resolved_rule
@@ -24,5 +22,5 @@ def defaults(draft: Draft) -> None:
             draft.resolved.update(further)
     # Into the rule and not the config: not every config has a field for them.
     if draft.heads:
-        rule = replace(rule, modules_to_save=list(dict.fromkeys([*(rule.modules_to_save or ()), *draft.heads])))
+        rule = rule._replace(modules_to_save=list(dict.fromkeys([*(rule.modules_to_save or ()), *draft.heads])))
     draft.rule = rule

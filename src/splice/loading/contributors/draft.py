@@ -15,7 +15,7 @@ from splice.loading.tying import Tying
 from splice.surgery.placement import Placement
 
 
-@dataclass
+@dataclass(eq=False)
 class Draft:
     """What is asked for, and what has been found so far. The plan that comes of it is frozen, so this one need not be.
 
@@ -74,6 +74,7 @@ class Draft:
             self.base_copies,
             self.repeated,
             self.redundant,
+            {},
         )
 
 

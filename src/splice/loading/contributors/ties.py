@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import replace
 
 from splice.base.embeddings import InputEmbeddings, input_embeddings
 from splice.errors import warn
@@ -31,10 +30,10 @@ def ties(draft: Draft) -> None:
         draft.tied = Tying(embeddings)
         return
     if targeted:
-        rule = replace(rule, target_modules=_with_embeddings(rule.target_modules, embeddings))
+        rule = rule._replace(target_modules=_with_embeddings(rule.target_modules, embeddings))
     if whole:
         kept = [e for e in saved if not (e.rpartition(".")[2] in EMBEDDING_NAMES and _ends(embeddings.tied, e))]
-        rule = replace(rule, modules_to_save=list(dict.fromkeys([*kept, embeddings.path])))
+        rule = rule._replace(modules_to_save=list(dict.fromkeys([*kept, embeddings.path])))
     draft.rule, draft.tied = rule, Tying(embeddings, targeted, whole)
 
 

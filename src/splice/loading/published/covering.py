@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import cast
+from typing import NamedTuple, cast
 
 from torch import nn
 
@@ -19,8 +18,7 @@ from splice.loading.report import grouped
 from splice.loading.targets import resolved_rule, select_parameters
 
 
-@dataclass(frozen=True)
-class Cover:
+class Cover(NamedTuple):
     """What the config selects and the checkpoint lacks, and the other way round.
 
     Attributes:
@@ -96,7 +94,7 @@ def _rule(method: Method, config: PeftConfig, network: nn.Module, modules: Mappi
     try:
         return resolved_rule(method, config, network, modules)
     except (ValueError, PeftError):  # no targets in the config and no default for this model: the file says which
-        return replace(config.target_rule(), target_modules=set())
+        return config.target_rule()._replace(target_modules=set())
 
 
 def _unnamed(rule: TargetRule, move: Move) -> list[str]:

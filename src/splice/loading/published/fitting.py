@@ -8,7 +8,7 @@ an adapter that is there may be given some of its tensors, if the caller says so
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from splice.checkpoint.foreign import foreign_names
 from splice.checkpoint.header import Entry
@@ -52,7 +52,7 @@ def fitted(wanted: Wanted, checkpoint: Checkpoint, config: PeftConfig) -> Fitted
     return mender.mend(plan) or Fitted(plan, checkpoint, config, hints=tuple(mender.hints))
 
 
-@dataclass
+@dataclass(eq=False)
 class _Mender:
     """One checkpoint that does not fit as it is."""
 
@@ -118,14 +118,14 @@ class _Mender:
             return None
         self.notes += cover.notes
         found = self._tried(explicit(config, move, wanted.modules, cover.rule), names)
-        return None if found is None else replace(found, warnings=cover.left_out)
+        return None if found is None else found._replace(warnings=cover.left_out)
 
     def _tried(self, config: PeftConfig, names: dict[str, str]) -> Fitted | None:
         """The fit of the checkpoint under these names; None where that is not good enough to be followed."""
         if len(names) < len(self.checkpoint.names):  # two tensors would have one name
             return None
         own = {name: self.checkpoint.names[given] for name, given in names.items()}
-        checkpoint = replace(self.checkpoint, names=own)
+        checkpoint = self.checkpoint._replace(names=own)
         plan = self._plan(config, checkpoint)
         if plan is None or not self.wanted.is_served_by(plan):
             return None

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
 from itertools import product
+from typing import NamedTuple
 
 from torch import nn
 
@@ -19,8 +19,7 @@ from splice.base.conversions import renaming_of
 Fits = Callable[[str, str], bool]
 
 
-@dataclass(frozen=True)
-class Move:
+class Move(NamedTuple):
     """Paths in the checkpoint -> paths in the network.
 
     Attributes:

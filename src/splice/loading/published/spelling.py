@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from splice.checkpoint.keys import PREFIX, SHORT_PREFIX
@@ -21,8 +20,7 @@ _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 _PROMPT = re.compile(r"(base_model\.)?prompt_encoder(\.[^.]+)?\.embedding\.weight")
 
 
-@dataclass(frozen=True)
-class Spelled:
+class Spelled(NamedTuple):
     """Names as they were meant.
 
     Attributes:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from dataclasses import dataclass, replace
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import nn
@@ -31,8 +30,7 @@ class _Resizable(Protocol):
     def resize_token_embeddings(self, new_num_tokens: int, /) -> object: ...
 
 
-@dataclass(frozen=True)
-class Resize:
+class Resize(NamedTuple):
     """Another vocabulary in the checkpoint than in the base.
 
     Attributes:
@@ -146,7 +144,7 @@ def fitted_resized(tuner: Tuner, found: Fitted, undo: Undo, again: Callable[[], 
         return found
     reason = _why_not(tuner, resize)
     if reason is not None:
-        return replace(found, hints=(*found.hints, reason))
+        return found._replace(hints=(*found.hints, reason))
     undo.at_last(_memory_of(undo.modules))
     # transformers draws the new rows; the caller's random numbers go on as if it had not.
     with torch.random.fork_rng(devices=[]):
@@ -156,7 +154,7 @@ def fitted_resized(tuner: Tuner, found: Fitted, undo: Undo, again: Callable[[], 
     found = again()
     note = f"the base's vocabulary was resized from {resize.present} to {resize.size} tokens"
     warnings = (*found.warnings, *_not_in(made_up, resize, found.plan))
-    return replace(found, notes=(note, *found.notes), warnings=warnings)
+    return found._replace(notes=(note, *found.notes), warnings=warnings)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -25,8 +25,7 @@ _PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 TYPES = ("cat", "linear", "svd", *_PRUNING, *(f"{name}_svd" for name in _PRUNING))
 
 
-@dataclass(frozen=True)
-class _Part:
+class _Part(NamedTuple):
     """One adapter on one layer: its factors as matrices (r, in) and (out, r), its scale and its weight."""
 
     # A, (r, in).

@@ -11,12 +11,10 @@ one update of the ranks' sum. This file is about the configs; `stacked.py` joins
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from torch import nn
 
@@ -27,8 +25,7 @@ from splice.kinds.matching import ALL_LINEAR, TargetMatcher, matching_parameters
 from splice.methods.lora.config import LoraConfig
 
 
-@dataclass(frozen=True)
-class Stack:
+class Stack(NamedTuple):
     """One parameter of stacked experts: the path of its module, its name, what its parts were called, (experts, out, in)."""
 
     # Path of the module that holds the parameter.
@@ -44,8 +41,7 @@ class Stack:
         return f"{self.owner}.{self.name}"
 
 
-@dataclass(frozen=True)
-class Experts:
+class Experts(NamedTuple):
     """The stacked experts of a network.
 
     Attributes:
@@ -131,7 +127,7 @@ def _selected(config: LoraConfig, experts: Experts) -> tuple[dict[Stack, tuple[s
     if not isinstance(rule.target_modules, str):
         # A name may say where the layer was: `block_sparse_moe.gate`.
         names = {experts.rename("." + name)[1:] for name in rule.target_modules or ()}
-        rule = dataclasses.replace(rule, target_modules=names)
+        rule = rule._replace(target_modules=names)
     matcher = TargetMatcher(rule)
 
     def means(path: str) -> bool:

@@ -7,7 +7,6 @@ that comes i-th among the enabled ones gets `B_i A_i`. That is a plain LoRA of r
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
@@ -54,7 +53,7 @@ def as_plain(
     rank = parts * config.r
     plain = copy_config(config, r=rank, lora_alpha=parts * config.lora_alpha)
     note = f"merged-linear LoRA of rank {config.r} on parts {enabled} of each layer: read as plain LoRA of rank {rank}"
-    return Reading(dataclasses.replace(checkpoint, weights=Unmerged(checkpoint.weights, enabled)), plain, (note,))
+    return Reading(checkpoint._replace(weights=Unmerged(checkpoint.weights, enabled)), plain, (note,))
 
 
 def _plain_entry(entry: Entry, enabled: Sequence[bool]) -> Entry:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -26,8 +26,7 @@ from splice.kinds.slot import Slot
 from splice.methods.lora.config import LoraConfig
 
 
-@dataclass(frozen=True)
-class _Target:
+class _Target(NamedTuple):
     """One parameter of a module: its name, the front of its tensors' names, its geometry."""
 
     # Name of the parameter in its module.

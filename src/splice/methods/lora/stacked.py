@@ -6,10 +6,9 @@ of one expert behind one another, in B (out, rank * experts) the columns of one 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -23,8 +22,7 @@ from splice.methods.lora.config import TENSOR_NAMES, LoraConfig
 from splice.methods.lora.experts import Stack, experts_of, joined_values, part_values, restated, scale_of
 
 
-@dataclass(frozen=True)
-class _Part:
+class _Part(NamedTuple):
     """The tensors of one part for every expert, by their names in the file; `scale` is relative to the stack's."""
 
     # Names of the tensors A, one for each expert.
@@ -37,8 +35,7 @@ class _Part:
     scale: float
 
 
-@dataclass(frozen=True)
-class _Joined:
+class _Joined(NamedTuple):
     """A stack's pair of tensors, made of those of its parts; None for a part that was not adapted."""
 
     # The parameter that the pair is for.
@@ -147,7 +144,7 @@ def as_stacked(
         notes.insert(
             0, f"the experts' layers ({shown}) are stacked parameters in this model: their tensors were joined"
         )
-    return Reading(dataclasses.replace(checkpoint, weights=weights, names=names), changed, tuple(notes))
+    return Reading(checkpoint._replace(weights=weights, names=names), changed, tuple(notes))
 
 
 def _joined(

@@ -64,7 +64,7 @@ class PromptHead(WholeModule):
     names = CopyNames("modules_to_save", "original_module.", prefix=SHORT_PREFIX)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PromptNames(Names):
     """Of virtual tokens: a checkpoint has their table under one name, and all else beside the network's paths."""
 
@@ -289,7 +289,7 @@ def prompt_of_rows(layers: Mapping[str, Effect], rows: Rows, main: torch.Tensor)
     for group in rows.groups(main.shape[0], main.device):
         layer = layers[group.name]
         assert isinstance(layer, PromptLayer)
-        parts.append((layer, group.index))
+        parts.append((layer, group.indices))
     if not parts:
         return None
     count = max(layer.count for layer, _ in parts)
