@@ -8,6 +8,7 @@ import io
 import re
 import sys
 import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +98,33 @@ def test_packages_hold_no_logic(path: Path) -> None:
     if path.parent != SRC:  # the table of public names
         assert len(body) == 1
         assert isinstance(body[0], ast.Expr), "a docstring that says what may enter"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))
+def test_every_field_of_a_record_is_described(path: Path) -> None:
+    """By a comment above it, or by name in the docstring of its class: of dataclasses, named tuples and configs."""
+    text = path.read_text(encoding="utf-8")
+    assert [f"{record}.{name}" for record, name in undescribed_fields(text)] == []
+
+
+def test_a_field_that_nothing_describes_is_found() -> None:
+    text = 'class A(NamedTuple):\n    """\n    Attributes:\n        b: one.\n    """\n\n    b: int\n    # Two.\n    c: int\n    d: int\n'
+    assert list(undescribed_fields(text)) == [("A", "d")]
+
+
+def undescribed_fields(text: str) -> Iterator[tuple[str, str]]:
+    lines = text.splitlines()
+    for record in ast.walk(ast.parse(text)):
+        if not isinstance(record, ast.ClassDef) or not is_record(record):
+            continue
+        said = ast.get_docstring(record) or ""
+        for field in record.body:
+            if isinstance(field, ast.AnnAssign) and "ClassVar" not in ast.unparse(field.annotation):
+                name = ast.unparse(field.target)
+                if not lines[field.lineno - 2].strip().startswith("#") and f"{name}:" not in said:
+                    yield record.name, name
+
+
+def is_record(record: ast.ClassDef) -> bool:
+    decorators = [ast.unparse(decorator) for decorator in record.decorator_list]
+    return "NamedTuple" in map(ast.unparse, record.bases) or any(d.startswith("dataclass") for d in decorators)

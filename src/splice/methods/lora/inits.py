@@ -31,8 +31,11 @@ LOFTQ = "loftq"
 class Taken(NamedTuple):
     """What is taken out of a weight: `scale * b a`, with a (r, in) and b (out, r)."""
 
+    # A, the inner factor, (r, in).
     a: torch.Tensor
+    # B, the outer factor, (out, r).
     b: torch.Tensor
+    # What their product is multiplied with, as the adapter's own is.
     scale: float
 
 
