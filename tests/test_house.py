@@ -108,7 +108,7 @@ def test_every_field_of_a_record_is_described(path: Path) -> None:
 
 
 def test_a_field_that_nothing_describes_is_found() -> None:
-    text = 'class A(NamedTuple):\n    """\n    Attributes:\n        b: one.\n    """\n\n    b: int\n    # Two.\n    c: int\n    d: int\n'
+    text = 'class A(NamedTuple):\n    "b: one."\n\n    b: int\n    # Two.\n    c: int\n    d: int\n'
     assert list(undescribed_fields(text)) == [("A", "d")]
 
 
