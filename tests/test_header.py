@@ -287,9 +287,25 @@ def test_safetensors_refuses_it_too(what: str, file: Path) -> None:
         theirs(file)
 
 
-def test_a_name_twice_is_refused(file: Path) -> None:
+# Twice the same name, and what might make up for the missing pair in a count of pairs.
+TWICE = {
+    "plain": b'{"a":%b,"a":%b}',
+    "a colon in a name": b'{"__metadata__":{"b:c":"1"},"a":%b,"a":%b}',
+    "a colon in a value": b'{"__metadata__":{"b":"::::"},"a":%b,"a":%b}',
+    "an escaped colon": b'{"__metadata__":{"b":"\\u003a\\u003A"},"a":%b,"a":%b}',
+    "a colon with spaces before it": b'{"__metadata__" : {"b" :"1"},"a" \t\n:%b,"a":%b}',
+    "in the metadata": b'{"__metadata__":{"a":"1","a":"::::"},"b":%b,"c":%b}',
+    "by another spelling": b'{"\\u0061":%b,"a":%b}',
+    "a field more": b'{"a":{"x":{"y":1},"z":2,"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":%b,"c":%b}',
+}
+
+
+@pytest.mark.parametrize("header", TWICE.values(), ids=TWICE)
+def test_a_name_twice_is_refused(header: bytes, file: Path) -> None:
     """safetensors takes the last one."""
-    file.write_bytes(file_of(b'{"a":%b,"a":%b}' % ((json.dumps(ONE).encode(),) * 2), b"1234"))
+    last = b"1234" if header.count(b"%b") == 2 and b'"c"' not in header else b"12345678"
+    second = json.dumps(entry(0, 4) if len(last) == 4 else entry(4, 8)).encode()
+    file.write_bytes(file_of(header % (json.dumps(entry(0, 4)).encode(), second), last))
     with pytest.raises(CheckpointError, match=r"names \['a'\] twice"):
         ours(file)
 

@@ -68,8 +68,10 @@ def can_resize_vocabulary(network: nn.Module) -> bool:
 
 def uses_checkpointing(modules: Iterable[nn.Module]) -> bool:
     """Whether one of `modules` recomputes its forward during the backward (gradient checkpointing)."""
-    # transformers sets a flag on each module that can; the network's own `is_gradient_checkpointing` only sums them up.
-    return any(getattr(module, "gradient_checkpointing", False) for module in modules)
+    # transformers sets a flag on each module that can, or on its class; the network's own `is_gradient_checkpointing` only
+    # sums them up. Not asked of the module with a default: most have none, and torch takes long to find that out.
+    flag = "gradient_checkpointing"
+    return any(vars(module).get(flag, getattr(type(module), flag, False)) for module in modules)
 
 
 def backbone_path(network: nn.Module) -> str:

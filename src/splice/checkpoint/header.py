@@ -6,6 +6,9 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Mapping
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
@@ -104,17 +107,32 @@ def _what_it_is(path: Path, start: bytes, size: int, error: Exception) -> str:
 
 def _parse(raw: bytes, path: Path) -> tuple[dict[str, _Stored], dict[str, str]]:
     # JSON lets a name come twice, and the last one wins in silence: one of the two tensors would be lost.
-    def no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = sorted({name for name in names if names.count(name) > 1})
-            raise CheckpointError(f"{path}: the header names {twice} twice")
-        return result
-
-    fields = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
+    text = raw.decode("utf-8")
+    fields = json.loads(text)
+    if not _names_come_once(raw, fields):
+        fields = json.loads(text, object_pairs_hook=partial(_without_duplicates, path))
     metadata = fields.pop("__metadata__", None)
     return fields, metadata or {}
+
+
+def _names_come_once(raw: bytes, fields: Mapping[str, Mapping[str, object]]) -> bool:
+    """Whether it is plain that no name in `raw` comes twice; only where this is False have they to be looked at one by one.
+
+    Each pair has one colon, and each colon that is in no string belongs to one pair: of two pairs with one name, `fields`
+    would have one too few. Looking at every pair as it is parsed costs half as much as the parsing itself.
+    """
+    strings = [*fields, *chain.from_iterable((fields.get("__metadata__") or {}).items())]
+    pairs = len(fields) + sum(len(value or ()) for value in fields.values())
+    return b"\\u003" not in raw and raw.count(b":") == pairs + "".join(map(str, strings)).count(":")
+
+
+def _without_duplicates(path: Path, pairs: list[tuple[str, object]]) -> dict[str, object]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise CheckpointError(f"{path}: the header names {twice} twice")
+    return result
 
 
 def _entry(name: str, value: _Stored, data_start: int, path: Path) -> Entry:
