@@ -181,7 +181,7 @@ def _container(home: Home, path: str, training: bool, base: nn.Module) -> Contai
         )
     if container is None:
         container = Container()
-        container.training = training
+        container.__dict__["training"] = training
         if not parents:
             home.added[last] = container
         modules[last] = container
