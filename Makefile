@@ -5,7 +5,7 @@ BIN := .venv/bin
 JOBS ?= auto
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-slow check format bench docs clean
+.PHONY: demo test test-slow check format bench bench-gpu docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/skills/demo.py
@@ -27,6 +27,10 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks
+
+# On a machine with a CUDA GPU, whose own Python has torch and the rest: nothing is installed. BENCH=--dry runs it on a CPU.
+bench-gpu:
+	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu $(BENCH)
 
 docs: $(INSTALLED)
 	$(BIN)/python docs/generate.py

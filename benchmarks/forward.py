@@ -16,7 +16,7 @@ from benchmarks.models import LIBRARIES, LLAMA_TARGETS, REFERENCE, SPLICE, linea
 from benchmarks.report import Row, row
 
 Call = Callable[[], torch.Tensor]
-_BASE = "base"
+BASE = "base"
 _REPEATS = 4
 
 
@@ -26,13 +26,13 @@ def decode_rows(settings: Settings) -> Iterator[Row]:
     base = linears(count, width, settings.device)
     checkpoint = write_checkpoint(base, settings.folder / "decode", [str(i) for i in range(count)], rank=16)
     x = torch.randn(1, 1, width, device=settings.device)
-    calls: dict[str, Call] = {_BASE: partial(base, x)}
+    calls: dict[str, Call] = {BASE: partial(base, x)}
     for library in LIBRARIES:
         calls[library] = partial(load(library, copy.deepcopy(base), checkpoint), x)
     with one_thread():
-        added = _added(calls, settings.device, rounds=settings.pick(200, 3))
-    reference, ours = (added[library] / count * 1e6 for library in LIBRARIES)
-    yield row(f"decode step, added by each adapted linear ({width}x{width})", reference, ours, "us").at_least(2)
+        more = added(calls, settings.device, rounds=settings.pick(200, 3))
+    reference, ours = (more[library] / count * 1e6 for library in LIBRARIES)
+    yield row(f"decode step, added by each adapted linear ({width}x{width})", reference, ours, "us").at_least(2.5)
 
 
 def mixed_rows(settings: Settings) -> Iterator[Row]:
@@ -42,34 +42,34 @@ def mixed_rows(settings: Settings) -> Iterator[Row]:
     checkpoint = write_checkpoint(base, settings.folder / "mixed", LLAMA_TARGETS, rank=16)
     names = [f"adapter-{number}" for number in range(count)]
     ids = torch.arange(count, device=settings.device).unsqueeze(1)
-    calls: dict[str, Call] = {_BASE: partial(_logits, base, ids)}
+    calls: dict[str, Call] = {BASE: partial(logits_of, base, ids)}
     for library in LIBRARIES:
-        model = _with_adapters(library, base, checkpoint, names)
-        calls[library] = partial(_logits, model, ids, adapter_names=names)
-    added = _added(calls, settings.device, rounds=settings.pick(50, 3))
+        model = with_adapters(library, base, checkpoint, names)
+        calls[library] = partial(logits_of, model, ids, adapter_names=names)
+    more = added(calls, settings.device, rounds=settings.pick(50, 3))
     what = f"mixed batch, {count} rows, {count} adapters, added in all"
-    yield row(what, added[REFERENCE] * 1e3, added[SPLICE] * 1e3, "ms").at_least(4)
+    yield row(what, more[REFERENCE] * 1e3, more[SPLICE] * 1e3, "ms").at_least(5)
 
 
-def _with_adapters(library: str, base: nn.Module, checkpoint: Path, names: list[str]) -> nn.Module:
+def with_adapters(library: str, base: nn.Module, checkpoint: Path, names: list[str]) -> nn.Module:
     model: Any = load(library, copy.deepcopy(base), checkpoint, adapter_name=names[0])
     for name in names[1:]:
         model.load_adapter(checkpoint, adapter_name=name)
     return model  # type: ignore[no-any-return]
 
 
-def _logits(model: nn.Module, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+def logits_of(model: nn.Module, ids: torch.Tensor, **options: Any) -> torch.Tensor:
     logits: torch.Tensor = model(input_ids=ids, use_cache=False, **options).logits
     return logits
 
 
 @torch.inference_mode()
-def _added(calls: Mapping[str, Call], device: torch.device, rounds: int) -> dict[str, float]:
+def added(calls: Mapping[str, Call], device: torch.device, rounds: int, tolerance: float = 1e-4) -> dict[str, float]:
     """Seconds that each library adds to the base's own.
 
     Raises:
         AssertionError: the libraries disagree. What computes something else may be as fast as it likes.
     """
-    torch.testing.assert_close(calls[SPLICE](), calls[REFERENCE](), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(calls[SPLICE](), calls[REFERENCE](), rtol=tolerance, atol=tolerance)
     samples = alternate({name: partial(timed, call, device, _REPEATS) for name, call in calls.items()}, rounds)
-    return {library: samples[library].median - samples[_BASE].median for library in LIBRARIES}
+    return {library: samples[library].median - samples[BASE].median for library in LIBRARIES}

@@ -112,5 +112,5 @@ def _load_of(
 
 
 def _compared(what: str, reference: Samples, ours: Samples) -> Iterator[Row]:
-    yield row(what, reference.median * 1e3, ours.median * 1e3, "ms").at_least(10)
+    yield row(what, reference.median * 1e3, ours.median * 1e3, "ms").at_least(12)
     yield row(f"{what}: fastest run", reference.minimum * 1e3, ours.minimum * 1e3, "ms")

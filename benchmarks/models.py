@@ -19,7 +19,7 @@ LIBRARIES = (REFERENCE, SPLICE)
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def llama(layers: int, hidden: int, device: torch.device) -> nn.Module:
+def llama(layers: int, hidden: int, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A Llama of transformers with random weights, in the proportions of the 7B model but for its small vocabulary."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -32,8 +32,9 @@ def llama(layers: int, hidden: int, device: torch.device) -> nn.Module:
         vocab_size=256,
         max_position_embeddings=128,
     )
-    model: nn.Module = LlamaForCausalLM(config)
-    return model.eval().to(device)
+    with device:  # drawn where it stays: a large one takes long on a CPU
+        model: nn.Module = LlamaForCausalLM(config)
+    return model.eval().to(dtype)
 
 
 def linears(count: int, width: int, device: torch.device) -> nn.Module:

@@ -1,0 +1,141 @@
+"""What adapters cost on a GPU, against the reference and against the bytes that must move.
+
+Run it from a checkout, on any machine with a CUDA GPU that has torch, transformers, safetensors and the reference:
+`PYTHONPATH=src python -m benchmarks.gpu`. It takes a few minutes and needs no network. `--dry` runs it small, on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.forward import BASE, Call, added, logits_of, with_adapters
+from benchmarks.measure import Settings, alternate, collect_garbage, timed
+from benchmarks.models import LIBRARIES, LLAMA_TARGETS, REFERENCE, SPLICE, llama, load, write_checkpoint
+from benchmarks.report import Row, header, line, machine, row, write_json
+
+_RANK = 16
+# How far half-precision logits of two orders of summation may lie apart.
+_TOLERANCE = 5e-2
+
+
+def main() -> int:
+    """Run all, print each row as soon as it is known; 2 where there is no GPU."""
+    options = _parser().parse_args()
+    if not options.dry and not torch.cuda.is_available():
+        print("no CUDA GPU here; --dry shows on the CPU that everything works", file=sys.stderr)
+        return 2
+    device = torch.device("cpu" if options.dry else "cuda")
+    warnings.simplefilter("ignore")
+    print(machine(device))
+    if options.dry:
+        print("A dry run shows that everything works; its figures mean nothing.")
+    print(header(), flush=True)
+    found: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="splice-benchmarks-") as folder:
+        for one in rows(Settings(Path(folder), device, options.dry)):
+            found.append(one)
+            print(line(one), flush=True)
+    if options.json:
+        write_json(options.json, found, device)
+    return 0
+
+
+def rows(settings: Settings) -> Iterator[Row]:
+    """A load onto the GPU, a decode step eager and compiled, and batches of which every row has an adapter of its own."""
+    base = llama(settings.pick(8, 1), settings.pick(2048, 64), settings.device, torch.bfloat16)
+    checkpoint = write_checkpoint(base, settings.folder / "adapter", LLAMA_TARGETS, _RANK)
+    targets = sum(name.endswith(LLAMA_TARGETS) for name, _ in base.named_modules())
+    # The file holds what the reference trains: float32, as large in memory.
+    size = (checkpoint / "adapter_model.safetensors").stat().st_size
+    yield from _load_rows(base, checkpoint, size / _speed_of_link(settings), settings)
+    speed = _speed_of_memory(settings)
+    yield from _decode_rows(base, checkpoint, targets, size / speed, settings)
+    count = settings.pick(32, 4)
+    for tokens in (1, settings.pick(64, 2)):
+        yield from _mixed_rows(base, checkpoint, count, tokens, count * size / speed, settings)
+
+
+def _load_rows(base: nn.Module, checkpoint: Path, floor: float, settings: Settings) -> Iterator[Row]:
+    def candidate(library: str) -> float:
+        fresh = copy.deepcopy(base)
+        collect_garbage()
+        return timed(lambda: load(library, fresh, checkpoint), settings.device)
+
+    samples = alternate({library: partial(candidate, library) for library in LIBRARIES}, settings.pick(7, 1))
+    times = {library: samples[library].median for library in LIBRARIES}
+    yield from _compared("from_pretrained onto the GPU", times, 1e3, "ms", floor)
+
+
+def _decode_rows(base: nn.Module, checkpoint: Path, targets: int, floor: float, settings: Settings) -> Iterator[Row]:
+    ids = torch.ones(1, 1, dtype=torch.long, device=settings.device)
+    models: dict[str, Any] = {BASE: base}
+    for library in LIBRARIES:
+        models[library] = load(library, copy.deepcopy(base), checkpoint)
+    eager: dict[str, Call] = {name: partial(logits_of, model, ids) for name, model in models.items()}
+    yield from _added_rows("decode step, eager, for each linear", eager, targets, floor, settings)
+    compiled: dict[str, Call] = {n: partial(logits_of, torch.compile(m), ids) for n, m in models.items()}
+    yield from _added_rows("decode step, compiled, for each linear", compiled, targets, floor, settings)
+
+
+def _mixed_rows(
+    base: nn.Module, checkpoint: Path, count: int, tokens: int, floor: float, settings: Settings
+) -> Iterator[Row]:
+    names = [f"adapter-{number}" for number in range(count)]
+    ids = torch.arange(count * tokens, device=settings.device).view(count, tokens) % 256
+    calls: dict[str, Call] = {BASE: partial(logits_of, base, ids)}
+    for library in LIBRARIES:
+        model = with_adapters(library, base, checkpoint, names)
+        calls[library] = partial(logits_of, model, ids, adapter_names=names)
+    what = f"mixed batch, {count} rows and adapters, {tokens} token{'s' if tokens > 1 else ''} each"
+    yield from _added_rows(what, calls, 1, floor, settings)
+
+
+def _added_rows(what: str, calls: dict[str, Call], parts: int, floor: float, settings: Settings) -> Iterator[Row]:
+    more = added(calls, settings.device, settings.pick(30, 2), _TOLERANCE)
+    yield from _compared(what, {name: seconds / parts for name, seconds in more.items()}, 1e6, "us", floor / parts)
+
+
+def _compared(what: str, times: dict[str, float], factor: float, unit: str, floor: float) -> Iterator[Row]:
+    yield row(what, times[REFERENCE] * factor, times[SPLICE] * factor, unit)
+    yield row("- in times that its bytes take to move once", times[REFERENCE] / floor, times[SPLICE] / floor, "x")
+
+
+def _speed_of_memory(settings: Settings) -> float:
+    """Bytes a second that the device reads: a copy reads each and writes it."""
+    block = torch.empty(settings.pick(2**30, 2**20), dtype=torch.uint8, device=settings.device)
+    return 2 * block.nbytes / _fastest(lambda: block.clone(), settings)
+
+
+def _speed_of_link(settings: Settings) -> float:
+    """Bytes a second from memory that the system may page, as that of a file is, to the device."""
+    block = torch.ones(settings.pick(2**28, 2**20), dtype=torch.uint8)
+    there = torch.empty_like(block, device=settings.device)
+    return block.nbytes / _fastest(lambda: there.copy_(block), settings)
+
+
+def _fastest(call: Callable[[], object], settings: Settings) -> float:
+    return min(timed(call, settings.device) for _ in range(10))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description="splice against the reference on a GPU"
+    )
+    parser.add_argument("--dry", action="store_true", help="small and on the CPU, only to see that everything works")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to a file as well")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
