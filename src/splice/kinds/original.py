@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from splice.base.dense import in_linear_layout
+from splice.base.dense import as_now, in_linear_layout
 from splice.kinds.host import host_of
 
 
@@ -17,7 +17,9 @@ def original_tensor(layer: nn.Module, name: str) -> torch.Tensor | None:
     own, host = layer._parameters[name], host_of(layer)
     if host is None:
         return own
-    return host.displaced[name] if name in host.displaced else host.originals.get(name, own)
+    if name in host.displaced:
+        return host.displaced[name]
+    return own if own is None or name not in host.originals else as_now(host.originals[name], own)
 
 
 def original_weight(layer: nn.Module) -> torch.Tensor:

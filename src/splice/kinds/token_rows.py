@@ -22,7 +22,7 @@ from splice.base.layers import LayerKind, features, kind_of, padding_row
 from splice.config import PeftConfig
 from splice.errors import UnsupportedLayerError
 from splice.kinds.casting import check_values
-from splice.kinds.effect import Effect, Forward
+from splice.kinds.effect import Action, Effect, Forward
 from splice.kinds.file_form import FileForm, Stored
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.names import LayerNames, Place
@@ -57,6 +57,7 @@ class TokenRows(AdapterLayer):
     """The rows (n, dim) of n tokens, on an embedding (vocabulary, dim) or a linear layer with weight (vocabulary, dim)."""
 
     mergeable = True
+    action = Action.OWN_ROWS
     # Of the tensor with the rows.
     suffix: ClassVar[str]
     # Worked out from the indices: which tokens, in order, and the row of each.
