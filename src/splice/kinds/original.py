@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from splice.base.dense import as_now, in_linear_layout
+from splice.base.weight_access import check_readable, computed_weight
 from splice.kinds.host import host_of
 
 
 def original_tensor(layer: nn.Module, name: str) -> torch.Tensor | None:
     """The tensor as the base stores it; the one before the first merge, while adapters are merged."""
-    own, host = layer._parameters[name], host_of(layer)
+    own, host = layer._parameters.get(name), host_of(layer)
     if host is None:
         return own
     if name in host.displaced:
@@ -23,8 +24,16 @@ def original_tensor(layer: nn.Module, name: str) -> torch.Tensor | None:
 
 
 def original_weight(layer: nn.Module) -> torch.Tensor:
-    """The weight, (out, in) if the layer is linear; without a graph."""
+    """The weight, (out, in) if the layer is linear; without a graph.
+
+    Raises:
+        UnsupportedFeatureError: it is stored in a form that cannot be read.
+    """
     weight = original_tensor(layer, "weight")
+    if weight is None:
+        weight = computed_weight(layer)
+    if weight is None or not weight.is_floating_point():
+        check_readable(layer, "", "the method")
     assert weight is not None
     return in_linear_layout(layer, weight.detach())
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from splice.errors import PeftWarning, warn
+from splice.base.weight_access import why_unwritable
+from splice.errors import PeftWarning, UnsupportedFeatureError, warn
 from splice.kinds.effect import Action
 from splice.kinds.host import Host, first_conflict, in_order
 from splice.kinds.layer import AdapterLayer
@@ -90,9 +91,21 @@ def check_mergeable(hosts: Iterable[Host], names: Iterable[str]) -> None:
                 )
             if any(p is not None and p.is_meta for p in host.base._parameters.values()):
                 raise NotImplementedError(f"{what} cannot be merged while the layer's weights are offloaded")
-            lacking = [n for n in adapter.changed_names if host.base._parameters.get(n) is None]
+            _check_writable(host, adapter, what)
+            lacking = [n for n in adapter.changed_names if n != "weight" and host.base._parameters.get(n) is None]
             if lacking:
                 raise RuntimeError(f"{what} changes the {lacking[0]}, and the base layer has none to merge it into")
+
+
+def _check_writable(host: Host, adapter: AdapterLayer, what: str) -> None:
+    for name in adapter.changed_names:
+        reason = (
+            why_unwritable(host.base, name) if name == "weight" or host.base._parameters.get(name) is not None else ""
+        )
+        if reason:
+            raise UnsupportedFeatureError(
+                f"{what} cannot be merged into a {host.original.__name__}: {reason}. It works as it is, without merging."
+            )
 
 
 def _check_reaches_output(host: Host, names: list[str]) -> None:

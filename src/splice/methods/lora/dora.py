@@ -28,6 +28,7 @@ class Dora(LowRank):
     """What DoRA on every kind of layer shares. It stands before the LoRA layer of the kind."""
 
     names = LayerNames(places=MappingProxyType({MAGNITUDE: Place(MAGNITUDE, "weight")}))
+    reads_weight = True
     action = Action.OTHER  # it scales what the one before it gives
     magnitude = Held(MAGNITUDE)
     # Whether the base has a bias, which keeps its size.
