@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterator
 from typing import Protocol, cast
@@ -40,6 +41,24 @@ class CarriedHost(Carried, Protocol):
     def own_forward(self) -> Callable[..., object] | None:
         """The forward that stood on the object itself before it was adapted, where one did."""
         ...
+
+
+class NetworkOf:
+    """The network that a layer is in: not kept alive, and not dragged into a copy of the layer alone."""
+
+    def __init__(self, network: nn.Module | None) -> None:
+        self._found = None if network is None else weakref.ref(network)
+
+    def get(self) -> nn.Module | None:
+        """The network; None where it is not known, as of a layer that was pickled or copied by itself."""
+        return None if self._found is None else self._found()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> NetworkOf:
+        # A network that is being copied is in `memo` before its layers are.
+        return NetworkOf(cast("nn.Module | None", memo.get(id(self.get()))))
+
+    def __reduce__(self) -> tuple[type[NetworkOf], tuple[None]]:
+        return NetworkOf, (None,)
 
 
 def carried(module: nn.Module, mark: str) -> object | None:

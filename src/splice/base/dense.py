@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from splice.base.bare import bare_children
 from splice.base.foreign_models import execution_device
@@ -48,6 +49,40 @@ def added(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     # The other order, the delta cast down and then added, rounds twice.
     wide = torch.promote_types(weight.dtype, delta.dtype)
     return (weight.detach().to(wide) + delta.to(device=weight.device, dtype=wide)).to(weight.dtype)
+
+
+def as_now(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`tensor` on the device and in the dtype of `like`: itself, where they agree."""
+    return tensor.to(device=like.device, dtype=like.dtype)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def exchange(parameter: nn.Parameter, values: torch.Tensor) -> torch.Tensor:
+    """Give `parameter` these values, and hand back those that it had; whoever holds the object sees the new ones.
+
+    `values` belong to the parameter from then on.
+    """
+    # Not in inference mode: values made there would make the parameter one that cannot be trained any more.
+    if values.is_inference() and not parameter.is_inference():
+        values = values.clone()
+    if is_traceable_wrapper_subclass(parameter):
+        # Sharded tensors and their like hold others: `.data` would exchange the shell alone.
+        before = parameter.detach().clone()
+        parameter.copy_(values)
+        return before
+    # Not `copy_`: it needs the memory of a third tensor for what it writes over.
+    before = parameter.data
+    parameter.data = values
+    if not parameter.is_inference():
+        # A backward that began before must not go on with the new values: torch refuses it by this number.
+        torch.autograd.graph.increment_version(parameter)
+    return before
+
+
+def values_of(parameter: nn.Parameter) -> torch.Tensor:
+    """What `exchange` would hand back now."""
+    return parameter.detach().clone() if is_traceable_wrapper_subclass(parameter) else parameter.data
 
 
 def _own_tensors(layer: nn.Module) -> Iterator[torch.Tensor]:

@@ -181,3 +181,16 @@ def accepted_by(function: Callable[..., object], options: Mapping[str, T]) -> di
     """Those of `options` that `function` has parameters for."""
     parameters = inspect.signature(function).parameters
     return {name: value for name, value in options.items() if name in parameters}
+
+
+# -- parameters
+
+# Their parameters hold codes, now or as soon as they are moved, whatever dtype and shape these tell.
+_PACKING_LIBRARIES = frozenset({"bitsandbytes", "torchao"})
+
+
+def holds_codes(parameter: torch.Tensor) -> bool:
+    """Whether `parameter` is of a class of a library that packs weights."""
+    # The data too: some wrap a tensor of a class of their own in a plain parameter.
+    classes = (type(parameter), type(parameter.data))
+    return any(cls.__module__.partition(".")[0] in _PACKING_LIBRARIES for cls in classes)

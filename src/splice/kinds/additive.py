@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from splice.kinds.effect import Forward
+from splice.kinds.effect import Action, Forward
 from splice.kinds.layer import AdapterLayer
 
 
@@ -13,6 +13,7 @@ class Additive(AdapterLayer):
     """The kind `y + scale * delta(dropout(x))`: LoRA and most of its relatives."""
 
     mergeable = True
+    action = Action.ADDS
     # What the update is multiplied with.
     scale: float = 1.0
     # The scale that follows from the config, of layers whose scale scripts may change for a while; None of all others.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from enum import Enum
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
@@ -26,6 +27,16 @@ class Factors(NamedTuple):
     scale: float
 
 
+class Action(Enum):
+    """How an effect stands to others on the same layer: those of one action, but the last, give the same in any order."""
+
+    ADDS = "adds to the output something that the layer's input alone decides"
+    SCALES_INPUT = "multiplies each feature of the input with a number"
+    SCALES_OUTPUT = "multiplies each feature of the output with a number"
+    OWN_ROWS = "puts rows in the place of some of the weight's, never the same as another of this action"
+    OTHER = "anything else, whose place among others matters"
+
+
 class Effect:
     """The effect on a call. A method supplies `around`; the host composes the selected ones."""
 
@@ -33,6 +44,8 @@ class Effect:
     keeps_input: bool = True
     # Of several active adapters the first is the innermost; the first that the input meets where this is True.
     first_outside: ClassVar[bool] = False
+    # What it does, as far as it matters to others beside it.
+    action: Action = Action.OTHER
     # Whether `shown` gives anything. It is asked at every call, so it is a flag and not a method.
     shows: bool = False
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
-from splice.base.bare import HOST
+from splice.base.bare import HOST, NetworkOf
 from splice.kinds.effect import Forward
 from splice.kinds.layer import AdapterLayer
 from splice.selection import LayerSelection, OwnLock, Selection
@@ -42,8 +43,11 @@ class Host:
     reached: bool = False
     # Adapters that are in its weights now, in the order they were merged.
     merged: list[str] = field(default_factory=list)
-    # The base parameters as they were before the first merge, by name; empty while nothing is merged.
-    originals: dict[str, nn.Parameter] = field(default_factory=dict)
+    # The base's tensors as they were before the first merge, by name; empty while nothing is merged. The parameter itself
+    # where another one stands in its place, else the values that it had.
+    originals: dict[str, torch.Tensor] = field(default_factory=dict)
+    # The network that it is in.
+    network: NetworkOf = field(default_factory=lambda: NetworkOf(None))
     # A forward that stood on the object itself (accelerate's hooks, patches): it goes on being the base's. None for none.
     own_forward: Forward | None = None
     # Parents that read the layer's weights, and are guarded while it is adapted.

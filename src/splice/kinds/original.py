@@ -8,21 +8,32 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from splice.base.dense import in_linear_layout
+from splice.base.dense import as_now, in_linear_layout
+from splice.base.weight_access import check_readable, computed_weight
 from splice.kinds.host import host_of
 
 
 def original_tensor(layer: nn.Module, name: str) -> torch.Tensor | None:
     """The tensor as the base stores it; the one before the first merge, while adapters are merged."""
-    own, host = layer._parameters[name], host_of(layer)
+    own, host = layer._parameters.get(name), host_of(layer)
     if host is None:
         return own
-    return host.displaced[name] if name in host.displaced else host.originals.get(name, own)
+    if name in host.displaced:
+        return host.displaced[name]
+    return own if own is None or name not in host.originals else as_now(host.originals[name], own)
 
 
 def original_weight(layer: nn.Module) -> torch.Tensor:
-    """The weight, (out, in) if the layer is linear; without a graph."""
+    """The weight, (out, in) if the layer is linear; without a graph.
+
+    Raises:
+        UnsupportedFeatureError: it is stored in a form that cannot be read.
+    """
     weight = original_tensor(layer, "weight")
+    if weight is None:
+        weight = computed_weight(layer)
+    if weight is None or not weight.is_floating_point():
+        check_readable(layer, "", "the method")
     assert weight is not None
     return in_linear_layout(layer, weight.detach())
 

@@ -22,11 +22,11 @@ from splice.base.layers import LayerKind, features, kind_of, padding_row
 from splice.config import PeftConfig
 from splice.errors import UnsupportedLayerError
 from splice.kinds.casting import check_values
-from splice.kinds.effect import Effect, Forward
+from splice.kinds.effect import Action, Effect, Forward
 from splice.kinds.file_form import FileForm, Stored
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.names import LayerNames, Place
-from splice.kinds.original import original_tensor, tensor_in_use
+from splice.kinds.original import original_weight, tensor_in_use
 from splice.kinds.slot import Slot
 from splice.kinds.tensors import Held
 
@@ -57,6 +57,8 @@ class TokenRows(AdapterLayer):
     """The rows (n, dim) of n tokens, on an embedding (vocabulary, dim) or a linear layer with weight (vocabulary, dim)."""
 
     mergeable = True
+    action = Action.OWN_ROWS
+    starts_from_weight = True
     # Of the tensor with the rows.
     suffix: ClassVar[str]
     # Worked out from the indices: which tokens, in order, and the row of each.
@@ -100,8 +102,7 @@ class TokenRows(AdapterLayer):
         if not config.init_weights:
             nn.init.normal_(rows)
             return
-        weight = original_tensor(base, "weight")
-        assert weight is not None
+        weight = original_weight(base)
         rows.copy_(weight[torch.tensor(config.token_indices, device=weight.device)])
 
     def around(self, x: torch.Tensor, inner: Forward) -> torch.Tensor:

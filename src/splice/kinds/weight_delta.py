@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from splice.base.layers import LayerKind, kind_of, pads_with_zeros
+from splice.base.weight_access import weight_shape
 from splice.kinds.additive import Additive
 from splice.kinds.casting import cast_to
 from splice.kinds.convolution import as_convolution, convolve
@@ -38,10 +39,7 @@ class WeightDelta(Additive):
         self.operation = operation_of(base)
         # The operation pads with zeros; where the base does not, the update is no change of its weight.
         self.mergeable = pads_with_zeros(base)
-        weight = base._parameters["weight"]
-        assert weight is not None
-        linear = kind_of(base) is LayerKind.TRANSPOSED_LINEAR
-        self.shape = tuple(weight.shape[::-1] if linear else weight.shape)
+        self.shape = weight_shape(base)
 
     def update(self) -> torch.Tensor:
         """The unscaled update in the shape of the dense weight: (out, in) or (out, in / groups, *kernel)."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from splice.surgery.adapted_layer import Adapted
+from splice.kinds.original import original_tensor
 
 
 def base_weight(layer: nn.Module) -> torch.Tensor | None:
     """The weight of `layer` as it was before an adapter was merged into it; None where it has none."""
-    weight = layer._parameters.get("weight")
-    return layer.splice_host.originals.get("weight", weight) if isinstance(layer, Adapted) else weight
+    return original_tensor(layer, "weight") if "weight" in layer._parameters else None

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from splice.base.dense import device_of
+from splice.base.weight_access import check_readable
 from splice.checkpoint.header import Entry
 from splice.checkpoint.tensors import Weights
 from splice.config import PeftConfig
@@ -92,6 +93,8 @@ def new_tensors(placement: Placement, config: PeftConfig, autocast: bool) -> dic
         suffix: torch.empty(slot.shape, dtype=placement.dtype(suffix, autocast) if whole else torch.float32)
         for suffix, slot in placement.slots.items()
     }
+    if placement.layer_class.starts_from_weight or placement.layer_class.reads_weight:
+        check_readable(placement.base, placement.path, "the adapter")
     own = {suffix: tensor for suffix, tensor in drawn.items() if suffix != BIAS}
     placement.layer_class.initialise(own, placement.base, placement.own_config or config)
     if BIAS in drawn:

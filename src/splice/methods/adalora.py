@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from splice.base.layers import LayerKind, features, kind_of, pads_with_zeros
+from splice.base.weight_access import weight_shape
 from splice.checkpoint.types import PeftType
 from splice.config import PeftConfig
 from splice.errors import warn
@@ -208,7 +209,7 @@ class AdaLoraConv(AdaLora):
 
     def prepare(self, base: nn.Module, config: AdaLoraConfig, path: str) -> None:
         super().prepare(base, config, path)
-        self.operation, self.shape = operation_of(base), as_convolution(base).weight.shape
+        self.operation, self.shape = operation_of(base), weight_shape(base)
         # The operation pads with zeros; where the base does not, the update is no change of its weight.
         self.mergeable = pads_with_zeros(base)
 

@@ -21,7 +21,7 @@ from splice.checkpoint.types import PeftType
 from splice.kinds.casting import cast_to
 from splice.kinds.combining import Summed
 from splice.kinds.convolution import as_convolution
-from splice.kinds.effect import Forward
+from splice.kinds.effect import Action, Forward
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.registry import Method, register
 from splice.kinds.slot import Slot
@@ -84,6 +84,7 @@ class IA3(AdapterLayer):
 
     def prepare(self, base: nn.Module, config: IA3Config, path: str) -> None:
         self.is_feedforward = scales_input(config, path)
+        self.action = Action.SCALES_INPUT if self.is_feedforward else Action.SCALES_OUTPUT
         self.keeps_input = not self.is_feedforward
         self.scales_bias = not self.is_feedforward and base._parameters.get("bias") is not None
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from splice.base.bare import HOST
+from splice.base.bare import HOST, NetworkOf
 from splice.base.foreign_models import patched_forwards
 from splice.kinds.host import Host
 from splice.kinds.layer import AdapterLayer
@@ -31,6 +31,7 @@ def attach(
     selection: Selection,
     readers: Mapping[str, nn.Module],
     home: Home | None = None,
+    network: nn.Module | None = None,
 ) -> Host:
     """Put `adapter` on `layer` under `name`. Nothing here can fail once the plan has been checked.
 
@@ -42,9 +43,11 @@ def attach(
         selection: of the model.
         readers: modules of the network that read weights of layers below them, by path.
         home: where the tensors stand in the tree; on the layer itself, if None.
+        network: that the layer is in; None if it is not known.
     """
     if not isinstance(layer, Adapted):
         _swap(layer, path, selection, readers)
+        layer.__dict__[HOST].network = NetworkOf(network)
     assert isinstance(layer, Adapted)
     host = layer.splice_host
     host.layers[name] = adapter

@@ -172,7 +172,7 @@ class Tuner(nn.Module):
             if item.layer.names.above:
                 above = self.adapted[path.rpartition(".")[0]].splice_host
                 home = Home(above.base._modules, above.added, above.base)
-            attach(base, path, name, item.layer, self.selection, readers, home)
+            attach(base, path, name, item.layer, self.selection, readers, home, self.model)
             self.adapted[path] = cast(Adapted, base)
         if freeze_base:
             self._base_changes.make(self.model, modules)
@@ -359,8 +359,8 @@ class Tuner(nn.Module):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Add the adapters (the active ones, if none are named) to the base weights; see `surgery/merging.py`."""
-        names = adapters_to_merge(self.selection, self.peft_config, adapter_names)
-        merge(self.hosts, self.selection, names, safe_merge)
+        names = adapters_to_merge(self.hosts.values(), self.selection, self.peft_config, adapter_names)
+        merge(self.model, self.hosts, self.selection, names, safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Give every merged layer back the very parameters it had before."""
@@ -392,8 +392,8 @@ class Tuner(nn.Module):
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
         """The network with the adapters in its weights and nothing else left of them. This object is done with."""
-        names = adapters_to_merge(self.selection, self.peft_config, adapter_names)
-        merge_for_good(self.hosts, names, safe_merge, progressbar)
+        names = adapters_to_merge(self.hosts.values(), self.selection, self.peft_config, adapter_names)
+        merge_for_good(self.model, self.hosts, names, safe_merge, progressbar)
         network = self._take_off(names or self.active_adapters, keep_layers=True)
         note_untied(network)
         return network

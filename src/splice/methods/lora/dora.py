@@ -12,7 +12,7 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
-from splice.kinds.effect import Forward
+from splice.kinds.effect import Action, Forward
 from splice.kinds.names import LayerNames, Place
 from splice.kinds.original import original_weight, tensor_in_use
 from splice.kinds.slot import Slot
@@ -28,6 +28,8 @@ class Dora(LowRank):
     """What DoRA on every kind of layer shares. It stands before the LoRA layer of the kind."""
 
     names = LayerNames(places=MappingProxyType({MAGNITUDE: Place(MAGNITUDE, "weight")}))
+    reads_weight = True
+    action = Action.OTHER  # it scales what the one before it gives
     magnitude = Held(MAGNITUDE)
     # Whether the base has a bias, which keeps its size.
     has_bias: bool = False

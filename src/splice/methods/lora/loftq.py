@@ -14,7 +14,6 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from splice.errors import UnsupportedFeatureError
 from splice.kinds.effect import Effect
 from splice.kinds.original import original_weight
 from splice.kinds.tensors import Held
@@ -77,6 +76,7 @@ def quantised(weight: torch.Tensor, bits: int, rounds: int, rank: int) -> torch.
 class LoftqLinear(OnLinear):
     """LoftQ on a linear layer. The base keeps its weight; the rounded one is held beside it, and is not saved."""
 
+    reads_weight = True
     shows = True
     quantised = Held()
 
@@ -88,10 +88,6 @@ class LoftqLinear(OnLinear):
     @torch.no_grad()
     def _quantise(self) -> None:
         weight = original_weight(self.base)
-        if not weight.is_floating_point():
-            raise UnsupportedFeatureError(
-                f"init_lora_weights='loftq' rounds the base weight, and this one is stored as {weight.dtype}"
-            )
         wide = weight if weight.dtype in _WIDE else weight.float()
         if weight.is_meta:
             self.keep("quantised", torch.empty_like(weight))

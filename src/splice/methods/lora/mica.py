@@ -16,6 +16,8 @@ from splice.methods.lora.layers import LowRank, OnEmbedding, OnLinear
 class Mica(LowRank):
     """What it shares on both kinds of layer. It stands before the LoRA layer of the kind."""
 
+    starts_from_weight = True
+
     @classmethod
     def slots(cls, base: nn.Module, config: LoraConfig, path: str) -> dict[str, Slot]:
         rank, most = cls.rank(config, path), min(features(base))

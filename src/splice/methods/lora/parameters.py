@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from splice.base.foreign_models import is_transposed
-from splice.kinds.effect import Forward
+from splice.kinds.effect import Action, Forward
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.matching import matching_parameters, value_for
 from splice.kinds.names import BIAS, LayerNames, Names, Place
@@ -88,6 +88,7 @@ class LoraParameters(AdapterLayer):
 
     names: Names = _NestedNames()
     mergeable = True
+    action = Action.ADDS
     linear_layout = False
     shows = True
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from splice.base.layers import features
-from splice.errors import UnsupportedFeatureError, UnsupportedLayerError
+from splice.errors import UnsupportedLayerError
 from splice.kinds.casting import cast_to
 from splice.kinds.effect import Forward
 from splice.kinds.original import original_weight
@@ -33,6 +33,7 @@ class Residual(LowRank):
     `taken_B taken_A` is -R: what is added to the weight.
     """
 
+    reads_weight = True
     taken_A, taken_B = Held("taken_A"), Held("taken_B")
 
     def prepare(self, base: nn.Module, config: LoraConfig, path: str) -> None:
@@ -47,10 +48,6 @@ class Residual(LowRank):
     @torch.no_grad()
     def _take(self) -> None:
         weight, like = original_weight(self.base), self.a
-        if not weight.is_floating_point():
-            raise UnsupportedFeatureError(
-                f"init_lora_weights={self.init!r} decomposes the base weight, and this one is stored as {weight.dtype}"
-            )
         if weight.is_meta:
             (size_out, size_in), meta = weight.shape, torch.device("meta")
             found = Taken(torch.empty(self.r, size_in, device=meta), torch.empty(size_out, self.r, device=meta), 1.0)

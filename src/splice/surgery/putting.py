@@ -1,0 +1,135 @@
+"""The tensors of a base layer exchanged for merged ones, and back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from splice.base.bare import walk_bare
+from splice.base.dense import as_now, exchange, values_of
+from splice.kinds.host import Host, host_of
+
+
+class Merged(NamedTuple):
+    """The new tensors of one layer, worked out and not yet in it."""
+
+    # The layer's host.
+    host: Host
+    # The adapters that are in the tensors and were not before.
+    names: list[str]
+    # New tensors of the base layer by name; a parameter where it is one that another layer has.
+    tensors: dict[str, torch.Tensor]
+
+
+class Before(NamedTuple):
+    """One layer as it was before tensors were put in place."""
+
+    # The layer's host.
+    host: Host
+    # `host.merged` as it was.
+    merged: list[str]
+    # `host.originals` as it was.
+    originals: dict[str, torch.Tensor]
+    # The parameters that change, and the values they had.
+    held: dict[str, tuple[nn.Parameter, torch.Tensor]]
+
+    @classmethod
+    def of(cls, item: Merged) -> Before:
+        """As it is now, for what `put` changes."""
+        host, held = item.host, {}
+        for name in item.tensors:
+            parameter = host.base._parameters[name]
+            assert parameter is not None
+            held[name] = (parameter, values_of(parameter))
+        return cls(host, list(host.merged), dict(host.originals), held)
+
+    def put_back(self) -> None:
+        """Make the layer so again."""
+        host = self.host
+        for name, (parameter, values) in self.held.items():
+            exchange(parameter, values)
+            host.base._parameters[name] = parameter
+        _count(host, host.merged[len(self.merged) :], -1)
+        host.merged[:] = self.merged
+        host.originals.clear()
+        host.originals.update(self.originals)
+
+
+def held_twice(network: nn.Module | None) -> Collection[int] | None:
+    """`id` of each parameter that more than one place of the network has; None where nobody knows."""
+    if network is None:
+        return None
+    found = Counter[int]()
+    for module in walk_bare(network).values():
+        found.update(id(p) for p in module._parameters.values() if p is not None)
+        host = host_of(module)
+        if host is not None:  # set aside by an earlier merge, and to be put back
+            found.update(id(t) for t in host.originals.values() if isinstance(t, nn.Parameter))
+    return {number for number, count in found.items() if count > 1}
+
+
+def put(item: Merged, shared: Collection[int] | None) -> None:
+    """Put worked-out tensors in place, keeping what they replace.
+
+    Args:
+        item: the tensors.
+        shared: as `held_twice` gives it, before the first layer was changed.
+    """
+    host = item.host
+    registry: dict[str, nn.Parameter | None] = host.base._parameters
+    for name, tensor in item.tensors.items():
+        old = registry[name]
+        assert old is not None
+        if isinstance(tensor, nn.Parameter):
+            host.originals.setdefault(name, old)
+            registry[name] = tensor
+        elif shared is None or id(old) in shared or name in host.displaced:
+            # The values of this one are also another module's, or the adapter's own.
+            host.originals.setdefault(name, old)
+            registry[name] = nn.Parameter(tensor, requires_grad=old.requires_grad)
+        else:
+            host.originals.setdefault(name, exchange(old, tensor))
+    host.merged.extend(item.names)
+    _count(host, item.names, 1)
+
+
+def take_out(hosts: Sequence[Host]) -> None:
+    """Put back what merging replaced on these layers.
+
+    Raises:
+        RuntimeError: some were merged for good; nothing has been changed.
+    """
+    final = [host.path for host in hosts if host.merged and not host.originals]
+    if final:
+        raise RuntimeError(
+            f"{', '.join(map(repr, final[:5]))}: merged for good by a `merge_and_unload` that was cut short, so the weights "
+            "from before are gone. Call `merge_and_unload` again to finish it, or load the base again."
+        )
+    for host in hosts:
+        registry: dict[str, nn.Parameter | None] = host.base._parameters
+        for name, before in host.originals.items():
+            now = registry[name]
+            assert now is not None
+            # The model may have been moved, or cast, while it was merged.
+            back = as_now(before.detach(), now)
+            if not isinstance(before, nn.Parameter):
+                exchange(now, back)
+                continue
+            if (before.device, before.dtype) != (now.device, now.dtype):
+                exchange(before, back)
+            registry[name] = before
+        host.originals.clear()
+        _count(host, host.merged, -1)
+        host.merged.clear()
+
+
+def _count(host: Host, names: Iterable[str], change: int) -> None:
+    counts = host.selection.root.merged
+    for name in names:
+        counts[name] = counts.get(name, 0) + change
+        if not counts[name]:
+            del counts[name]
