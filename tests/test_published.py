@@ -179,7 +179,7 @@ def test_biases_that_the_file_does_not_hold(bias: str, tmp_path: Path) -> None:
     expected = output(load(made.write(tmp_path / "straight"), broken.bert()))
     model = load(edited(made.write(tmp_path / "stray"), bias=bias), broken.bert())
     assert torch.equal(output(model), expected)
-    assert f"bias={bias!r} in the config, and the file holds no bias: read as 'none'" in notes_of(model)
+    assert f"bias={bias!r} in the config, and the file holds no bias: they are the base's own" in notes_of(model)
 
 
 # -- merged-linear LoRA of 2023
