@@ -178,18 +178,6 @@ def test_a_bias_that_another_adapter_brings_keeps_its_size(shared_checkpoint: An
     own.assert_equal()
 
 
-def test_combined_adapters_measure_the_base(shared_checkpoint: Any) -> None:
-    base = bases.LINEAR
-    pair = load_both(base, shared_checkpoint(base, config(base)), shared_checkpoint(base, config(base), seed=1))
-
-    def combine(model: Any) -> None:
-        model.add_weighted_adapter(["default", "second"], [0.5, 0.7], "both", combination_type="cat")
-        model.set_adapter("both")
-
-    pair.each(combine)
-    pair.assert_equal()
-
-
 def test_combinations_that_the_reference_refuses() -> None:
     with pytest.raises(ValueError, match="lora_bias"):
         splice.LoraConfig(use_dora=True, lora_bias=True)

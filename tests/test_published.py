@@ -179,7 +179,7 @@ def test_biases_that_the_file_does_not_hold(bias: str, tmp_path: Path) -> None:
     expected = output(load(made.write(tmp_path / "straight"), broken.bert()))
     model = load(edited(made.write(tmp_path / "stray"), bias=bias), broken.bert())
     assert torch.equal(output(model), expected)
-    assert f"bias={bias!r} in the config, and the file holds no bias: read as 'none'" in notes_of(model)
+    assert f"bias={bias!r} in the config, and the file holds no bias: they are the base's own" in notes_of(model)
 
 
 # -- merged-linear LoRA of 2023
@@ -197,17 +197,22 @@ class Fused(nn.Module):
         return self.qkv(x)
 
 
+@pytest.mark.parametrize("two_groups", [False, True], ids=["a group a part", "two groups"])
 @pytest.mark.parametrize("enabled", [[True, False, True], [True, True, True], [False, False, True]], ids=str)
-def test_merged_linear_lora(enabled: list[bool], tmp_path: Path) -> None:
-    """A convolution with one group for each enabled part (Hu et al. 2021, section 4.2, and their code of that time)."""
+def test_merged_linear_lora(enabled: list[bool], two_groups: bool, tmp_path: Path) -> None:
+    """A convolution with one group for each enabled part (Hu et al. 2021, section 4.2, and their code of that time).
+
+    The reference of that time had two groups, however many parts were enabled.
+    """
     rank, count = 2, sum(enabled)
+    groups = 2 if two_groups else count
     torch.manual_seed(1)
-    a, b = torch.randn(count * rank, 6), torch.randn(4 * count, rank, 1)
+    a, b = torch.randn(count * rank, 6), torch.randn(4 * count, count * rank // groups, 1)
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 6, "target_modules": ["qkv"], "enable_lora": enabled}
     front = f"{PREFIX}qkv"
     Parts({f"{front}.lora_A.weight": a, f"{front}.lora_B.weight": b}, config).write(tmp_path / "a")
     x = torch.randn(5, 6)
-    grouped = torch.nn.functional.conv1d(a @ x.T, b, groups=count).T * 3
+    grouped = torch.nn.functional.conv1d(a @ x.T, b, groups=groups).T * 3
     expected = Fused()(x)
     columns = torch.tensor([index for part, on in enumerate(enabled) for index in range(4 * part, 4 * part + 4) if on])
     expected[:, columns] = expected[:, columns] + grouped

@@ -47,13 +47,21 @@ class Combine(ABC):
             ValueError: the message lists what it does know.
         """
 
+    def copies(self, config: Config) -> bool:
+        """Whether one such adapter alone, with weight 1, is copied as it stands: a combination would lose what it is."""
+        return False
+
+    def layer_class(self, first: AdapterLayer) -> type[AdapterLayer]:
+        """The class of the new adapter's layer where the first of the adapters has `first`."""
+        return type(first)
+
     @abstractmethod
-    def config(self, united: Config, configs: Sequence[Config], how: Combination) -> PeftConfig:
+    def config(self, united: Config, configs: Mapping[str, Config], how: Combination) -> PeftConfig:
         """The config of the new adapter.
 
         Args:
             united: the first adapter's config, on the layers of all of them.
-            configs: of the adapters.
+            configs: of the adapters, by their names.
             how: the combination.
 
         Raises:
@@ -68,6 +76,7 @@ class Combine(ABC):
 
         Raises:
             ValueError: tensors of the layers differ in shape.
+            UnsupportedFeatureError: one of the layers has no sum with others.
         """
 
 
@@ -81,7 +90,7 @@ class Summed(Combine):
                 "weighted sum of their tensors. Leave these arguments out."
             )
 
-    def config(self, united: PeftConfig, configs: Sequence[PeftConfig], how: Combination) -> PeftConfig:
+    def config(self, united: PeftConfig, configs: Mapping[str, PeftConfig], how: Combination) -> PeftConfig:
         return united
 
     def tensors(

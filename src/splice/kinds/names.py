@@ -136,9 +136,5 @@ class SharedNames(Names):
     def path_in_reference(self, path: str) -> str:
         return SHORT_PREFIX
 
-    def nameless(self, suffix: str) -> str | None:
-        """Where a tensor stands on the layer that has no adapter's name in its own, dotted; None of all others."""
-        return BIAS if suffix == BIAS else None
-
     def path_in_tree(self, path: str) -> str:
         return SHORT_PREFIX

@@ -11,6 +11,9 @@ from splice.kinds.layer import AdapterLayer, Config
 from splice.kinds.names import Names, SharedNames
 from splice.kinds.slot import Slot
 
+# Where it stands among an adapter's layers, whose keys are paths: no module can be called so.
+SHARED_PATH = "<shared>"
+
 
 class SharedTensors(AdapterLayer):
     """Held once for the adapter, and saved under names of their own.

@@ -54,11 +54,13 @@ def _build_loaded(
     placement: Placement, sources: Mapping[str, str], read: dict[str, torch.Tensor], config: PeftConfig, autocast: bool
 ) -> Built:
     device = device_of(placement.base)
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for suffix, key in placement.keys.items():
         name = sources.get(key)
         if name is not None:
             tensors[suffix] = _moved(read.pop(name), device, placement.dtype(suffix, autocast))
+    if BIAS in placement.slots and BIAS not in tensors:
+        tensors[BIAS] = _own_bias(placement).to(device)
     if len(tensors) < len(placement.slots):
         fresh = new_tensors(placement, config, autocast)
         tensors = {suffix: tensors.get(suffix, fresh[suffix]) for suffix in placement.slots}
@@ -98,9 +100,16 @@ def new_tensors(placement: Placement, config: PeftConfig, autocast: bool) -> dic
     own = {suffix: tensor for suffix, tensor in drawn.items() if suffix != BIAS}
     placement.layer_class.initialise(own, placement.base, placement.own_config or config)
     if BIAS in drawn:
-        copy_bias(drawn[BIAS], placement.base)
+        drawn[BIAS] = _own_bias(placement)
     device = device_of(placement.base)
     return {s: t.to(device=device, dtype=placement.dtype(s, autocast)) for s, t in drawn.items()}
+
+
+def _own_bias(placement: Placement) -> torch.Tensor:
+    """A trained bias as it starts, on the CPU."""
+    bias = torch.empty(placement.slots[BIAS].shape, dtype=placement.dtype(BIAS, False))
+    copy_bias(bias, placement.base)
+    return bias
 
 
 def _build(placement: Placement, config: PeftConfig, tensors: Mapping[str, torch.Tensor]) -> Built:

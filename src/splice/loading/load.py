@@ -18,6 +18,7 @@ from splice.base.dense import device_of
 from splice.config import PeftConfig, copy_config
 from splice.errors import PeftWarning, warn
 from splice.kinds.layer import AdapterLayer
+from splice.kinds.original import original_tensor
 from splice.kinds.reading import Checkpoint
 from splice.kinds.registry import method_of
 from splice.kinds.shared import SharedTensors
@@ -205,6 +206,9 @@ def _overwrite(tuner: Tuner, found: Fitted, options: LoadOptions, undo: Undo) ->
     # Built layers would be thrown away again, and would draw values for slots that the checkpoint has nothing for.
     # All are read before the first one is written: a file that is cut off leaves the adapter as it was.
     values = found.checkpoint.weights.read([found.plan.sources[key] for key in live])
+    for key, (tensor, own) in _biases_of_base(found.plan, layers).items():
+        live[key] = tensor
+        values.append(own)
     # For a moment the adapter takes twice its memory; without the copies what fails later could not be undone.
     before = [tensor.clone() for tensor in live.values()]
     undo.also(lambda: _copy(zip(live.values(), before)))
@@ -221,7 +225,7 @@ def _give_memory(plan: Plan, layers: dict[str, AdapterLayer]) -> Callable[[], No
         id(layers[p.path].tensor(suffix)): device_of(p.base)
         for p in plan.placements
         for suffix, key in p.keys.items()
-        if key in plan.sources and layers[p.path].tensor(suffix).is_meta
+        if (key in plan.sources or key in plan.from_base) and layers[p.path].tensor(suffix).is_meta
     }
     made: dict[int, torch.Tensor] = {}
     before = []
@@ -254,6 +258,20 @@ def _live_tensors(plan: Plan, layers: dict[str, AdapterLayer]) -> dict[str, torc
     return live
 
 
+def _biases_of_base(plan: Plan, layers: dict[str, AdapterLayer]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Key -> the adapter's bias and the base's own, for those that the checkpoint leaves to the base."""
+    found = {}
+    for placement in plan.placements if plan.from_base else ():
+        bias, own = layers[placement.path].trained_bias, placement.base._parameters.get("bias")
+        if bias is not None and own is not None:
+            original = original_tensor(placement.base, "bias")
+            assert original is not None
+            found.update(
+                {key: (bias.data, original.detach()) for key in placement.keys.values() if key in plan.from_base}
+            )
+    return found
+
+
 def _copy(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
     for target, value in pairs:
         target.copy_(value)
@@ -278,7 +296,7 @@ def report(found: Fitted, layers: Iterable[AdapterLayer], options: LoadOptions, 
     line = LoadReport(
         adapter_name=options.adapter_name,
         placed=len(found.plan.sources),
-        expected=len(tensors),
+        expected=len(tensors) - len(found.plan.from_base),
         layers=sum(not isinstance(layer, SharedTensors) for layer in layers),
         nbytes=sum(t.numel() * t.element_size() for t in tensors),
         seconds=time.perf_counter() - options.started,

@@ -16,7 +16,9 @@ from splice.checkpoint.header import Entry
 from splice.checkpoint.tensors import DTYPES
 from splice.config import PeftConfig
 from splice.kinds.layer import AdapterLayer
+from splice.kinds.names import BIAS
 from splice.kinds.reading import Checkpoint
+from splice.kinds.trained_bias import BiasOnly
 from splice.loading.config_fields import field_names
 from splice.surgery.placement import Placement
 from splice.surgery.tuner import Tuner
@@ -53,6 +55,7 @@ class Plan(NamedTuple):
         repeated: keys under which a checkpoint may repeat tensors of the adapter -> the tensors that they repeat.
         redundant: keys that a checkpoint may have and that nothing has to be done with.
         sources: key of a slot -> name of its tensor in the checkpoint's weights; empty before `fit`, as are the rest.
+        from_base: keys of biases that the checkpoint has nothing for: they are the base's own.
         missing: keys of slots that the checkpoint has no tensor for.
         unexpected: names of tensors that have no place.
         mismatched: tensors that do not fit their place.
@@ -66,6 +69,7 @@ class Plan(NamedTuple):
     repeated: Mapping[str, Repeated]
     redundant: frozenset[str]
     sources: Mapping[str, str]
+    from_base: frozenset[str] = frozenset()
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     mismatched: tuple[Mismatch, ...] = ()
@@ -110,6 +114,13 @@ def fit(plan: Plan, checkpoint: Checkpoint) -> Plan:
     mismatched += [*_misshapen_base_copies(plan, entries), *_misshapen_repeats(plan, entries, sources)]
     unexpected = tuple(name for name in entries if name not in known)
     return plan._replace(sources=sources, missing=tuple(missing), unexpected=unexpected, mismatched=tuple(mismatched))
+
+
+def with_biases_of_base(plan: Plan) -> Plan:
+    """`plan`, where none of the biases that the adapter trains need be in the checkpoint."""
+    keys = {p.key(s) for p in plan.placements for s in p.slots if s == BIAS or p.layer_class is BiasOnly}
+    missing = tuple(key for key in plan.missing if key not in keys)
+    return plan._replace(missing=missing, from_base=frozenset(keys.difference(plan.sources)))
 
 
 def _misshapen_base_copies(plan: Plan, entries: Mapping[str, Entry]) -> Iterator[Mismatch]:

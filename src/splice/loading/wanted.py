@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 from torch import nn
 
 from splice.config import PeftConfig
+from splice.kinds.names import BIAS
 from splice.kinds.registry import Method
 from splice.kinds.slot import shapes_of
 from splice.loading.laying_out import lay_out
@@ -131,7 +132,12 @@ class PresentAdapter(NamedTuple):
 
     def takes(self, shapes: Shapes, path: str, module: str, config: PeftConfig) -> bool:
         # By the plan and not by a config: of two modules that such tensors fit, the adapter may be on one alone.
-        return any(p.path == module and shapes == shapes_of(dict(p.slots)) for p in self.kept.placements)
+        # A bias of the base is no tensor of the method's, and has another name.
+        return any(
+            p.path == module
+            and shapes == shapes_of({suffix: slot for suffix, slot in p.slots.items() if suffix != BIAS})
+            for p in self.kept.placements
+        )
 
     def is_served_by(self, plan: Plan) -> bool:
         # A trainer that sends some of the tensors means no others; a name without a place is wrong all the same.

@@ -19,7 +19,8 @@ def biases(draft: Draft) -> None:
         return
     whole = tuple(p.path for p in draft.placements if p.layer_class is SavedModule)
     adapted = draft.by_path()
-    result = []
+    # What all layers share stands on no module.
+    result = [placement for placement in draft.placements if placement.path not in draft.modules]
     # In the order of the model: biases are its own parameters, and the reference names them as it meets them.
     for path, module in draft.modules.items():
         placement = adapted.get(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from splice.kinds.shared import SHARED_PATH
 from splice.loading.contributors.draft import Draft
 from splice.surgery.placement import Placement
 
@@ -13,4 +14,4 @@ def shared_tensors(draft: Draft) -> None:
         return
     slots = shared.shared_slots([(p.path, p.base) for p in draft.placements], draft.config)
     # On the device of one of the layers, and in its precision: the last one's, as in the reference.
-    draft.placements.insert(0, Placement("", draft.placements[-1].base, shared, slots))
+    draft.placements.insert(0, Placement(SHARED_PATH, draft.placements[-1].base, shared, slots))

@@ -16,7 +16,7 @@ from splice.checkpoint.keys import PREFIX, format_key, parse_key
 from splice.config import PeftConfig
 from splice.kinds.reading import Checkpoint
 from splice.kinds.registry import Method
-from splice.loading.plan import Fitted, Plan, fit
+from splice.loading.plan import Fitted, Plan, fit, with_biases_of_base
 from splice.loading.published.covering import explicit, same_values, uncovered
 from splice.loading.published.heads import with_heads_and_biases
 from splice.loading.published.relocating import Fits, Move, find_moves
@@ -66,6 +66,8 @@ class _Mender:
     notes: list[str] = field(default_factory=list)
     # Why it could not be read in another way, where one was near.
     hints: list[str] = field(default_factory=list)
+    # Whether the adapter trains biases and the checkpoint holds none of them.
+    lacks_biases: bool = False
 
     def mend(self, plan: Plan | None) -> Fitted | None:
         """What the checkpoint means; `plan` is that of what it says, if there is one."""
@@ -102,10 +104,10 @@ class _Mender:
         if move.said:
             self.notes.append(move.said)
         names = {_moved_name(name, move, wanted.method): own for name, own in names.items()}
+        config, notes, self.lacks_biases = with_heads_and_biases(self.config, names, wanted)
+        self.notes += notes
         if not wanted.follows_config:
             return self._tried(self.config, names)
-        config, notes = with_heads_and_biases(self.config, names, wanted)
-        self.notes += notes
         # The config as it is, if it says the same of the layers where they are now: then the adapter stays as its author
         # wrote it, and so does what is saved again.
         if same_values(config, move):
@@ -133,7 +135,8 @@ class _Mender:
 
     def _plan(self, config: PeftConfig, checkpoint: Checkpoint) -> Plan | None:
         try:
-            return fit(self.wanted.plan(config), checkpoint)
+            plan = fit(self.wanted.plan(config), checkpoint)
+            return with_biases_of_base(plan) if self.lacks_biases else plan
         except (ValueError, TypeError):  # the config, as it is read here, cannot be applied: this is not what was meant
             return None
 

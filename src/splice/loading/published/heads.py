@@ -15,16 +15,18 @@ from splice.loading.wanted import Wanted
 
 
 class Restated(NamedTuple):
-    """A config that says what the file holds."""
+    """What the file holds of heads and biases."""
 
-    # The config; the given one where it said so already.
+    # The config that says so; the given one where it did already.
     config: PeftConfig
-    # A line for each field that was changed.
+    # A line for each thing that was read in another way than it is written.
     notes: list[str]
+    # Whether the adapter trains biases and the file holds none of them.
+    lacks_biases: bool
 
 
 def with_heads_and_biases(config: PeftConfig, names: Collection[str], wanted: Wanted) -> Restated:
-    """`config`, saying of heads and biases what the file holds.
+    """What the file holds of heads and biases, and `config` made to say so of heads.
 
     Args:
         config: the adapter's config.
@@ -40,13 +42,21 @@ def with_heads_and_biases(config: PeftConfig, names: Collection[str], wanted: Wa
         shown = ", ".join(repr(head) for head in heads)
         notes.append(f"{shown} in the file is not in the config's modules_to_save: loaded as a trained module")
         saved += heads
-    whole = (*saved, *wanted.heads)
-    paths = {name.rpartition(".")[0].removesuffix(".base_layer") for name in names if name.endswith(".bias")}
+    lacks_biases = config.trained_biases() != "none" and _lacks_biases(names, (*saved, *wanted.heads), wanted)
+    if lacks_biases:
+        # Not another `bias` in the config: whoever goes on training trains them, as in the reference.
+        notes.append(
+            f"bias={config.trained_biases()!r} in the config, and the file holds no bias: they are the base's own"
+        )
+    return Restated(copy_config(config, **changes) if changes else config, notes, lacks_biases)
+
+
+def _lacks_biases(names: Collection[str], whole: tuple[str, ...], wanted: Wanted) -> bool:
+    """Whether the file holds no bias of the base, outside of modules that are saved whole."""
+    biases = [n for n in names if n.endswith(".bias") and parse_key(n, wanted.method.tensor_names) is None]
+    paths = {name.rpartition(".")[0].removesuffix(".base_layer") for name in biases}
     # A head that is saved whole has its bias in any case; it does not tell that biases of the base were trained.
-    if config.trained_biases() != "none" and all(_is_inside(path.removeprefix(PREFIX), whole) for path in paths):
-        changes["bias"] = "none"
-        notes.append(f"bias={config.trained_biases()!r} in the config, and the file holds no bias: read as 'none'")
-    return Restated(copy_config(config, **changes) if changes else config, notes)
+    return all(_is_inside(path.removeprefix(PREFIX), whole) for path in paths)
 
 
 def _heads_among(names: Collection[str], known: tuple[str, ...], wanted: Wanted) -> list[str]:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from splice.base.layers import features
+from splice.kinds.effect import Factors
 from splice.kinds.slot import Slot
 from splice.methods.lora.config import LoraConfig
 from splice.methods.lora.layers import OnLinear, product
@@ -83,10 +84,14 @@ class BdLoraLinear(OnLinear):
         found, bias = _blockwise(hidden, self.b, self.blocks[1]), self.find("lora_B.bias")
         return found if bias is None else found + bias
 
-    def own_update(self) -> torch.Tensor:
+    def plain(self) -> Factors:
         block_diag: Callable[..., torch.Tensor] = torch.block_diag  # which has no types
-        wide = [block_diag(*factor.chunk(count)) for factor, count in zip((self.a, self.b), self.blocks)]
-        return self.scale * product(wide[1], wide[0])
+        a, b = (block_diag(*factor.chunk(count)) for factor, count in zip((self.a, self.b), self.blocks))
+        return Factors(a, b, self.scale)
+
+    def own_update(self) -> torch.Tensor:
+        found = self.plain()
+        return self.scale * product(found.b, found.a)
 
 
 def _blockwise(x: torch.Tensor, weight: torch.Tensor, count: int) -> torch.Tensor:

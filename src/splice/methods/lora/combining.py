@@ -3,12 +3,15 @@
 With A_i, B_i and scale s_i of adapter i and its weight w_i, D_i = s_i B_i A_i is its update. The exact combinations are
 `cat` and `svd` (of sum w_i D_i, truncated); `linear` and the pruning ones work on the factors, as the reference does.
 TIES is Yadav et al., arXiv 2306.01708; DARE is Yu et al., arXiv 2311.03099.
+
+The result is plain LoRA: relatives whose update is a product take part as the plain LoRA that computes the same.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,20 +20,39 @@ from torch import nn
 from splice.errors import warn
 from splice.kinds.combining import Combination, Combine, Weighted
 from splice.kinds.layer import AdapterLayer
-from splice.kinds.slot import Slot
-from splice.methods.lora.config import LoraConfig, with_rank
-from splice.methods.lora.layers import LowRank
+from splice.methods.lora.alora import AloraLinear
+from splice.methods.lora.attention import LoraAttention, LoraOutProjection
+from splice.methods.lora.config import LoraConfig, active_variants, with_rank
+from splice.methods.lora.inits import LOFTQ, MICA, takes_from_base
+from splice.methods.lora.layers import (
+    LoraConv,
+    LoraEmbedding,
+    LoraLinear,
+    LowRank,
+    OnConvolution,
+    OnEmbedding,
+    OnLinear,
+)
 
 _PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 TYPES = ("cat", "linear", "svd", *_PRUNING, *(f"{name}_svd" for name in _PRUNING))
+_BIAS = "lora_B.bias"
+# Layers that are plain LoRA, or that differ from it by where it takes effect; a result may be of their class.
+_PLAIN = (LoraLinear, LoraEmbedding, LoraConv, AloraLinear, LoraAttention, LoraOutProjection)
+# What the result is elsewhere, by what the layer of the relative is built on.
+_PLAIN_ON: tuple[tuple[type[LowRank], type[LowRank]], ...] = (
+    (OnLinear, LoraLinear),
+    (OnEmbedding, LoraEmbedding),
+    (OnConvolution, LoraConv),
+)
 
 
 class _Part(NamedTuple):
-    """One adapter on one layer: its factors as matrices (r, in) and (out, r), its scale and its weight."""
+    """One adapter on one layer: its factors as matrices (r, in) and (out, r / groups), its scale and its weight."""
 
     # A, (r, in).
     a: torch.Tensor
-    # B, (out, r).
+    # B, (out, r / groups): only convolutions have groups, and each sees its own share of the ranks.
     b: torch.Tensor
     # s, the adapter's own scale.
     scale: float
@@ -41,31 +63,36 @@ class _Part(NamedTuple):
     def delta(self) -> torch.Tensor:
         return self.scale * self.b @ self.a
 
+    def group(self, index: int, groups: int) -> _Part:
+        """What it is to one group of a convolution: an update of its own."""
+        return self._replace(a=self.a.chunk(groups)[index], b=self.b.chunk(groups)[index])
 
-def _part(layer: AdapterLayer, weight: float) -> _Part:
-    assert isinstance(layer, LowRank)
-    tensors = dict(layer.named_slots())
+
+def _part(layer: LowRank, weight: float) -> _Part:
+    found = layer.plain()
     # In float32: there is no decomposition in half precision, and sums would be rounded at every step.
-    a, b = (tensors[name].detach().flatten(1).float() for name in layer.factor_names)
-    return _Part(a, b, float(layer.scale), weight)
+    a, b = (factor.detach().flatten(1).float() for factor in (found.a, found.b))
+    return _Part(a, b, float(found.scale), weight)
 
 
-def _fitted(
-    slots: dict[str, Slot],
-    names: tuple[str, str],
-    a: torch.Tensor,
-    b: torch.Tensor,
-    like: LowRank,
-    fresh: dict[str, torch.Tensor],
-) -> dict[str, torch.Tensor]:
-    """The factors in the shapes of the new adapter's slots; ranks that are left over are zero. The rest is `fresh`."""
-    dtype = like.a.dtype
-    full_a, full_b = a.new_zeros(slots[names[0]].shape).flatten(1), b.new_zeros(slots[names[1]].shape).flatten(1)
+def _summed(parts: Sequence[_Part], how: Combination, rank: int, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (rank, in) and B (out, rank / groups) of the combination; ranks that it has no use for are zero."""
+    if how.kind in _BY_FACTOR:
+        a, b = _factors(parts, how, rank)
+        found = list(zip(a.chunk(groups), b.chunk(groups)))
+    else:
+        # Ranks belong to groups, so each group is stacked or decomposed by itself.
+        found = [_factors([part.group(i, groups) for part in parts], how, rank // groups) for i in range(groups)]
+    sides = zip(*(_filled(a, b, rank // groups) for a, b in found))
+    first, second = (torch.cat(side) for side in sides)
+    return first, second
+
+
+def _filled(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    full_a, full_b = a.new_zeros(rank, a.shape[1]), b.new_zeros(b.shape[0], rank)
     full_a[: a.shape[0]] = a
     full_b[:, : b.shape[1]] = b
-    made = {names[0]: full_a.reshape(slots[names[0]].shape), names[1]: full_b.reshape(slots[names[1]].shape)}
-    rest = {name: tensor.to(a) for name, tensor in fresh.items() if name not in made}
-    return {name: tensor.to(dtype) for name, tensor in {**made, **rest}.items()}
+    return full_a, full_b
 
 
 def _factors(parts: Sequence[_Part], how: Combination, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,6 +165,10 @@ _MERGES: dict[str, _Merge] = {
 }
 
 
+# They work on A and on B, each by itself, so the ranks of all adapters have to be the same.
+_BY_FACTOR = ("linear", *_PRUNING)
+
+
 class CombinedFactors(Combine):
     """Low-rank updates: their factors are stacked, summed, or found again in the sum of the updates."""
 
@@ -152,31 +183,115 @@ class CombinedFactors(Combine):
         if how.majority_sign_method not in ("total", "frequency"):
             raise ValueError(f"Unimplemented majority_sign_method {how.majority_sign_method!r}")
 
-    def config(self, united: LoraConfig, configs: Sequence[LoraConfig], how: Combination) -> LoraConfig:
+    def copies(self, config: LoraConfig) -> bool:
+        return not _is_plain(config)
+
+    def config(self, united: LoraConfig, configs: Mapping[str, LoraConfig], how: Combination) -> LoraConfig:
+        _check_invocations(configs)
         # rsLoRA's scale would be sqrt(rank) here, so the new adapter is a plain one of scale 1.
-        return with_rank(united, _new_rank(configs, how))
+        sized = with_rank(united, _new_rank(list(configs.values()), how))
+        has_bias = any(config.lora_bias for config in configs.values())
+        # A config with `lora_bias` names no initialisation, and the others would take something out of the base again.
+        keeps_init = _is_plain(united) and not has_bias
+        return dataclasses.replace(
+            sized,
+            lora_bias=has_bias,
+            init_lora_weights=sized.init_lora_weights if keeps_init else True,
+            loftq_config={},
+            use_dora=False,
+            use_bdlora=None,
+            kasa_config=None,
+            velora_config=None,
+            monteclora_config=None,
+        )
+
+    def layer_class(self, first: AdapterLayer) -> type[AdapterLayer]:
+        if isinstance(first, _PLAIN):
+            return type(first)
+        return next((plain for built_on, plain in _PLAIN_ON if isinstance(first, built_on)), type(first))
 
     def tensors(
         self, base: nn.Module, path: str, config: LoraConfig, layers: Weighted, how: Combination
     ) -> dict[str, torch.Tensor]:
-        first, _ = layers[0]
-        assert isinstance(first, LowRank)
-        a, b = _factors([_part(layer, weight) for layer, weight in layers], how, config.r)
-        slots = type(first).slots(base, config, path)
-        fresh = {name: torch.zeros(slot.shape) for name, slot in slots.items()}
-        type(first).initialise(fresh, base, config)
-        return _fitted(slots, first.factor_names, a, b, first, fresh)
+        found = [(_low_rank(layer, path), weight) for layer, weight in layers]
+        first = found[0][0]
+        cls = self.layer_class(first)
+        assert issubclass(cls, LowRank)
+        slots = cls.slots(base, config, path)
+        names = cls.factor_names
+        parts = [_part(layer, weight) for layer, weight in found]
+        _check_ranks(parts, how, path)
+        made = dict(zip(names, _summed(parts, how, config.r, config.r // slots[names[1]].shape[1])))
+        if _BIAS in slots:
+            made[_BIAS] = _bias(found, slots[_BIAS].shape)
+        return {name: tensor.reshape(slots[name].shape).to(first.a) for name, tensor in made.items()}
+
+
+# The field of aLoRA: the one relative that the result may be, as its update is LoRA's own.
+_INVOKED = "alora_invocation_tokens"
+
+
+def _is_plain(config: LoraConfig) -> bool:
+    """Whether its tensors are those of plain LoRA, so that nothing else has to be copied."""
+    init = config.init_lora_weights
+    return set(active_variants(config)) <= {_INVOKED} and not takes_from_base(init) and init not in (LOFTQ, MICA)
+
+
+def _check_invocations(configs: Mapping[str, LoraConfig]) -> None:
+    tokens = {name: config.alora_invocation_tokens or None for name, config in configs.items()}
+    first, *others = tokens
+    other = next((name for name in others if tokens[name] != tokens[first]), None)
+    if other is not None:
+        raise ValueError(
+            f"adapters {first!r} and {other!r} take effect at other tokens ({_INVOKED} {tokens[first]} and {tokens[other]}), "
+            "so no single adapter computes their sum. Combine adapters with the same invocation; with `set_adapter` on "
+            "`base_model`, several can be active together as they are."
+        )
+
+
+def _low_rank(layer: AdapterLayer, path: str) -> LowRank:
+    if not isinstance(layer, LowRank):
+        raise ValueError(
+            f"{path}: add_weighted_adapter does not support targeting nn.Parameter (`target_parameters`), which one of the "
+            "adapters does here."
+        )
+    return layer
+
+
+def _check_ranks(parts: Sequence[_Part], how: Combination, path: str) -> None:
+    ranks = [part.a.shape[0] for part in parts]
+    if how.kind in _BY_FACTOR and len(set(ranks)) != 1:
+        raise ValueError(f"{path}: {_other_ranks(how, ranks)}")
+
+
+def _other_ranks(how: Combination, ranks: Sequence[int]) -> str:
+    return (
+        f"All adapters must have the same r value when using combination_type {how.kind!r}; got {ranks}. "
+        "'cat' and 'svd' combine different ranks."
+    )
+
+
+def _bias(layers: Sequence[tuple[LowRank, float]], shape: tuple[int, ...]) -> torch.Tensor:
+    """The sum of the biases of B, each by its scale and weight. A layer without one adds nothing."""
+    total = layers[0][0].a.new_zeros(shape, dtype=torch.float32)
+    for layer, weight in layers:
+        bias = layer.delta_bias()
+        if bias is not None:
+            total = total + weight * bias.detach().to(total)
+    return total
 
 
 def _new_rank(configs: Sequence[LoraConfig], how: Combination) -> int:
-    ranks = [max([config.r, *config.rank_pattern.values()]) for config in configs]
+    ranks = [max([config.r, *config.rank_pattern.values()]) * _width(config) for config in configs]
     if how.kind == "cat":
         return sum(ranks)
     if how.kind.endswith("svd"):
         return how.svd_rank or max(ranks)
     if len(set(ranks)) != 1:
-        raise ValueError(
-            f"All adapters must have the same r value when using combination_type {how.kind!r}; got {ranks}. "
-            "'cat' and 'svd' combine different ranks."
-        )
+        raise ValueError(_other_ranks(how, ranks))
     return ranks[0]
+
+
+def _width(config: LoraConfig) -> int:
+    """How many ranks of plain LoRA one of its ranks is: what is taken out of the base counts as well."""
+    return 2 if takes_from_base(config.init_lora_weights) or config.kasa_config is not None else 1

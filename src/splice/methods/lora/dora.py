@@ -12,7 +12,8 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
-from splice.kinds.effect import Action, Forward
+from splice.errors import UnsupportedFeatureError
+from splice.kinds.effect import Action, Factors, Forward
 from splice.kinds.names import LayerNames, Place
 from splice.kinds.original import original_weight, tensor_in_use
 from splice.kinds.slot import Slot
@@ -98,6 +99,12 @@ class Dora(LowRank):
             bias = self.on_output(bias)
             out = torch.addcmul(bias.to(h.dtype), torch.add(y - bias, self.delta(h), alpha=self.scale), ratio)
         return out if out.dtype is y.dtype else out.to(y.dtype)
+
+    def plain(self) -> Factors:
+        raise UnsupportedFeatureError(
+            "DoRA (`use_dora`) multiplies the whole weight by magnitudes, so its adapters have no sum that is an adapter. "
+            "One alone with weight 1.0 can be copied; else leave it out."
+        )
 
     def delta_weight(self, weight: torch.Tensor) -> torch.Tensor | None:
         plain = super().delta_weight(weight)

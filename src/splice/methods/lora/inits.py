@@ -26,6 +26,8 @@ _PLAIN = (True, False, "gaussian", "orthogonal", "eva", "mica", "lora_ga")
 _LINEAR_ONLY = ("orthogonal", "mica", "olora", "pissa")
 # It puts a rounded weight in the place of the base's.
 LOFTQ = "loftq"
+# It starts B at directions of the base's weight, and never trains it.
+MICA = "mica"
 
 
 class Taken(NamedTuple):

@@ -14,7 +14,7 @@ from torch import nn
 from splice.base.layers import features
 from splice.errors import UnsupportedLayerError
 from splice.kinds.adapters import Adapters, layers_of, names_or_active
-from splice.kinds.effect import Effect
+from splice.kinds.effect import Effect, Factors
 from splice.kinds.slot import Slot
 from splice.kinds.tensors import Held
 from splice.methods.lora.config import LoraConfig
@@ -57,6 +57,12 @@ class KasaLinear(Residual, OnLinear):
 
     def down(self, x: torch.Tensor) -> torch.Tensor:
         return super().down(x) * self.lora_diag
+
+    def plain(self) -> Factors:
+        found = super().plain()
+        own, taken = found.b[:, : -self.r], found.b[:, -self.r :]
+        # With a scale of zero nothing but what is taken out is left.
+        return found if not self.scale else found._replace(b=torch.cat([own * self.lora_diag, taken], dim=1))
 
     def own_update(self) -> torch.Tensor:
         return self.scale * product(self.b * self.lora_diag, self.a)

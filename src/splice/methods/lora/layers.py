@@ -75,6 +75,18 @@ class LowRank(Additive):
     def delta(self, x: torch.Tensor) -> torch.Tensor:
         return self.up(self.down(x))
 
+    def plain(self) -> Factors:
+        """A and B, of their own shapes, with which plain LoRA of this scale computes what this layer does, but for a bias.
+
+        Raises:
+            UnsupportedFeatureError: no plain LoRA does.
+        """
+        return Factors(self.a, self.b, self.scale)
+
+    def delta_bias(self) -> torch.Tensor | None:
+        bias = self.find("lora_B.bias")
+        return None if bias is None else self.scale * bias
+
     def cast_input(self, x: torch.Tensor) -> torch.Tensor:
         return cast_to(x, self.a)
 
@@ -108,10 +120,6 @@ class OnLinear(LowRank):
 
     def delta_weight(self, weight: torch.Tensor) -> torch.Tensor | None:
         return self.own_update()
-
-    def delta_bias(self) -> torch.Tensor | None:
-        bias = self.find("lora_B.bias")
-        return None if bias is None else self.scale * bias
 
 
 class LoraLinear(OnLinear):
@@ -225,10 +233,6 @@ class OnConvolution(LowRank):
         if not self.mergeable:
             return None
         return self.scale * product(self.b.flatten(1), self.a.flatten(1)).reshape(weight.shape)
-
-    def delta_bias(self) -> torch.Tensor | None:
-        bias = self.find("lora_B.bias")
-        return None if bias is None else self.scale * bias
 
 
 class LoraConv(OnConvolution):

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from splice.kinds.effect import Effect
+from splice.errors import UnsupportedFeatureError
+from splice.kinds.effect import Effect, Factors
 from splice.kinds.original import original_weight
 from splice.kinds.tensors import Held
 from splice.methods.lora.config import LoraConfig, loftq_options
@@ -105,6 +106,12 @@ class LoftqLinear(OnLinear):
 
     def replaced(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {"weight": self._current()}
+
+    def plain(self) -> Factors:
+        raise UnsupportedFeatureError(
+            "LoftQ (`init_lora_weights='loftq'`) puts a rounded weight in the place of the base's, so its adapters have no "
+            "sum that is an adapter. One alone with weight 1.0 can be copied; else leave it out."
+        )
 
     def conflict(self, other: Effect) -> str:
         return (

@@ -18,7 +18,7 @@ from splice.methods.lora.combining import CombinedFactors
 from splice.methods.lora.config import TENSOR_NAMES, LoraConfig, LoraRuntimeConfig, active_variants, check, with_rank
 from splice.methods.lora.dora import DoraConv, DoraEmbedding, DoraLinear
 from splice.methods.lora.experts import with_stacked_experts
-from splice.methods.lora.inits import LOFTQ, check_init_on, notes_about, takes_from_base
+from splice.methods.lora.inits import LOFTQ, MICA, check_init_on, notes_about, takes_from_base
 from splice.methods.lora.kasa import KasaLinear, kasa_loss
 from splice.methods.lora.layers import LoraConv, LoraEmbedding, LoraLinear, LowRank
 from splice.methods.lora.loftq import LoftqLinear
@@ -82,7 +82,7 @@ def variant(config: LoraConfig, kind: LayerKind) -> type[AdapterLayer] | None:
     if init == LOFTQ:
         return _LOFTQ[kind]
     if not asked:
-        return _MICA[kind] if init == "mica" else None
+        return _MICA[kind] if init == MICA else None
     layers = _VARIANTS[asked[0]]
     if kind not in layers:
         raise UnsupportedLayerError(

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from splice.base.layers import features
 from splice.errors import UnsupportedLayerError
 from splice.kinds.casting import cast_to
-from splice.kinds.effect import Forward
+from splice.kinds.effect import Factors, Forward
 from splice.kinds.original import original_weight
 from splice.kinds.slot import Slot
 from splice.kinds.tensors import Held
@@ -72,6 +72,14 @@ class Residual(LowRank):
         a, b = self._taken_factors()
         out = y + F.linear(F.linear(cast_to(x, a), a), b)
         return out if out.dtype is y.dtype else out.to(y.dtype)
+
+    def plain(self) -> Factors:
+        # `s B A - R` as one product of twice the rank.
+        found, (taken_a, taken_b) = super().plain(), self._taken_factors()
+        if not found.scale:
+            return Factors(taken_a, taken_b, 1.0)
+        b = torch.cat([found.b, taken_b / found.scale], dim=1)
+        return Factors(torch.cat([found.a, taken_a]), b, found.scale)
 
     def delta_weight(self, weight: torch.Tensor) -> torch.Tensor | None:
         a, b = self._taken_factors()
