@@ -23,6 +23,8 @@ class Call:
     options: dict[str, Any]
     # Whether it is a call of `generate`.
     generates: bool
+    # What it returned; None before it has.
+    result: object = None
 
 
 class ReadsCall(ABC):

@@ -10,7 +10,7 @@ from splice.checkpoint.tensors import Weights
 from splice.errors import AdapterMismatchError, PeftWarning, warn
 from splice.kinds.registry import Method
 from splice.loading.advice import advice, outdated
-from splice.loading.base_weight import base_weight
+from splice.loading.base_weight import base_weight, says_the_same
 from splice.loading.options import LoadOptions
 from splice.loading.other_base import both_bases, other_architecture
 from splice.loading.plan import Fitted, Plan
@@ -27,7 +27,9 @@ def refuse_or_warn(found: Fitted, network: nn.Module, method: Method, options: L
     """
     plan = found.plan
     if plan.mismatched and options.ignores_sizes:
-        left_out = tuple(wrong.key for wrong in plan.mismatched)
+        # What a checkpoint only repeats is missing nowhere.
+        known = {key for key, _ in plan.slots()}
+        left_out = tuple(wrong.key for wrong in plan.mismatched if wrong.key in known)
         shown = [f"{w.key}: {w.found} in the checkpoint, {w.needed} in the model" for w in plan.mismatched]
         warn("Some weights were ignored because their sizes differ:\n" + "\n".join(shown), PeftWarning)
         # Then the one warning has said everything, and a second one about the same keys would only confuse.
@@ -61,10 +63,12 @@ def check_base_copies(found: Fitted, weights: Weights) -> None:
         # On the meta device there is nothing to compare with.
         if key not in names or weight is None or weight.is_meta:
             continue
+        # Of another shape: the caller chose to leave it out, as otherwise the load would have been refused by now.
+        if found.checkpoint.weights.entries[names[key]].shape != tuple(weight.shape):
+            continue
         # One after the other: embeddings are large, and each is thrown away once it has been compared.
         (stored,) = weights.read([names[key]])
-        # In the base's dtype: the base may have been loaded in another one than it was saved in.
-        if not torch.equal(stored.to(weight), weight.detach()):
+        if not says_the_same(stored, weight):
             raise AdapterMismatchError(
                 f"the checkpoint at {weights.place} holds weights of its base model ({key}), and they differ "
                 "from those of the given model: the base was trained too, or it is another one. The model is unchanged. "
@@ -85,7 +89,9 @@ def check_repeated(found: Fitted, weights: Weights) -> None:
             continue
         # Equal to the last bit: when they were saved they were one tensor.
         one, two = weights.read([names[key], sources[of.key]])
-        if not torch.equal(one.T if of.transposed else one, two):
+        one = one.T if of.transposed else one
+        # Of another shape: the caller chose to leave it out.
+        if one.shape == two.shape and not torch.equal(one, two):
             raise AdapterMismatchError(
                 f"the checkpoint at {weights.place} has different tensors for {key} and {of.key}, and the layers "
                 "are tied here. The model is unchanged. Set `ensure_weight_tying` to False in the config if they were "

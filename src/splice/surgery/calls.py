@@ -39,8 +39,10 @@ def call_network(
     Raises:
         ValueError: rows cannot have these adapters now; see `Tuner.rows`.
     """
-    with _chosen(tuner, adapter_names, generates, training), _told(tuner, generates, args, options):
+    with _chosen(tuner, adapter_names, generates, training), _told(tuner, generates, args, options) as told:
         result = function(*args, **options)
+        if told is not None:
+            told.result = result
     if tuner.awaits_call:
         tuner.awaits_call = False
         _warn_if_unused(tuner)
@@ -58,13 +60,13 @@ def _chosen(
 
 def _told(
     tuner: Tuner, generates: bool, args: Sequence[object], options: dict[str, object]
-) -> AbstractContextManager[None]:
+) -> AbstractContextManager[Call | None]:
     # Asked first: few models have such adapters, and all others should not pay for a generator at each call.
     return _reading(tuner, generates, args, options) if tuner.reading else nullcontext()
 
 
 @contextmanager
-def _reading(tuner: Tuner, generates: bool, args: Sequence[object], options: dict[str, object]) -> Iterator[None]:
+def _reading(tuner: Tuner, generates: bool, args: Sequence[object], options: dict[str, object]) -> Iterator[Call]:
     """Inside, adapters that have to know what the PeftModel was called with have been told."""
     named = (options[name] for name in ("input_ids", "inputs") if options.get(name) is not None)
     ids = next(named, args[0] if args else None)
@@ -72,7 +74,7 @@ def _reading(tuner: Tuner, generates: bool, args: Sequence[object], options: dic
     with ExitStack() as stack:
         for layer_class, names in tuner.reading.items():
             stack.enter_context(layer_class.call_context(tuner, list(names), call))
-        yield
+        yield call
 
 
 def _warn_if_unused(tuner: Tuner) -> None:

@@ -61,8 +61,6 @@ def _follower(path: str, base: nn.Module, leader: Placement, draft: Draft) -> Pl
 
 def _repeated(follower: Placement, leader: Placement) -> Iterator[tuple[str, Repeated]]:
     """The keys of a follower's tensors, and which tensors of its leader they repeat."""
-    if follower.layer_class is TokenRowsBeside:  # never in a file
-        return
     same = follower.layer_class is leader.layer_class
     transposed: Mapping[str, str] = {} if same else follower.layer_class.transposes
     for suffix in follower.slots:

@@ -1,20 +1,24 @@
-"""Biases that the reference writes a second time."""
+"""Tensors of modules that are saved whole, which the reference may write a second time."""
 
 from __future__ import annotations
 
 from splice.checkpoint.keys import format_key
 from splice.kinds.module_copy import SavedModule
 from splice.loading.contributors.draft import Draft
+from splice.loading.plan import Repeated
 
 
 def written_twice(draft: Draft) -> None:
-    """With `bias="all"` it also writes the biases of modules that are saved whole, under their names in its memory."""
-    if draft.config.trained_biases() != "all":
-        return
-    whole = [(p.path, suffix) for p in draft.placements if p.layer_class is SavedModule for suffix in p.slots]
-    draft.redundant |= {
-        format_key(path, f"{where}.{suffix}")
-        for path, suffix in whole
-        if suffix.rpartition(".")[2] == "bias"
-        for where in ("modules_to_save", "original_module")
-    }
+    """It writes them under their names in its memory, too: biases with `bias="all"`, all with the base's embeddings."""
+    all_biases = draft.config.trained_biases() == "all"
+    leaders = {p.path: p for p in draft.placements}
+    for placement in (*draft.placements, *draft.followers):
+        if placement.layer_class is not SavedModule:
+            continue
+        path, owner = placement.path, leaders[placement.leader] if placement.leader else placement
+        for suffix in placement.slots:
+            again = format_key(path, f"modules_to_save.{suffix}")
+            if all_biases and suffix.rpartition(".")[2] == "bias":
+                draft.redundant |= {again, format_key(path, f"original_module.{suffix}")}
+            else:
+                draft.repeated[again] = Repeated(owner.key(suffix), transposed=False)

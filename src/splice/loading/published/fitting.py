@@ -20,6 +20,7 @@ from splice.loading.plan import Fitted, Plan, fit, with_biases_of_base
 from splice.loading.published.covering import explicit, same_values, uncovered
 from splice.loading.published.heads import with_heads_and_biases
 from splice.loading.published.relocating import Fits, Move, find_moves
+from splice.loading.published.repeats import repeats_of_base
 from splice.loading.published.spelling import spelled
 from splice.loading.wanted import Wanted
 
@@ -89,14 +90,33 @@ class _Mender:
         self.hints += meant.hints
         if meant.names is None:
             return None
-        if wanted.method.network_layer is not None:
-            return self._tried(self.config, meant.names)
-        layers = _layers(meant.names, self.checkpoint.entries, wanted.method)
+        names = self._without_repeats(meant.names)
+        found = self._tried(self.config, names) if len(names) < len(meant.names) else None
+        if found is not None or wanted.method.network_layer is not None:
+            return found or self._tried(self.config, names)
+        layers = _layers(names, self.checkpoint.entries, wanted.method)
         moves = find_moves(list(layers), wanted.modules, wanted.network, self._fits(layers)) if layers else []
         # Of several that are equally good none is taken: a wrong one computes something, and nobody would notice.
         if len(moves) > 1:
             self.hints.append(_choices(moves))
-        return self._moved(meant.names, moves[0]) if len(moves) == 1 else None
+        return self._moved(names, moves[0]) if len(moves) == 1 else None
+
+    def _without_repeats(self, names: dict[str, str]) -> dict[str, str]:
+        """`names` without those of tensors that repeat the base's own, which are left out of the checkpoint as well."""
+        renamed = self.checkpoint._replace(names={name: self.checkpoint.names[own] for name, own in names.items()})
+        plan = self._plan(self.config, renamed)
+        repeats = repeats_of_base(plan.unexpected if plan else (), renamed, self.wanted.modules)
+        if repeats.different:
+            self.hints.append(
+                f"the checkpoint holds weights of its base model ({', '.join(repeats.different[:3])}), and they differ from "
+                "those of the given model: the base was trained too, or it is another one."
+            )
+        if not repeats.equal:
+            return names
+        self.notes.append(f"{len(repeats.equal)} tensors of the file are the base's own ({repeats.equal[0]}): left out")
+        kept = {name: own for name, own in names.items() if name not in set(repeats.equal)}
+        self.checkpoint = self.checkpoint._replace(names={own: self.checkpoint.names[own] for own in kept.values()})
+        return kept
 
     def _moved(self, names: dict[str, str], move: Move) -> Fitted | None:
         """The fit of the checkpoint with its layers where `move` takes them, and the config made to say so."""
@@ -104,6 +124,7 @@ class _Mender:
         if move.said:
             self.notes.append(move.said)
         names = {_moved_name(name, move, wanted.method): own for name, own in names.items()}
+        names = self._without_repeats(names) if move.said else names
         config, notes, self.lacks_biases = with_heads_and_biases(self.config, names, wanted)
         self.notes += notes
         if not wanted.follows_config:

@@ -107,6 +107,9 @@ def _markers(method: Method) -> frozenset[str]:
 
 def _bare(name: str, wrappers: Collection[str], method: Method) -> str:
     """`name` with the prefix of the grammar, and without the components that wrappers put there."""
+    # Also around the PeftModel as a whole: then they stand before everything else.
+    while name.partition(".")[0] in wrappers:
+        name = name.partition(".")[2]
     if method.network_layer is not None:
         return "prompt_embeddings" if _PROMPT.fullmatch(name) else name
     if name.startswith(SHORT_PREFIX) and name.split(".")[1] in method.tensor_names:

@@ -1,0 +1,58 @@
+"""Caches of keys and values, as networks are called with them: how much is in one, and which tokens.
+
+A cache does not know its tokens. Who has to know them notes them on it; a deep copy of a cache carries its note along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+# Under which names networks take a cache: that of transformers, and its newer one.
+NAMES = ("past_key_values", "cache")
+# In the place of a token that nobody knows; no token of any vocabulary.
+UNKNOWN = -1
+
+_NOTE = "splice_tokens"
+
+
+def cache_in(options: Mapping[str, object]) -> object | None:
+    """The cache among the named arguments of a call, or None."""
+    return next((options[name] for name in NAMES if options.get(name) is not None), None)
+
+
+def length_of(cache: object | None) -> int:
+    """The number of positions in a cache; 0 of none, and of what is no cache of transformers."""
+    # Tuples of tensors, as before transformers 5, cannot be asked.
+    measure = getattr(cache, "get_seq_length", None)
+    return 0 if measure is None else int(measure())
+
+
+def note_tokens(cache: object | None, tokens: torch.Tensor) -> None:
+    """Note on a cache that its first positions are `tokens`, (batch, T)."""
+    if length_of(cache):
+        vars(cache)[_NOTE] = tokens[:, : length_of(cache)].detach()
+
+
+def tokens_in(cache: object | None, batch: int, device: torch.device) -> torch.Tensor:
+    """The tokens in a cache, (batch, T), as far as they were noted; `UNKNOWN` for all others."""
+    found = torch.full((batch, length_of(cache)), UNKNOWN, device=device)
+    noted = None if cache is None else vars(cache).get(_NOTE) if found.shape[1] else None
+    # A cache that was taken apart or put together by its rows is another one, and its note is about others.
+    if isinstance(noted, torch.Tensor) and batch % len(noted) == 0:
+        known = min(noted.shape[1], found.shape[1])
+        found[:, :known] = noted[:, :known].to(device).repeat_interleave(batch // len(noted), 0)
+    return found
+
+
+def cache_of(output: object) -> object | None:
+    """The cache in what a network or its `generate` returned; None where there is none."""
+    found = (getattr(output, name, None) for name in NAMES)
+    return next((cache for cache in found if cache is not None), None)
+
+
+def sequences_of(output: object) -> torch.Tensor | None:
+    """The tokens, (batch, T), that `generate` returned, by themselves or with what it was asked for besides."""
+    found = output if isinstance(output, torch.Tensor) else getattr(output, "sequences", None)
+    return found if isinstance(found, torch.Tensor) else None
