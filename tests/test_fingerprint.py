@@ -275,7 +275,7 @@ def test_the_layers_that_are_sampled_are_those_they_always_were(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("shape", "first"), [((6, 6), 17), ((2, 4), 0), ((3, 3), 0), ((10, 10), 56), ((1, 3), 0)], ids=str
+    ("shape", "first"), [((6, 6), 17), ((2, 4), 0), ((3, 3), 0), ((10, 10), 56), ((1, 3), 0), ((40, 50), 1231)], ids=str
 )
 def test_the_values_that_are_sampled_are_those_they_always_were(
     shape: tuple[int, int], first: int, tmp_path: Path

@@ -286,14 +286,16 @@ def test_pushed_as_a_pull_request(revision: str | None, hub: Hub, tmp_path: Path
     repository.commit({CARD: b"# Dev\n"}, "dev", parent=True)
     before = dict(repository.branches)
     model = load(parts(seed=1).write(tmp_path / "a"))
+    url, refusal = None, ""
     try:
         url = model.push_to_hub(LORA, token=TOKEN, revision=revision, create_pr=True)
-    except ValueError as refusal:
-        assert revision is not None and "`create_pr=True` with `revision='dev'`" in str(refusal)
+    except ValueError as error:
+        refusal = str(error)
+    assert not any("/branch/" in request for request in hub.requests)
+    if url is None:
+        assert revision is not None and "`create_pr=True` with `revision='dev'`" in refusal
         assert repository.branches == before
         return
-    finally:
-        assert not any("/branch/" in request for request in hub.requests)
     pull = repository.branches.pop("refs/pr/1")
     assert repository.branches == before and url.endswith(f"/commit/{pull}")
     assert url.pr_url == f"{hub.url}/{LORA}/discussions/1"
