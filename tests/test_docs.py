@@ -57,3 +57,19 @@ def test_a_record_is_complete(method: Method) -> None:
     assert method.tensor_names or method.other_layer is not None
     ways = (method.layers, method.other_layer, method.network_layer)
     assert any(way for way in ways)
+
+
+def test_every_test_that_holds_a_promise_is_there() -> None:
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    named = re.findall(r"(tests/[a-z0-9_]+\.py)::(\w+)", page)
+    assert len(named) > 50
+    for file, test in named:
+        assert re.search(rf"^def {test}\(", (ROOT / file).read_text(encoding="utf-8"), re.M), f"{file}::{test}"
+
+
+def test_no_promise_is_without_a_test() -> None:
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    promises = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith("| promise")]
+    held = [line for line in promises if "tests/" in line]
+    assert held and all("tests/" in line.rsplit(" | ", 1)[1] for line in held)
+    assert len(held) == page.count("\n| ") - page.count("\n| promise") - page.count("\n| left ")

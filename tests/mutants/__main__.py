@@ -16,6 +16,7 @@ import io
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -32,8 +33,11 @@ from tests.mutants.concerned import concerned, general
 ROOT = Path(__file__).parents[2]
 SPLICE = ROOT / "src" / "splice"
 MUTATED = ("loading", "surgery", "selection.py", "checkpoint/writing.py")
-# A mutant that takes so many seconds, where the tests alone take some 20, hangs: that is noticed too.
-FIRST, SECOND = 150, 420
+# A mutant that works so many seconds, where the tests alone work a tenth of it, hangs: that is noticed too. Waiting for a
+# processor that others use does not count.
+WORK, WAIT = 300, 1800
+# Of a test with many parameters so many cases are run at first; all of them where nobody noticed.
+CASES = 4
 
 
 def files() -> list[Path]:
@@ -64,8 +68,8 @@ def described(path: Path, change: Change) -> dict[str, Any]:
     }
 
 
-def noticed_by(path: Path, change: Change, tests: list[str], limit: float) -> str | None:
-    """The test that fails, or that the tests hang; None where all pass."""
+def noticed_by(path: Path, change: Change, tests: list[str], cases: int) -> str | None:
+    """The test that fails, or that the tests hang; None where all pass. `cases` of each test are run, all if 0."""
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         shutil.copytree(ROOT / "src", Path(folder, "src"), ignore=shutil.ignore_patterns("__pycache__"))
         mutated = Path(folder, "src", "splice", path.relative_to(SPLICE))
@@ -74,29 +78,38 @@ def noticed_by(path: Path, change: Change, tests: list[str], limit: float) -> st
         child = os.fork()
         if child == 0:
             os.setpgid(0, 0)
-            os._exit(_run(Path(folder), said, tests))
-        ended = time.monotonic() + limit
+            os._exit(_run(Path(folder), said, tests, cases))
+        ended = time.monotonic() + WAIT
         while time.monotonic() < ended:
             done, status = os.waitpid(child, os.WNOHANG)
             if done:
                 # 1: a test failed; 2 to 4: the tests could not even be collected.
                 code = os.waitstatus_to_exitcode(status)
                 return None if code == 0 else (said.read_text() if said.exists() else f"exit code {code}")
-            time.sleep(0.1)
+            time.sleep(0.2)
         os.killpg(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        return f"it hangs: {limit:.0f} seconds"
+        return f"it hangs: {WAIT} seconds"
 
 
-def _run(folder: Path, said: Path, tests: list[str]) -> int:
+def _run(folder: Path, said: Path, tests: list[str], cases: int) -> int:
     import pytest
 
+    resource.setrlimit(resource.RLIMIT_CPU, (WORK, WORK + 5))
     sys.path.insert(0, str(folder / "src"))
     os.environ["PYTHONPATH"] = str(folder / "src")
     sys.dont_write_bytecode = True
 
     class First:
-        """Writes down the first failure."""
+        """Writes down the first failure, and thins out the cases."""
+
+        def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+            kept: dict[str, list[Any]] = {}
+            for item in items:
+                kept.setdefault(item.nodeid.partition("[")[0], []).append(item)
+            # From the whole range: neighbours are most alike.
+            thin = {id(item) for own in kept.values() for item in own[:: -(-len(own) // cases) if cases else 1]}
+            items[:] = [item for item in items if id(item) in thin]
 
         def pytest_runtest_logreport(self, report: Any) -> None:
             if report.failed and not said.exists():
@@ -115,7 +128,7 @@ def _run(folder: Path, said: Path, tests: list[str]) -> int:
             return 70
 
 
-def work(chosen: list[tuple[Path, Change]], out: Path) -> None:
+def work(chosen: list[tuple[Path, Change]], out: Path, quick: bool) -> None:
     """Try mutants one by one; a line of JSON for each."""
     known = {(m["file"], m["line"], m["is"]) for m in read(out)}
     for path, change in chosen:
@@ -124,9 +137,10 @@ def work(chosen: list[tuple[Path, Change]], out: Path) -> None:
             continue
         module = shown["file"].removesuffix(".py")
         began = time.monotonic()
-        by = noticed_by(path, change, list(concerned(module)), FIRST)
-        if by is None:
-            by = noticed_by(path, change, general(module), SECOND)
+        first = list(concerned(module))
+        by = noticed_by(path, change, first, CASES)
+        if not quick:
+            by = by or noticed_by(path, change, general(module), CASES) or noticed_by(path, change, first, 0)
         line = json.dumps({**shown, "by": by, "seconds": round(time.monotonic() - began, 1)})
         with out.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -141,6 +155,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="ask the concerned tests alone, a few cases of each")
     parser.add_argument("--out", type=Path, default=ROOT / "mutants.jsonl")
     options = parser.parse_args()
     # What tests import, once for all forks; never splice itself.
@@ -157,7 +172,7 @@ def main() -> None:
     for number in range(options.jobs):
         worker = os.fork()
         if worker == 0:
-            work(chosen[number :: options.jobs], options.out)
+            work(chosen[number :: options.jobs], options.out, options.quick)
             os._exit(0)
         workers.append(worker)
     for worker in workers:
