@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +16,9 @@ import splice
 from tests.bases import Base, generator
 
 torch.set_num_threads(1)
+if torch.__version__ < (2, 7):
+    # The reference looks for `torch.distributed.tensor` there, and imports it only by accident of a later torch.
+    importlib.import_module("torch.distributed.tensor")
 
 
 def perturb(tensors: Mapping[str, torch.Tensor], seed: int) -> None:

@@ -123,7 +123,8 @@ class _Handler(BaseHTTPRequestHandler):
         token = self.headers.get("Authorization")
         self.hub.requests.append(line)
         self.hub.tokens.append(token and token.removeprefix("Bearer "))
-        parts = path.strip("/").split("/")
+        # Cut before it is unquoted: the name of a reference may hold a slash.
+        parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
         if parts[0] == "large":
             return self._large(parts[1], body)
         if path.endswith(".git/info/lfs/objects/batch"):
@@ -256,9 +257,16 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":
                 files[value["path"]] = self.hub.large[value["oid"]]
+        answer: dict[str, Any] = {"success": True}
+        if "create_pr=1" in urlsplit(self.path).query:
+            # A commit on a reference of its own; the branch that it is meant for stays where it is.
+            number = 1 + sum(branch.startswith("refs/pr/") for branch in repository.branches)
+            pull = f"refs/pr/{number}"
+            repository.branches[pull] = repository.branches[revision]
+            revision, answer["pullRequestUrl"] = pull, f"{self.hub.url}/{name}/discussions/{number}"
         commit = repository.commit(files, revision, parent=True)
-        url = f"{self.hub.url}/{name}/commit/{commit}"
-        return self._json(200, {"success": True, "commitOid": commit, "commitUrl": url})
+        answer |= {"commitOid": commit, "commitUrl": f"{self.hub.url}/{name}/commit/{commit}"}
+        return self._json(200, answer)
 
     def _branch(self, repository: Repository, name: str, revision: str, body: bytes) -> None:
         if revision in repository.branches:

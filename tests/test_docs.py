@@ -57,3 +57,31 @@ def test_a_record_is_complete(method: Method) -> None:
     assert method.tensor_names or method.other_layer is not None
     ways = (method.layers, method.other_layer, method.network_layer)
     assert any(way for way in ways)
+
+
+def test_every_test_that_holds_a_promise_is_there() -> None:
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    named = re.findall(r"(tests/[a-z0-9_]+\.py)::(\w+)", page)
+    assert len(named) > 50
+    for file, test in named:
+        assert re.search(rf"^def {test}\(", (ROOT / file).read_text(encoding="utf-8"), re.M), f"{file}::{test}"
+
+
+def test_no_promise_is_without_a_test() -> None:
+    promises = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8").partition("# Lines that were changed")[0]
+    rows = [line for line in promises.splitlines() if line.startswith("| ") and not line.startswith("| promise")]
+    assert rows and all("`tests/" in row.rpartition(" | ")[2] for row in rows)
+
+
+def test_the_oldest_versions_that_are_promised_are_those_that_are_tested() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    tested = dict(re.findall(r"^(\w+)==([\d.]+)$", (ROOT / "tests" / "oldest.txt").read_text(encoding="utf-8"), re.M))
+    lines = re.findall(r"^(?:dependencies|cli|transformers) = \[.*\]$", project, re.M)
+    promised = dict(re.findall(r'"(\w+)>=([\d.]+)"', "".join(lines)))
+    assert len(lines) == 3 and len(promised) == 8
+
+    def numbers(version: str) -> list[int]:
+        found = [int(part) for part in version.split(".")]
+        return found[: max(i for i, n in enumerate(found, 1) if n)]
+
+    assert {name: numbers(tested[name]) for name in promised} == {name: numbers(v) for name, v in promised.items()}

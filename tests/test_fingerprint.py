@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import warnings
 from collections.abc import Callable
@@ -230,6 +231,65 @@ def test_an_entry_that_is_no_fingerprint_is_ignored(text: str, tmp_path: Path) -
     folder = saved(tmp_path)
     save_file(load_file(folder / SAFETENSORS), folder / SAFETENSORS, {"format": "pt", METADATA_KEY: text})
     assert match_of(folder, llama()) is Match.UNKNOWN
+
+
+# -- what is on disk stays as it is
+
+
+class Counted(nn.Module):
+    """Linear layers whose weights are counted: the same on every machine and in every version of torch."""
+
+    def __init__(self, count: int, size: int = 6) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(size, size, bias=False) for _ in range(count))
+        for number, layer in enumerate(self.layers):
+            layer.weight.data = (torch.arange(size * size).view(size, size) + 100.0 * number) / 64
+
+
+def fingerprint_in(folder: Path, network: nn.Module) -> dict[str, Any]:
+    model = splice.get_peft_model(network, splice.LoraConfig(target_modules=r"layers\.\d+"))
+    model.save_pretrained(folder)
+    return json.loads(metadata(folder)[METADATA_KEY])
+
+
+def test_the_text_in_the_file_is_what_it_always_was(tmp_path: Path) -> None:
+    """Files that are published hold it: another choice of samples would take every base for another one."""
+    fingerprint_in(tmp_path, Counted(2))
+    assert METADATA_KEY == "splice_base"
+    assert metadata(tmp_path)[METADATA_KEY] == (
+        '{"architecture":"Counted","count":2,"quantization":null,'
+        '"samples":"AACIPgAAkD4AAJg+AACgPgAAqD4AALA+AAC4PgAAwD4AAOo/AADsPwAA7j8AAPA/AADyPwAA9D8AAPY/AAD4Pw==",'
+        '"targets":"7da88e6bac3fa638","version":1}'
+    )
+
+
+def test_the_layers_that_are_sampled_are_those_they_always_were(tmp_path: Path) -> None:
+    """Up to 64, taken evenly of more, in the order of their paths."""
+    for count, rows in ((64, 64), (65, 33), (130, 44)):
+        found = fingerprint_in(tmp_path / str(count), Counted(count))
+        samples = torch.frombuffer(bytearray(base64.b64decode(found["samples"])), dtype=torch.float32).view(-1, 8)
+        step = -(-count // 64)
+        numbers = [int(path) for path in sorted(map(str, range(count)))][::step]
+        assert found["count"] == count and len(samples) == rows == len(numbers)
+        assert samples[:, 0].tolist() == [(17 + 100 * number) / 64 for number in numbers]
+
+
+@pytest.mark.parametrize(
+    ("shape", "first"), [((6, 6), 17), ((2, 4), 0), ((3, 3), 0), ((10, 10), 56), ((1, 3), 0), ((40, 50), 1231)], ids=str
+)
+def test_the_values_that_are_sampled_are_those_they_always_were(
+    shape: tuple[int, int], first: int, tmp_path: Path
+) -> None:
+    """Eight neighbours, the first of them at 0.618 of the way; zeros behind weights that have fewer. By either way."""
+    for strided in (False, True):
+        network = Counted(1)
+        layer = network.layers[0] = nn.Linear(*shape[::-1], bias=False)
+        values = torch.arange(1.0, 1 + shape[0] * shape[1]).view(shape)
+        layer.weight.data = values.T.contiguous().T if strided else values
+        found = fingerprint_in(tmp_path / str(strided), network)
+        samples = torch.frombuffer(bytearray(base64.b64decode(found["samples"])), dtype=torch.float32)
+        expected = values.flatten()[first : first + 8].tolist()
+        assert samples.tolist() == expected + [0.0] * (8 - len(expected))
 
 
 # -- every method

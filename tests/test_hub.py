@@ -275,6 +275,55 @@ def test_pushed_to_a_branch(hub: Hub, tmp_path: Path) -> None:
     assert torch.equal(output(load(LORA, revision="dev")), plain(1, tmp_path))
 
 
+@pytest.mark.parametrize("revision", [None, "dev"])
+def test_pushed_as_a_pull_request(revision: str | None, hub: Hub, tmp_path: Path) -> None:
+    """It becomes a reference of its own; the branch that it is meant for is neither made nor moved.
+
+    `huggingface_hub` 2 refuses one that is meant for another branch than the main one.
+    """
+    repository = hub.repository(LORA)
+    repository.commit({".gitattributes": b"", CARD: b"# Main\n"})
+    repository.commit({CARD: b"# Dev\n"}, "dev", parent=True)
+    before = dict(repository.branches)
+    model = load(parts(seed=1).write(tmp_path / "a"))
+    url, refusal = None, ""
+    try:
+        url = model.push_to_hub(LORA, token=TOKEN, revision=revision, create_pr=True)
+    except ValueError as error:
+        refusal = str(error)
+    assert not any("/branch/" in request for request in hub.requests)
+    if url is None:
+        assert revision is not None and "`create_pr=True` with `revision='dev'`" in refusal
+        assert repository.branches == before
+        return
+    pull = repository.branches.pop("refs/pr/1")
+    assert repository.branches == before and url.endswith(f"/commit/{pull}")
+    assert url.pr_url == f"{hub.url}/{LORA}/discussions/1"
+    assert (b"# Dev" if revision else b"# Main") in repository.commits[pull][CARD]
+    assert torch.equal(output(load(LORA, revision=pull)), plain(1, tmp_path))
+
+
+def test_a_pull_request_for_a_branch_that_is_not_there(hub: Hub, tmp_path: Path) -> None:
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    repository = hub.repository(LORA)
+    repository.commit({".gitattributes": b""})
+    model = load(parts(seed=1).write(tmp_path / "a"))
+    with pytest.raises(RevisionNotFoundError):
+        model.push_to_hub(LORA, token=TOKEN, revision="dev", create_pr=True)
+    assert set(repository.branches) == {"main"} and len(repository.commits) == 1
+
+
+def test_pushed_to_a_pull_request_that_is_there(hub: Hub, tmp_path: Path) -> None:
+    """Its reference is no branch that could be made."""
+    repository = hub.repository(LORA)
+    repository.branches["refs/pr/1"] = repository.commit({".gitattributes": b""})
+    load(parts(seed=1).write(tmp_path / "a")).push_to_hub(LORA, token=TOKEN, revision="refs/pr/1")
+    assert not any("/branch/" in request for request in hub.requests)
+    assert set(repository.files()) == {".gitattributes"}
+    assert torch.equal(output(load(LORA, revision=repository.branches["refs/pr/1"])), plain(1, tmp_path))
+
+
 def test_a_config_is_pushed_by_itself(hub: Hub, tmp_path: Path) -> None:
     splice.LoraConfig(r=5, target_modules=["q_proj"]).push_to_hub(LORA, token=TOKEN)
     assert set(hub.repositories[LORA].files()) == {".gitattributes", CONFIG}

@@ -47,6 +47,11 @@ def add_products(y: torch.Tensor, x: torch.Tensor, parts: Sequence[Part]) -> tor
     if x.device.type == "cpu":
         # On a CPU stacking the factors would cost more than it saves: that writes, and reads again, all their bytes.
         return _add_sorted(y, x, parts) if torch.is_grad_enabled() else _add_in_place(y, x, parts)
+    return add_alike(y, x, parts)
+
+
+def add_alike(y: torch.Tensor, x: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
+    """`add_products` as other devices do it, where each of many small products would wait for the one before it."""
     # Parts of one shape together. Padding ranks and rows to the largest would make one group of all, and work of zeros.
     alike: dict[tuple[int, int, torch.dtype], list[Part]] = {}
     for part in parts:
