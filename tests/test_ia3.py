@@ -45,6 +45,28 @@ def test_only_targets_can_scale_their_input(library: Any) -> None:
         library.IA3Config(target_modules=["first"], feedforward_modules=["second"])
 
 
+@pytest.mark.parametrize("base", [bases.LLAMA, bases.T5, bases.GPT2, BASE], ids=str)
+def test_all_linear_is_loaded_by_either_library_as_it_was_saved(base: bases.Base, library: Any, tmp_path: Path) -> None:
+    """The targets are saved as whole paths, and so are those of them that scale their input."""
+    ends = {"linear": ["second"], "gpt2": ["c_fc", "mlp.c_proj"]}.get(base.name, ["down_proj", "wo"])
+    config = splice.IA3Config(
+        target_modules="all-linear", feedforward_modules=ends, task_type=base.task, init_ia3_weights=False
+    )
+    model = splice.get_peft_model(base.build(), config).eval()
+    scaling = [path for path, layer in model.base_model.placed["default"].items() if layer.is_feedforward]
+    assert scaling
+    assert all(path.endswith(tuple(ends)) for path in scaling)
+    model.save_pretrained(tmp_path)
+    again = library.PeftModel.from_pretrained(base.build(), str(tmp_path))
+    assert_close(run(again, base.inputs(2)), run(model, base.inputs(2)))
+
+
+def test_ends_of_targets_may_scale_their_input() -> None:
+    """As the reference saves "all-linear", and cannot load it."""
+    config = splice.IA3Config(target_modules=["model.first", "model.second"], feedforward_modules=["second"])
+    assert config.feedforward_modules == {"second"}
+
+
 def test_adapters_on_both_sides_of_one_layer(shared_checkpoint: Any) -> None:
     """The reference cannot load the second. Both may be active, and merged; their sum has no meaning."""
     inputs = BASE.inputs(3)

@@ -56,6 +56,15 @@ def _pair(names: tuple[str, str]) -> Any:
         pytest.skip(f"they cannot stand together: {error}")
 
 
+def _refusal(model: Any, name: str) -> str:
+    """What the refusal says; empty if the adapter was merged."""
+    try:
+        model.base_model.merge_adapter([name])
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 @pytest.mark.parametrize("one", ["a", "b"])
 @pytest.mark.parametrize("names", PAIRS, ids=" and ".join)
 def test_one_of_two_merged_changes_no_output(names: tuple[str, str], one: str) -> None:
@@ -63,11 +72,10 @@ def test_one_of_two_merged_changes_no_output(names: tuple[str, str], one: str) -
     network, inputs = model.base_model.model, bases.LINEAR.inputs(3)
     before, output = Snapshot.of(network), run(model, inputs)
     other = "b" if one == "a" else "a"
-    try:
-        model.base_model.merge_adapter([one])
-    except ValueError as error:
-        assert all(repr(name) in str(error) for name in ("a", "b"))
-        assert "together" in str(error)
+    refusal = _refusal(model, one)
+    if refusal:
+        assert all(repr(name) in refusal for name in ("a", "b"))
+        assert "together" in refusal
         before.assert_same(network)
         assert not model.base_model.merged
         assert torch.equal(run(model, inputs), output)

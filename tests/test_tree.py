@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import splice
+from splice.checkpoint.keys import PREFIX
 from tests import bases
 from tests.bases import run
 from tests.comparing import differ, load_both
@@ -246,6 +247,54 @@ def test_a_state_dict_of_the_reference_is_understood(case: Case, shared_checkpoi
     assert not result.missing_keys
     assert not result.unexpected_keys
     assert torch.allclose(run(ours, case.base.inputs(2)), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("case", [*kind_cases(), *plain_cases(bases.LLAMA)], ids=str)
+def test_two_spellings_of_a_base_tensor(case: Case, strict: bool, shared_checkpoint: Any) -> None:
+    """Equal ones are one; others are refused before anything is loaded, by whichever module is asked to load."""
+    model = loaded(case, shared_checkpoint)
+    path, layer = list(model.base_model.adapted.items())[-2]
+    infix = next(a.names.base for a in layer.splice_host.layers.values())
+    name = next(n for n, p in layer._parameters.items() if p is not None)
+    modules = {"": model, PREFIX: model.get_base_model()}
+    while path:  # all that is above the layer, and the layer itself
+        modules[f"{PREFIX}{path}."] = model.get_base_model().get_submodule(path)
+        path = path.rpartition(".")[0]
+    front = max(modules, key=len)
+    for prefix, module in modules.items():
+        state = module.state_dict()
+        before = {key: tensor.clone() for key, tensor in state.items()}
+        others = {key: tensor + 1 for key, tensor in before.items()}
+        own, theirs = (front + name)[len(prefix) :], (front + infix + name)[len(prefix) :]
+        with pytest.raises(RuntimeError, match="two spellings") as raised:
+            module.load_state_dict({**others, theirs: before[own]}, strict=strict)
+        assert repr(own) in str(raised.value)
+        assert repr(theirs) in str(raised.value)
+        assert all(torch.equal(tensor, before[key]) for key, tensor in module.state_dict().items())
+        result = module.load_state_dict({**others, theirs: others[own]}, strict=strict)
+        assert not result.missing_keys
+        assert not result.unexpected_keys
+        assert all(torch.equal(tensor, others[key]) for key, tensor in module.state_dict().items())
+        module.load_state_dict(before)
+    network = model.unload()
+    assert not any(module._load_state_dict_pre_hooks for module in network.modules())
+
+
+@every
+def test_a_models_own_state_is_no_two_spellings(case: Case, shared_checkpoint: Any) -> None:
+    """Also with trained biases, whose names are those that the reference has for the base's."""
+    biases = {} if "bias" not in case.config() and case.method.name.value != "LORA" else {"bias": "all"}
+    own = PARAMETERS.get(case.base.name, {})
+    folder = shared_checkpoint(case.base, case.config(**own, **({} if own else biases)))
+    model = splice.PeftModel.from_pretrained(case.base.build(), folder)
+    for module in (model, model.get_base_model(), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        others = {name: tensor + 1 for name, tensor in module.state_dict().items()}
+        state = copy.copy(others)
+        result = module.load_state_dict(state)
+        assert state.keys() == others.keys()
+        assert not result.missing_keys
+        assert all(torch.equal(tensor, others[name]) for name, tensor in module.state_dict().items())
 
 
 def test_versions_and_metadata_of_a_state_dict_are_kept(shared_checkpoint: Any) -> None:

@@ -39,12 +39,12 @@ def original_weight(layer: nn.Module) -> torch.Tensor:
 
 
 def tensor_in_use(layer: nn.Module, name: str) -> torch.Tensor | None:
-    """What the base computes with now in place of its tensor: an active adapter may bring one of its own."""
+    """What stands below all adapters now: the tensor of the base, nothing merged into it, or one that an adapter brings."""
     host = host_of(layer)
     if host is not None and host.shows:
-        for active in host.selection.current().names:
+        for active in (*host.selection.current().names, *host.merged):
             adapter = host.layers.get(active)
             shown = {} if adapter is None else adapter.shown(layer)
             if name in shown:
                 return shown[name]
-    return layer._parameters[name] if host is None else host.displaced.get(name, layer._parameters[name])
+    return original_tensor(layer, name)

@@ -134,7 +134,12 @@ class TokenRows(AdapterLayer):
     def replaced(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         weight = tensors["weight"]
         rows = self.rows[self.row_of].to(device=weight.device, dtype=weight.dtype)
-        return {"weight": weight.index_copy(0, self.sorted_tokens.to(weight.device), rows)}
+        places = self.sorted_tokens.to(weight.device)
+        found = {"weight": weight.index_copy(0, places, rows)}
+        bias = tensor_in_use(self.base, "bias") if self.is_linear and "bias" in tensors else None
+        if bias is not None:  # to these rows nothing is added that stands below, nor to their bias
+            found["bias"] = tensors["bias"].index_copy(0, places, bias.detach()[places])
+        return found
 
     def deltas(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {}

@@ -66,6 +66,26 @@ def default_modules(method: Method, config: PeftConfig, network: nn.Module) -> d
     return found
 
 
+def among_targets(
+    method: Method, config: PeftConfig, found: Mapping[str, set[str]], targets: Collection[str] | str | None
+) -> dict[str, set[str]]:
+    """The fields that name some of the targets, by the names that the targets have now: a save writes both.
+
+    Args:
+        method: the adapter's.
+        config: the adapter's, whose targets were spelled out.
+        found: those fields that the config leaves open.
+        targets: as they were spelled out.
+    """
+    result = dict(found)
+    for name in method.default_modules:
+        ends = result.get(name, field_value(config, name))
+        if isinstance(ends, (set, list)) and not isinstance(targets, str):
+            named = {target for target in targets or () if target.endswith(tuple(ends))}
+            result[name] = set(ends) if set(ends) <= set(targets or ()) else named
+    return result
+
+
 def _all_linear(config: PeftConfig, network: nn.Module, modules: Mapping[str, nn.Module]) -> set[str]:
     kinds = (LayerKind.LINEAR, LayerKind.TRANSPOSED_LINEAR)
     names = {path for path, module in modules.items() if kind_of(module) in kinds}

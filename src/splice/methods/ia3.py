@@ -61,10 +61,13 @@ class IA3Config(Targeted):
         if isinstance(self.feedforward_modules, list):
             self.feedforward_modules = set(self.feedforward_modules)
         inputs, targets = self.feedforward_modules, self.target_modules
-        if isinstance(inputs, set) and isinstance(targets, set) and not inputs <= targets:
-            raise ValueError(
-                f"`feedforward_modules` should be a subset of `target_modules`; {sorted(inputs - targets)} are no targets."
-            )
+        if isinstance(inputs, set) and isinstance(targets, set):
+            # Also the end of a target: "all-linear" is saved as whole paths.
+            others = sorted(name for name in inputs if not any(target.endswith(name) for target in targets))
+            if others:
+                raise ValueError(
+                    f"`feedforward_modules` should be a subset of `target_modules`; {others} are no targets."
+                )
 
 
 def scales_input(config: IA3Config, path: str) -> bool:

@@ -18,6 +18,7 @@ from splice.surgery.layer_attributes import AdaptedViews
 from splice.surgery.layer_commands import LayerCommands
 from splice.surgery.registering import called_through
 from splice.surgery.rows import add_products, split
+from splice.surgery.spellings import check_spellings, plain_name
 
 
 class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
@@ -124,12 +125,11 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
         self, state_dict: dict[str, object], prefix: str, local_metadata: object, strict: bool, *lists: list[str]
     ) -> None:
         # The reference's spelling of the base's own tensors is understood too (`base_layer.weight`).
-        host = self.splice_host
-        for infix in {layer.names.base for layer in host.layers.values()} - {""}:
-            for key in [key for key in state_dict if key.startswith(prefix + infix)]:
-                own = prefix + key[len(prefix) + len(infix) :]
-                if own not in state_dict:
-                    state_dict[own] = state_dict.pop(key)
+        check_spellings(self, state_dict, prefix)
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            own = plain_name(self.splice_host, key[len(prefix) :])
+            if own:
+                state_dict.setdefault(prefix + own, state_dict.pop(key))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
 
     def extra_repr(self) -> str:

@@ -23,6 +23,7 @@ class BaseChanges:
         slices: `config.pretraining_tp` as it was; None where it was 1 or is not there.
         ranges: those of the network's layers that it uses one after the other; None where it uses each layer once.
         unstack: puts the layers back as they were; None where they are.
+        looking_ahead: the hooks on modules above adapted layers by which they check a state dict, by path.
     """
 
     unfrozen: list[nn.Parameter] = field(default_factory=list)
@@ -30,6 +31,7 @@ class BaseChanges:
     slices: object = None
     ranges: list[list[int]] | None = None
     unstack: Callable[[], None] | None = None
+    looking_ahead: dict[str, RemovableHandle] = field(default_factory=dict)
 
     def make(self, network: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         """Change `network`, whose modules are `modules`."""
@@ -82,6 +84,9 @@ class BaseChanges:
         for parameter in self.unfrozen:
             parameter.requires_grad = True
         self.unfrozen.clear()
+        for handle in self.looking_ahead.values():
+            handle.remove()
+        self.looking_ahead.clear()
         if self.hook is not None:
             self.hook.remove()
             self.hook = None

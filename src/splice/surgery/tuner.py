@@ -34,6 +34,7 @@ from splice.surgery.detach import detach
 from splice.surgery.merging import adapters_to_merge, merge, merge_for_good, note_untied, unmerge
 from splice.surgery.placement import Built
 from splice.surgery.registering import register, unregister
+from splice.surgery.spellings import guard_parents
 from splice.surgery.weight_readers import weight_readers
 
 # Under which attributes a network keeps its tuner and the configs of its adapters.
@@ -174,6 +175,7 @@ class Tuner(nn.Module):
                 home = Home(above.base._modules, above.added, above.base)
             attach(base, path, name, item.layer, self.selection, readers, home, self.model)
             self.adapted[path] = cast(Adapted, base)
+        guard_parents(modules, self.adapted, self._base_changes.looking_ahead)
         if freeze_base:
             self._base_changes.make(self.model, modules)
 

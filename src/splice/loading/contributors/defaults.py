@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from splice.config import copy_config
 from splice.loading.contributors.draft import Draft
-from splice.loading.targets import default_modules, resolved_rule
+from splice.loading.targets import among_targets, default_modules, resolved_rule
 
 
 def defaults(draft: Draft) -> None:
@@ -17,6 +17,8 @@ def defaults(draft: Draft) -> None:
     if draft.on_layers:
         rule = resolved_rule(draft.method, draft.config, draft.network, draft.modules)
         further = default_modules(draft.method, draft.config, draft.network)
+        if rule.target_modules != draft.config.target_rule().target_modules:
+            further = among_targets(draft.method, draft.config, further, rule.target_modules)
         if further:
             draft.config = copy_config(draft.config, **further)
             draft.resolved.update(further)

@@ -7,6 +7,7 @@ weight in it, also where several adapters are active or merged: then each takes 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import MappingProxyType
 
 import torch
@@ -112,6 +113,15 @@ class Dora(LowRank):
             return None
         ratio = self.ratio(self.base_weight(self.magnitude.dtype))
         return ratio * (weight + plain) - weight
+
+    def deltas(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        found = super().deltas(tensors)
+        below = tensor_in_use(self.base, "bias") if self.has_bias else None
+        if below is not None:  # what others have added to the bias is scaled like all else that they add
+            ratio = self.on_output(self.ratio(self.base_weight(self.magnitude.dtype))).flatten()
+            added = tensors["bias"] - below.detach() + found.get("bias", 0.0)
+            found["bias"] = (ratio - 1) * added + found.get("bias", 0.0)
+        return found
 
 
 class DoraOnLinear(Dora, OnLinear):
