@@ -290,11 +290,15 @@ def class_of(peft_type: object, place: str) -> type[PeftConfig]:
         raise CheckpointError(f"{place}: peft_type is {peft_type!r}; it must be a string such as {some!r}")
     if peft_type in _CLASSES:
         return _CLASSES[PeftType(peft_type)]
-    text = f"{place}: unknown peft_type {peft_type!r}; known are {', '.join(sorted(m.value for m in _CLASSES))}."
+    known = ", ".join(sorted(member.value for member in _CLASSES))
+    if peft_type.upper() in list(PeftType) and peft_type.upper() not in _CLASSES:
+        raise UnknownMethodError(
+            f"{place}: adapters of the method {peft_type.upper()!r} cannot be loaded by this version of splice yet. It can "
+            f"load those of {known}."
+        )
+    text = f"{place}: unknown peft_type {peft_type!r}; known are {known}."
     if peft_type.upper() in _CLASSES:
         text += f" Did you mean {peft_type.upper()!r}?"
-    elif peft_type in list(PeftType):
-        text += " The method exists, and this version cannot load it yet."
     raise UnknownMethodError(text)
 
 

@@ -1,4 +1,4 @@
-"""Every exception and warning class of splice, and the one way to warn."""
+"""Every exception and warning class of splice, the one way to warn, and what messages are worded with."""
 
 from __future__ import annotations
 
@@ -66,6 +66,11 @@ class AdapterMismatchError(PeftError, RuntimeError):
         self.missing = list(missing)
         self.unexpected = list(unexpected)
         self.mismatched = list(mismatched)
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    """A number with its noun: "1 layer", "3 layers"; `many` where that is not `one` with an s."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 def warn(text: str, category: type[Warning] = UserWarning) -> None:

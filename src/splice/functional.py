@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import nn
 
+from splice.base.bare import carried
 from splice.base.dtypes import HALVES
+from splice.config import PeftConfig
 from splice.injecting import inject_adapter_in_model as inject_adapter_in_model
 from splice.kinds.module_copy import WholeModule
 from splice.kinds.slot import Role
 from splice.loading.saving import get_peft_model_state_dict as get_peft_model_state_dict
 from splice.loading.state import set_peft_model_state_dict as set_peft_model_state_dict
-from splice.surgery.tuner import tuner_of
+from splice.surgery.tuner import CONFIGS, tuner_of
 
 # `prefix` and `layer_cls` tell the reference which modules are adapter layers. Here the tuner knows its own, whatever their
 # class, and callers may go on passing both.
@@ -41,13 +44,17 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_
 
     Returns:
         The adapters that are active now, or None where there are none.
+
+    Raises:
+        ValueError: there is no such adapter, or it is merged.
     """
-    # The config stays, as in the reference: transformers takes it out itself.
     tuner, _ = tuner_of(model)
-    config = tuner.peft_config[adapter_name]
+    tuner.check_known([adapter_name])
+    # The network goes on showing the config, as in the reference: transformers takes it out itself. In a dict of its own: the
+    # tuner's names the adapters that there are, and this one's name is free again.
+    shown = {**tuner.peft_config, **(cast("dict[str, PeftConfig] | None", carried(tuner.model, CONFIGS)) or {})}
     tuner.delete_adapter(adapter_name)
-    tuner.peft_config[adapter_name] = config
-    tuner.model.__dict__["peft_config"] = tuner.peft_config
+    vars(tuner.model)[CONFIGS] = shown
     return tuner.active_adapters or None
 
 

@@ -82,11 +82,12 @@ class PeftModel(nn.Module):
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
     ) -> None:
-        self._wrap(model)
+        unwrap = self._wrap(model)
         tuner = self.base_model
-        tuner.check_new(adapter_name)
         undo = Undo(tuner)
+        undo.at_last(unwrap)
         try:
+            tuner.check_new(adapter_name)
             plan, built = new_adapter(tuner, peft_config, self.heads, autocast_adapter_dtype, low_cpu_mem_usage)
             tuner.commit(adapter_name, peft_config, built, freeze_base=True, plan=plan)
             tuner.selection.set([adapter_name])
@@ -95,8 +96,8 @@ class PeftModel(nn.Module):
             undo.run()
             raise
 
-    def _wrap(self, model: nn.Module) -> None:
-        """Become the facade of `model`, which is not changed."""
+    def _wrap(self, model: nn.Module) -> Callable[[], None]:
+        """Become the facade of `model`, which is not changed; the result makes this one the facade no longer."""
         if isinstance(model, PeftModel):
             raise ValueError(
                 f"the given model is a PeftModel already, with the adapters {list(model.peft_config)}. Add another one with "
@@ -107,10 +108,18 @@ class PeftModel(nn.Module):
             getattr(model, name)
         nn.Module.__init__(self)
         self.base_model = Tuner.of(model)
-        self.base_model.mixes_methods = self.mixes_methods
-        self.base_model.stand_in(self._modules)
         # What the last load did; None before the first.
         self.load_report: LoadReport | None = None
+        # The network may have been another facade's, which goes on being its own if what comes now fails.
+        tuner = self.base_model
+        mixed, tuner.mixes_methods = tuner.mixes_methods, self.mixes_methods
+        leave = tuner.stand_in(self._modules)
+
+        def unwrap() -> None:
+            tuner.mixes_methods = mixed
+            leave()
+
+        return unwrap
 
     # -- loading
 
@@ -172,9 +181,10 @@ class PeftModel(nn.Module):
         checkpoint = checkpoint_from(model_id, tensors, config, options, mapping)
         # Past `__init__`, which would make a new adapter.
         peft_model: PeftModel = object.__new__(cls.class_for(checkpoint.config))
-        peft_model._wrap(model)
+        unwrap = peft_model._wrap(model)
         tuner = peft_model.base_model
         undo = Undo(tuner)
+        undo.at_last(unwrap)
         try:
             loaded = load_new(tuner, checkpoint, options, peft_model.heads, True, undo)
             tuner.selection.set([adapter_name])

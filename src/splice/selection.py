@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from splice.errors import counted
+
 BASE = "__base__"
 
 
@@ -48,7 +50,7 @@ class Rows:
             ValueError: the batch has another number of rows.
         """
         if batch != len(self.names) and (not self.may_repeat or batch % len(self.names)):
-            raise ValueError(f"`adapter_names` names {len(self.names)} rows, and the input has {batch}")
+            raise ValueError(f"`adapter_names` names {counted(len(self.names), 'row')}, and the input has {batch}")
         found = self.made.get((batch, device))
         if found is None:
             by_name = _rows_by_name(self.names, batch // len(self.names))

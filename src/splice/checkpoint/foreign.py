@@ -78,12 +78,29 @@ def foreign_names(names: Collection[str]) -> str | None:
 def what_config(fields: Mapping[str, object]) -> str:
     """What a config without `peft_type` is, as a sentence with a space in front; "" where nothing is known."""
     find_foreign()
+    if fields and {name for name, value in fields.items() if value is not None} <= _OF_THE_BASE:
+        return _ONLY_THE_BASE if any(fields.values()) else ""
     entries = sorted((*_CONFIGS, *_GENERAL_CONFIGS), key=lambda entry: not entry.certain)
     for entry in entries:
         if all(any(fields.get(name) is not None for name in group) for group in entry.fields):
             return f" {entry.sentence}"
     return ""
 
+
+# Fields that any adapter has, and that say nothing of its method.
+_OF_THE_BASE = {
+    "base_model_name_or_path",
+    "base_model",
+    "base_model_name",
+    "revision",
+    "task_type",
+    "inference_mode",
+    "peft_version",
+}
+_ONLY_THE_BASE = (
+    " It names a base model and nothing else. If the folder holds a whole model, load it with the model's own class; if it "
+    "holds an adapter, ask its author for the config that was saved with the weights."
+)
 
 _GENERAL_NAMES = (
     ForeignNames(

@@ -56,6 +56,11 @@ class Host:
     lock: OwnLock = field(default_factory=OwnLock, repr=False)
 
     @property
+    def place(self) -> str:
+        """Where the layer is, for messages."""
+        return self.path or "the network itself"
+
+    @property
     def shows_displaced(self) -> bool:
         """Whether a call begins with the base's own parameters in the place of those that displaced them."""
         return bool(self.displaced) and self.displaced_by not in self.merged

@@ -20,7 +20,7 @@ from splice.base.bare import original_class
 from splice.base.foreign_models import embed_scale
 from splice.base.layers import LayerKind, features, kind_of, padding_row
 from splice.config import PeftConfig
-from splice.errors import UnsupportedLayerError
+from splice.errors import UnsupportedLayerError, counted
 from splice.kinds.casting import check_values
 from splice.kinds.effect import Action, Effect, Forward
 from splice.kinds.file_form import FileForm, Stored
@@ -188,8 +188,9 @@ def check_indices(indices: Sequence[int], count: int, path: str) -> None:
     for index in indices:
         if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < count:
             raise ValueError(
-                f"token index {index!r} is none of {path!r}, which has {count} rows. If the vocabulary was resized before "
-                "training, call `model.resize_token_embeddings(...)` with the size of the adapter's tokenizer first."
+                f"token index {index!r} is none of {path!r}, which has {counted(count, 'row')}. If the vocabulary was "
+                "resized before training, call `model.resize_token_embeddings(...)` with the size of the adapter's "
+                "tokenizer first."
             )
 
 

@@ -13,6 +13,7 @@ from splice.checkpoint.header import Entry
 from splice.checkpoint.keys import PREFIX, Key, parse_key
 from splice.checkpoint.types import TaskType
 from splice.config import PeftConfig
+from splice.errors import counted
 from splice.kinds.registry import Method, all_methods
 from splice.loading.config_fields import field_value
 from splice.loading.plan import Fitted, Mismatch, Plan
@@ -68,8 +69,8 @@ def _zero_sized(entries: Mapping[str, Entry]) -> str | None:
     if not empty:
         return None
     return (
-        f"{len(empty)} tensors have no elements ({empty[0]}): the adapter was saved under DeepSpeed ZeRO-3 or FSDP without "
-        "gathering the parameters first. Save it again from a gathered state dict."
+        f"{counted(len(empty), 'tensor has', 'tensors have')} no elements ({empty[0]}): the adapter was saved under "
+        "DeepSpeed ZeRO-3 or FSDP without gathering the parameters first. Save it again from a gathered state dict."
     )
 
 
@@ -129,10 +130,11 @@ def _other_prefix(plan: Plan, method: Method, paths: Collection[str]) -> str | N
     if count < len(plan.unexpected) / 2:  # a coincidence
         return None
     if PREFIX.startswith(needs[: len(PREFIX)]) and needs.startswith(had) and not had:
-        return f"{count} names lack the prefix {needs!r}. They were written by another tool: put {needs!r} before each name."
+        lack = counted(count, "name lacks", "names lack")
+        return f"{lack} the prefix {needs!r}. They were written by another tool: put {needs!r} before each name."
     return (
-        f"{count} names begin with {had!r} where this model has {needs!r}: the base model was renamed or wrapped since. "
-        f"Pass key_mapping={{{_regex(had)!r}: {_replacement(needs)!r}}}."
+        f"{counted(count, 'name begins', 'names begin')} with {had!r} where this model has {needs!r}: the base "
+        f"model was renamed or wrapped since. Pass key_mapping={{{_regex(had)!r}: {_replacement(needs)!r}}}."
     )
 
 

@@ -8,6 +8,7 @@ from splice.base.bare import original_class
 from splice.base.foreign_models import name_or_path
 from splice.checkpoint.tensors import Weights
 from splice.config import PeftConfig
+from splice.errors import counted
 from splice.loading.fingerprint import Comparison, Match, compare, fingerprint_of, read_fingerprint
 from splice.loading.report import grouped
 from splice.surgery.tuner import Tuner
@@ -42,7 +43,8 @@ def about_base(found: Comparison, bases: str) -> list[str]:
     else:
         cause = "layers of the base that were trained, initialised anew, or had another adapter merged into them"
     return [
-        f"the base is not the one it was saved with: the weights of {count} of {found.compared} adapted layers differ "
+        f"the base is not the one it was saved with: the weights of {count} of "
+        f"{counted(found.compared, 'adapted layer')} differ "
         f"({shown}). Likely: {cause}. {bases} What it computes is not what was trained"
     ]
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from splice.errors import AdapterMismatchError
+from splice.errors import AdapterMismatchError, counted
 from splice.loading.fingerprint import Match
 from splice.loading.plan import Plan
 
@@ -40,10 +40,8 @@ class LoadReport:
 
     def __str__(self) -> str:
         size = f"{self.nbytes / 1e6:.1f} MB" if self.nbytes >= 1e5 else f"{self.nbytes / 1e3:.1f} kB"
-        line = (
-            f"{self.adapter_name}: {self.placed} of {self.expected} tensors on {self.layers} layers, {size}, "
-            f"{self.seconds * 1000:.0f} ms"
-        )
+        tensors, layers = counted(self.expected, "tensor"), counted(self.layers, "layer")
+        line = f"{self.adapter_name}: {self.placed} of {tensors} on {layers}, {size}, {self.seconds * 1000:.0f} ms"
         return "\n".join((line, *(f"  {note}" for note in self.notes)))
 
 
@@ -73,7 +71,7 @@ def _ranges(numbers: Sequence[str]) -> str:
 def _section(title: str, lines: Sequence[str], count: int) -> str:
     if not lines:
         return ""
-    more = [f"... and {len(lines) - _SHOWN} more groups"] if len(lines) > _SHOWN else []
+    more = [f"... and {counted(len(lines) - _SHOWN, 'more group')}"] if len(lines) > _SHOWN else []
     return "\n".join([f"  {title} ({count}):", *(f"    {line}" for line in [*lines[:_SHOWN], *more])])
 
 
@@ -83,7 +81,7 @@ def mismatch_error(plan: Plan, place: str, bases: str, advice: Sequence[str]) ->
     total = len(plan.sources) + len(plan.missing) + len(plan.mismatched)
     sections = [
         f"the adapter at {place} does not fit this model; the model is unchanged. "
-        f"{len(plan.sources)} of {total} tensors would find their place.",
+        f"{len(plan.sources)} of {counted(total, 'tensor would find its', 'tensors would find their')} place.",
         _section("missing in the checkpoint", grouped(plan.missing), len(plan.missing)),
         _section("unexpected, with no place in the model", grouped(plan.unexpected), len(plan.unexpected)),
         _section("of another shape or dtype", mismatched, len(plan.mismatched)),

@@ -21,7 +21,7 @@ from splice.checkpoint.tensors import open_weights
 from splice.checkpoint.types import TaskType
 from splice.checkpoint.writing import write_checkpoint
 from splice.config import PeftConfig, copy_config
-from splice.errors import PeftWarning, warn
+from splice.errors import PeftWarning, counted, warn
 from splice.kinds.registry import method_of
 from splice.loading.fingerprint import fingerprint_of
 from splice.loading.tying import EMBEDDING_NAMES
@@ -251,7 +251,7 @@ def _warn_of_shards(tensors: Mapping[str, torch.Tensor], own: bool) -> None:
     empty = [name for name, tensor in tensors.items() if tensor.numel() == 0]
     if own and empty:
         warn(
-            f"{len(empty)} tensors have no elements ({empty[0]}): under ZeRO-3 or FSDP, gather the parameters and pass "
-            "them as `state_dict`. What is written now cannot be loaded.",
+            f"{counted(len(empty), 'tensor has', 'tensors have')} no elements ({empty[0]}): under ZeRO-3 or FSDP, gather the "
+            "parameters and pass them as `state_dict`. What is written now cannot be loaded.",
             PeftWarning,
         )

@@ -90,12 +90,12 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
         y = run(*args, **kwargs)
         written = False
         if not args or not isinstance(args[0], torch.Tensor) or not isinstance(y, torch.Tensor):
-            raise TypeError(f"{host.path}: `adapter_names` needs layers that take one tensor and give one tensor")
+            raise TypeError(f"{host.place}: `adapter_names` needs layers that take one tensor and give one tensor")
         x = args[0]
         try:
             groups = rows.groups(x.shape[0], x.device)
         except ValueError as error:
-            raise ValueError(f"{host.path}: {error}") from None
+            raise ValueError(f"{host.place}: {error}") from None
         together, single = split(groups, host.layers, one_by_one=host.hooked)
         if together:
             y, written = add_products(y, x, together), True

@@ -77,6 +77,12 @@ def _reading(tuner: Tuner, generates: bool, args: Sequence[object], options: dic
         yield call
 
 
+def _all_of(layers: Sequence[str]) -> str:
+    return (
+        f"its only layer ({layers[0]})" if len(layers) == 1 else f"any of its {len(layers)} layers ({layers[0]}, ...)"
+    )
+
+
 def _warn_if_unused(tuner: Tuner) -> None:
     """Loaded is not yet applied: warn where adapters are active and no call has come by any of their layers."""
     if not tuner.selection.enabled or not tuner.selection.active:
@@ -85,8 +91,8 @@ def _warn_if_unused(tuner: Tuner) -> None:
     # Some layers may well be left out, as the half of an encoder-decoder is; all of them hardly.
     if unused and len(unused) == len(tuner.active_paths()):
         warn(
-            f"The active adapter {tuner.active_adapter!r} is loaded and had no effect: the first call reached none of "
-            f"its {len(unused)} layers ({unused[0]}, ...). The model may use their weights without calling them, or may "
+            f"The active adapter {tuner.active_adapter!r} is loaded and had no effect: the first call did not "
+            f"reach {_all_of(unused)}. The model may use their weights without calling them, or may "
             "not use this part at all. See `model.unused_layers()`.",
             PeftWarning,
         )

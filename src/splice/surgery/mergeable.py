@@ -40,7 +40,7 @@ def check_order(hosts: Iterable[Host], names: Iterable[str]) -> None:
             for one in below:
                 if two in new and one not in new and not _may_stay(host, one, two, one in below[:index]):
                     raise ValueError(
-                        f"{host.path}: merging {two!r} without {one!r} would change the output: both are active, and they "
+                        f"{host.place}: merging {two!r} without {one!r} would change the output: both are active, and they "
                         f"give something else in another order. Merge {[*below[: index + 1]]} together, or make {two!r} "
                         "the only active adapter first (`set_adapter`)."
                     )
@@ -75,15 +75,15 @@ def check_mergeable(hosts: Iterable[Host], names: Iterable[str]) -> None:
     for host in hosts:
         clash = first_conflict(host.layers, [*host.merged, *names])
         if clash is not None:
-            raise ValueError(f"{host.path}: adapters {clash[0]!r} and {clash[1]!r} cannot both be merged: {clash[2]}.")
+            raise ValueError(f"{host.place}: adapters {clash[0]!r} and {clash[1]!r} cannot both be merged: {clash[2]}.")
         _check_reaches_output(host, [*host.merged, *names])
         for name in names:
             adapter = host.layers.get(name)
             if adapter is None:
                 continue
-            what = f"{host.path}: adapter {name!r}"
+            what = f"{host.place}: adapter {name!r}"
             if not adapter.mergeable:
-                raise NotImplementedError(f"{what} cannot be merged: its update is no change of the layer's weight")
+                raise NotImplementedError(f"{what} cannot be merged: what it does is no change of weights")
             if not adapter.merges_exactly:
                 warn(
                     f"{what} computes something on this layer that no weight does: merged, the output is another one.",
@@ -114,6 +114,6 @@ def _check_reaches_output(host: Host, names: list[str]) -> None:
     whole = [host.layers[name].stays_merged for name in present]
     if True in whole and not whole[-1]:
         raise NotImplementedError(
-            f"{host.path}: adapter {present[-1]!r} cannot be merged together with {present[whole.index(True)]!r}, which "
+            f"{host.place}: adapter {present[-1]!r} cannot be merged together with {present[whole.index(True)]!r}, which "
             "uses a copy of the whole layer in its place. Merge one of them, or load them in the other order."
         )

@@ -191,7 +191,7 @@ def merged_tensors(host: Host, names: Iterable[str], safe: bool) -> Merged:
     for name in present:
         tensors.update(_with_adapter(host.base, host.layers[name], tensors))
         if safe:
-            _check_finite(tensors, host.path, name)
+            _check_finite(tensors, host.place, name)
     return Merged(host, new, tensors)
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from splice.base.bare import bare_copy, walk_bare
 from splice.base.foreign_models import config_of, has_cache_place, set_config_field
+from splice.errors import counted
 
 _LAYERS = re.compile(r"((model|transformer)\.)*(layers|h)|bert\.encoder\.layer")
 
@@ -77,7 +78,9 @@ def _pair(value: Sequence[int]) -> tuple[int, int]:
 
 def _indices(start: int, end: int, count: int, path: str) -> range:
     if not 0 <= start < end <= count:
-        raise ValueError(f"`layer_replication`: [{start}, {end}] is no range of the {count} layers at {path!r}")
+        raise ValueError(
+            f"`layer_replication`: [{start}, {end}] is no range of the {counted(count, 'layer')} at {path!r}"
+        )
     return range(start, end)
 
 

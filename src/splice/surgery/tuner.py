@@ -130,8 +130,11 @@ class Tuner(nn.Module):
                     return method.tuner_views[name](self)
             return getattr(self.model, name)
 
-    def stand_in(self, modules: dict[str, nn.Module | None]) -> None:
-        """Let what acts on the call of the network have its tensors among these modules, those of a PeftModel."""
+    def stand_in(self, modules: dict[str, nn.Module | None]) -> Callable[[], None]:
+        """Let what acts on the call of the network have its tensors among these modules, those of a PeftModel.
+
+        The result takes that back.
+        """
         before, self.around = self.around, Home(modules, {}, self.model)
         for placed in self.placed.values():
             for layer in placed.values():
@@ -139,6 +142,16 @@ class Tuner(nn.Module):
                     layer.home = self.around
         self.around.added.update({n: m for n, m in before.added.items() if before.modules is not self._modules})
         modules.update(self.around.added)
+        mine = self.around
+
+        def take_back() -> None:
+            self.around = before
+            for placed in self.placed.values():
+                for layer in placed.values():
+                    if layer.home is mine:
+                        layer.home = before
+
+        return take_back
 
     # -- attaching
 
@@ -289,7 +302,8 @@ class Tuner(nn.Module):
             clash = first_conflict(self.adapted[path].splice_host.layers, names)
             if clash is not None:
                 one, two, why = clash
-                raise ValueError(f"Only one adapter can be set at a time for {path!r}, of {one!r} and {two!r}: {why}.")
+                place = self.adapted[path].splice_host.place
+                raise ValueError(f"Only one adapter can be set at a time for {place}, of {one!r} and {two!r}: {why}.")
 
     def train_only(self, names: Sequence[str]) -> None:
         """Make the tensors of these adapters trainable, and those of all others not."""

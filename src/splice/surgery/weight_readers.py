@@ -122,7 +122,7 @@ def adapted_weight_shown(layer: nn.Module, host: Host) -> Iterator[None]:
     """Inside, `layer.weight` and `layer.bias` read as the weights that the selected adapters amount to."""
     choice = host.selection.current()
     if choice.rows is not None:
-        raise ValueError(f"{host.path}: its weight is read by its parent, so rows cannot have adapters of their own")
+        raise ValueError(f"{host.place}: its weight is read by its parent, so rows cannot have adapters of their own")
     host.reached = True
     own = vars(layer)
     shown: set[str] = set()
@@ -133,7 +133,7 @@ def adapted_weight_shown(layer: nn.Module, host: Host) -> Iterator[None]:
                 continue
             if not adapter.mergeable:
                 raise NotImplementedError(
-                    f"{host.path}: adapter {name!r} cannot be applied to a weight that is only read"
+                    f"{host.place}: adapter {name!r} cannot be applied to a weight that is only read"
                 )
             # Each sees what those before it show.
             for step in (adapter.shown, partial(_with_deltas, adapter)):

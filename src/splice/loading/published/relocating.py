@@ -15,6 +15,7 @@ from typing import NamedTuple
 from torch import nn
 
 from splice.base.conversions import renaming_of
+from splice.errors import counted
 
 Fits = Callable[[str, str], bool]
 
@@ -141,7 +142,8 @@ def _move_of_front(had: str, needs: str, to: Mapping[str, str]) -> Move:
     def back(path: str) -> str:
         return had + path[len(needs) :] if path.startswith(needs) else path
 
-    said = f"{len(to)} layers of the checkpoint begin with {had!r} where this model has {needs!r}"
+    layers = counted(len(to), "layer of the checkpoint begins", "layers of the checkpoint begin")
+    said = f"{layers} with {had!r} where this model has {needs!r}"
     return Move(to, back, lambda path: path.startswith(needs), said, (had, needs))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from splice.checkpoint.keys import PREFIX, SHORT_PREFIX
+from splice.errors import counted
 from splice.kinds.registry import Method
 from splice.loading.plan import Plan
 
@@ -71,7 +72,7 @@ def _notes(meant: Mapping[str, str], method: Method) -> list[str]:
     lacking = [old for old, new in meant.items() if new == PREFIX + old]
     wrapped = sorted({p for old, new in meant.items() for p in set(old.split(".")) - set(new.split("."))})
     if lacking:
-        notes.append(f"{len(lacking)} names lack the prefix {PREFIX!r}")
+        notes.append(f"{counted(len(lacking), 'name lacks', 'names lack')} the prefix {PREFIX!r}")
     if wrapped:
         shown = ", ".join(repr(part) for part in wrapped)
         notes.append(f"the names carry {shown} of a wrapper that this model is not in: left out")

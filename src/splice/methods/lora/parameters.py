@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from splice.base.foreign_models import is_transposed
+from splice.errors import counted
 from splice.kinds.effect import Action, Forward
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.matching import matching_parameters, value_for
@@ -62,7 +63,7 @@ def _targets(base: nn.Module, config: LoraConfig, path: str) -> list[_Target]:
 def _target(base: nn.Module, config: LoraConfig, path: str, name: str, depth: int) -> _Target:
     shape = tuple(base.get_parameter(name).shape)
     if len(shape) not in (2, 3):
-        raise ValueError(f"{path}.{name} has {len(shape)} dimensions; LoRA on parameters needs 2 or 3")
+        raise ValueError(f"{path}.{name} has {counted(len(shape), 'dimension')}; LoRA on parameters needs 2 or 3")
     transposed = len(shape) == 3 and is_transposed(base)
     size_out, size_in = (shape[-1], shape[-2]) if transposed else (shape[-2], shape[-1])
     rank = value_for(config.rank_pattern, f"{path}.{name}", config.r)
