@@ -238,3 +238,55 @@ def test_a_head_that_differs_is_trained_and_one_that_does_not_is_the_bases(tmp_p
         ours.load_adapter(tmp_path, "default")
     with unchanged(model), pytest.raises(AdapterMismatchError, match=r"holds weights of its base model \(.*lm_head"):
         model.load_adapter(tmp_path, "default")
+
+
+# -- what does not fit, where the caller says that it need not
+
+
+def unfitting(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[dict[str, torch.Tensor], bool]]:
+    """Dicts that do not fit an adapter with these tensors, and whether sizes are to be ignored."""
+    first, last = (key for key in (next(iter(tensors)), next(reversed(tensors))))
+    longer = {**tensors, first: tensors[first].new_zeros([size + 1 for size in tensors[first].shape])}
+    return {
+        "one too few": ({key: t for key, t in tensors.items() if key != last}, False),
+        "one too many": ({**tensors, "foo.bar": torch.zeros(2)}, False),
+        "of another shape": (longer, True),
+        "of another shape, and one too few": ({key: t for key, t in longer.items() if key != last}, True),
+    }
+
+
+@pytest.mark.parametrize("case", plain_cases(bases.LLAMA) + network_cases(bases.LLAMA), ids=str)
+def test_what_does_not_fit_leaves_the_same_tensors_as_in_the_reference(case: Case, tmp_path: Path) -> None:
+    """Over an adapter that is there, from a dict and from a folder."""
+    source = filled(splice, case.base, case.config())
+    source.save_pretrained(tmp_path)
+    for given, ignores in unfitting(state(source)).values():
+        if not given:
+            continue
+        save_file(given, tmp_path / SAFETENSORS, metadata={"format": "pt"})
+        for way in ("dict", "folder"):
+            changed, missing = [], []
+            for library in (peft, splice):
+                model = filled(library, case.base, case.config())
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        parameter.data.fill_(0.5)
+                before = {k: t.detach().clone() for k, t in library.get_peft_model_state_dict(model).items()}
+                try:
+                    if way == "dict":
+                        result = library.set_peft_model_state_dict(model, dict(given), ignore_mismatched_sizes=ignores)
+                    else:
+                        options = {"strict": False} if library is splice else {}
+                        result = model.load_adapter(
+                            str(tmp_path), "default", ignore_mismatched_sizes=ignores, **options
+                        )
+                except (KeyError, ValueError, RuntimeError):
+                    assert library is peft  # of what all layers share, and of prompts, it needs everything
+                    break
+                after = library.get_peft_model_state_dict(model)
+                changed.append({key for key, t in after.items() if not torch.equal(t, before[key])})
+                missing.append({key.replace(".default", "") for key in result.missing_keys})
+            if len(changed) == 2:
+                assert changed[0] == changed[1]
+                # From a dict it also names what it never writes, and what it never loads.
+                assert {key for key in missing[1] if ".layers." in key} <= missing[0]

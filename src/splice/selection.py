@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -40,23 +40,59 @@ class Rows:
     names: tuple[str, ...]
     # Whether a batch may hold a multiple of these rows.
     may_repeat: bool = False
+    # How many rows an input without a dimension for tokens may have, whose rows may be tokens; empty where nobody knows.
+    flat: set[int] = field(default_factory=set, compare=False, repr=False)
     # What `groups` has made, by the size of the batch and its device: every layer of a call asks for the same.
-    made: dict[tuple[int, torch.device], list[Group]] = field(default_factory=dict, compare=False, repr=False)
+    made: dict[tuple[int, torch.device, bool], list[Group]] = field(default_factory=dict, compare=False, repr=False)
 
-    def groups(self, batch: int, device: torch.device) -> list[Group]:
+    @property
+    def alike(self) -> bool:
+        """Whether all rows have the same name: then it does not matter which row is which."""
+        return len(set(self.names)) < 2
+
+    def note_sizes(self, tensors: Iterable[object]) -> None:
+        """Note what the network is called with: tensors (batch, T, ...), of which layers may get all tokens as rows."""
+        shapes = [tensor.shape for tensor in tensors if isinstance(tensor, torch.Tensor) and tensor.dim() > 1]
+        count = len(self.names)
+        fit = [shape for shape in shapes if shape[0] == count or (self.may_repeat and shape[0] % count == 0)]
+        sizes = {size for shape in fit for size in (shape[0], shape[0] * shape[1])}
+        if sizes != self.flat:
+            self.flat.clear()
+            self.flat.update(sizes)
+            self.made.clear()
+
+    def groups(self, batch: int, device: torch.device, flat: bool = False) -> list[Group]:
         """One group for each adapter, for a batch of this size, without the rows of the bare base.
+
+        Args:
+            batch: how many rows there are.
+            device: where the batch is.
+            flat: whether the rows may be tokens, each row of the batch behind the other.
 
         Raises:
             ValueError: the batch has another number of rows.
         """
-        if batch != len(self.names) and (not self.may_repeat or batch % len(self.names)):
-            raise ValueError(f"`adapter_names` names {counted(len(self.names), 'row')}, and the input has {batch}")
-        found = self.made.get((batch, device))
+        found = self.made.get((batch, device, flat))
         if found is None:
+            self._check(batch, flat)
             by_name = _rows_by_name(self.names, batch // len(self.names))
             found = [Group(name, rows, torch.tensor(rows, device=device)) for name, rows in by_name]
-            self.made[batch, device] = found
+            self.made[batch, device, flat] = found
         return found
+
+    def whole(self, batch: int, device: torch.device) -> list[Group]:
+        """`groups` where all rows are `alike`, for any number of rows in any order."""
+        name, rows = self.names[0], list(range(batch))
+        return [] if name == BASE else [Group(name, rows, torch.tensor(rows, dtype=torch.long, device=device))]
+
+    def _check(self, batch: int, flat: bool) -> None:
+        count = len(self.names)
+        if flat and self.flat:
+            fits = batch in self.flat
+        else:
+            fits = batch == count or (self.may_repeat and batch % count == 0)
+        if not fits:
+            raise ValueError(f"`adapter_names` names {counted(count, 'row')}, and the input has {batch}")
 
 
 # Of the last calls: a server sends the same mixtures again, and one token at a time.

@@ -9,10 +9,11 @@ from types import FunctionType
 import torch
 from torch import nn
 
+from splice.base.routing import gets_sorted_tokens
 from splice.kinds.effect import Forward
 from splice.kinds.host import Host, in_order
 from splice.kinds.layer import AdapterLayer
-from splice.selection import Choice, Rows
+from splice.selection import Choice, Group, Rows
 from splice.surgery.generated import Generated
 from splice.surgery.layer_attributes import AdaptedViews
 from splice.surgery.layer_commands import LayerCommands
@@ -92,10 +93,7 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
         if not args or not isinstance(args[0], torch.Tensor) or not isinstance(y, torch.Tensor):
             raise TypeError(f"{host.place}: `adapter_names` needs layers that take one tensor and give one tensor")
         x = args[0]
-        try:
-            groups = rows.groups(x.shape[0], x.device)
-        except ValueError as error:
-            raise ValueError(f"{host.place}: {error}") from None
+        groups = _groups(host, rows, x)
         together, single = split(groups, host.layers, one_by_one=host.hooked)
         if together:
             y, written = add_products(y, x, together), True
@@ -109,7 +107,8 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
             shown = self._showing(layer, inner) if layer.shows else inner
             wrapped = layer.wrapped_for(shown, group.indices)
             wrapped = called_through(layer, wrapped) if host.hooked else wrapped
-            y[group.indices] = wrapped(x[group.indices]).to(y.dtype)
+            more, named = _of_rows(host, group, x, args[1:], kwargs) if layer.shows else ((), {})
+            y[group.indices] = wrapped(x[group.indices], *more, **named).to(y.dtype)
         return y
 
     @classmethod
@@ -134,6 +133,44 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, (super().extra_repr(), f"adapters={list(self.splice_host.layers)}")))
+
+
+def _groups(host: Host, rows: Rows, x: torch.Tensor) -> list[Group]:
+    """Which rows of the input each adapter of a mixed batch has.
+
+    Raises:
+        ValueError: it has another number of rows, or tokens in an order that nobody knows.
+    """
+    if gets_sorted_tokens(host.path, host.original.__name__) and rows.alike:
+        return rows.whole(x.shape[0], x.device)
+    # Token ids may stand in a row, and vectors in two dimensions: the batch was flattened, or has one token for each row.
+    flat = x.dim() < (3 if x.is_floating_point() else 2)
+    try:
+        return rows.groups(x.shape[0], x.device, flat)
+    except ValueError as error:
+        raise ValueError(f"{host.path}: {error}") from None
+
+
+def _of_rows(
+    host: Host, group: Group, x: torch.Tensor, args: tuple[object, ...], kwargs: dict[str, object]
+) -> tuple[list[object], dict[str, object]]:
+    """Further arguments of a module, as stacked experts have them, for these rows alone.
+
+    Raises:
+        ValueError: one of them does not have the rows of the first.
+    """
+
+    def taken(value: object) -> object:
+        if not isinstance(value, torch.Tensor) or not value.dim():
+            return value
+        if value.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"{host.path}: `adapter_names` cannot be followed here: it is called with tensors of {x.shape[0]} and of "
+                f"{value.shape[0]} rows. Call the model once for each adapter."
+            )
+        return value[group.indices]
+
+    return [taken(value) for value in args], {name: taken(value) for name, value in kwargs.items()}
 
 
 def is_whole(layer: Adapted) -> bool:

@@ -7,10 +7,11 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import TypeVar
 
 import torch
+from torch import nn
 
 from splice.errors import PeftWarning, warn
 from splice.kinds.call import Call
-from splice.selection import Choice
+from splice.selection import Choice, Rows
 from splice.surgery.tuner import Tuner
 
 T = TypeVar("T")
@@ -39,7 +40,10 @@ def call_network(
     Raises:
         ValueError: rows cannot have these adapters now; see `Tuner.rows`.
     """
-    with _chosen(tuner, adapter_names, generates, training), _told(tuner, generates, args, options) as told:
+    with (
+        _chosen(tuner, adapter_names, generates, training, (*args, *options.values())),
+        _told(tuner, generates, args, options) as told,
+    ):
         result = function(*args, **options)
         if told is not None:
             told.result = result
@@ -50,12 +54,32 @@ def call_network(
 
 
 def _chosen(
-    tuner: Tuner, adapter_names: Sequence[str] | None, generates: bool, training: bool
+    tuner: Tuner, adapter_names: Sequence[str] | None, generates: bool, training: bool, given: Sequence[object]
 ) -> AbstractContextManager[None]:
     # Where adapters are switched off, all rows are the base's, whatever their names.
     if adapter_names is None or not tuner.selection.enabled:
         return nullcontext()
-    return tuner.selection.for_this_call(Choice(rows=tuner.rows(adapter_names, generates, training)))
+    rows = tuner.rows(adapter_names, generates, training)
+    rows.note_sizes(given)
+    chosen = tuner.selection.for_this_call(Choice(rows=rows))
+    return _measured(tuner, rows, chosen) if generates else chosen
+
+
+@contextmanager
+def _measured(tuner: Tuner, rows: Rows, chosen: AbstractContextManager[None]) -> Iterator[None]:
+    """Inside, `rows` know how large a batch the network gets at each of its calls: `generate` alone decides that."""
+
+    def look(_: nn.Module, args: tuple[object, ...], options: dict[str, object]) -> None:
+        # Another thread may call the network meanwhile, with rows of its own.
+        if tuner.selection.current().rows is rows:
+            rows.note_sizes((*args, *options.values()))
+
+    hook = tuner.model.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        with chosen:
+            yield
+    finally:
+        hook.remove()
 
 
 def _told(

@@ -12,6 +12,7 @@ from torch import nn
 
 from splice.base.bare import carried, walk_bare
 from splice.base.foreign_models import loss_of
+from splice.base.routing import gets_sorted_tokens
 from splice.checkpoint.keys import PREFIX
 from splice.checkpoint.types import PeftType
 from splice.config import PeftConfig
@@ -88,6 +89,8 @@ class Tuner(nn.Module):
         self._trainable: set[str] = set()
         # For each adapter that was ever switched, where its trained tensors are registered.
         self._places: dict[str, list[Registered]] = {}
+        # For each adapter that was ever in a mixed batch, its first layer that gets sorted tokens; empty for none.
+        self._sorted: dict[str, str] = {}
         self._base_changes = BaseChanges()
         # Whether adapters may be of several methods.
         self.mixes_methods = False
@@ -230,6 +233,7 @@ class Tuner(nn.Module):
         self.loss_terms.pop(name, None)
         self._trainable.discard(name)
         self._places.pop(name, None)
+        self._sorted.pop(name, None)
 
     def stack_layers(self, config: PeftConfig) -> bool:
         """Let the network use its layers as often as `config` says; whether that changed it."""
@@ -464,7 +468,7 @@ class Tuner(nn.Module):
         """One adapter for each row of a batch, checked.
 
         Raises:
-            ValueError: a name is unknown, adapters are merged, or the model is in training mode.
+            ValueError: a name is unknown, adapters are merged, the model is in training mode, or an adapter is in experts.
         """
         if not isinstance(adapter_names, (list, tuple)):
             raise TypeError(f"adapter_names must be a list or a tuple of names, got {type(adapter_names).__name__}")
@@ -482,7 +486,24 @@ class Tuner(nn.Module):
                 f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; "
                 f"there are {list(self.peft_config)}."
             )
-        return Rows(tuple(adapter_names), may_repeat)
+        rows = Rows(tuple(adapter_names), may_repeat)
+        if not rows.alike:
+            self._check_in_order(adapter_names)
+        return rows
+
+    def _check_in_order(self, names: Iterable[str]) -> None:
+        """Raise where a layer of these adapters gets tokens whose rows nobody can tell."""
+        for name in dict.fromkeys(names):
+            if name not in self._sorted:
+                hosts = ((path, self.hosts[path]) for path in self.placed.get(name, ()) if path in self.adapted)
+                self._sorted[name] = next((p for p, host in hosts if gets_sorted_tokens(p, host.original.__name__)), "")
+            path = self._sorted[name]
+            if path:
+                raise ValueError(
+                    f"Cannot pass different `adapter_names` with the adapter {name!r}: its layer {path!r} is inside an "
+                    "expert, which gets tokens that were sorted, and to which row each belongs cannot be told there. Call "
+                    "the model once for each adapter, or train without target modules in experts."
+                )
 
     def _load_from_state_dict(
         self, state_dict: dict[str, object], prefix: str, local_metadata: object, strict: bool, *lists: list[str]
