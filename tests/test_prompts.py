@@ -203,3 +203,17 @@ def test_rows_are_right_or_refused(case: Case, shared_checkpoint: Any) -> None:
         assert "adapter_names" in refused
     else:
         assert_close(mixed, torch.stack(expected))
+
+
+@pytest.mark.parametrize("case", network_cases(bases.LLAMA), ids=str)
+def test_positions_in_the_cache_are_not_the_callers(case: Case, shared_checkpoint: Any) -> None:
+    """`generate` of transformers 4 sends `cache_position`, counted without the virtual tokens."""
+    model = splice.PeftModel.from_pretrained(case.base.build(), shared_checkpoint(case.base, case.config()))
+    seen: list[dict[str, Any]] = []
+    model.get_base_model().model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True
+    )
+    inputs = case.base.inputs(2)
+    positions = torch.arange(inputs["input_ids"].shape[1])
+    assert torch.equal(run(model, {**inputs, "cache_position": positions}), run(model, inputs))
+    assert all(kwargs.get("cache_position") is not positions for kwargs in seen)

@@ -36,8 +36,8 @@ MUTATED = ("loading", "surgery", "selection.py", "checkpoint/writing.py")
 # A mutant that works so many seconds, where the tests alone work a tenth of it, hangs: that is noticed too. Waiting for a
 # processor that others use does not count.
 WORK, WAIT = 300, 1800
-# Of a test with many parameters so many cases are run at first; all of them where nobody noticed.
-CASES = 4
+# Of a test with many parameters so many cases are run at first; with --quick no others.
+CASES = 1
 
 
 def files() -> list[Path]:

@@ -86,6 +86,8 @@ class CachedPrompt(PromptLayer):
         if self.training and torch.is_grad_enabled():
             self._check_no_checkpointing()
         call.pop("task_ids", None)
+        # `generate` of transformers 4 counts the tokens that it was given; the network counts what is in the cache.
+        call.pop("cache_position", None)
         self.drop_types(call, unless=TYPED)
         cache = self.cache_in(call)
         past = 0 if cache is None else cache.get_seq_length()
