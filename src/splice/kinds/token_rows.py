@@ -57,6 +57,7 @@ class TokenRows(AdapterLayer):
     """The rows (n, dim) of n tokens, on an embedding (vocabulary, dim) or a linear layer with weight (vocabulary, dim)."""
 
     mergeable = True
+    stands_in = True
     # Of the tensor with the rows.
     suffix: ClassVar[str]
     # Worked out from the indices: which tokens, in order, and the row of each.
