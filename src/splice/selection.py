@@ -150,6 +150,9 @@ class Selection:
         # Whether flags of parameters were changed on a layer alone, so that nothing is known of the adapter's as a whole.
         self.flags_changed = False
 
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_own_choices": 0}  # calls of the original are not a copy's
+
     @property
     def root(self) -> Selection:
         """The selection of the model."""
