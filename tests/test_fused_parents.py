@@ -321,8 +321,15 @@ def test_an_attention_module_that_is_saved_whole(method: Any, checkpoint: Any) -
 # -- loaded is not yet applied
 
 
+class GoesAround(bases.WeightReader):
+    """Looks for the weight where no adapter can show another."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(x) @ self.first._parameters["weight"].t()
+
+
 def _reader(method: Any, checkpoint: Any, targets: list[str]) -> Any:
-    base = Base("reader", bases.WeightReader, lambda rows: {"x": torch.randn(rows, 6)}, frozenset())
+    base = Base("reader", GoesAround, lambda rows: {"x": torch.randn(rows, 6)}, frozenset())
     return adapted(base, method, targets, checkpoint)
 
 
@@ -336,6 +343,7 @@ def test_a_model_that_reads_weights_itself_is_reported(method: Any, checkpoint: 
     assert len(caught) == 1
     text = str(caught[0].message)
     assert "'default'" in text
+    assert "reached none of its 1 layers" in text
     assert "first" in text
     assert "unused_layers" in text
     assert model.unused_layers() == ["first"]
@@ -344,14 +352,59 @@ def test_a_model_that_reads_weights_itself_is_reported(method: Any, checkpoint: 
         run(model, {"x": torch.randn(2, 6)})
 
 
+@pytest.mark.parametrize("new", [False, True], ids=["loaded", "new"])
 @methods
-def test_no_warning_where_some_layers_are_called(method: Any, checkpoint: Any) -> None:
-    """A model may leave out a part in one call; `unused_layers` still tells which."""
+def test_the_layers_that_are_not_reached_are_named(method: Any, new: bool, checkpoint: Any) -> None:
+    """Also where others are, and of an adapter that was made here."""
     model = _reader(method, checkpoint, ["first", "second"])
+    if new:
+        config = model.peft_config["default"]
+        model = splice.get_peft_model(GoesAround(), config)
+    with pytest.warns(PeftWarning, match="had no effect on 1 layers.* not first") as caught:
+        run(model, {"x": torch.randn(2, 6)})
+    assert len(caught) == 1
+    assert model.unused_layers() == ["first"]
+
+
+def test_no_warning_where_others_of_a_name_are_called() -> None:
+    """A call may well leave out some of the experts."""
+
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(4, 4)}) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.experts[1]["up"](x)
+
+    model = splice.get_peft_model(Routed(), splice.LoraConfig(target_modules=["up"]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        run(model, {"x": torch.randn(2, 6)})
-    assert model.unused_layers() == ["first"]
+        run(model, {"x": torch.randn(2, 4)})
+    assert model.unused_layers() == ["experts.0.up", "experts.2.up"]
+
+
+def test_a_weight_that_nothing_can_be_added_to_is_reported() -> None:
+    class Packed(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.weight.to(x.dtype)
+
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.called, self.read = nn.Linear(4, 4), Packed()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.called(x) @ self.read.weight.to(x.dtype)
+
+    model = splice.get_peft_model(Reads(), splice.LoraConfig(target_modules=["called", "read"]))
+    with pytest.warns(PeftWarning, match="no effect on 1 of its 2 layers.* read the weights of read instead") as caught:
+        run(model, {"x": torch.randn(2, 4)})
+    assert len(caught) == 1
 
 
 @methods
@@ -363,7 +416,7 @@ def test_a_load_asks_again(method: Any, checkpoint: Any) -> None:
         with model.disable_adapter():
             run(model, {"x": torch.randn(2, 6)})
     folder = checkpoint(
-        lambda: bases.WeightReader(),
+        lambda: GoesAround(),
         {"peft_type": method.name.value, **SAMPLES[method.name].config, "target_modules": ["first"]},
         name="again",
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -136,6 +136,38 @@ class OwnLock:
         return OwnLock, ()
 
 
+class Kept:
+    """Choices that calls and backwards in progress go on using, whatever is selected meanwhile.
+
+    A copy of a model begins with none: calls of the original are not its own.
+    """
+
+    def __init__(self) -> None:
+        # What each call began with, by its thread. One that is made inside another keeps to that.
+        self.begun: dict[int, Choice] = {}
+        # Of these the ones that something else has been selected for since.
+        self.calls: dict[int, Choice] = {}
+        # For backwards that recompute what a call with another choice computed: their thread and that choice, by task.
+        self.backwards: dict[int, tuple[int, Choice]] = {}
+
+    def find(self) -> Choice | None:
+        """What the running thread has to use, if that is not what is selected now."""
+        if self.backwards:
+            found = self.backwards.get(_backward_task())
+            if found is not None:
+                return found[1]
+        return self.calls.get(threading.get_ident())
+
+    def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
+        return Kept, ()
+
+
+def _backward_task() -> int:
+    """The backward that the running thread is part of, also on threads that torch makes for devices; -1 for none."""
+    task: int = torch._C._current_graph_task_id()
+    return task
+
+
 class Selection:
     """The active adapters of a model, and whether adapters are enabled at all."""
 
@@ -146,14 +178,18 @@ class Selection:
         self.epoch = 0
         # What every call uses that brings no choice of its own.
         self.choice = NOTHING
-        # Calls in progress that brought a choice of their own. While there are none, nobody looks for one: a plain number
-        # is what compiled graphs can guard on.
+        # Calls in progress that have a choice of their own: they brought it, or keep what they began with. While there are
+        # none, nobody looks for one: a plain number is what compiled graphs can guard on.
         self._own_choices = 0
         self._counting = OwnLock()
+        self._kept = Kept()
         # Adapters that are in base weights now, and on how many layers.
         self.merged: dict[str, int] = {}
         # Whether flags of parameters were changed on a layer alone, so that nothing is known of the adapter's as a whole.
         self.flags_changed = False
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_own_choices": 0}  # calls of the original are not a copy's
 
     @property
     def root(self) -> Selection:
@@ -166,10 +202,19 @@ class Selection:
 
     def set(self, names: Sequence[str]) -> None:
         """Make these adapters the active ones, on every layer."""
-        # A new object, and nothing in the old one is changed: a call that began with that keeps it to its end.
-        self.active = tuple(names)
-        self.epoch += 1
-        self.choice = Choice(self.active) if self.enabled else NOTHING
+        # What is rare pays: each call only notes what it began with, and this looks for calls that have to keep it.
+        kept, here = self._kept, threading.get_ident()
+        with self._counting:
+            for thread, choice in kept.begun.items():
+                if thread != here and thread not in kept.calls:
+                    kept.calls[thread] = choice
+                    self._own_choices += 1
+            self.active = tuple(names)
+            self.epoch += 1
+            self.choice = Choice(self.active) if self.enabled else NOTHING
+            if here in kept.begun:  # from inside a call: it asked for that itself
+                kept.begun[here] = self.choice
+                self._own_choices -= kept.calls.pop(here, None) is not None
 
     def enable(self, enabled: bool) -> None:
         """Whether adapters take effect, on every layer."""
@@ -178,14 +223,51 @@ class Selection:
 
     def current(self) -> Choice:
         """What the running call uses."""
+        # In this order: whoever changes the choice has counted those who keep the old one before.
+        choice = self.choice
         if not self._own_choices:
-            return self.choice
+            return choice
         return self.of_this_call() or self.choice
 
     def of_this_call(self) -> Choice | None:
-        """What the running call brought, if anything."""
-        own = _of_this_call.get() if self._own_choices else None
-        return own[1] if own is not None and own[0] is self else None
+        """What the running call brought, or keeps; None where it uses what is selected now."""
+        if not self._own_choices:
+            return None
+        own = _of_this_call.get()
+        return own[1] if own is not None and own[0] is self else self._kept.find()
+
+    @contextmanager
+    def one_call(self) -> Iterator[None]:
+        """Inside, this thread uses what is selected now, whatever other threads select meanwhile."""
+        kept, here = self._kept, threading.get_ident()
+        with self._counting:
+            outermost = here not in kept.begun
+            if outermost:
+                kept.begun[here] = self.choice
+                for task in [t for t, (thread, _) in kept.backwards.items() if thread == here]:
+                    if _backward_task() == -1:  # a backward that ended in an exception tells nobody
+                        self._forget_backward(task)
+        try:
+            yield
+        finally:
+            if outermost:
+                with self._counting:
+                    del kept.begun[here]
+                    self._own_choices -= kept.calls.pop(here, None) is not None
+
+    def keep_for_backward(self, choice: Choice) -> None:
+        """Called inside a backward: what it recomputes from here on uses `choice`."""
+        task = _backward_task()
+        with self._counting:
+            self._forget_backward(task)
+            if choice != self.choice:
+                self._kept.backwards[task] = (threading.get_ident(), choice)
+                self._own_choices += 1
+                torch.autograd.Variable._execution_engine.queue_callback(partial(self._forget_backward, task))
+
+    def _forget_backward(self, task: int) -> None:
+        with self._counting:
+            self._own_choices -= self._kept.backwards.pop(task, None) is not None
 
     @contextmanager
     def for_this_call(self, choice: Choice) -> Iterator[None]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from splice.base.foreign_models import patched_forwards
 
-# Under which attributes an adapted layer, and a parent that is guarded because it reads weights, keep what they carry.
+# Under which attributes an adapted layer, and a parent whose fused path is switched off, keep what they carry.
 HOST = "splice_host"
 GUARD = "splice_guard"
 
@@ -67,7 +67,7 @@ def carried(module: nn.Module, mark: str) -> object | None:
     Callers that know more of it than `Carried` cast the answer to their class.
     """
     # In the object's dict, not among its attributes: torch would look a missing one up in three registries, and raise.
-    # `isinstance` would not do: an interrupted attach leaves the mark without the class, and some guards swap no class.
+    # `isinstance` would not do: an interrupted attach leaves the mark without the class, and guards swap no class.
     return module.__dict__.get(mark)
 
 

@@ -21,6 +21,9 @@ from torch import nn
 # What the options of a function are.
 T = TypeVar("T")
 
+# Modules whose functions read a tensor of a layer as an attribute and put the same back elsewhere, on another device.
+MOVES_TENSORS = frozenset({"accelerate.utils.modeling"})
+
 # -- networks
 
 

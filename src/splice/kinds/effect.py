@@ -48,6 +48,9 @@ class Effect:
     action: Action = Action.OTHER
     # Whether `shown` gives anything. It is asked at every call, so it is a flag and not a method.
     shows: bool = False
+    # Whether what it makes of the layer's tensors is the layer's own for everybody who reads them, and not only for the
+    # network: it has put them in the place of the base's, and added nothing.
+    stands_in: ClassVar[bool] = False
 
     def around(self, x: torch.Tensor, inner: Forward) -> Any:
         """The adapted output for `x`, of the shape and dtype that `inner` gives.

@@ -11,7 +11,7 @@ from torch import nn
 from splice.base.bare import HOST, NetworkOf
 from splice.kinds.effect import Forward
 from splice.kinds.layer import AdapterLayer
-from splice.selection import LayerSelection, OwnLock, Selection
+from splice.selection import LayerSelection, Selection
 
 
 @dataclass(eq=False)
@@ -39,8 +39,10 @@ class Host:
     shows: bool = False
     # Whether somebody hooked a module that holds tensors of adapters here: then these are called.
     hooked: bool = False
-    # Whether a call has come by since it was adapted.
+    # Whether a call has come by since it was adapted, or somebody has read what the adapters make of its tensors.
     reached: bool = False
+    # Whether a call has read a tensor of it that cannot be given as the adapters make it.
+    read: bool = False
     # Adapters that are in its weights now, in the order they were merged.
     merged: list[str] = field(default_factory=list)
     # The base's tensors as they were before the first merge, by name; empty while nothing is merged. The parameter itself
@@ -50,10 +52,8 @@ class Host:
     network: NetworkOf = field(default_factory=lambda: NetworkOf(None))
     # A forward that stood on the object itself (accelerate's hooks, patches): it goes on being the base's. None for none.
     own_forward: Forward | None = None
-    # Parents that read the layer's weights, and are guarded while it is adapted.
+    # Parents with a fused path around the layer, which is switched off while it is adapted.
     readers: list[nn.Module] = field(default_factory=list)
-    # Held while the layer's tensors read as others than its own: another thread may call it with another selection.
-    lock: OwnLock = field(default_factory=OwnLock, repr=False)
 
     @property
     def place(self) -> str:

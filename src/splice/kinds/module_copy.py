@@ -25,6 +25,7 @@ class WholeModule(AdapterLayer):
 
     names: CopyNames
     mergeable = True
+    stands_in = True
     # The base has its own tensors to keep, so the copy goes on computing in its place.
     stays_merged = True
     module: nn.Module
@@ -81,7 +82,7 @@ class WholeModule(AdapterLayer):
         return self.module
 
     def shown(self, base: nn.Module) -> dict[str, torch.Tensor]:
-        # Only for parents that read weights instead of calling the layer: `shows` is False.
+        # Only for those who read tensors instead of calling the layer: `shows` is False.
         return {name: p for name, p in self.module._parameters.items() if p is not None}
 
     def deltas(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

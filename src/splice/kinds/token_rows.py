@@ -59,6 +59,7 @@ class TokenRows(AdapterLayer):
     mergeable = True
     action = Action.OWN_ROWS
     starts_from_weight = True
+    stands_in = True
     # Of the tensor with the rows.
     suffix: ClassVar[str]
     # Worked out from the indices: which tokens, in order, and the row of each.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import FunctionType
 
 import torch
 from torch import nn
 
 from splice.base.routing import gets_sorted_tokens
+from splice.kinds.computing import computing
 from splice.kinds.effect import Forward
 from splice.kinds.host import Host, in_order
 from splice.kinds.layer import AdapterLayer
@@ -17,9 +18,12 @@ from splice.selection import Choice, Group, Rows
 from splice.surgery.generated import Generated
 from splice.surgery.layer_attributes import AdaptedViews
 from splice.surgery.layer_commands import LayerCommands
+from splice.surgery.reading import publish_tensors
 from splice.surgery.registering import called_through
 from splice.surgery.rows import add_products, split
 from splice.surgery.spellings import check_spellings, plain_name
+
+_NONE: Mapping[str, torch.Tensor] = {}
 
 
 class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
@@ -33,19 +37,15 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
     def forward(self, *args: object, **kwargs: object) -> object:
         host = self.splice_host
         host.reached = True
-        # While compiling there is one thread, and a lock would break the graph.
-        if host.shows and not torch.compiler.is_compiling():
-            with host.lock:
-                return self._forward_selected(host, *args, **kwargs)
-        return self._forward_selected(host, *args, **kwargs)
-
-    def _forward_selected(self, host: Host, *args: object, **kwargs: object) -> object:
-        choice = host.selection.current()
-        if host.displaced and host.shows_displaced:
-            # The tree has a trained bias in the place of the base's; whoever is selected shows it again.
-            own = self._showing_these(lambda: dict(host.displaced), self._forward_choice)
-            return own(host, choice, *args, **kwargs)
-        return self._forward_choice(host, choice, *args, **kwargs)
+        # The tree may have a trained bias in the place of the base's; whoever is selected shows it again.
+        shown = host.displaced if host.displaced and host.shows_displaced else _NONE
+        # Not by `reading_as`: a generator would be most of what this costs.
+        before = computing.stack
+        computing.stack = (*before, (host, shown))
+        try:
+            return self._forward_choice(host, host.selection.current(), *args, **kwargs)
+        finally:
+            computing.stack = before
 
     def _forward_choice(self, host: Host, choice: Choice, *args: object, **kwargs: object) -> object:
         run: Forward = super().forward if host.own_forward is None else host.own_forward
@@ -63,21 +63,15 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
         return called_through(layer, run) if self.splice_host.hooked else run
 
     def _showing(self, layer: AdapterLayer, inner: Forward) -> Forward:
-        return self._showing_these(lambda: layer.shown(self), inner)
-
-    def _showing_these(self, tensors: Callable[[], Mapping[str, torch.Tensor]], inner: Forward) -> Forward:
         def run(*args: object, **kwargs: object) -> object:
-            # An entry in the instance's dict is found before the parameter of the same name, which stays untouched.
-            # Putting another parameter into `_parameters` instead would show it to whoever walks the tree meanwhile.
-            own, shown = self.__dict__, tensors()
-            before = {name: own[name] for name in shown if name in own}
-            own.update(shown)
+            # To this thread alone, and the parameter stays untouched. Another one in `_parameters` would be seen by whoever
+            # walks the tree meanwhile, and an entry in the object's own dict by calls in other threads.
+            before = computing.stack
+            computing.stack = (*before, (self.splice_host, layer.shown(self)))
             try:
                 return inner(*args, **kwargs)
             finally:
-                for name in shown:
-                    del own[name]
-                own.update(before)
+                computing.stack = before
 
         return run
 
@@ -130,6 +124,11 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
             if own:
                 state_dict.setdefault(prefix + own, state_dict.pop(key))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        # In another process the class has just been made.
+        publish_tensors(type(self), self, self.splice_host.original)
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, (super().extra_repr(), f"adapters={list(self.splice_host.layers)}")))

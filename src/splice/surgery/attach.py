@@ -19,8 +19,9 @@ from splice.selection import Selection
 from splice.surgery.adapted_layer import Adapted
 from splice.surgery.generated import generated
 from splice.surgery.layer_attributes import publish
+from splice.surgery.reading import publish_tensors
 from splice.surgery.registering import register, share
-from splice.surgery.weight_readers import below_guard, guard_reader, readers_above, with_guard_of
+from splice.surgery.weight_readers import guard_reader, readers_above
 
 
 def attach(
@@ -41,7 +42,7 @@ def attach(
         name: the adapter's name.
         adapter: its layer, finished.
         selection: of the model.
-        readers: modules of the network that read weights of layers below them, by path.
+        readers: modules of the network with a fused path around the layers below them, by path.
         home: where the tensors stand in the tree; on the layer itself, if None.
         network: that the layer is in; None if it is not known.
     """
@@ -54,17 +55,18 @@ def attach(
     register(adapter, name, home or Home(layer._modules, host.added, layer), host)
     share(adapter, host)
     host.shows |= adapter.shows
-    publish(below_guard(type(layer)), adapter)
+    publish(type(layer), adapter)
     return host
 
 
 def _swap(layer: nn.Module, path: str, selection: Selection, readers: Mapping[str, nn.Module]) -> None:
-    original = below_guard(type(layer))
+    original = type(layer)
     cls = generated(Adapted, original)
+    publish_tensors(cls, layer, original)
     host = Host(layer, path, original, selection, readers=readers_above(readers, path))
     layer.__dict__[HOST] = host
     # The class before the forward: an interrupt between them leaves a forward that `detach` knows for the layer's own.
-    layer.__class__ = with_guard_of(layer, cls)  # type: ignore[assignment]
+    layer.__class__ = cls
     # A hook of accelerate calls `_old_forward`: the adapters go between the hook, which brings inputs and weights to their
     # device, and the base. Any other patch has become the base's forward, and the adapters go around it.
     for name, standing in list(patched_forwards(layer).items())[:1]:

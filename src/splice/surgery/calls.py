@@ -8,13 +8,17 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from splice.errors import PeftWarning, warn
 from splice.kinds.call import Call
-from splice.selection import Choice, Rows
+from splice.selection import Choice, Rows, Selection
 from splice.surgery.tuner import Tuner
 
 T = TypeVar("T")
+
+# Layers that a warning names.
+_LISTED = 8
 
 
 def call_network(
@@ -40,6 +44,27 @@ def call_network(
     Raises:
         ValueError: rows cannot have these adapters now; see `Tuner.rows`.
     """
+    if torch.compiler.is_compiling():  # there is one thread, and a lock would break the graph
+        return _call(tuner, function, args, options, adapter_names, generates, training)
+    with tuner.selection.one_call():
+        result = _call(tuner, function, args, options, adapter_names, generates, training)
+        if torch.is_grad_enabled():
+            _keep_for_backward(tuner.selection, result)
+    if tuner.awaits_call:
+        tuner.awaits_call = False
+        _warn_if_unused(tuner)
+    return result
+
+
+def _call(
+    tuner: Tuner,
+    function: Callable[..., T],
+    args: Sequence[object],
+    options: dict[str, object],
+    adapter_names: Sequence[str] | None,
+    generates: bool,
+    training: bool,
+) -> T:
     with (
         _chosen(tuner, adapter_names, generates, training, (*args, *options.values())),
         _told(tuner, generates, args, options) as told,
@@ -47,10 +72,15 @@ def call_network(
         result = function(*args, **options)
         if told is not None:
             told.result = result
-    if tuner.awaits_call:
-        tuner.awaits_call = False
-        _warn_if_unused(tuner)
-    return result
+        return result
+
+
+def _keep_for_backward(selection: Selection, result: object) -> None:
+    """Let what a backward of `result` recomputes (gradient checkpointing) use the adapters that computed it."""
+    choice = selection.current()
+    for tensor in tree_leaves(result):
+        if isinstance(tensor, torch.Tensor) and tensor.grad_fn is not None:
+            tensor.register_hook(lambda _: selection.keep_for_backward(choice))  # type: ignore[no-untyped-call]
 
 
 def _chosen(
@@ -108,15 +138,37 @@ def _all_of(layers: Sequence[str]) -> str:
 
 
 def _warn_if_unused(tuner: Tuner) -> None:
-    """Loaded is not yet applied: warn where adapters are active and no call has come by any of their layers."""
+    """Loaded is not yet applied: warn where adapters are active and the first call has stepped around layers of theirs."""
     if not tuner.selection.enabled or not tuner.selection.active:
         return
-    unused = tuner.unused_layers()
-    # Some layers may well be left out, as the half of an encoder-decoder is; all of them hardly.
-    if unused and len(unused) == len(tuner.active_paths()):
+    active, unused = tuner.active_paths(), tuner.unused_layers()
+    read = [path for path in unused if tuner.adapted[path].splice_host.read]
+    # Some layers of a name may well be left out (the experts that no token was sent to); all of a name hardly.
+    reached = {_name(path) for path in set(active).difference(unused)}
+    unreached = [path for path in unused if path not in read and _name(path) not in reached]
+    adapter = f"The active adapter {tuner.active_adapter!r}"
+    if read:
         warn(
-            f"The active adapter {tuner.active_adapter!r} is loaded and had no effect: the first call did not "
-            f"reach {_all_of(unused)}. The model may use their weights without calling them, or may "
-            "not use this part at all. See `model.unused_layers()`.",
+            f"{adapter} had no effect on {len(read)} of its {len(active)} layers: the first call read the weights of "
+            f"{_listed(read)} instead of calling these layers, and they are stored in a form (packed, or offloaded) that "
+            "nothing can be added to. See `model.unused_layers()`.",
             PeftWarning,
         )
+    if unreached:
+        of_all = "none" if len(unreached) == len(active) else f"all but {len(unreached)}"
+        what = "had no effect" if len(unreached) == len(active) else f"had no effect on {len(unreached)} layers"
+        warn(
+            f"{adapter} is in place and {what}: the first call reached {of_all} of its {len(active)} layers, and not "
+            f"{_listed(unreached)}. The model may not use this part at all, or not in this call. See "
+            "`model.unused_layers()`.",
+            PeftWarning,
+        )
+
+
+def _name(path: str) -> str:
+    """What a layer is called, whichever of its kind it is: the last part of its path that is no number."""
+    return next((part for part in reversed(path.split(".")) if not part.isdigit()), path)
+
+
+def _listed(paths: Sequence[str]) -> str:
+    return ", ".join(paths[:_LISTED]) + (f" and {len(paths) - _LISTED} more" if len(paths) > _LISTED else "")

@@ -10,7 +10,7 @@ from splice.base.bare import HOST
 from splice.base.foreign_models import patched_forwards
 from splice.kinds.host import Host, host_of
 from splice.surgery.registering import unregister, unshare
-from splice.surgery.weight_readers import below_guard, release_reader, with_guard_of
+from splice.surgery.weight_readers import release_reader
 
 
 def detach(layer: nn.Module, name: str) -> None:
@@ -36,8 +36,8 @@ def detach(layer: nn.Module, name: str) -> None:
 def _swap_back(layer: nn.Module, host: Host) -> None:
     for parent in host.readers:
         release_reader(parent, host.path)
-    adapted, cls = below_guard(type(layer)), host.original
-    layer.__class__ = with_guard_of(layer, cls)
+    adapted, cls = type(layer), host.original
+    layer.__class__ = cls
     # A hook may have come or gone in the meantime; wherever our forward was left, the base's own takes its place.
     for name, standing in patched_forwards(layer).items():
         if isinstance(standing, MethodType) and standing.__func__ is adapted.forward:

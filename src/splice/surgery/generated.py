@@ -36,7 +36,7 @@ def generated(mixin: type[Generated], base: type[nn.Module]) -> type[nn.Module]:
     """The class with `mixin` in front of `base`."""
     found = _made.get((mixin, base))
     if found is None:
-        # A recipe is flat, since the class below may be generated itself: attention is adapted and guarded.
+        # A recipe is flat, since the class below may be generated itself.
         original, mixins = base.splice_recipe if issubclass(base, Generated) else (base, ())
         members = {
             "__module__": base.__module__,

@@ -178,6 +178,7 @@ class Tuner(nn.Module):
         if method.loss_term is not None:
             self.loss_terms[name] = method.loss_term
         vars(self.model).update({TUNER: (self,), CONFIGS: self.peft_config})
+        self.awaits_call = True
         self._share(name, [item.layer for item in built])
         for layer_class in {type(item.layer): None for item in built if isinstance(item.layer, ReadsCall)}:
             self.reading.setdefault(layer_class, {})[name] = None
