@@ -48,11 +48,11 @@ def tokens_in(cache: object | None, batch: int, device: torch.device) -> torch.T
 
 def cache_of(output: object) -> object | None:
     """The cache in what a network or its `generate` returned; None where there is none."""
-    found = (getattr(output, name, None) for name in NAMES)
-    return next((cache for cache in found if cache is not None), None)
+    # All that transformers returns is a mapping, or else a bare tensor or tuple.
+    return cache_in(output) if isinstance(output, Mapping) else None
 
 
 def sequences_of(output: object) -> torch.Tensor | None:
     """The tokens, (batch, T), that `generate` returned, by themselves or with what it was asked for besides."""
-    found = output if isinstance(output, torch.Tensor) else getattr(output, "sequences", None)
+    found = output.get("sequences") if isinstance(output, Mapping) else output
     return found if isinstance(found, torch.Tensor) else None
