@@ -202,7 +202,9 @@ def test_the_layer_is_still_one_of_its_kind(case: Case, shared_checkpoint: Any) 
             assert "default" in repr(ours)
         for name in ("in_features", "out_features", "num_embeddings", "embedding_dim", "kernel_size", "groups", "nf"):
             assert getattr(ours, name, None) == getattr(original, name, None)
-        assert torch.equal(ours.weight, original.weight)
+        assert torch.equal(ours.base_layer.weight, original.weight)
+        if not any(adapter.stands_in for adapter in ours.splice_host.layers.values()):
+            assert torch.equal(ours.weight, original.weight)
 
 
 # -- a module saved whole

@@ -31,7 +31,7 @@ class Unused(nn.Module):
         self.proj = nn.Linear(4, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, self.proj.weight)
+        return nn.functional.linear(x, self.proj._parameters["weight"])
 
 
 class Around(nn.Module):

@@ -21,8 +21,16 @@ from torch import nn
 # What the options of a function are.
 T = TypeVar("T")
 
-# Modules whose functions read a tensor of a layer as an attribute and put the same back elsewhere, on another device.
-MOVES_TENSORS = frozenset({"accelerate.utils.modeling"})
+# Functions, by module and name, that read a tensor of a layer as an attribute and mean the one that is registered: they
+# move it, or were asked for it by its name in the tree.
+READ_THE_REGISTERED = frozenset(
+    {
+        ("accelerate.utils.modeling", "set_module_tensor_to_device"),
+        ("torch.nn.modules.module", "get_parameter"),
+        ("torch.nn.utils._named_member_accessor", "get_tensor"),
+        ("transformers.modeling_utils", "get_parameter_or_buffer"),
+    }
+)
 
 # -- networks
 

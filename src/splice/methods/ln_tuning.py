@@ -41,6 +41,8 @@ class TunedModule(WholeModule):
     """A copy of the target with tensors of its own; those of a checkpoint are all that the copy has."""
 
     names = CopyNames("ln_tuning_layers", "base_layer.", "ln_tuning_layers.")
+    # A layer of a method, whose weight is the base's outside of a call.
+    stands_in = False
 
     def prepare_copy(self) -> None:
         # A layer with nothing but parameters of its own, as norms are, can hold those of the copy. Of any other the copy

@@ -9,6 +9,7 @@ from types import FunctionType
 import torch
 from torch import nn
 
+from splice.base.bare import HOST, bare_children
 from splice.base.routing import gets_sorted_tokens
 from splice.kinds.computing import computing
 from splice.kinds.effect import Forward
@@ -20,6 +21,7 @@ from splice.surgery.layer_attributes import AdaptedViews
 from splice.surgery.layer_commands import LayerCommands
 from splice.surgery.reading import publish_tensors
 from splice.surgery.registering import called_through
+from splice.surgery.replacing import BASE_NAMES, replace_base
 from splice.surgery.rows import add_products, split
 from splice.surgery.spellings import check_spellings, plain_name
 
@@ -124,6 +126,12 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
             if own:
                 state_dict.setdefault(prefix + own, state_dict.pop(key))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in BASE_NAMES and HOST in self.__dict__ and name not in dict(bare_children(self)):
+            replace_base(self, value, name, Adapted)
+        else:
+            super().__setattr__(name, value)  # type: ignore[arg-type]
 
     def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from splice.base.dense import in_linear_layout
-from splice.base.foreign_models import MOVES_TENSORS
+from splice.base.foreign_models import READ_THE_REGISTERED
 from splice.kinds.computing import computing, reading_as
 from splice.kinds.host import Host, host_of, in_order
 from splice.kinds.layer import AdapterLayer
@@ -30,7 +30,7 @@ from splice.surgery.unmade import Unmade
 class Reader(Enum):
     """Who reads a tensor of a layer."""
 
-    # The layer's own machinery: its hooks, or a library that moves tensors and puts back what it reads.
+    # The layer's own machinery: its hooks, or a function that wants the tensor which is registered, to move it for one.
     ITSELF = "itself"
     # Code inside a call of a module that the layer is part of.
     NETWORK = "network"
@@ -196,7 +196,7 @@ def _reader(layer: nn.Module) -> Reader:
     calls: list[nn.Module] = []
     frame: FrameType | None = sys._getframe(3)
     assert frame is not None
-    if frame.f_globals.get("__name__") in MOVES_TENSORS:
+    if (frame.f_globals.get("__name__"), frame.f_code.co_name) in READ_THE_REGISTERED:
         return Reader.ITSELF
     while frame is not None:
         if frame.f_code is _CALL:
