@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import nn
 
-from splice.base.weight_access import check_readable
+from splice.base.weight_access import check_readable, check_showable
 from splice.config import PeftConfig
 from splice.kinds.effect import Effect
 from splice.kinds.file_form import FileForm
@@ -79,6 +79,8 @@ class AdapterLayer(OwnTensors, Effect, WeightEffect):
         if BIAS in self.registered:
             self.shows = True
         self.prepare(base, config, path)
+        if self.shows:
+            check_showable(base, path, (*self.changed_names, *(("bias",) if self.trained_bias is not None else ())))
 
     # -- what a method supplies. Classmethods are asked before there is a layer: a plan needs shapes and nothing more.
 
