@@ -108,7 +108,8 @@ def check_showable(layer: nn.Module, path: str, names: Iterable[str]) -> None:
             if name in parametrizations:
                 raise UnsupportedFeatureError(
                     f"{path}: the adapter puts a {name} of its own in the place of the layer's, and that is worked out "
-                    "of other parameters (`torch.nn.utils.parametrize`). Make it a plain one first: `remove_parametrizations`."
+                    "of other parameters (`torch.nn.utils.parametrize`). Make it a plain one first: "
+                    "`remove_parametrizations`."
                 )
 
 
