@@ -51,10 +51,6 @@ class AdapterLayer(OwnTensors, Effect, WeightEffect):
     transposes: ClassVar[Mapping[str, str]] = MappingProxyType({})
     # Numbers that scripts read and set on an adapted layer, by the reference's names -> the attribute of this layer.
     numbers: ClassVar[Mapping[str, str]] = MappingProxyType({"scaling": "scale", "r": "r"})
-    # Whether its forward needs the base's dense weight, or it takes something from that when it is made.
-    reads_weight: ClassVar[bool] = False
-    # Whether a new adapter takes its start from that weight, where one from a checkpoint does without.
-    starts_from_weight: ClassVar[bool] = False
     # Whether it uses tensors that all layers of its adapter share.
     uses_shared: ClassVar[bool] = False
     # The adapter layer that holds these, in a tuple; empty until it is joined.
