@@ -93,3 +93,21 @@ def test_a_new_adapter_starts_from_the_weight_that_is_used(way: str) -> None:
     config = splice.get_peft_config(DORA)
     model = splice.get_peft_model(network, config)
     assert_close(run(model.eval(), inputs), before)
+
+
+def test_no_weight_is_shown_where_the_layer_would_not_see_it() -> None:
+    """A parametrized attribute is found before all others: what an adapter puts there would have no effect."""
+    config = splice.get_peft_config(
+        {
+            "peft_type": "LORA",
+            "r": 2,
+            "target_modules": ["second"],
+            "init_lora_weights": "loftq",
+            "loftq_config": {"loftq_bits": 4},
+        }
+    )
+    network = built(bases.LINEAR, "parametrized")
+    before = Snapshot.of(network)
+    with pytest.raises(splice.UnsupportedFeatureError, match="second.*remove_parametrizations"):
+        splice.get_peft_model(network, config)
+    before.assert_same(network)

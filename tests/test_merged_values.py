@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 import splice
+from splice.base.dense import exchange
 from tests import bases
 from tests.bases import run
 from tests.comparing import Snapshot, assert_close, base_parameters
@@ -250,3 +252,23 @@ def test_flags_after_merging_for_good_are_the_bases_own(case: Case, shared_check
     model = splice.PeftModel.from_pretrained(network, shared_checkpoint(case.base, case.config()))
     model.merge_and_unload()
     assert {name: p.requires_grad for name, p in network.named_parameters()} == flags
+
+
+def test_sharded_parameters_keep_their_objects(tmp_path: Path) -> None:
+    """Such a tensor holds another one, which FSDP knows: it is written to, and none takes its place."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        values = torch.randn(3, 4)
+        parameter = nn.Parameter(DTensor.from_local(values.clone(), mesh, [Replicate()]))
+        held = parameter.to_local()
+        before = exchange(parameter, parameter.detach() + 1)
+        assert torch.equal(held, values + 1)
+        exchange(parameter, before)
+        assert torch.equal(held, values)
+    finally:
+        dist.destroy_process_group()

@@ -47,6 +47,17 @@ class PackedLinear(Int8Linear):
         return self.weight.view(self.out_features, self.in_features)
 
 
+class Int8Embedding(nn.Embedding):
+    """An embedding that keeps rounded numbers."""
+
+    def __init__(self, of: nn.Embedding) -> None:
+        super().__init__(of.num_embeddings, of.embedding_dim)
+        self.weight = nn.Parameter((of.weight.detach() * 40).to(torch.int8), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.embedding(x, self.weight) / 40
+
+
 class BufferLinear(Int8Linear):
     """Keeps them in no parameter at all."""
 
@@ -145,6 +156,17 @@ def test_what_computes_with_the_weight_is_refused(cls: Any, fields: Any, checkpo
         model.load_adapter(folder, "other")
     now.assert_same(network)
     assert torch.equal(run(model, bases.LINEAR.inputs(3)), output)
+
+
+def test_rows_of_tokens_need_the_weight_of_a_layer_with_a_forward_of_its_own(checkpoint: Any) -> None:
+    config = {"peft_type": "TRAINABLE_TOKENS", "token_indices": [1], "target_modules": ["second"]}
+    folder = checkpoint(bases.EMBEDDING, config)
+    network = bases.EMBEDDING.build()
+    network.second = Int8Embedding(network.second)
+    before = Snapshot.of(network)
+    with pytest.raises(splice.UnsupportedFeatureError, match="second.*Int8Embedding"):
+        splice.PeftModel.from_pretrained(network, folder)
+    before.assert_same(network)
 
 
 STARTING = {

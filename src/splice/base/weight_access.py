@@ -6,6 +6,8 @@ of other parameters at every use (weight normalisation). The first can be neithe
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -92,6 +94,23 @@ _ADVICE = (
     "Nothing here knows how to read it. Load the base model without quantisation to do this, or use a method that needs no "
     "weight"
 )
+
+
+def check_showable(layer: nn.Module, path: str, names: Iterable[str]) -> None:
+    """Raise where another tensor cannot be shown in the place of the layer's own while it computes.
+
+    Raises:
+        UnsupportedFeatureError: the layer works that tensor out itself.
+    """
+    parametrizations = layer._modules.get("parametrizations")
+    if isinstance(parametrizations, nn.ModuleDict):
+        for name in names:
+            if name in parametrizations:
+                raise UnsupportedFeatureError(
+                    f"{path}: the adapter puts a {name} of its own in the place of the layer's, and that is worked out "
+                    "of other parameters (`torch.nn.utils.parametrize`). Make it a plain one first: "
+                    "`remove_parametrizations`."
+                )
 
 
 def check_readable(layer: nn.Module, path: str, what: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import nn
 
-from splice.base.weight_access import check_readable
+from splice.base.weight_access import check_readable, check_showable
 from splice.config import PeftConfig
 from splice.kinds.effect import Effect
 from splice.kinds.file_form import FileForm
@@ -51,10 +51,6 @@ class AdapterLayer(OwnTensors, Effect, WeightEffect):
     transposes: ClassVar[Mapping[str, str]] = MappingProxyType({})
     # Numbers that scripts read and set on an adapted layer, by the reference's names -> the attribute of this layer.
     numbers: ClassVar[Mapping[str, str]] = MappingProxyType({"scaling": "scale", "r": "r"})
-    # Whether its forward needs the base's dense weight, or it takes something from that when it is made.
-    reads_weight: ClassVar[bool] = False
-    # Whether a new adapter takes its start from that weight, where one from a checkpoint does without.
-    starts_from_weight: ClassVar[bool] = False
     # Whether it uses tensors that all layers of its adapter share.
     uses_shared: ClassVar[bool] = False
     # The adapter layer that holds these, in a tuple; empty until it is joined.
@@ -79,6 +75,8 @@ class AdapterLayer(OwnTensors, Effect, WeightEffect):
         if BIAS in self.registered:
             self.shows = True
         self.prepare(base, config, path)
+        if self.shows:
+            check_showable(base, path, (*self.changed_names, *(("bias",) if self.trained_bias is not None else ())))
 
     # -- what a method supplies. Classmethods are asked before there is a layer: a plan needs shapes and nothing more.
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from splice.base.bare import original_class
 from splice.base.foreign_models import embed_scale
 from splice.base.layers import LayerKind, features, kind_of, padding_row
+from splice.base.weight_access import check_readable
 from splice.config import PeftConfig
 from splice.errors import UnsupportedLayerError, counted
 from splice.kinds.casting import check_values
@@ -94,7 +95,9 @@ class TokenRows(AdapterLayer):
         self.is_linear = kind_of(base) is LayerKind.LINEAR
         padding = padding_row(base)
         self.padding_row = None if padding is None else rows.get(padding)
-        self.shows = self.shows or not _is_plain(base)
+        if not _is_plain(base):
+            check_readable(base, path, "an adapter with rows of its own, on a layer with a forward of its own,")
+            self.shows = True
 
     @classmethod
     @torch.no_grad()

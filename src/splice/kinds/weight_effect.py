@@ -1,4 +1,4 @@
-"""What an adapter layer does to the tensors of its base layer when it is merged into them."""
+"""What an adapter layer needs of the weight of its base layer, and does to its tensors when it is merged into them."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ class WeightEffect:
 
     # Whether it is a change of the layer's tensors at all; it may depend on the layer.
     mergeable: bool = False
+    # Whether its forward needs the base's dense weight, or it takes something from that when it is made.
+    reads_weight: ClassVar[bool] = False
+    # Whether a new adapter takes its start from that weight, where one from a checkpoint does without.
+    starts_from_weight: ClassVar[bool] = False
     # Whether `deltas` gives and takes `weight` as (out, in), however the base stores it.
     linear_layout: ClassVar[bool] = True
     # Whether the base with the merged tensors computes what the adapter does; where not, merging says so.
