@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import warnings
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -170,6 +172,30 @@ def test_keys_of_patterns_that_match_nothing_are_named(method: Method) -> None:
                 assert f"{name} has keys that match no layer of the adapter: {unmatched}. " in told[0]
                 assert f"get {default}={getattr(created, default)}. " in told[0]
                 assert "one of the paths is first." in told[0]
+
+
+@targeting
+def test_keys_that_match_nothing_are_named_by_a_load_where_no_tensor_tells_the_value(
+    method: Method, tmp_path: Path
+) -> None:
+    """The shapes of the tensors tell ranks; an alpha that no layer gets changes the scale of those it was meant for."""
+    fields = Case(method, bases.LINEAR).config()
+    plain = splice.get_peft_config(fields)
+    for name, default in plain.pattern_fields.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            splice.get_peft_model(bases.LINEAR.build(), splice.get_peft_config(fields)).save_pretrained(tmp_path)
+        file = tmp_path / "adapter_config.json"
+        for pattern, unmatched in (({"nowhere": 3, "first": getattr(plain, default)}, "nowhere"), ({}, "")):
+            file.write_text(json.dumps({**json.loads(file.read_text()), name: pattern}))
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                splice.PeftModel.from_pretrained(bases.LINEAR.build(), tmp_path)
+            told = [str(w.message) for w in caught if "match no layer" in str(w.message)]
+            assert len(told) == bool(unmatched and default in plain.computed()), (name, told)
+            assert all(
+                f"adapter 'default': {name} has keys that match no layer of the adapter: nowhere" in t for t in told
+            )
 
 
 @targeting

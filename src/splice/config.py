@@ -121,6 +121,14 @@ class PeftConfig:
         """Which biases of the base the adapter trains: "none", "all", or those of its targets ("<method>_only")."""
         return "none"
 
+    def computed(self) -> dict[str, object]:
+        """Fields that change the output of a trained adapter and that the shapes of its tensors do not tell, with values.
+
+        What is the same for whoever only computes with the adapter has the same value here. Of fields with values for single
+        layers (`pattern_fields`) the one for all others is enough.
+        """
+        return {}
+
     def to_dict(self) -> dict[str, Any]:
         """All serialisable fields; sets stay sets. `type(config)(**config.to_dict())` is the same config."""
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in self.runtime_fields}

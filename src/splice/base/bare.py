@@ -118,7 +118,7 @@ def bare_copy(module: nn.Module, memo: dict[int, object]) -> nn.Module:
     """A deep copy of `module` as it is without adapters and without hooks, which stay on the original."""
     # Not `copy.deepcopy(module)` with the adapters taken out again: it would copy every one of them first.
     cls = original_class(module)
-    clone = cls.__new__(cls)
+    clone = empty_instance(cls)
     state = {k: v for k, v in module.__dict__.items() if k not in (HOST, GUARD, "_hf_hook", "_old_forward", "forward")}
     host, standing = cast("CarriedHost | None", carried(module, HOST)), patched_forwards(module)
     patched = standing.get("forward") if host is None else host.own_forward
@@ -129,6 +129,12 @@ def bare_copy(module: nn.Module, memo: dict[int, object]) -> nn.Module:
     memo[id(module)] = clone  # a forward that was set on the object is then the clone's own
     clone.__dict__.update(copy.deepcopy(state, memo))
     return clone
+
+
+def empty_instance(cls: type[nn.Module]) -> nn.Module:
+    """An object of this class without anything in it, for a copy to fill."""
+    # Not `cls.__new__`, which may want what the original was made from; all that it left on that is copied.
+    return object.__new__(cls)
 
 
 def original_class(layer: nn.Module) -> type[nn.Module]:

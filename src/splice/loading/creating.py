@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -10,11 +10,10 @@ from splice.base.bare import walk_bare
 from splice.base.foreign_models import name_or_path
 from splice.config import PeftConfig
 from splice.errors import warn
-from splice.kinds.matching import value_for
-from splice.kinds.registry import Method, method_named
+from splice.kinds.registry import method_named
 from splice.loading.commit import build_new
-from splice.loading.config_fields import field_value
 from splice.loading.laying_out import lay_out
+from splice.loading.patterns import paths_for_patterns, unmatched
 from splice.loading.plan import Plan, write_back
 from splice.surgery.coexistence import check_together
 from splice.surgery.placement import Built
@@ -38,26 +37,6 @@ def adopt_base(config: PeftConfig, model: nn.Module, revision: str | None) -> No
         config.revision = revision
 
 
-def _warn_of_unmatched_patterns(config: PeftConfig, method: Method, plan: Plan) -> None:
-    """Name the keys of `rank_pattern` and its like that match no layer of the adapter: they do nothing."""
-    patterns = {name: field_value(config, name) for name in config.pattern_fields}
-    if not any(patterns.values()):
-        return
-    paths = [p.path for p in plan.placements]
-    for placement in plan.placements:
-        if placement.layer_class is method.parameters_layer:
-            paths += [f"{placement.path}.{name}" for name in placement.base._parameters]
-    for name, pattern in patterns.items():
-        keys = pattern if isinstance(pattern, Mapping) else ()
-        unmatched = [key for key in keys if not any(value_for({key: True}, path, False) for path in paths)]
-        if unmatched:
-            warn(
-                f"{name} has keys that match no layer of the adapter: {', '.join(unmatched)}. Layers that they were meant "
-                f"for get {config.pattern_fields[name]}={field_value(config, config.pattern_fields[name])}. A key is the end "
-                f"of a path, from a dot on, or a regular expression for it; one of the paths is {paths[0]}."
-            )
-
-
 def new_adapter(
     tuner: Tuner, config: PeftConfig, heads: Sequence[str], autocast: bool, low_cpu_mem_usage: bool = False
 ) -> tuple[Plan, list[Built]]:
@@ -68,7 +47,8 @@ def new_adapter(
     meant = method.restated(config, tuner.model, modules)
     plan = lay_out(tuner.model, meant, method, heads, modules, new=True)
     if meant is config:  # else the keys may name layers that were joined since
-        _warn_of_unmatched_patterns(config, method, plan)
+        for line in unmatched(config, paths_for_patterns(plan, method), config.pattern_fields):
+            warn(line)
     for name, value in vars(meant).items() if meant is not config else ():
         setattr(config, name, value)
     write_back(config, plan)

@@ -20,14 +20,16 @@ from splice.errors import PeftWarning, warn
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.original import original_tensor
 from splice.kinds.reading import Checkpoint
-from splice.kinds.registry import method_of
+from splice.kinds.registry import Method, method_of
 from splice.kinds.shared import SharedTensors
 from splice.loading.checking import check_base_copies, check_repeated, refuse_or_warn
 from splice.loading.commit import build_loaded
-from splice.loading.config_fields import field_names
+from splice.loading.config_fields import field_names, field_value
 from splice.loading.fingerprint import Match
+from splice.loading.kept_config import other_values
 from splice.loading.options import LoadOptions as LoadOptions  # where callers look for it
 from splice.loading.other_base import about_base, both_bases, compare_base
+from splice.loading.patterns import paths_for_patterns, unmatched
 from splice.loading.plan import Fitted, Plan, plan_of_present, write_back
 from splice.loading.published.fitting import fitted
 from splice.loading.published.vocabulary import fitted_resized
@@ -95,6 +97,7 @@ def load_new(
     found = _planned(
         tuner, lambda: NewAdapter(tuner.model, undo.modules, method, heads), checkpoint, config, options, undo
     )
+    found = found._replace(warnings=(*found.warnings, *_lost_patterns(found, method)))
     plan, config = found.plan, found.config
     write_back(config, plan)
     built = build_loaded(plan, config, found.checkpoint.weights, options.autocast)
@@ -126,8 +129,33 @@ def load_into(tuner: Tuner, checkpoint: Checkpoint, options: LoadOptions, undo: 
         options,
         undo,
     )
+    found = found._replace(warnings=(*found.warnings, *_kept_config(found, checkpoint, name)))
     _overwrite(tuner, found, options, undo)
     return _finished(tuner, found, options)
+
+
+def _lost_patterns(found: Fitted, method: Method) -> list[str]:
+    """A line for values of single layers that no layer gets, of fields that the shapes of the tensors do not tell."""
+    config = found.config
+    if not any(field_value(config, name) for name in config.pattern_fields):
+        return []
+    told = config.computed()
+    fields = [name for name, field in config.pattern_fields.items() if field in told]
+    return [line.removesuffix(".") for line in unmatched(config, paths_for_patterns(found.plan, method), fields)]
+
+
+def _kept_config(found: Fitted, checkpoint: Checkpoint, name: str) -> list[str]:
+    """A line where the adapter, with the config that it keeps, computes something else than the checkpoint's would."""
+    # Where layers were renamed since, patterns in the two configs speak of different paths.
+    renamed = found.checkpoint.names != checkpoint.names
+    paths = [""] if renamed else paths_for_patterns(found.plan, method_of(found.config))
+    others = other_values(found.said or checkpoint.config, found.config, paths)
+    if not others:
+        return []
+    return [
+        f"it keeps its own config, and that of the checkpoint differs: {'; '.join(others)}. What it computes now is not "
+        f"what was trained. To have the checkpoint's, call `delete_adapter({name!r})` before loading it"
+    ]
 
 
 def _planned(

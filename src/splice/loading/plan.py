@@ -191,6 +191,7 @@ class Fitted(NamedTuple):
         config: the adapter's, saying what was read.
         notes: a line for each thing that was read in another way than it is written.
         warnings: those of them that change what the adapter computes.
+        said: the checkpoint's config, as it is read for an adapter that is there and keeps its own; None: it is `config`.
         hints: why the checkpoint could not be read in another way, where one was near.
     """
 
@@ -200,3 +201,4 @@ class Fitted(NamedTuple):
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     hints: tuple[str, ...] = ()
+    said: PeftConfig | None = None

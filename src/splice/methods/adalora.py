@@ -94,6 +94,9 @@ class AdaLoraConfig(LoraConfig):
         if self.orth_reg_weight < 0:
             raise ValueError(f"`orth_reg_weight` should not be negative, got {self.orth_reg_weight}")
 
+    def computed(self) -> dict[str, object]:
+        return {"lora_alpha": self.lora_alpha, "init_r": self.init_r}
+
 
 def _check(config: AdaLoraConfig) -> None:
     for name, beta in (("beta1", config.beta1), ("beta2", config.beta2)):

@@ -62,6 +62,9 @@ class FourierFTConfig(Targeted):
     # Whether the coefficients start at zero, so that nothing changes at first; by default they are drawn from N(0, 1).
     init_weights: bool = False
 
+    def computed(self) -> dict[str, object]:
+        return {"scaling": self.scaling, "random_loc_seed": self.random_loc_seed}
+
 
 def _check(config: FourierFTConfig) -> None:
     check_positive(n_frequency=config.n_frequency, **config.n_frequency_pattern)

@@ -69,6 +69,10 @@ class IA3Config(Targeted):
                     f"`feedforward_modules` should be a subset of `target_modules`; {others} are no targets."
                 )
 
+    def computed(self) -> dict[str, object]:
+        # None is filled in by what is usual for the base.
+        return {} if self.feedforward_modules is None else {"feedforward_modules": self.feedforward_modules}
+
 
 def scales_input(config: IA3Config, path: str) -> bool:
     """Whether the adapter scales what goes into the layer at `path`, rather than what comes out."""

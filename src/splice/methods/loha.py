@@ -65,6 +65,9 @@ class LoHaConfig(Targeted):
     # Modules to train whole and to store beside the adapter, by the ends of their paths; None for none.
     modules_to_save: list[str] | None = None
 
+    def computed(self) -> dict[str, object]:
+        return {"alpha": self.alpha}
+
 
 class LoHaLayer(LycorisLayer):
     """LoHa on a linear layer or a convolution; of a convolution either a plain product or one through a core."""

@@ -71,6 +71,10 @@ class LoKrConfig(Targeted):
     # Modules to train whole and to store beside the adapter, by the ends of their paths; None for none.
     modules_to_save: list[str] | None = None
 
+    def computed(self) -> dict[str, object]:
+        # No tensor tells the rank of a layer whose factors are small enough to be stored whole.
+        return {"r": self.r, "alpha": self.alpha}
+
 
 def split(size: int, factor: int) -> tuple[int, int]:
     """`size` as a product of two numbers: by `factor` if it divides, else as close to each other as `factor` allows."""

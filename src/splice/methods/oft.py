@@ -109,6 +109,15 @@ class OFTConfig(Targeted):
                 PeftWarning,
             )
 
+    def computed(self) -> dict[str, object]:
+        terms = self.num_cayley_neumann_terms if self.use_cayley_neumann else None
+        return {
+            "use_cayley_neumann": self.use_cayley_neumann,
+            "num_cayley_neumann_terms": terms,
+            "coft": self.coft,
+            "eps": self.eps if self.coft else None,
+        }
+
 
 def _check(config: OFTConfig) -> None:
     for name, value in (("r", config.r), ("oft_block_size", config.oft_block_size)):

@@ -35,6 +35,9 @@ class TrainableTokensConfig(Targeted):
         super().__post_init__()
         self.target_modules = targets  # a list stays a list here
 
+    def computed(self) -> dict[str, object]:
+        return {"token_indices": self.token_indices}
+
 
 def _check(config: TrainableTokensConfig) -> None:
     known = [i for i in config.token_indices or () if isinstance(i, int)]

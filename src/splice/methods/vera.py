@@ -68,6 +68,10 @@ class VeraConfig(Targeted):
     # on a layer's path, which must lie inside another module.
     layers_pattern: list[str] | str | None = None
 
+    def computed(self) -> dict[str, object]:
+        # Projections that a file holds are read from it.
+        return {"projection_prng_key": None if self.save_projection else self.projection_prng_key}
+
 
 def _check(config: VeraConfig) -> None:
     check_positive(r=config.r)

@@ -9,6 +9,8 @@ from typing import ClassVar, SupportsIndex, TypeAlias
 
 from torch import nn
 
+from splice.base.bare import empty_instance
+
 # The class of the layer as it was, and what was put in front of it, one after the other.
 Recipe: TypeAlias = "tuple[type[nn.Module], tuple[type[Generated], ...]]"
 
@@ -52,4 +54,4 @@ def _made_again(original: type[nn.Module], mixins: tuple[type[Generated], ...]) 
     cls = original
     for mixin in mixins:
         cls = generated(mixin, cls)
-    return cls.__new__(cls)
+    return empty_instance(cls)

@@ -67,6 +67,8 @@ class _Mender:
     notes: list[str] = field(default_factory=list)
     # Why it could not be read in another way, where one was near.
     hints: list[str] = field(default_factory=list)
+    # The config of the checkpoint as a reading of its method has it; None where there was none.
+    said: PeftConfig | None = None
     # Whether the adapter trains biases and the checkpoint holds none of them.
     lacks_biases: bool = False
 
@@ -80,11 +82,12 @@ class _Mender:
             if reading is None:
                 continue
             self.checkpoint = reading.checkpoint
+            self.said = reading.config
             self.config = reading.config if wanted.follows_config else self.config
             self.notes += reading.notes
             plan = self._plan(self.config, self.checkpoint)
             if plan is not None and wanted.is_served_by(plan):
-                return Fitted(plan, self.checkpoint, self.config, tuple(self.notes))
+                return Fitted(plan, self.checkpoint, self.config, tuple(self.notes), said=self.said)
         meant = spelled(self.checkpoint.entries, plan, wanted.modules, wanted.method)
         self.notes += meant.notes
         self.hints += meant.hints
@@ -152,7 +155,7 @@ class _Mender:
         plan = self._plan(config, checkpoint)
         if plan is None or not self.wanted.is_served_by(plan):
             return None
-        return Fitted(plan, checkpoint, config, tuple(self.notes))
+        return Fitted(plan, checkpoint, config, tuple(self.notes), said=self.said)
 
     def _plan(self, config: PeftConfig, checkpoint: Checkpoint) -> Plan | None:
         try:

@@ -154,6 +154,20 @@ class LoraConfig(Targeted):
     def layer_ranges(self) -> list[list[int]] | None:
         return self.layer_replication or None
 
+    def computed(self) -> dict[str, object]:
+        changes_base = takes_from_base(self.init_lora_weights) or self.init_lora_weights == LOFTQ
+        return {
+            "lora_alpha": self.lora_alpha,
+            "use_rslora": self.use_rslora,
+            # Where it leaves the base alone nothing is left of it once the adapter is trained.
+            "init_lora_weights": self.init_lora_weights if changes_base else True,
+            "loftq_config": loftq_options(self) if self.init_lora_weights == LOFTQ else None,
+            "alora_invocation_tokens": self.alora_invocation_tokens,
+            "use_bdlora": self.use_bdlora,
+            "trainable_token_indices": self.trainable_token_indices,
+            "layer_replication": self.layer_ranges(),
+        }
+
 
 def _check_fields_agree(config: LoraConfig) -> None:
     if config.use_dora and config.megatron_config:

@@ -42,6 +42,11 @@ class PrefixTuningConfig(PromptLearningConfig):
         if self.init_weights not in (None, "zero"):
             raise ValueError(f"`init_weights` must be 'zero' or None, got {self.init_weights!r}")
 
+    def computed(self) -> dict[str, object]:
+        # Filled in from the base where they are None.
+        sizes = {"num_attention_heads": self.num_attention_heads, "num_layers": self.num_layers}
+        return {name: size for name, size in sizes.items() if size is not None}
+
 
 class Prefix(CachedPrompt):
     """Keys and values, however they come about."""
