@@ -8,7 +8,7 @@ INSTALLED := .venv/.installed
 # The oldest Python and packages that are promised, in a folder of their own. On Linux this torch brings 3 GB of CUDA along.
 OLDEST_PYTHON ?= python3.10
 OLDEST := .venv-oldest
-# Left out are tests of what came later, and those of tools (`mypy`, pages) that this folder has not.
+# Which tests to run with them: all that are not slow.
 OLDEST_TESTS ?= tests
 
 .PHONY: demo test test-slow test-oldest mutants check format bench bench-gpu docs clean

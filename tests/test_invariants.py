@@ -28,7 +28,7 @@ from tests.comparing import (
     parameters_of,
     tensors_in,
 )
-from tests.samples import Case, kind_cases, plain_cases
+from tests.samples import Case, kind_cases, network_cases, plain_cases
 
 ALL_KINDS = [*kind_cases(), *plain_cases(*bases.SPECIAL, bases.MIXED, *bases.TRANSFORMERS, bases.TIED)]
 every = pytest.mark.parametrize("case", ALL_KINDS, ids=str)
@@ -519,3 +519,12 @@ def test_members_of_the_base_with_the_names_of_views(whole: list[str] | None, ch
     assert network.head.set_scale() == "my own as well"
     model.unload()
     before.assert_same(network)
+
+
+@pytest.mark.parametrize("case", [*plain_cases(bases.LINEAR), *network_cases(bases.LLAMA)], ids=str)
+def test_a_loaded_model_is_in_eval_mode(case: Case, shared_checkpoint: Any) -> None:
+    """As the reference leaves it: the model, the tuner, the network and all its layers, whatever mode they were in."""
+    network = case.base.build().train()
+    layers = list(network.modules())
+    model = splice.PeftModel.from_pretrained(network, shared_checkpoint(case.base, case.config()))
+    assert not any(module.training for module in (model, model.base_model, *layers))

@@ -33,6 +33,7 @@ def test_each_layer_told_the_same_is_the_model_told(case: Case, shared_checkpoin
     pair.each(lambda model: [layer.set_adapter("second") for layer in layers(model)])
     second = pair.assert_equal()
     assert [layer.active_adapters for layer in layers(pair.ours)] == [["second"], ["second"]]
+    assert not any(layer.disable_adapters for layer in layers(pair.ours))
     pair.each(lambda model: [layer.enable_adapters(enabled=False) for layer in layers(model)])
     assert torch.equal(pair.assert_equal(), run(BASE.build(), BASE.inputs(3)))
     assert layers(pair.ours)[0].disable_adapters

@@ -515,3 +515,15 @@ def test_scales_count_in_a_merge(case: Case, shared_checkpoint: Any) -> None:
     assert differ(scaled, before)
     model.merge_adapter()
     assert_close(run(model, case.base.inputs(3)), scaled)
+
+
+@pytest.mark.parametrize("case", kind_cases(), ids=str)
+def test_a_merge_says_whether_it_changes_the_output(case: Case, shared_checkpoint: Any) -> None:
+    """Where an adapter computes what no weight does, and nowhere else."""
+    model = splice.PeftModel.from_pretrained(case.base.build(), shared_checkpoint(case.base, case.config()))
+    before = run(model, case.base.inputs(3))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.merge_adapter()
+    said = any("computes something on this layer that no weight does" in str(w.message) for w in caught)
+    assert said == differ(run(model, case.base.inputs(3)), before)

@@ -193,3 +193,11 @@ def test_refusals(case: Case, fields: dict[str, Any], message: str, library: Any
 def test_a_string_is_no_list(case: Case, library: Any) -> None:
     with pytest.raises(TypeError, match="target_parameters"):
         library.get_peft_config(config(case, "up"))  # type: ignore[arg-type]
+
+
+def test_a_layer_and_its_parameter_are_not_both_targets() -> None:
+    network = bases.EXPERTS.build()
+    config = splice.LoraConfig(target_modules=["head"], target_parameters=["head.weight"])
+    with pytest.raises(ValueError, match="'head' is selected by target_modules and one of its parameters by"):
+        splice.get_peft_model(network, config)
+    assert type(network.head) is torch.nn.Linear

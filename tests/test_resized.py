@@ -12,6 +12,7 @@ import torch
 import splice
 from tests import bases
 from tests.bases import run
+from tests.broken import Around, llama, load, output, parts, unchanged
 from tests.comparing import tensors_in
 
 CONFIG = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
@@ -37,3 +38,27 @@ def test_embeddings_are_saved_if_their_number_changed(size: int, tmp_path: Path)
         AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "splice", resize_vocabulary=True
     )
     assert run(again, bases.LLAMA.inputs(3)).shape[-1] == size
+
+
+def test_an_adapter_on_the_embeddings_stands_in_the_way(tmp_path: Path) -> None:
+    """It would no longer fit: the load is refused, and says what to do; nothing has changed."""
+    first = parts(target_modules=["embed_tokens"]).write(tmp_path / "first")
+    network = llama()
+    network.resize_token_embeddings(48, mean_resizing=False)
+    second = parts(network=network, target_modules=["embed_tokens"]).write(tmp_path / "second")
+    model = load(first)
+    before = output(model)
+    with unchanged(model), pytest.raises(splice.AdapterMismatchError) as caught:
+        model.load_adapter(second, "second", resize_vocabulary=True)
+    assert "the adapter 'default' is on 'model.embed_tokens', and would not fit any more" in str(caught.value)
+    assert "Load this one first, or onto a base of its own." in str(caught.value)
+    assert torch.equal(output(model), before)
+
+
+def test_a_base_that_cannot_be_resized(tmp_path: Path) -> None:
+    network = llama()
+    network.resize_token_embeddings(48, mean_resizing=False)
+    folder = parts(network=Around(network), target_modules=["embed_tokens"], task_type=None).write(tmp_path)
+    base = Around(llama())
+    with unchanged(base), pytest.raises(splice.AdapterMismatchError, match="no `resize_token_embeddings`; resize its"):
+        load(folder, base, resize_vocabulary=True)
