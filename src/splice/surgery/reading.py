@@ -18,11 +18,10 @@ from types import CodeType, FrameType
 import torch
 from torch import nn
 
-from splice.base.bare import HOST
 from splice.base.dense import in_linear_layout
 from splice.base.foreign_models import READ_THE_REGISTERED
 from splice.kinds.computing import computing, reading_as
-from splice.kinds.host import Host, in_order
+from splice.kinds.host import Host, host_of, in_order
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.module_copy import WholeModule
 from splice.surgery.unmade import Unmade
@@ -51,7 +50,7 @@ class OwnTensor:
     def __get__(self, layer: nn.Module | None, owner: type) -> object:
         if layer is None:
             return self
-        name, host = self.name, layer.__dict__.get(HOST)
+        name, host = self.name, host_of(layer)
         if name not in layer._parameters:
             raise AttributeError(name)  # and then torch looks in its other registries
         own = layer._parameters[name]
