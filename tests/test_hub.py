@@ -22,18 +22,22 @@ LORA = "someone/lora"
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     """A Hub that this process takes for the real one, and an empty cache."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
 
     with serving() as hub:
         monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
         monkeypatch.delenv("HF_TOKEN", raising=False)
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
+        for module in (constants, file_download):  # some releases have a copy
+            monkeypatch.setattr(
+                module,
+                "HUGGINGFACE_CO_URL_TEMPLATE",
+                hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+                raising=False,
+            )
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)
         yield hub
 
 
