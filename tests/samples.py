@@ -53,7 +53,14 @@ SAMPLES: dict[PeftType, Sample] = {
         small={"r": 4, "lora_alpha": 8, "use_rslora": True},
         options={
             "rslora": {"use_rslora": True, "lora_alpha": 5},
-            "patterns": {"rank_pattern": {"first|q_proj": 8}, "alpha_pattern": {"second": 3, "^.*v_proj": 9}},
+            "patterns": {
+                "rank_pattern": {"first|q_proj": 8},
+                # Each matches a layer of every base: of one that matches none a load would warn.
+                "alpha_pattern": {
+                    "second|v_proj|value|v|embed|embed_tokens|c_attn": 3,
+                    "^.*(first|q_proj|query|q|embed|embed_tokens|c_attn)": 9,
+                },
+            },
             "lora_bias": {"lora_bias": True},
             "bias_all": {"bias": "all"},
             "bias_of_targets": {"bias": "lora_only"},
@@ -91,7 +98,10 @@ SAMPLES: dict[PeftType, Sample] = {
         config={"r": 4, "alpha": 6},
         small={"r": 2, "alpha": 3},
         options={
-            "patterns": {"rank_pattern": {"first|q_proj": 2}, "alpha_pattern": {"second": 3}},
+            "patterns": {
+                "rank_pattern": {"first|q_proj": 2},
+                "alpha_pattern": {"second|v_proj|value|v|embed|embed_tokens|c_attn": 3},
+            },
             "effective": {"use_effective_conv2d": True},
         },
         reference_scales=True,

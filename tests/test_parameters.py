@@ -173,7 +173,7 @@ def test_together_with_targets_that_are_layers(case: Case, shared_checkpoint: An
     ("fields", "message"),
     [
         ({"target_parameters": ["nothing"]}, "nothing"),
-        ({"target_parameters": ["head.bias"]}, "dimensions"),
+        ({"target_parameters": ["head.bias"]}, "1 dimension; "),
         ({"target_parameters": ["head.weight"], "target_modules": ["head"]}, "head"),
         ({"target_parameters": ["up"], "lora_dropout": 0.1}, "lora_dropout"),
     ],

@@ -161,7 +161,7 @@ def test_the_base_layer(case: Case, shared_checkpoint: Any) -> None:
         assert type(base) is type(fresh.first)
         assert torch.equal(base(inputs["x"]), inputs["y"])
         assert differ(layer(inputs["x"]), inputs["y"])
-        assert base.weight is layer.weight
+        assert base.weight is layer._parameters["weight"]
         assert list(base.state_dict()) == list(fresh.first.state_dict())
         assert len(list(base.parameters())) == len(list(fresh.first.parameters()))
         with torch.no_grad():

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from splice.errors import PeftWarning, warn
+from splice.errors import PeftWarning, counted, warn
 from splice.kinds.call import Call
 from splice.selection import Choice, Rows, Selection
 from splice.surgery.tuner import Tuner
@@ -132,9 +132,9 @@ def _reading(tuner: Tuner, generates: bool, args: Sequence[object], options: dic
 
 
 def _all_of(layers: Sequence[str]) -> str:
-    return (
-        f"its only layer ({layers[0]})" if len(layers) == 1 else f"any of its {len(layers)} layers ({layers[0]}, ...)"
-    )
+    if len(layers) == 1:
+        return f"its only layer ({layers[0]})"
+    return f"any of its {len(layers)} layers ({_listed(layers)})"
 
 
 def _warn_if_unused(tuner: Tuner) -> None:
@@ -149,17 +149,22 @@ def _warn_if_unused(tuner: Tuner) -> None:
     adapter = f"The active adapter {tuner.active_adapter!r}"
     if read:
         warn(
-            f"{adapter} had no effect on {len(read)} of its {len(active)} layers: the first call read the weights of "
+            f"{adapter} had no effect on {len(read)} of its {counted(len(active), 'layer')}: the first call read the weights of "
             f"{_listed(read)} instead of calling these layers, and they are stored in a form (packed, or offloaded) that "
             "nothing can be added to. See `model.unused_layers()`.",
             PeftWarning,
         )
     if unreached:
-        of_all = "none" if len(unreached) == len(active) else f"all but {len(unreached)}"
-        what = "had no effect" if len(unreached) == len(active) else f"had no effect on {len(unreached)} layers"
+        if len(unreached) == len(active):
+            what = f"had no effect: the first call did not reach {_all_of(unreached)}"
+        else:
+            missed = len(unreached)
+            what = (
+                f"had no effect on {counted(missed, 'layer')}: the first call reached all but {missed} of its {len(active)} "
+                f"layers, and not {_listed(unreached)}"
+            )
         warn(
-            f"{adapter} is in place and {what}: the first call reached {of_all} of its {len(active)} layers, and not "
-            f"{_listed(unreached)}. The model may not use this part at all, or not in this call. See "
+            f"{adapter} is in place and {what}. The model may not use this part at all, or not in this call. See "
             "`model.unused_layers()`.",
             PeftWarning,
         )
