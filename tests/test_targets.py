@@ -26,6 +26,7 @@ from tests import bases
 from tests.bases import Base, run
 from tests.comparing import assert_close, load_both
 from tests.samples import SAMPLES, Case, plain_cases
+from tests.task_bases import LLAMA_LABEL
 
 # The example that failed is printed; nothing is written to disk, and every run tries the same examples.
 quick = settings(
@@ -237,7 +238,10 @@ def test_the_rule_of_patterns(pattern: dict[str, int], path: str) -> None:
 # -- on other models
 
 
-@pytest.mark.parametrize("base", [bases.GPT2, bases.BERT, bases.T5, bases.LLAMA, bases.MIXED, bases.TIED], ids=str)
+ALL_LINEAR = [bases.GPT2, bases.BERT, bases.T5, bases.LLAMA, bases.MIXED, bases.TIED, LLAMA_LABEL]
+
+
+@pytest.mark.parametrize("base", ALL_LINEAR, ids=str)
 @targeting
 def test_all_linear(method: Method, base: Base) -> None:
     """Every linear layer but the output embedding, or the head of a classifier."""
