@@ -5,8 +5,7 @@
 Nothing of the working tree is changed: every mutant is a copy of `src`. The tests run in a fork of this process, which has
 imported what is slow to import and not `splice`, so that most mutants cost a few seconds. A run goes on where one stopped.
 
-cosmic-ray and mutmut were looked at, and do this for a command that takes the whole suite; neither removes statements
-or knows which tests are concerned, and the first brings twenty packages along.
+Not cosmic-ray: it removes no statements, knows nothing of which tests are concerned, and brings twenty packages along.
 """
 
 from __future__ import annotations
