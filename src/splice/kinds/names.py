@@ -119,12 +119,11 @@ class CopyNames(Names):
         return f"{self.prefix}{path}."
 
 
-@dataclass(frozen=True, eq=False)
 class SharedNames(Names):
     """Of tensors that all layers of an adapter share: they stand behind no path."""
 
     # See `Names`: nothing of the base is renamed by them.
-    base: str = ""
+    base = ""
 
     def key(self, path: str, suffix: str) -> str:
         return SHORT_PREFIX + suffix

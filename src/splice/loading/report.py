@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from splice.errors import AdapterMismatchError, counted
 from splice.loading.fingerprint import Match
@@ -14,8 +14,7 @@ from splice.loading.plan import Plan
 _SHOWN = 6
 
 
-@dataclass(frozen=True)
-class LoadReport:
+class LoadReport(NamedTuple):
     """`str(report)`: "default: 448 of 448 tensors on 224 layers, 45.1 MB, 9 ms".
 
     Attributes:
@@ -35,7 +34,7 @@ class LoadReport:
     layers: int
     nbytes: int
     seconds: float
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
     base: Match = Match.UNKNOWN
 
     def __str__(self) -> str:

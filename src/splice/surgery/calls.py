@@ -149,8 +149,8 @@ def _warn_if_unused(tuner: Tuner) -> None:
     adapter = f"The active adapter {tuner.active_adapter!r}"
     if read:
         warn(
-            f"{adapter} had no effect on {len(read)} of its {counted(len(active), 'layer')}: the first call read the weights of "
-            f"{_listed(read)} instead of calling these layers, and they are stored in a form (packed, or offloaded) that "
+            f"{adapter} had no effect on {len(read)} of its {counted(len(active), 'layer')}: the first call read the weights "
+            f"of {_listed(read)} instead of calling these layers, and they are stored in a form (packed, or offloaded) that "
             "nothing can be added to. See `model.unused_layers()`.",
             PeftWarning,
         )
