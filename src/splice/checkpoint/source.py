@@ -13,7 +13,7 @@ from splice.checkpoint.incoming import finished_config
 from splice.errors import CheckpointError
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Source:
     """A checkpoint's place. Nothing is fetched before it is asked for."""
 

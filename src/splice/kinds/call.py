@@ -13,7 +13,7 @@ import torch
 from splice.kinds.adapters import Adapters
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Call:
     """One call of a PeftModel."""
 

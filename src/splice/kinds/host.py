@@ -14,7 +14,7 @@ from splice.kinds.layer import AdapterLayer
 from splice.selection import LayerSelection, Selection
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Host:
     """What an adapted layer carries, beside what it was. It is data: whoever swaps, merges or calls does the rest."""
 

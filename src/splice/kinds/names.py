@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 from splice.checkpoint.keys import PREFIX, SHORT_PREFIX, format_key
@@ -75,15 +74,22 @@ class Names(ABC):
         return self.path_in_reference(path) + self.base
 
 
-@dataclass(frozen=True, eq=False)
 class LayerNames(Names):
     """Of layers whose tensors stand behind the layer's path: those of nearly all methods."""
 
-    # See `Names`; empty where the reference leaves the base's names alone.
-    base: str = "base_layer."
-    # Suffix -> its place, where that is not the first component of the suffix and the rest of it.
-    # A plain dict by default: layers that have names of their own are copied and pickled with them.
-    places: Mapping[str, Place] = field(default_factory=dict)
+    base = "base_layer."
+
+    def __init__(self, base: str | None = None, places: Mapping[str, Place] | None = None) -> None:
+        """With names of its own.
+
+        Args:
+            base: see `Names`; empty where the reference leaves the base's names alone, None for what it mostly is.
+            places: suffix -> its place, where that is not the first component of the suffix and the rest of it.
+        """
+        if base is not None:
+            self.base = base
+        # A plain dict by default: layers that have names of their own are copied and pickled with them.
+        self.places = {} if places is None else places
 
     def key(self, path: str, suffix: str) -> str:
         return format_key(path, suffix)
@@ -96,18 +102,19 @@ class LayerNames(Names):
         return Place(container, leaf)
 
 
-@dataclass(frozen=True, eq=False)
 class CopyNames(Names):
     """Of copies of whole modules: the module's own names, in one container."""
 
-    # The container (`modules_to_save`).
-    container: str
-    # See `Names`.
-    base: str
-    # What stands before the module's own names in a checkpoint; empty for nothing.
-    front: str = ""
-    # What stands before the path: all of the grammar's prefix, or the half of it where nothing is wrapped.
-    prefix: str = PREFIX
+    def __init__(self, container: str, base: str, front: str = "", prefix: str = PREFIX) -> None:
+        """With these names.
+
+        Args:
+            container: `modules_to_save` and the like.
+            base: see `Names`.
+            front: what stands before the module's own names in a checkpoint; empty for nothing.
+            prefix: what stands before the path: all of the grammar's prefix, or the half of it where nothing is wrapped.
+        """
+        self.container, self.base, self.front, self.prefix = container, base, front, prefix
 
     def key(self, path: str, suffix: str) -> str:
         return f"{self.prefix}{path}.{suffix}"

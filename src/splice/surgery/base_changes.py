@@ -13,7 +13,7 @@ from splice.base.foreign_models import config_field, input_embedding_layer, set_
 from splice.surgery.replication import replicate
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class BaseChanges:
     """The base's parameters are frozen, its input embeddings may be told to require grad, its config to use one slice.
 

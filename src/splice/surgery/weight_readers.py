@@ -22,7 +22,7 @@ _SWITCH: dict[type[nn.Module], str] = {
 }
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Guard:
     """What a parent carries while layers below it are adapted.
 

@@ -15,7 +15,7 @@ from splice.loading.tying import Tying
 from splice.surgery.placement import Placement
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Draft:
     """What is asked for, and what has been found so far. The plan that comes of it is frozen, so this one need not be.
 

@@ -53,7 +53,7 @@ def fitted(wanted: Wanted, checkpoint: Checkpoint, config: PeftConfig) -> Fitted
     return mender.mend(plan) or Fitted(plan, checkpoint, config, hints=tuple(mender.hints))
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class _Mender:
     """One checkpoint that does not fit as it is."""
 
