@@ -6,6 +6,7 @@ anything: torch loads module by module, so the parents of adapted layers look ah
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
@@ -29,12 +30,25 @@ def guard_parents(modules: Mapping[str, nn.Module], paths: Iterable[str], guarde
             parent = parent.rpartition(".")[0]
             if parent in guarded:
                 break
-            module = modules[parent]
-            guarded[parent] = module.register_load_state_dict_pre_hook(_look_ahead)  # type: ignore[no-untyped-call]
+            # Not by `register_load_state_dict_pre_hook`, which wraps each hook: that was a twentieth of a whole load.
+            hooks = modules[parent]._load_state_dict_pre_hooks
+            guarded[parent] = handle = RemovableHandle(hooks)
+            hooks[handle.id] = _LookAhead(modules[parent])
 
 
-def _look_ahead(module: nn.Module, state_dict: dict[str, object], prefix: str, *others: object) -> None:
-    check_spellings(module, state_dict, prefix)
+class _LookAhead:
+    """The hook: it does not keep its module alive, and a copy of the module has one of its own."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+
+    def __call__(self, state_dict: dict[str, object], prefix: str, *others: object) -> None:
+        module = self._module()
+        if module is not None:
+            check_spellings(module, state_dict, prefix)
+
+    def __reduce__(self) -> tuple[type[_LookAhead], tuple[nn.Module | None]]:
+        return _LookAhead, (self._module(),)
 
 
 def check_spellings(module: nn.Module, state_dict: Mapping[str, object], prefix: str) -> None:
