@@ -15,6 +15,8 @@ import torch
 import splice
 from tests.bases import Base, generator
 
+# There `peft` is splice, in a run of their own: `python -m tests.ecosystem`.
+collect_ignore = ["ecosystem"]
 torch.set_num_threads(1)
 if torch.__version__ < (2, 7):
     # The reference looks for `torch.distributed.tensor` there, and imports it only by accident of a later torch.

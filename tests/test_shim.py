@@ -21,7 +21,7 @@ from tests.conftest import write_checkpoint
 
 ROOT = Path(__file__).parent.parent
 SHIM = ROOT / "peft-shim"
-VERSION = "0.21.2+splice.1"
+VERSION = "0.22.0+splice.1"
 CONFIG = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import splice
 
-__version__ = "0.21.2+splice.1"
+__version__ = "0.22.0+splice.1"
 __all__ = [name for name in dir(splice) if not name.startswith("_")]
 
 
