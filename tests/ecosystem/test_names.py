@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+
 import splice
 from tests.ecosystem.both import reference, shim_version
 
