@@ -37,6 +37,11 @@ _CLASSES: dict[TaskType, type[PeftModel]] = {}
 T = TypeVar("T")
 
 
+def classes_by_task() -> dict[TaskType, type[PeftModel]]:
+    """The class of a PeftModel for each task."""
+    return _CLASSES
+
+
 class PeftModel(nn.Module):
     """A base model with adapters.
 
