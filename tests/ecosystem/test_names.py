@@ -24,6 +24,7 @@ def told(_: int = 0) -> dict[str, Any]:
     return {"version": peft.__version__, "file": peft.__file__}
 
 
+@pytest.mark.shows("transformers", "finds the distribution `peft`, new enough")
 def test_the_version_is_one_and_new_enough_for_transformers() -> None:
     from transformers.utils import is_peft_available
 
