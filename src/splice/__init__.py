@@ -33,6 +33,7 @@ _PUBLIC = {
         "UnknownMethodError",
         "UnsupportedFeatureError",
     ],
+    "splice.loading.base_state": ["get_base_model_state_dict", "set_base_model_state_dict"],
     "splice.loading.report": ["LoadReport"],
     "splice.loading.saving": ["get_peft_model_state_dict"],
     "splice.loading.state": ["load_peft_weights", "set_peft_model_state_dict"],
