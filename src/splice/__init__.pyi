@@ -1,5 +1,12 @@
 # Written by `make docs`: the public names with their types, for editors and type checkers.
 
+from splice.auto import AutoPeftModel as AutoPeftModel
+from splice.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
+from splice.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
+from splice.auto import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering
+from splice.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
+from splice.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
+from splice.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
 from splice.checkpoint.types import PeftType as PeftType
 from splice.checkpoint.types import TaskType as TaskType
 from splice.config import PeftConfig as PeftConfig
@@ -13,6 +20,8 @@ from splice.errors import PeftWarning as PeftWarning
 from splice.errors import UnknownMethodError as UnknownMethodError
 from splice.errors import UnsupportedFeatureError as UnsupportedFeatureError
 from splice.injecting import inject_adapter_in_model as inject_adapter_in_model
+from splice.loading.base_state import get_base_model_state_dict as get_base_model_state_dict
+from splice.loading.base_state import set_base_model_state_dict as set_base_model_state_dict
 from splice.loading.report import LoadReport as LoadReport
 from splice.loading.saving import get_peft_model_state_dict as get_peft_model_state_dict
 from splice.loading.state import load_peft_weights as load_peft_weights
@@ -54,6 +63,13 @@ from splice.tasks import get_peft_model as get_peft_model
 __version__: str
 __all__ = [
     "AdapterMismatchError",
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "CheckpointError",
     "LoadReport",
     "NoMatchingPeftModuleError",
@@ -73,6 +89,7 @@ __all__ = [
     "TaskType",
     "UnknownMethodError",
     "UnsupportedFeatureError",
+    "get_base_model_state_dict",
     "get_layer_status",
     "get_model_status",
     "get_peft_config",
@@ -80,5 +97,6 @@ __all__ = [
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
     "load_peft_weights",
+    "set_base_model_state_dict",
     "set_peft_model_state_dict",
 ]
