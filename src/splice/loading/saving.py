@@ -23,6 +23,7 @@ from splice.checkpoint.writing import write_checkpoint
 from splice.config import PeftConfig, copy_config
 from splice.errors import PeftWarning, counted, warn
 from splice.kinds.registry import method_of
+from splice.kinds.token_rows import TokenRows
 from splice.loading.fingerprint import fingerprint_of
 from splice.loading.tying import EMBEDDING_NAMES
 from splice.surgery.tuner import Tuner, tuner_of
@@ -145,7 +146,10 @@ def get_peft_model_state_dict(
     network: Any = model._orig_mod if unwrap_compiled and isinstance(model, torch._dynamo.OptimizedModule) else model
     tuner, prefix = tuner_of(network)
     tensors = tensors_to_save(tuner, adapter_name, state_dict, save_embedding_layers)
-    return tensors if prefix else {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+    if prefix:
+        return tensors
+    # A layer that is tied to another one shares its tensors, transposed: savers of other libraries cannot write such views.
+    return {key.removeprefix(PREFIX): tensor.contiguous() for key, tensor in tensors.items()}
 
 
 def tensors_to_save(
@@ -224,6 +228,8 @@ def _is_resized(tuner: Tuner, adapter_name: str) -> bool:
 
 def _targeted_embeddings(tuner: Tuner, adapter_name: str) -> dict[str, torch.Tensor]:
     """The base's own embeddings, where the adapter's targets name them: the reference writes them beside the adapter."""
+    if any(isinstance(layer, TokenRows) for layer in tuner.placed[adapter_name].values()):
+        return {}  # what such an adapter changes of them is in its own tensors
     targets = tuner.peft_config[adapter_name].target_rule().target_modules
     named = [] if isinstance(targets, str) else [name for name in EMBEDDING_NAMES if name in (targets or ())]
     found = {}

@@ -34,7 +34,7 @@ from splice.surgery.base_changes import BaseChanges
 from splice.surgery.detach import detach
 from splice.surgery.merging import adapters_to_merge, merge, merge_for_good, note_untied, unmerge
 from splice.surgery.placement import Built
-from splice.surgery.registering import register, unregister
+from splice.surgery.registering import register, tie, unregister
 from splice.surgery.spellings import guard_parents
 from splice.surgery.weight_readers import weight_readers
 
@@ -192,6 +192,8 @@ class Tuner(nn.Module):
                 home = Home(above.base._modules, above.added, above.base)
             attach(base, path, name, item.layer, self.selection, readers, home, self.model)
             self.adapted[path] = cast(Adapted, base)
+            if item.layer.leader:  # which is attached by now
+                tie(self.placed[name][item.layer.leader], item.layer, name)
         guard_parents(modules, self.adapted, self._base_changes.looking_ahead)
         if freeze_base:
             self._base_changes.make(self.model, modules)
