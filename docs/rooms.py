@@ -18,6 +18,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], str]] = {
         ("by_method", "tasks", "auto", "mixed", "functional", "injecting", "weight_mapping", "status", "model"),
         "PeftModel and its classes for tasks, reports, the functions other libraries use",
     ),
+    "fleet/": (("fleet",), "many adapters on one model: slots"),
     "loading/": (("loading",), "plan, commit, load, report, saving; published/: adapters as people wrote them"),
     "surgery/": (("surgery",), "changes to a model, all reversible: swap, detach, tuner, merging, rows of a batch"),
     "methods/": (("methods",), "one file for each method; nobody outside imports from here"),

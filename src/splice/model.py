@@ -18,6 +18,7 @@ from splice.checkpoint.publishing import Publication, publish
 from splice.checkpoint.types import PeftType, TaskType
 from splice.config import PeftConfig
 from splice.errors import PeftWarning, warn
+from splice.fleet.slots import SlotsReport, slots
 from splice.kinds.combining import Combination
 from splice.loading.combining import add_weighted_adapter
 from splice.loading.creating import new_adapter
@@ -444,6 +445,24 @@ class PeftModel(nn.Module):
             ValueError: there is no such adapter, or it is merged.
         """
         self.base_model.delete_adapter(adapter_name)
+
+    def slots(self, count: int | None = None, rank: int | None = None) -> SlotsReport:
+        """Reserve slots: memory in which factors of many adapters lie side by side, for mixed batches (`adapter_names`).
+
+        Adapters that are there move in, and those loaded from now on are read straight into a free slot; parameters, names
+        and files are the same as without. The method of an adapter says whether it can: plain LoRA on linear layers.
+
+        Args:
+            count: of slots, each of (rank, in) and (out, rank) on every layer with an adapter; 0 to give them up, None to ask.
+            rank: the largest with room in one; behind a smaller one there are zeros.
+
+        Returns:
+            Which adapter is in which slot, and why others, which work as they do without slots, are in none.
+
+        Raises:
+            ValueError: `count` or `rank` is too small, or one of them is missing.
+        """
+        return slots(self.base_model, count, rank)
 
     def add_weighted_adapter(
         self,

@@ -130,7 +130,9 @@ def get_peft_model_state_dict(
     unwrap_compiled: bool = False,
     save_embedding_layers: str | bool = "auto",
 ) -> dict[str, torch.Tensor]:
-    """The tensors of one adapter under the names that stand in a checkpoint. They are the live tensors.
+    """The tensors of one adapter under the names that stand in a checkpoint.
+
+    They are the live tensors, or copies of those in slots (`PeftModel.slots`): whoever keeps them would keep all the slots.
 
     Args:
         model: a PeftModel, or a network that carries adapters (then names have no `base_model.model.`).
@@ -167,6 +169,7 @@ def tensors_to_save(
         raise KeyError(f"no adapter {adapter_name!r}; there are {list(tuner.placed)}")
     result = {}
     for path, layer in tuner.placed[adapter_name].items():
+        stack = tuner.adapted[path].splice_host.stack if path in tuner.adapted else None  # not of what all layers share
         held = {suffix for suffix, _ in layer.named_slots()}
         for suffix, tensor in layer.file_form.to_file(layer):
             key = layer.names.key(path, suffix)
@@ -175,7 +178,7 @@ def tensors_to_save(
                 names = layer.names
                 spelled = tuple(name(path, suffix, adapter_name) for name in (names.in_tree, names.in_reference))
                 value = _first(state_dict, spelled, key)
-            result[key] = value
+            result[key] = value.detach().clone() if stack is not None and stack.owns(value) else value
     if save_embedding_layers == "auto":
         embeddings = _targeted_embeddings(tuner, adapter_name)
         if not embeddings and _is_resized(tuner, adapter_name):

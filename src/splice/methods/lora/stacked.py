@@ -115,7 +115,7 @@ class StackedExperts:
                 size = first.size * math.prod(shape) // math.prod(first.shape)
                 self.entries[name] = Entry(first.dtype, shape, first.offset, size)
 
-    def read(self, names: Sequence[str]) -> list[torch.Tensor]:
+    def read(self, names: Sequence[str], into: Mapping[str, torch.Tensor] | None = None) -> list[torch.Tensor]:
         owners = {f"{front}lora_{which}.weight": stack for front, stack in self.joined.items() for which in "AB"}
         needed = {own for name in names for own in (owners[name].sources if name in owners else [self.plain[name]])}
         order = sorted(needed)
