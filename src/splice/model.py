@@ -225,7 +225,7 @@ class PeftModel(nn.Module):
             `missing_keys` and `unexpected_keys`; both are empty unless `strict=False`.
 
         Raises:
-            As `from_pretrained`, and ValueError where the new adapter cannot stand beside the present ones.
+            ValueError: the new adapter cannot stand beside the present ones; and all that `from_pretrained` raises.
         """
         options = LoadOptions(
             adapter_name,
@@ -391,10 +391,12 @@ class PeftModel(nn.Module):
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
+        """The configs of the adapters, by name, in the order in which they came."""
         return self.base_model.peft_config
 
     @property
     def active_adapters(self) -> list[str]:
+        """Names of the adapters that take effect."""
         return self.base_model.active_adapters
 
     @property
@@ -405,6 +407,7 @@ class PeftModel(nn.Module):
 
     @property
     def active_peft_config(self) -> PeftConfig:
+        """The config of `active_adapter`."""
         return self.peft_config[self.active_adapter]
 
     @property
@@ -585,9 +588,11 @@ class PeftModel(nn.Module):
         )
 
     def get_layer_status(self) -> list[LayerStatus]:
+        """One entry for every adapted layer; see `splice.get_layer_status`."""
         return get_layer_status(self)
 
     def get_model_status(self) -> ModelStatus:
+        """The status of the whole model; see `splice.get_model_status`."""
         return get_model_status(self)
 
     def __getattr__(self, name: str) -> Any:
