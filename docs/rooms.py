@@ -15,7 +15,7 @@ SRC = Path(__file__).parent.parent / "src" / "splice"
 # From the top down, with what each holds. A room imports from those below it, never the other way.
 ROOMS: dict[str, tuple[tuple[str, ...], str]] = {
     "what people call": (
-        ("tasks", "auto", "mixed", "functional", "injecting", "status", "model"),
+        ("by_method", "tasks", "auto", "mixed", "functional", "injecting", "status", "model"),
         "PeftModel and its classes for tasks, reports, the functions other libraries use",
     ),
     "loading/": (("loading",), "plan, commit, load, report, saving; published/: adapters as people wrote them"),
@@ -25,7 +25,10 @@ ROOMS: dict[str, tuple[tuple[str, ...], str]] = {
     "config.py": (("config",), "configs: inert dataclasses"),
     "checkpoint/": (("checkpoint",), "the folder on disk: files, keys, fields, bytes; knows no model"),
     "base/": (("base",), "what a base model is: walks, kinds of layers, embeddings, weights, other libraries' objects"),
-    "words": (("errors", "discovery", "selection"), "errors.py, discovery.py, selection.py: what all rooms know"),
+    "words": (
+        ("errors", "discovery", "lazy", "selection"),
+        "errors.py, discovery.py, lazy.py, selection.py: what all rooms know",
+    ),
 }
 
 

@@ -50,6 +50,19 @@ def inject_adapter_in_model(
         raise ValueError(
             f"{method.name.value} is more than layers, and cannot be injected into a network alone; use `get_peft_model`."
         )
+    injected(peft_config, model, adapter_name, low_cpu_mem_usage, state_dict)
+    return model
+
+
+def injected(
+    peft_config: PeftConfig,
+    model: nn.Module,
+    adapter_name: str,
+    low_cpu_mem_usage: bool,
+    state_dict: Mapping[str, object] | None,
+) -> Tuner:
+    """As `inject_adapter_in_model`, of any method that is put on layers; the tuner of the network."""
+    method = method_named(peft_config.peft_type, "the config")
     tuner = Tuner.of(model)
     tuner.check_new(adapter_name)
     config = peft_config
@@ -62,7 +75,7 @@ def inject_adapter_in_model(
         tuner.commit(adapter_name, peft_config, built, freeze_base=first, plan=plan)
         tuner.selection.set([adapter_name])
         tuner.set_requires_grad(adapter_name, not peft_config.inference_mode)
-        return model
+        return tuner
     except BaseException:
         undo.run()
         raise

@@ -1,14 +1,6 @@
-"""splice under the name `peft`."""
+"""splice under the name `peft`. Its names are the public ones of splice and those that follow from the methods."""
 
-from typing import Any
-
-import splice
+from splice.lazy import lazy_names as _lazy_names
 
 __version__ = "0.22.0+splice.1"
-__all__ = [name for name in dir(splice) if not name.startswith("_")]
-
-
-def __getattr__(name: str) -> Any:
-    if name.startswith("__"):
-        raise AttributeError(name)
-    return getattr(splice, name)
+__getattr__, __dir__ = _lazy_names(__name__, ("splice", "splice.by_method"))

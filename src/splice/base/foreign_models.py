@@ -32,6 +32,9 @@ READ_THE_REGISTERED = frozenset(
     }
 )
 
+# Linear layers of other libraries for which programs have classes of their own, by name -> the library.
+QUANTISED_LINEARS = {"Linear4bit": "bitsandbytes", "Linear8bitLt": "bitsandbytes"}
+
 # -- networks
 
 
@@ -141,6 +144,14 @@ def text_config(network: nn.Module) -> object | None:
 
 
 # -- layers and parameters
+
+
+def quantised_linear(layer: nn.Module) -> str:
+    """The name of the class in `QUANTISED_LINEARS` that `layer` is of; empty for none."""
+    for cls in type(layer).__mro__:
+        if QUANTISED_LINEARS.get(cls.__name__) == cls.__module__.partition(".")[0]:
+            return cls.__name__
+    return ""
 
 
 def embed_scale(layer: nn.Module) -> float | torch.Tensor | None:

@@ -88,6 +88,8 @@ class Method(NamedTuple):
         check: raises where a config asks for something that is wrong or not supported, before anything is read.
         loading_notes: a line for each thing that whoever loads an adapter with this config is warned of.
         check_beside: raises where an adapter with the first config cannot stand beside those with the others, by name.
+        names: what else programs import of it, by the reference's names; an adapter layer stands for the adapted layers that
+            carry it.
         paper: where the method is described.
         summary: what the method does, in one sentence for readers who do not know it.
     """
@@ -119,8 +121,16 @@ class Method(NamedTuple):
     check: Callable[[Config], None] = _nothing_to_check
     loading_notes: Callable[[Config], list[str]] = _nothing_to_note
     check_beside: Callable[[Config, Mapping[str, PeftConfig]], None] | None = None
+    names: Mapping[str, object] = MappingProxyType({})
     paper: str = ""
     summary: str = ""
+
+    @property
+    def home(self) -> str:
+        """What the names of its modules begin with: its file's, or its folder's where it has one for itself."""
+        file = self.config.__module__
+        folder = file.rpartition(".")[0]
+        return f"{folder}." if folder.endswith(f".{self.name.value.lower()}") else file
 
     def layer_for(self, base: nn.Module, path: str, config: PeftConfig) -> type[AdapterLayer]:
         """The adapter layer that an adapter with this config has on `base`.
@@ -149,7 +159,10 @@ def register(method: Method) -> Method:
     """
     if method.name in _METHODS:
         raise KeyError(f"{method.name.value} is registered already, by {_METHODS[method.name].config.__module__}")
-    _METHODS[method.name] = method
+    # Programs add their own models to the tables of defaults, each to that of one method: they are its own, and can be
+    # written to.
+    targets, modules = dict(method.default_targets), {field: dict(t) for field, t in method.default_modules.items()}
+    _METHODS[method.name] = method = method._replace(default_targets=targets, default_modules=modules)
     return method
 
 
@@ -178,3 +191,23 @@ def method_named(peft_type: object, place: str) -> Method:
     name = class_of(peft_type, place).method
     assert name is not None
     return _METHODS[name]
+
+
+# By class, so that the methods are looked through once for each.
+_of_layers: dict[type, Method | None] = {}
+
+
+def method_of_layer(layer: AdapterLayer) -> Method | None:
+    """The method that an adapter layer is of; None for what adapters of any method have beside their own layers."""
+    cls = type(layer)
+    if cls not in _of_layers:
+        _of_layers[cls] = _method_of_class(cls)
+    return _of_layers[cls]
+
+
+def _method_of_class(cls: type) -> Method | None:
+    for method in all_methods().values():
+        if cls in (*method.layers.values(), method.other_layer, method.parameters_layer):
+            return method
+    # Variants, which no record lists: they stand in the method's own file or folder.
+    return next((method for method in all_methods().values() if cls.__module__.startswith(method.home)), None)

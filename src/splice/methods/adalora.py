@@ -353,6 +353,7 @@ METHOD = register(
         default_targets=ADALORA_TARGETS,
         check=_check,
         check_beside=_check_beside,
+        names=MappingProxyType({"SVDLinear": AdaLoraLayer, "SVDConv2d": AdaLoraConv}),
         paper="arXiv 2303.10512",
     )
 )

@@ -138,6 +138,7 @@ METHOD = register(
         layers=MappingProxyType({LayerKind.LINEAR: FourierFTLayer, LayerKind.TRANSPOSED_LINEAR: FourierFTLayer}),
         default_targets=MappingProxyType({**LORA_TARGETS, "gpt2": ["mlp.c_proj"], "gpt_bigcode": ["mlp.c_proj"]}),
         check=_check,
+        names=MappingProxyType({"FourierFTLinear": FourierFTLayer}),
         paper="arXiv 2405.03003",
     )
 )

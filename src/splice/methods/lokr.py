@@ -76,7 +76,7 @@ class LoKrConfig(Targeted):
         return {"r": self.r, "alpha": self.alpha}
 
 
-def split(size: int, factor: int) -> tuple[int, int]:
+def split(size: int, factor: int = -1) -> tuple[int, int]:
     """`size` as a product of two numbers: by `factor` if it divides, else as close to each other as `factor` allows."""
     if factor > 0 and size % factor == 0:
         return factor, size // factor
@@ -146,6 +146,7 @@ METHOD = register(
         ),
         default_targets=LORA_TARGETS,
         check=check,
+        names=MappingProxyType({"factorization": split}),
         paper="arXiv 2309.14859",
     )
 )

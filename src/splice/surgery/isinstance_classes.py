@@ -6,10 +6,12 @@ Nothing is an instance of them by inheritance: an adapted layer is of its own cl
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NoReturn
 
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.module_copy import WholeModule
 from splice.kinds.network import NetworkLayer
+from splice.kinds.token_rows import TokenRowsBeside
 from splice.surgery.adapted_layer import Adapted, is_whole
 
 
@@ -23,6 +25,12 @@ class _Recognising(type):
     def __instancecheck__(cls, instance: object) -> bool:
         return isinstance(instance, Adapted) and cls.recognises(instance)
 
+    def __call__(cls, *args: object, **kwargs: object) -> NoReturn:
+        raise TypeError(
+            f"{cls.__name__} recognises adapted layers and makes none: a layer keeps its own class and takes on the adapter. "
+            "Put one on it with `inject_adapter_in_model(config, model)` or `get_peft_model(model, config)`."
+        )
+
 
 class BaseTunerLayer(metaclass=_Recognising):
     """A layer that carries adapter layers of a method; not the network as a whole, which has a `set_adapter` of its own."""
@@ -33,14 +41,6 @@ class BaseTunerLayer(metaclass=_Recognising):
         return not on_call and not is_whole(layer)
 
 
-class ModulesToSaveWrapper(metaclass=_Recognising):
-    """A module of which some adapter keeps a trained copy."""
-
-    @staticmethod
-    def recognises(layer: Adapted) -> bool:
-        return any(isinstance(adapter, WholeModule) for adapter in layer.splice_host.layers.values())
-
-
 class AuxiliaryTrainingWrapper(metaclass=_Recognising):
     """A module that carries nothing but what is kept whole."""
 
@@ -49,10 +49,31 @@ class AuxiliaryTrainingWrapper(metaclass=_Recognising):
         return is_whole(layer)
 
 
-def layer_of(name: str, carries: Callable[[AdapterLayer], bool]) -> type:
-    """A class `name` whose instances are the layers with an adapter layer for which `carries` holds."""
+class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
+    """A module of which some adapter keeps a trained copy."""
 
+    @staticmethod
     def recognises(layer: Adapted) -> bool:
-        return any(carries(adapter) for adapter in layer.splice_host.layers.values())
+        return _carries(layer, lambda adapter: isinstance(adapter, WholeModule))
 
-    return _Recognising(name, (), {"recognises": staticmethod(recognises), "__doc__": f"A layer with a {name}."})
+
+class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
+    """A layer of which some adapter of another method trains the rows of a few tokens."""
+
+    @staticmethod
+    def recognises(layer: Adapted) -> bool:
+        return _carries(layer, lambda adapter: isinstance(adapter, TokenRowsBeside))
+
+
+def _carries(layer: Adapted, wanted: Callable[[AdapterLayer], bool]) -> bool:
+    return any(wanted(adapter) for adapter in layer.splice_host.layers.values())
+
+
+def layer_of(name: str, carries: Callable[[AdapterLayer], bool], base: type = BaseTunerLayer) -> type:
+    """A class `name` below `base` whose instances are the layers with an adapter layer for which `carries` holds."""
+    members = {
+        "recognises": staticmethod(lambda layer: _carries(layer, carries)),
+        "__doc__": f"A layer with a {name}.",
+        "__module__": __name__,
+    }
+    return _Recognising(name, (base,), members)

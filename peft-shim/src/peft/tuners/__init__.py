@@ -1,11 +1,6 @@
-"""`peft.tuners`."""
+"""`peft.tuners`, with a package for each method."""
 
-from typing import Any
+from splice.by_method import method_packages as _method_packages
+from splice.lazy import lazy_names as _lazy_names
 
-import splice
-
-
-def __getattr__(name: str) -> Any:
-    if not name.endswith("Config"):
-        raise AttributeError(f"module 'peft.tuners' has no attribute {name!r}")
-    return getattr(splice, name)
+__getattr__, __dir__ = _lazy_names(__name__, ("splice.by_method",), _method_packages(__name__))

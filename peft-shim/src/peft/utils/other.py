@@ -2,3 +2,4 @@
 
 from splice.surgery.isinstance_classes import AuxiliaryTrainingWrapper as AuxiliaryTrainingWrapper
 from splice.surgery.isinstance_classes import ModulesToSaveWrapper as ModulesToSaveWrapper
+from splice.surgery.isinstance_classes import TrainableTokensWrapper as TrainableTokensWrapper

@@ -1,3 +1,0 @@
-"""`peft.tuners.loha`."""
-
-from peft.tuners.loha.layer import LoHaLayer as LoHaLayer

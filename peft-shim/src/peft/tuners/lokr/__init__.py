@@ -1,3 +1,0 @@
-"""`peft.tuners.lokr`."""
-
-from peft.tuners.lokr.layer import LoKrLayer as LoKrLayer

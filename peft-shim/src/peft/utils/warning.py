@@ -1,0 +1,3 @@
+"""`peft.utils.warning`."""
+
+from splice.errors import PeftWarning as PeftWarning

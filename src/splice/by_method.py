@@ -1,0 +1,250 @@
+"""Names that follow from the records of the methods, as programs know them from the reference.
+
+For a method whose config is `LoraConfig`: the class `LoraModel`, by which its tuner is recognised; a class for each kind of
+adapted layer; its rows in the tables `PEFT_TYPE_TO_...` and `TRANSFORMERS_MODELS_TO_...`; and a package of modules in which
+all of these are looked for. Whoever adds a method adds none of them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache, partial
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import cast
+
+import torch
+from torch import nn
+
+from splice.base.foreign_models import QUANTISED_LINEARS, quantised_linear
+from splice.base.layers import LayerKind, kind_of
+from splice.checkpoint.types import PeftType
+from splice.config import PeftConfig
+from splice.discovery import public_names
+from splice.injecting import injected
+from splice.kinds.layer import AdapterLayer
+from splice.kinds.registry import Method, all_methods, method_of_layer
+from splice.lazy import lazy_names
+from splice.model import classes_by_task
+from splice.surgery.isinstance_classes import layer_of
+from splice.surgery.tuner import Tuner
+
+# How the reference calls its layers of each kind.
+_KINDS: Mapping[LayerKind, str] = {
+    LayerKind.LINEAR: "Linear",
+    LayerKind.EMBEDDING: "Embedding",
+    LayerKind.CONV1D: "Conv1d",
+    LayerKind.CONV2D: "Conv2d",
+    LayerKind.CONV3D: "Conv3d",
+    LayerKind.ATTENTION: "MultiheadAttention",
+}
+
+
+class TunerClass(type):
+    """The class of the classes of tuners by method: what is an instance is the business of its adapters.
+
+    Calling one puts an adapter on a network, which is changed in place, and gives its tuner.
+    """
+
+    # The method's record.
+    method: Method
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, Tuner) and any(
+            isinstance(config, cls.method.config) for config in instance.peft_config.values()
+        )
+
+    def __call__(  # type: ignore[override]
+        cls,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+    ) -> Tuner:
+        config = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
+        if not isinstance(config, cls.method.config):
+            raise TypeError(
+                f"{cls.__name__} is for a {cls.method.config.__name__}, got a {type(config).__name__}; "
+                "`get_peft_model(model, config)` takes any."
+            )
+        return injected(config, model, adapter_name, low_cpu_mem_usage, state_dict)
+
+
+def _stem(method: Method) -> str:
+    return method.config.__name__.removesuffix("Config")
+
+
+@cache
+def tuner_class(name: PeftType) -> type[Tuner]:
+    """The class by which tuners with an adapter of this method are recognised: `LoraModel`."""
+    method = all_methods()[name]
+    members = {
+        "__doc__": f"A network with adapters of the method {name.value}. {method.summary}",
+        "__module__": __name__,
+        "method": method,
+    }
+    return cast("type[Tuner]", TunerClass(f"{_stem(method)}Model", (Tuner,), members))
+
+
+def _is_of(layer: AdapterLayer, method: Method) -> bool:
+    of = method_of_layer(layer)
+    return of is not None and issubclass(of.config, method.config)
+
+
+@cache
+def layer_classes(name: PeftType) -> dict[str, type]:
+    """The classes by which layers with an adapter of this method are recognised, by their names in the reference."""
+    method = all_methods()[name]
+    if not method.layers:
+        return {}
+    every = layer_of(f"{_stem(method)}Layer", lambda layer: _is_of(layer, method))
+    found = {every.__name__: every}
+    for kind, called in _KINDS.items():
+        if kind in method.layers:
+            found[called] = layer_of(called, partial(_is_on, method=method, kind=kind), every)
+    for called in QUANTISED_LINEARS if LayerKind.LINEAR in method.layers else ():
+        on = partial(_is_on, method=method, kind=LayerKind.LINEAR, quantised=called)
+        found[called] = layer_of(called, on, every)
+    for called, what in method.names.items():
+        if isinstance(what, type) and issubclass(what, AdapterLayer):
+            found[called] = layer_of(called, partial(_is_a, what=what), every)
+    if method.parameters_layer is not None:
+        found["ParamWrapper"] = layer_of("ParamWrapper", partial(_is_a, what=method.parameters_layer), every)
+    return found
+
+
+def _is_on(layer: AdapterLayer, method: Method, kind: LayerKind, quantised: str = "") -> bool:
+    on = kind_of(layer.base)
+    on = LayerKind.LINEAR if on is LayerKind.TRANSPOSED_LINEAR else on
+    if on is not kind or quantised_linear(layer.base) != quantised:
+        return False
+    return _is_of(layer, method) and type(layer) is not method.parameters_layer
+
+
+def _is_a(layer: AdapterLayer, what: type[AdapterLayer]) -> bool:
+    return isinstance(layer, what)
+
+
+# -- tables
+
+
+def _configs() -> dict[PeftType, type[PeftConfig]]:
+    return {name: method.config for name, method in all_methods().items()}
+
+
+def _tuners() -> dict[PeftType, type]:
+    return {name: tuner_class(name) for name, method in all_methods().items() if method.layers}
+
+
+def _prefixes() -> dict[PeftType, str]:
+    return {name: method.prefix for name, method in all_methods().items()}
+
+
+# Made once each: programs write into them.
+_TABLES: Mapping[str, Callable[[], object]] = {
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": classes_by_task,
+    "PEFT_TYPE_TO_CONFIG_MAPPING": _configs,
+    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": _tuners,
+    "PEFT_TYPE_TO_PREFIX_MAPPING": _prefixes,
+    "PEFT_TYPE_TO_TUNER_MAPPING": _tuners,
+    # The reference has it for caches of transformers before version 4.36. A cache is taken as its own class has it.
+    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING": dict,
+}
+
+
+@cache
+def default_tables() -> dict[str, object]:
+    """The modules that methods adapt where a config names none, by `model_type`; a new entry counts from then on."""
+    found: dict[str, object] = {}
+    for name, method in all_methods().items():
+        front = f"TRANSFORMERS_MODELS_TO_{name.value.replace('_', '')}"
+        if method.default_targets:
+            found[f"{front}_TARGET_MODULES_MAPPING"] = method.default_targets
+        for field, table in method.default_modules.items():
+            found[f"{front}_{field.upper()}_MAPPING"] = table
+    return found
+
+
+@cache
+def _table(name: str) -> object:
+    return _TABLES[name]()
+
+
+# -- the names as those of this module, and of one for each method
+
+
+def _tuner_names() -> dict[str, PeftType]:
+    return {f"{_stem(method)}Model": name for name, method in all_methods().items() if method.layers}
+
+
+def __getattr__(name: str) -> object:
+    if name == "__all__":
+        return sorted({*public_names(), *_TABLES, *_tuner_names()})
+    if name.startswith("__"):
+        raise AttributeError(name)
+    if name in _TABLES:
+        return _table(name)
+    if name in public_names():
+        return getattr(import_module(public_names()[name]), name)
+    tuners = _tuner_names() if name.endswith("Model") else {}
+    if name in tuners:
+        return tuner_class(tuners[name])
+    if name.startswith("TRANSFORMERS_MODELS_TO_") and name in default_tables():
+        return default_tables()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *public_names(), *_TABLES, *_tuner_names(), *default_tables()})
+
+
+def names_of_method(name: PeftType) -> dict[str, object]:
+    """Everything that programs import of one method, by name."""
+    method = all_methods()[name]
+    own = {n: getattr(import_module(m), n) for n, m in public_names().items() if m.startswith(method.home)}
+    tuner = {f"{_stem(method)}Model": tuner_class(name)} if method.layers else {}
+    further = {n: what for n, what in method.names.items() if n not in layer_classes(name)}
+    return {**own, **tuner, **layer_classes(name), **further}
+
+
+# What the reference divides the package of a method into. Each of ours has all of its names.
+_PARTS = ("config", "layer", "model", "bnb")
+
+
+class MethodModules(MetaPathFinder, Loader):
+    """Finds `<package>.<method>` and its parts for every method there is, where no file of that name comes first."""
+
+    def __init__(self, package: str) -> None:
+        self.package = package
+
+    def method_in(self, fullname: str) -> PeftType | None:
+        """The method that a module is for; None where it is for none."""
+        front = f"{self.package}."
+        called, _, part = fullname.removeprefix(front).partition(".")
+        if not fullname.startswith(front) or (part and part not in _PARTS) or called != called.lower():
+            return None
+        return next((name for name in all_methods() if name.value.lower() == called), None)
+
+    def find_spec(self, fullname: str, path: object, target: ModuleType | None = None) -> ModuleSpec | None:
+        if self.method_in(fullname) is None:
+            return None
+        return ModuleSpec(fullname, self, is_package=fullname.count(".") == self.package.count(".") + 1)
+
+    def exec_module(self, module: ModuleType) -> None:
+        name = self.method_in(module.__name__)
+        assert name is not None
+        module.__doc__ = f"`{module.__name__}`: the names of the method {name.value}."
+        vars(module).update(names_of_method(name))
+        if module.__spec__ is not None and module.__spec__.submodule_search_locations is not None:
+            get, tell = lazy_names(module.__name__, submodules=lambda: _PARTS)
+            vars(module).update(__getattr__=get, __dir__=tell)
+
+
+def method_packages(package: str) -> Callable[[], Iterable[str]]:
+    """Make `<package>.<method>` importable for every method; the result names them."""
+    sys.meta_path.append(MethodModules(package))
+    return lambda: [name.value.lower() for name in all_methods()]
