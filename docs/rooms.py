@@ -15,7 +15,10 @@ SRC = Path(__file__).parent.parent / "src" / "splice"
 # From the top down, with what each holds. A room imports from those below it, never the other way.
 ROOMS: dict[str, tuple[tuple[str, ...], str]] = {
     "what people call": (
-        ("by_method", "tasks", "mixed", "functional", "injecting", "status", "model"),
+        (
+            *("by_method", "default_tables", "constants", "utilities", "buffer_dict", "installed"),
+            *("tasks", "mixed", "functional", "injecting", "status", "model"),
+        ),
         "PeftModel and its classes for tasks, reports, the functions other libraries use",
     ),
     "loading/": (("loading",), "plan, commit, load, report, saving; published/: adapters as people wrote them"),
