@@ -17,7 +17,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], str]] = {
     "what people call": (
         (
             *("by_method", "default_tables", "constants", "utilities", "buffer_dict", "installed"),
-            *("tasks", "mixed", "functional", "injecting", "status", "model"),
+            *("tasks", "auto", "mixed", "functional", "injecting", "status", "model"),
         ),
         "PeftModel and its classes for tasks, reports, the functions other libraries use",
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 
 import splice
 from tests.bases import Base, generator
+from tests.hub import Hub, serving
 
 # There `peft` is splice, in a run of their own: `python -m tests.ecosystem`.
 collect_ignore = ["ecosystem"]
@@ -109,3 +110,25 @@ def library(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """A Hub that this process takes for the real one, and an empty cache."""
+    from huggingface_hub import constants, file_download
+
+    with serving() as hub:
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        for module in (constants, file_download):  # some releases have a copy
+            monkeypatch.setattr(
+                module,
+                "HUGGINGFACE_CO_URL_TEMPLATE",
+                hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+                raising=False,
+            )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)
+        yield hub

@@ -36,10 +36,15 @@ def test_the_drawing_of_the_rooms_is_what_the_imports_say() -> None:
     assert written == generator().architecture(), "run `make docs`"
 
 
+def test_the_types_of_the_public_names_are_those_of_the_table() -> None:
+    written = (ROOT / "src" / "splice" / "__init__.pyi").read_text(encoding="utf-8")
+    assert written == generator().stub(), "run `make docs`"
+
+
 def test_links_between_the_documents_lead_somewhere() -> None:
-    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("*/*/README.md")]
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("*/*/README.md")]
     for page in (p for p in pages if ".venv" not in p.parts):
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +13,9 @@ import torch
 
 import splice
 from tests.broken import BIN, CONFIG, SAFETENSORS, Parts, by_reference, llama, load, output, parts, unchanged
-from tests.hub import TOKEN, Hub, serving
+from tests.hub import TOKEN, Hub
 
 LORA = "someone/lora"
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """A Hub that this process takes for the real one, and an empty cache."""
-    from huggingface_hub import constants, file_download
-
-    with serving() as hub:
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        for module in (constants, file_download):  # some releases have a copy
-            monkeypatch.setattr(
-                module,
-                "HUGGINGFACE_CO_URL_TEMPLATE",
-                hub.url + "/{repo_id}/resolve/{revision}/{filename}",
-                raising=False,
-            )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)
-        yield hub
 
 
 def files(made: Parts, tmp_path: Path, as_bin: bool = False) -> dict[str, bytes]:

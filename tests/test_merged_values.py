@@ -166,7 +166,7 @@ def test_a_merge_that_is_cut_short_while_values_are_put_in_place_changes_nothing
         with monkeypatch.context() as patch:
             # The first exchange is cut when it has been made; those that put back are not.
             calls = iter([cut])
-            patch.setattr(putting, "exchange", lambda *given: next(calls, exchange)(*given))
+            patch.setattr(putting, "exchange", lambda *given, calls=calls: next(calls, exchange)(*given))
             try:
                 merge()
             except Cut:

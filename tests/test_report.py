@@ -308,6 +308,25 @@ def test_everything_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
         assert words in str(error)
 
 
+@pytest.mark.parametrize("wrong", ["lacking", "left over", "of another shape", "all of it"])
+def test_what_the_error_says_of_loading_the_rest_is_so(wrong: str, tmp_path: Path) -> None:
+    made = parts()
+    names = sorted(made.tensors)
+    if wrong in ("lacking", "all of it"):
+        del made.tensors[names[1]]
+    if wrong in ("left over", "all of it"):
+        made.tensors["something.else"] = torch.ones(1)
+    if wrong in ("of another shape", "all of it"):
+        made.tensors[names[0]] = torch.ones(3)
+    last = str(refusal(made, tmp_path)).splitlines()[-1]
+    options = dict.fromkeys(re.findall(r"(\w+)=True", last), True) | dict.fromkeys(
+        re.findall(r"(\w+)=False", last), False
+    )
+    with pytest.warns(splice.PeftWarning):
+        model = splice.PeftModel.from_pretrained(llama(), made.write(tmp_path), **options)
+    assert model.active_adapters == ["default"]
+
+
 def test_hundreds_of_tensors_are_a_few_lines(tmp_path: Path) -> None:
     deep = llama(layers=28)
     everything = ["q_proj", "k_proj", "v_proj", "o_proj"]

@@ -481,6 +481,39 @@ class PeftModel(nn.Module):
         )
         add_weighted_adapter(self.base_model, adapters, weights, adapter_name, combination)
 
+    # -- merging
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Add these adapters (the active ones, if None) to the base's weights, until `unmerge_adapter`.
+
+        Args:
+            adapter_names: their names.
+            safe_merge: refuse values that are not finite.
+
+        Raises:
+            NotImplementedError: an adapter cannot be merged on one of its layers. Nothing has changed.
+            ValueError: merging these and not others would change the output; with `safe_merge`, a merged weight would not be
+                finite.
+        """
+        self.base_model.merge_adapter(adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Give the base's weights their values back, to the byte."""
+        self.base_model.unmerge_adapter()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """The base model with these adapters in its weights, and nothing else of any adapter. This object is done with.
+
+        Arguments and errors as of `merge_adapter`; `progressbar` shows how far it is.
+        """
+        return self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    def unload(self) -> nn.Module:
+        """The base model as it was before the first adapter came. This object is done with."""
+        return self.base_model.unload()
+
     # -- calling
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:

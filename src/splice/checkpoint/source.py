@@ -83,6 +83,10 @@ class Source:
             f"weights are missing.{self._why_not()}"
         )
 
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint has a file of this name beside it. On the Hub it is fetched; what cannot be is not there."""
+        return self._file(name) is not None
+
     def _shown_place(self) -> str:
         return str(self.folder) if self.is_local or not self.subfolder else f"{self.location}/{self.subfolder}"
 

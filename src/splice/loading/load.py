@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol, cast
@@ -42,8 +41,14 @@ from splice.surgery.undo import Undo
 
 logger = logging.getLogger("splice")
 
-# The shape of torch's own result of `load_state_dict`.
-LoadResult = namedtuple("LoadResult", ["missing_keys", "unexpected_keys"])
+
+class LoadResult(NamedTuple):
+    """What a load gives back, in the shape of torch's own result of `load_state_dict`."""
+
+    # Names of tensors that the adapter needs and the checkpoint lacks.
+    missing_keys: list[str]
+    # Names of tensors of the checkpoint that have no place.
+    unexpected_keys: list[str]
 
 
 class Loaded(NamedTuple):

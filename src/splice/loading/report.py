@@ -76,6 +76,8 @@ def _section(title: str, lines: Sequence[str], count: int) -> str:
 
 def mismatch_error(plan: Plan, place: str, bases: str, advice: Sequence[str]) -> AdapterMismatchError:
     """The one error for a checkpoint that does not fit: everything that is wrong, and the likely mend."""
+    waived = ["strict=False"] if plan.missing or plan.unexpected else []
+    waived += ["ignore_mismatched_sizes=True"] if plan.mismatched else []
     mismatched = grouped(f"{w.key}: {w.found} in the checkpoint, {w.needed} here" for w in plan.mismatched)
     total = len(plan.sources) + len(plan.missing) + len(plan.mismatched)
     sections = [
@@ -86,7 +88,7 @@ def mismatch_error(plan: Plan, place: str, bases: str, advice: Sequence[str]) ->
         _section("of another shape or dtype", mismatched, len(plan.mismatched)),
         f"  {bases}",
         *(f"  Likely: {line}" for line in advice),
-        "  To load what fits and leave out the rest, pass strict=False.",
+        f"  To load what fits and leave out the rest, pass {' and '.join(waived)}.",
     ]
     return AdapterMismatchError(
         "\n".join(filter(None, sections)),

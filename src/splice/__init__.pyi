@@ -1,0 +1,106 @@
+# Written by `make docs`: the public names with their types, for editors and type checkers.
+
+from splice.auto import AutoPeftModel as AutoPeftModel
+from splice.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
+from splice.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
+from splice.auto import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering
+from splice.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
+from splice.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
+from splice.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+from splice.checkpoint.types import PeftType as PeftType
+from splice.checkpoint.types import TaskType as TaskType
+from splice.config import PeftConfig as PeftConfig
+from splice.config import PromptLearningConfig as PromptLearningConfig
+from splice.config import get_peft_config as get_peft_config
+from splice.errors import AdapterMismatchError as AdapterMismatchError
+from splice.errors import CheckpointError as CheckpointError
+from splice.errors import NoMatchingPeftModuleError as NoMatchingPeftModuleError
+from splice.errors import PeftError as PeftError
+from splice.errors import PeftWarning as PeftWarning
+from splice.errors import UnknownMethodError as UnknownMethodError
+from splice.errors import UnsupportedFeatureError as UnsupportedFeatureError
+from splice.injecting import inject_adapter_in_model as inject_adapter_in_model
+from splice.loading.base_state import get_base_model_state_dict as get_base_model_state_dict
+from splice.loading.base_state import set_base_model_state_dict as set_base_model_state_dict
+from splice.loading.report import LoadReport as LoadReport
+from splice.loading.saving import get_peft_model_state_dict as get_peft_model_state_dict
+from splice.loading.state import load_peft_weights as load_peft_weights
+from splice.loading.state import set_peft_model_state_dict as set_peft_model_state_dict
+from splice.methods.adalora import AdaLoraConfig as AdaLoraConfig
+from splice.methods.fourierft import FourierFTConfig as FourierFTConfig
+from splice.methods.ia3 import IA3Config as IA3Config
+from splice.methods.ln_tuning import LNTuningConfig as LNTuningConfig
+from splice.methods.loha import LoHaConfig as LoHaConfig
+from splice.methods.lokr import LoKrConfig as LoKrConfig
+from splice.methods.lora.config import LoraConfig as LoraConfig
+from splice.methods.lora.config import LoraRuntimeConfig as LoraRuntimeConfig
+from splice.methods.lora.subconfigs import BdLoraConfig as BdLoraConfig
+from splice.methods.lora.subconfigs import CordaConfig as CordaConfig
+from splice.methods.lora.subconfigs import EvaConfig as EvaConfig
+from splice.methods.lora.subconfigs import KasaConfig as KasaConfig
+from splice.methods.lora.subconfigs import LoftQConfig as LoftQConfig
+from splice.methods.lora.subconfigs import LoraGAConfig as LoraGAConfig
+from splice.methods.lora.subconfigs import MontecloraConfig as MontecloraConfig
+from splice.methods.lora.subconfigs import VeloraConfig as VeloraConfig
+from splice.methods.oft import OFTConfig as OFTConfig
+from splice.methods.prompts.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
+from splice.methods.prompts.prompt_tuning import PromptTuningConfig as PromptTuningConfig
+from splice.methods.prompts.prompt_tuning import PromptTuningInit as PromptTuningInit
+from splice.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
+from splice.methods.vera import VeraConfig as VeraConfig
+from splice.mixed import PeftMixedModel as PeftMixedModel
+from splice.model import PeftModel as PeftModel
+from splice.status import get_layer_status as get_layer_status
+from splice.status import get_model_status as get_model_status
+from splice.tasks import PeftModelForCausalLM as PeftModelForCausalLM
+from splice.tasks import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
+from splice.tasks import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
+from splice.tasks import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
+from splice.tasks import PeftModelForSequenceClassification as PeftModelForSequenceClassification
+from splice.tasks import PeftModelForTokenClassification as PeftModelForTokenClassification
+from splice.tasks import get_peft_model as get_peft_model
+from splice.utilities import cast_mixed_precision_params as cast_mixed_precision_params
+from splice.utilities import shift_tokens_right as shift_tokens_right
+
+__version__: str
+__all__ = [
+    "AdapterMismatchError",
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
+    "CheckpointError",
+    "LoadReport",
+    "NoMatchingPeftModuleError",
+    "PeftConfig",
+    "PeftError",
+    "PeftMixedModel",
+    "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "PeftType",
+    "PeftWarning",
+    "PromptLearningConfig",
+    "TaskType",
+    "UnknownMethodError",
+    "UnsupportedFeatureError",
+    "cast_mixed_precision_params",
+    "get_base_model_state_dict",
+    "get_layer_status",
+    "get_model_status",
+    "get_peft_config",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "inject_adapter_in_model",
+    "load_peft_weights",
+    "set_base_model_state_dict",
+    "set_peft_model_state_dict",
+    "shift_tokens_right",
+]
