@@ -59,6 +59,8 @@ from splice.tasks import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
 from splice.tasks import PeftModelForSequenceClassification as PeftModelForSequenceClassification
 from splice.tasks import PeftModelForTokenClassification as PeftModelForTokenClassification
 from splice.tasks import get_peft_model as get_peft_model
+from splice.utilities import cast_mixed_precision_params as cast_mixed_precision_params
+from splice.utilities import shift_tokens_right as shift_tokens_right
 
 __version__: str
 __all__ = [
@@ -89,6 +91,7 @@ __all__ = [
     "TaskType",
     "UnknownMethodError",
     "UnsupportedFeatureError",
+    "cast_mixed_precision_params",
     "get_base_model_state_dict",
     "get_layer_status",
     "get_model_status",
@@ -99,4 +102,5 @@ __all__ = [
     "load_peft_weights",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
+    "shift_tokens_right",
 ]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -104,6 +104,15 @@ def key_renaming(network: nn.Module) -> Mapping[str, str] | None:
     return getattr(network, "_checkpoint_conversion_mapping", None)
 
 
+def quantisation(network: nn.Module) -> tuple[str, object]:
+    """How the weights of a model of transformers are quantised ("gptq"; empty for not at all), and with which settings."""
+    # transformers sets it on the object when it loads such weights: the name, as a member of an enum of strings.
+    own = vars(network)
+    if "quantization_method" not in own:
+        return "", None
+    return str(own["quantization_method"].value), own["config"].quantization_config
+
+
 # -- configs of networks
 
 
@@ -173,6 +182,28 @@ def execution_device(layer: nn.Module) -> torch.device | None:
     if hook is None or all(cls.__name__ != "AlignDevicesHook" for cls in type(hook).__mro__):
         return None
     return None if hook.execution_device is None else torch.device(hook.execution_device)
+
+
+class OffloadingHook(Protocol):
+    """accelerate's hook on a module whose weights it keeps elsewhere between calls."""
+
+    def pre_forward(self, module: nn.Module) -> object:
+        """Bring the weights where the module computes."""
+        ...
+
+    def post_forward(self, module: nn.Module, output: object) -> object:
+        """Take them away again."""
+        ...
+
+
+def offloading_hooks(module: nn.Module) -> list[OffloadingHook]:
+    """The hooks by which accelerate offloads the weights of `module`; none where it does not."""
+    if "_hf_hook" not in vars(module):
+        return []
+    hook = vars(module)["_hf_hook"]
+    # By name: accelerate may not be installed.
+    hooks = hook.hooks if type(hook).__name__ == "SequentialHook" else [hook]
+    return [each for each in hooks if type(each).__name__ == "AlignDevicesHook" and each.offload]
 
 
 def patched_forwards(module: nn.Module) -> dict[str, Callable[..., object]]:

@@ -82,9 +82,7 @@ def merge_for_good(
 
 def merge_layer(host: Host, adapter_names: list[str] | None, safe_merge: bool) -> None:
     """`merge` on one layer alone."""
-    names = still_to_merge(host, _named(adapter_names, host.selection.active))
-    if host.merged:
-        warn(f"Already merged adapters: {host.merged}; merging {names} in addition.")
+    names = left_to_merge(host, adapter_names)
     check_order([host], names)
     check_mergeable([host], names)
     item = merged_tensors(host, names, safe_merge)
@@ -94,6 +92,24 @@ def merge_layer(host: Host, adapter_names: list[str] | None, safe_merge: bool) -
     except BaseException:
         before.put_back()
         raise
+
+
+def left_to_merge(host: Host, adapter_names: list[str] | None) -> list[str]:
+    """The adapters that a merge still has to add on this layer: of those named, or of the active ones.
+
+    Raises:
+        TypeError: `adapter_names` is a string.
+    """
+    names = still_to_merge(host, _named(adapter_names, host.selection.active))
+    if host.merged:
+        warn(_already(host.merged, names))
+    return names
+
+
+def _already(merged: Iterable[str], names: Sequence[str]) -> str:
+    if not names:
+        return f"All adapters are already merged, nothing to do: {list(merged)} are in the weights."
+    return f"Already following adapters were merged: {list(merged)}. You are now additionally merging {list(names)}."
 
 
 def adapters_to_merge(
@@ -110,8 +126,7 @@ def adapters_to_merge(
     # On some layer: one that was merged alone must not keep the others from it.
     left = {name for host in hosts for name in still_to_merge(host, names)}
     names = [name for name in names if name in left or name not in selection.merged]
-    new = f"; merging {names} in addition" if names else "; nothing to do"
-    warn(f"Already merged adapters: {list(selection.merged)}{new}.")
+    warn(_already(selection.merged, names))
     return names
 
 
