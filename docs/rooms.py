@@ -15,7 +15,7 @@ SRC = Path(__file__).parent.parent / "src" / "splice"
 # From the top down, with what each holds. A room imports from those below it, never the other way.
 ROOMS: dict[str, tuple[tuple[str, ...], str]] = {
     "what people call": (
-        ("by_method", "tasks", "auto", "mixed", "functional", "injecting", "status", "model"),
+        ("by_method", "tasks", "auto", "mixed", "functional", "injecting", "kbit", "status", "model"),
         "PeftModel and its classes for tasks, reports, the functions other libraries use",
     ),
     "loading/": (("loading",), "plan, commit, load, report, saving; published/: adapters as people wrote them"),

@@ -104,6 +104,24 @@ def key_renaming(network: nn.Module) -> Mapping[str, str] | None:
     return getattr(network, "_checkpoint_conversion_mapping", None)
 
 
+# What quantisers leave on a network, beside the name of their method.
+_FLAGS = ("is_loaded_in_8bit", "is_loaded_in_4bit", "hqq_quantized")
+# Ways to quantise that need all else in half precision too, and by which alone a network is known to be quantised. Of
+# bitsandbytes the flags count: the method stays when a model is dequantised.
+_IN_HALF_PRECISION = frozenset({"gptq", "aqlm", "eetq", "hqq", "torchao", "hqq_quantized"})
+
+
+def quantised_by(network: nn.Module) -> frozenset[str]:
+    """The marks by which the weights of `network` are known to be stored in few bits; empty where they are not."""
+    found = {name: getattr(network, name, None) for name in ("quantization_method", *_FLAGS)}
+    return frozenset((*filter(found.get, _FLAGS), *(_IN_HALF_PRECISION & {found["quantization_method"]})))
+
+
+def needs_half_precision(network: nn.Module) -> bool:
+    """Whether the quantised layers of `network` want inputs, and all other parameters, in half precision."""
+    return not _IN_HALF_PRECISION.isdisjoint(quantised_by(network))
+
+
 # -- configs of networks
 
 
