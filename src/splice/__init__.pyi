@@ -20,6 +20,7 @@ from splice.errors import PeftWarning as PeftWarning
 from splice.errors import UnknownMethodError as UnknownMethodError
 from splice.errors import UnsupportedFeatureError as UnsupportedFeatureError
 from splice.injecting import inject_adapter_in_model as inject_adapter_in_model
+from splice.kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
 from splice.loading.base_state import get_base_model_state_dict as get_base_model_state_dict
 from splice.loading.base_state import set_base_model_state_dict as set_base_model_state_dict
 from splice.loading.report import LoadReport as LoadReport
@@ -100,6 +101,7 @@ __all__ = [
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
     "load_peft_weights",
+    "prepare_model_for_kbit_training",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "shift_tokens_right",

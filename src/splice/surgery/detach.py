@@ -10,6 +10,7 @@ from splice.base.bare import HOST
 from splice.base.foreign_models import patched_forwards
 from splice.kinds.host import Host, host_of
 from splice.surgery.registering import unregister, unshare
+from splice.surgery.replaced_forward import ReplacedForward
 from splice.surgery.weight_readers import release_reader
 
 
@@ -42,4 +43,6 @@ def _swap_back(layer: nn.Module, host: Host) -> None:
     for name, standing in patched_forwards(layer).items():
         if isinstance(standing, MethodType) and standing.__func__ is adapted.forward:
             layer.__dict__[name] = host.own_forward or cls.forward.__get__(layer)
+        elif isinstance(standing, ReplacedForward):
+            layer.__dict__[name] = standing.__wrapped__
     del layer.__dict__[HOST]
