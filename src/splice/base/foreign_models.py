@@ -20,11 +20,13 @@ from torch import nn
 T = TypeVar("T")
 
 # Functions, by module and name, that read a tensor of a layer as an attribute and mean the one that is registered: they
-# move it, or were asked for it by its name in the tree.
+# move it, divide it, put another one in its place, or were asked for it by its name in the tree.
 READ_THE_REGISTERED = frozenset(
     {
         ("accelerate.utils.modeling", "set_module_tensor_to_device"),
+        ("torch.distributed.fsdp._fully_shard._fsdp_param", "reset_sharded_param"),
         ("torch.nn.modules.module", "get_parameter"),
+        ("torch.nn.modules.module", "register_parameter"),
         ("torch.nn.utils._named_member_accessor", "get_tensor"),
         ("transformers.modeling_utils", "get_parameter_or_buffer"),
     }

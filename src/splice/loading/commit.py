@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import nn
 
 from splice.base.dense import device_of
+from splice.base.sharding import is_divided, whole_tensors
 from splice.base.weight_access import check_readable
 from splice.checkpoint.header import Entry
 from splice.checkpoint.tensors import Weights
@@ -97,7 +100,8 @@ def build_new(plan: Plan, config: PeftConfig, autocast: bool, on_meta: bool = Fa
     """Adapter layers with the initial values of the method, or (`on_meta`) without values."""
     built = [_build(p, config, new_tensors(p, config, autocast)) for p in plan.placements]
     for item in built:
-        item.layer.begin()
+        with _whole(item.placement.base):
+            item.layer.begin()
         if on_meta:
             item.layer.leave_empty()
     return built + _followers(plan, built, config)
@@ -107,6 +111,13 @@ def _followers(plan: Plan, built: Sequence[Built], config: PeftConfig) -> list[B
     """The layers that share the tensors of others."""
     layers = {item.placement.path: item.layer for item in built}
     return [_build(p, config, tensors_for(p.layer_class, layers[p.leader])) for p in plan.followers]
+
+
+def _whole(base: nn.Module) -> AbstractContextManager[None]:
+    """Inside, the parameters of `base` are whole: a new adapter may take its start from them."""
+    # Asked first, since hardly any are divided.
+    divided = [(base._parameters, name) for name, tensor in base._parameters.items() if is_divided(tensor)]
+    return whole_tensors(divided) if divided else nullcontext()
 
 
 @torch.no_grad()
@@ -120,9 +131,10 @@ def new_tensors(placement: Placement, config: PeftConfig, autocast: bool) -> dic
     if placement.layer_class.starts_from_weight or placement.layer_class.reads_weight:
         check_readable(placement.base, placement.path, "the adapter")
     own = {suffix: tensor for suffix, tensor in drawn.items() if suffix != BIAS}
-    placement.layer_class.initialise(own, placement.base, placement.own_config or config)
-    if BIAS in drawn:
-        drawn[BIAS] = _own_bias(placement)
+    with _whole(placement.base):
+        placement.layer_class.initialise(own, placement.base, placement.own_config or config)
+        if BIAS in drawn:
+            drawn[BIAS] = _own_bias(placement)
     device = device_of(placement.base)
     return {s: t.to(device=device, dtype=placement.dtype(s, autocast)) for s, t in drawn.items()}
 

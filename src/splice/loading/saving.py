@@ -14,6 +14,7 @@ from torch import nn
 from splice.base.bare import original_class, own_tensors, walk_bare
 from splice.base.embeddings import input_embeddings, output_embeddings_path
 from splice.base.foreign_models import config_field, is_pretrained, model_tags, name_or_path
+from splice.base.sharding import divide_again, whole
 from splice.checkpoint.card import CardFacts, write_card
 from splice.checkpoint.keys import PREFIX, format_key
 from splice.checkpoint.source import Source
@@ -53,8 +54,11 @@ def save(
         _check_place(name)
     if state_dict is not None and not state_dict and not is_main_process:
         return  # all was gathered on the main process, which alone has it
+    divide_again(tuner)
     for name in names:
-        tensors = tensors_to_save(tuner, name, state_dict, save_embedding_layers)
+        # Gathered by all processes, in one order: those that do not write take part.
+        found = tensors_to_save(tuner, name, state_dict, save_embedding_layers)
+        tensors = {key: whole(tensor) for key, tensor in found.items()}
         _warn_of_shards(tensors, state_dict is None)
         config = tuner.peft_config[name]
         if initial is not None:
@@ -147,6 +151,7 @@ def get_peft_model_state_dict(
     """
     network: Any = model._orig_mod if unwrap_compiled and isinstance(model, torch._dynamo.OptimizedModule) else model
     tuner, prefix = tuner_of(network)
+    divide_again(tuner)
     tensors = tensors_to_save(tuner, adapter_name, state_dict, save_embedding_layers)
     if prefix:
         return tensors

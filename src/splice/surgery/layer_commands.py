@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from splice.base.sharding import divide_again
 from splice.errors import warn
 from splice.kinds.host import Host
 from splice.surgery.detach import detach
@@ -41,6 +42,7 @@ class LayerCommands:
         host.selection.set(names)
         # Told to the model as a mark, not as a list of flags: it looks at all of them when it is told something itself.
         host.selection.root.flags_changed = True
+        divide_again(host.network.get())
         for name, adapter in host.layers.items():
             adapter.set_trained(name in names and not inference_mode)
 
@@ -53,6 +55,7 @@ class LayerCommands:
         host.selection = host.selection.only_here()
         host.selection.enable(enabled)
         host.selection.root.flags_changed = True
+        divide_again(host.network.get())
         for name, adapter in host.layers.items():
             adapter.set_trained(enabled and name in host.selection.active)
 
@@ -60,6 +63,7 @@ class LayerCommands:
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Whether these adapters are trained on this layer."""
         self.splice_host.selection.root.flags_changed = True
+        divide_again(self.splice_host.network.get())
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             if name in self.splice_host.layers:
                 self.splice_host.layers[name].set_trained(requires_grad)

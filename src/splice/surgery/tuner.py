@@ -13,6 +13,7 @@ from torch import nn
 from splice.base.bare import carried, walk_bare
 from splice.base.foreign_models import loss_of
 from splice.base.routing import gets_sorted_tokens
+from splice.base.sharding import divide_again, is_managed, is_sharded
 from splice.checkpoint.keys import PREFIX
 from splice.checkpoint.types import PeftType
 from splice.config import PeftConfig
@@ -99,6 +100,8 @@ class Tuner(nn.Module):
         self.mixes_methods = False
         # Whether no call has come since the last load: the first one shows whether the adapter is reached at all.
         self.awaits_call = False
+        # Whether tensors became trainable since the last call that could train them.
+        self.awaits_training = False
 
     @classmethod
     def of(cls, network: nn.Module) -> Tuner:
@@ -200,6 +203,7 @@ class Tuner(nn.Module):
         self.take_slot(name)
         guard_parents(modules, self.adapted, self._base_changes.looking_ahead)
         if freeze_base:
+            divide_again(self)
             self._base_changes.make(self.model, modules)
 
     def _share(self, name: str, layers: Sequence[AdapterLayer]) -> None:
@@ -336,6 +340,9 @@ class Tuner(nn.Module):
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Whether the tensors of these adapters are trained; which adapters are active does not change."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        if names:  # a switch that changes no flags is to cost nothing
+            divide_again(self)
+        self.awaits_training |= requires_grad
         for name in names:
             (self._trainable.add if requires_grad else self._trainable.discard)(name)
             _set_flags(self._places_of(name), requires_grad)
@@ -370,6 +377,17 @@ class Tuner(nn.Module):
         finally:
             if was_enabled:
                 self.enable_adapter_layers()
+
+    def trained_apart(self) -> list[str]:
+        """Adapters that every process trains by itself: FSDP divides the network, and does not know of them."""
+        if not is_sharded(self.model):
+            return []
+        found = []
+        for name in sorted(self._trainable):
+            homes = {id(module): module for item in self.placed[name].values() for module in item.holders(name)}
+            if any(not is_managed(module) for module in homes.values()):
+                found.append(name)
+        return found
 
     def eval_network(self, modules: Iterable[nn.Module]) -> None:
         """`self.eval()`, at a tenth of its cost: those of the network's `modules` that are in eval mode are left alone."""
