@@ -15,9 +15,10 @@ SRC = Path(__file__).parent.parent / "src" / "splice"
 # From the top down, with what each holds. A room imports from those below it, never the other way.
 ROOMS: dict[str, tuple[tuple[str, ...], str]] = {
     "what people call": (
-        ("by_method", "tasks", "auto", "mixed", "functional", "injecting", "status", "model"),
+        ("by_method", "tasks", "auto", "mixed", "functional", "injecting", "weight_mapping", "status", "model"),
         "PeftModel and its classes for tasks, reports, the functions other libraries use",
     ),
+    "fleet/": (("fleet",), "many adapters on one model: slots"),
     "loading/": (("loading",), "plan, commit, load, report, saving; published/: adapters as people wrote them"),
     "surgery/": (("surgery",), "changes to a model, all reversible: swap, detach, tuner, merging, rows of a batch"),
     "methods/": (("methods",), "one file for each method; nobody outside imports from here"),

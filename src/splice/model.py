@@ -18,6 +18,7 @@ from splice.checkpoint.publishing import Publication, publish
 from splice.checkpoint.types import PeftType, TaskType
 from splice.config import PeftConfig
 from splice.errors import PeftWarning, warn
+from splice.fleet.slots import SlotsReport, slots
 from splice.kinds.combining import Combination
 from splice.loading.combining import add_weighted_adapter
 from splice.loading.creating import new_adapter
@@ -224,7 +225,7 @@ class PeftModel(nn.Module):
             `missing_keys` and `unexpected_keys`; both are empty unless `strict=False`.
 
         Raises:
-            As `from_pretrained`, and ValueError where the new adapter cannot stand beside the present ones.
+            ValueError: the new adapter cannot stand beside the present ones; and all that `from_pretrained` raises.
         """
         options = LoadOptions(
             adapter_name,
@@ -390,10 +391,12 @@ class PeftModel(nn.Module):
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
+        """The configs of the adapters, by name, in the order in which they came."""
         return self.base_model.peft_config
 
     @property
     def active_adapters(self) -> list[str]:
+        """Names of the adapters that take effect."""
         return self.base_model.active_adapters
 
     @property
@@ -404,6 +407,7 @@ class PeftModel(nn.Module):
 
     @property
     def active_peft_config(self) -> PeftConfig:
+        """The config of `active_adapter`."""
         return self.peft_config[self.active_adapter]
 
     @property
@@ -444,6 +448,24 @@ class PeftModel(nn.Module):
             ValueError: there is no such adapter, or it is merged.
         """
         self.base_model.delete_adapter(adapter_name)
+
+    def slots(self, count: int | None = None, rank: int | None = None) -> SlotsReport:
+        """Reserve slots: memory in which factors of many adapters lie side by side, for mixed batches (`adapter_names`).
+
+        Adapters that are there move in, and those loaded from now on are read straight into a free slot; parameters, names
+        and files are the same as without. The method of an adapter says whether it can: plain LoRA on linear layers.
+
+        Args:
+            count: of slots, each (rank, in) and (out, rank) on every layer with an adapter; 0 gives them up, None asks.
+            rank: the largest with room in one; behind a smaller one there are zeros.
+
+        Returns:
+            Which adapter is in which slot, and why others, which work as they do without slots, are in none.
+
+        Raises:
+            ValueError: `count` or `rank` is too small, or one of them is missing.
+        """
+        return slots(self.base_model, count, rank)
 
     def add_weighted_adapter(
         self,
@@ -566,9 +588,11 @@ class PeftModel(nn.Module):
         )
 
     def get_layer_status(self) -> list[LayerStatus]:
+        """One entry for every adapted layer; see `splice.get_layer_status`."""
         return get_layer_status(self)
 
     def get_model_status(self) -> ModelStatus:
+        """The status of the whole model; see `splice.get_model_status`."""
         return get_model_status(self)
 
     def __getattr__(self, name: str) -> Any:

@@ -47,8 +47,13 @@ class Weights(Protocol):
         """What stands in the file beside the tensors."""
         ...
 
-    def read(self, names: Sequence[str]) -> list[torch.Tensor]:
-        """These tensors, on the CPU and as they were stored, each in memory that it shares with nothing."""
+    def read(self, names: Sequence[str], into: Mapping[str, torch.Tensor] | None = None) -> list[torch.Tensor]:
+        """These tensors, on the CPU and as they were stored, each in memory that it shares with nothing.
+
+        Args:
+            names: of the tensors.
+            into: tensors that some of them may be read into, where these are stored alike; others are given their own memory.
+        """
         ...
 
 
@@ -71,9 +76,13 @@ class SafetensorsFile:
         self.entries = header.entries
         self.metadata = header.metadata
 
-    def read(self, names: Sequence[str]) -> list[torch.Tensor]:
+    def read(self, names: Sequence[str], into: Mapping[str, torch.Tensor] | None = None) -> list[torch.Tensor]:
         entries = [self.entries[name] for name in names]
-        tensors = [torch.empty(entry.shape, dtype=DTYPES[entry.dtype]) for entry in entries]
+        given = {name: tensor for name, tensor in (into or {}).items() if _holds(tensor, self.entries[name])}
+        tensors = [
+            given[name] if name in given else torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+            for name, entry in zip(names, entries)
+        ]
         # Tensors that lie behind one another are one system call. Most adapters have hundreds of small ones.
         in_file_order = sorted(range(len(names)), key=lambda i: entries[i].offset)
         for run in _runs(in_file_order, entries):
@@ -153,7 +162,7 @@ class TensorsInMemory:
         # Memory that was handed over: a second tensor in it gets its own.
         self.handed: set[int] = set()
 
-    def read(self, names: Sequence[str]) -> list[torch.Tensor]:
+    def read(self, names: Sequence[str], into: Mapping[str, torch.Tensor] | None = None) -> list[torch.Tensor]:
         return [self._owned(self.tensors[name].detach()) for name in names]
 
     def _owned(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -164,6 +173,12 @@ class TensorsInMemory:
         )
         self.handed.add(storage.data_ptr())
         return tensor if self.hand_over and owns_memory else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _holds(tensor: torch.Tensor, entry: Entry) -> bool:
+    """Whether the bytes of an entry can be read straight into the memory of a tensor."""
+    alike = tensor.shape == entry.shape and tensor.dtype is DTYPES[entry.dtype]
+    return alike and tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
 def open_weights(path: Path) -> Weights:

@@ -11,6 +11,7 @@ from torch import nn
 from splice.base.bare import HOST, NetworkOf
 from splice.kinds.effect import Forward
 from splice.kinds.layer import AdapterLayer
+from splice.kinds.stack import Stack
 from splice.selection import LayerSelection, Selection
 
 
@@ -54,6 +55,9 @@ class Host:
     own_forward: Forward | None = None
     # Parents with a fused path around the layer, which is switched off while it is adapted.
     readers: list[nn.Module] = field(default_factory=list)
+
+    # Where factors of adapters lie side by side; None where none do.
+    stack: Stack | None = None
 
     @property
     def place(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
@@ -81,6 +81,9 @@ class Method(NamedTuple):
         combine: how several adapters become one (`add_weighted_adapter`); None where they cannot.
         readings: ways in which its adapters were written before, asked in turn where a checkpoint does not fit as it is.
         restated: a config for an earlier form of this network, put in words of the network as it is; mostly unchanged.
+        joins: suffix of a tensor -> how the tensors that layers had, which are parts of one parameter now, become that of the
+            parameter; for the suffixes of all its tensors, or none. Given the config, the path of the experts, and for each
+            part the tensors of all experts in their order.
         for_unchanged_base: how an adapter is written for the base before its initialisation changed that; None where none
             of its initialisations does.
         tags: what the model card of such an adapter is tagged with.
@@ -115,6 +118,9 @@ class Method(NamedTuple):
     combine: Combine | None = None
     readings: tuple[Reader, ...] = ()
     restated: Callable[[Config, nn.Module, Mapping[str, nn.Module]], PeftConfig] = _as_it_is
+    joins: Mapping[str, Callable[[Config, str, Mapping[str, Sequence[torch.Tensor]]], torch.Tensor]] = MappingProxyType(
+        {}
+    )
     for_unchanged_base: UnchangedBase | None = None
     tags: tuple[str, ...] = ()
     outdated_names: Mapping[str, str] = MappingProxyType({})

@@ -17,20 +17,33 @@ from splice.kinds.trained_bias import copy_bias
 from splice.loading.plan import Plan
 from splice.loading.tying import tensors_for
 from splice.surgery.placement import Built, Placement
+from splice.surgery.stacks import Where
 
 _BATCH_BYTES = 8_000_000
 
 
-def build_loaded(plan: Plan, config: PeftConfig, weights: Weights, autocast: bool) -> list[Built]:
+def build_loaded(
+    plan: Plan,
+    config: PeftConfig,
+    weights: Weights,
+    autocast: bool,
+    room: Mapping[Where, torch.Tensor] | None = None,
+) -> list[Built]:
     """Read every tensor into its own memory, on its layer's device and in its final dtype, and build the layers.
 
-    Slots that the checkpoint has nothing for (only with `strict=False`) are initialised as those of a new adapter.
+    Slots that the checkpoint has nothing for (only with `strict=False`) are initialised as those of a new adapter. Tensors
+    for which there is `room`, each of its final shape, dtype and device, are read into that.
     """
+    room = room or {}
     built: list[Built] = []
     for batch in _batches(plan.placements, weights.entries, plan.sources):
-        names = [plan.sources[key] for p in batch for key in p.keys.values() if key in plan.sources]
-        read = dict(zip(names, weights.read(names)))
-        built += [_build_loaded(p, plan.sources, read, config, autocast) for p in batch]
+        where = {
+            (p.path, suffix): plan.sources[key] for p in batch for suffix, key in p.keys.items() if key in plan.sources
+        }
+        names = list(where.values())
+        into = {name: room[at] for at, name in where.items() if at in room} if room else None
+        read = dict(zip(names, weights.read(names, into)))
+        built += [_build_loaded(p, plan.sources, read, config, autocast, room) for p in batch]
     return built + _followers(plan, built, config)
 
 
@@ -51,14 +64,23 @@ def _batches(
 
 
 def _build_loaded(
-    placement: Placement, sources: Mapping[str, str], read: dict[str, torch.Tensor], config: PeftConfig, autocast: bool
+    placement: Placement,
+    sources: Mapping[str, str],
+    read: dict[str, torch.Tensor],
+    config: PeftConfig,
+    autocast: bool,
+    room: Mapping[Where, torch.Tensor],
 ) -> Built:
     device = device_of(placement.base)
     tensors: dict[str, torch.Tensor] = {}
     for suffix, key in placement.keys.items():
         name = sources.get(key)
         if name is not None:
-            tensors[suffix] = _moved(read.pop(name), device, placement.dtype(suffix, autocast))
+            given, own = read.pop(name), room.get((placement.path, suffix)) if room else None
+            if own is None:
+                tensors[suffix] = _moved(given, device, placement.dtype(suffix, autocast))
+            else:
+                tensors[suffix] = own if given is own else own.copy_(given)
     if BIAS in placement.slots and BIAS not in tensors:
         tensors[BIAS] = _own_bias(placement).to(device)
     if len(tensors) < len(placement.slots):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol, cast
 
@@ -36,6 +36,7 @@ from splice.loading.report import LoadReport
 from splice.loading.wanted import NewAdapter, PresentAdapter, Wanted
 from splice.surgery.coexistence import check_together
 from splice.surgery.placement import Built
+from splice.surgery.stacks import Where
 from splice.surgery.tuner import Tuner
 from splice.surgery.undo import Undo
 
@@ -105,7 +106,7 @@ def load_new(
     found = found._replace(warnings=(*found.warnings, *_lost_patterns(found, method)))
     plan, config = found.plan, found.config
     write_back(config, plan)
-    built = build_loaded(plan, config, found.checkpoint.weights, options.autocast)
+    built = build_loaded(plan, config, found.checkpoint.weights, options.autocast, _room(tuner, found, options, undo))
     tuner.commit(name, config, built, freeze_base, undo.modules, plan)
     # The flags of this adapter alone: loading one never changes those of another.
     if options.is_trainable:
@@ -137,6 +138,15 @@ def load_into(tuner: Tuner, checkpoint: Checkpoint, options: LoadOptions, undo: 
     found = found._replace(warnings=(*found.warnings, *_kept_config(found, checkpoint, name)))
     _overwrite(tuner, found, options, undo)
     return _finished(tuner, found, options)
+
+
+def _room(tuner: Tuner, found: Fitted, options: LoadOptions, undo: Undo) -> Mapping[Where, torch.Tensor]:
+    """Memory of the slots that are reserved, for what fits into one that is free."""
+    reserved, name, plan = tuner.reserved_slots, options.adapter_name, found.plan
+    if reserved is None:
+        return {}
+    undo.also(lambda: reserved.release(name))
+    return reserved.room_for(name, plan.placements, {follower.leader for follower in plan.followers}, options.autocast)
 
 
 def _lost_patterns(found: Fitted, method: Method) -> list[str]:

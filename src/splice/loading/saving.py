@@ -23,6 +23,7 @@ from splice.checkpoint.writing import write_checkpoint
 from splice.config import PeftConfig, copy_config
 from splice.errors import PeftWarning, counted, warn
 from splice.kinds.registry import method_of
+from splice.kinds.token_rows import TokenRows
 from splice.loading.fingerprint import fingerprint_of
 from splice.loading.tying import EMBEDDING_NAMES
 from splice.surgery.tuner import Tuner, tuner_of
@@ -129,7 +130,9 @@ def get_peft_model_state_dict(
     unwrap_compiled: bool = False,
     save_embedding_layers: str | bool = "auto",
 ) -> dict[str, torch.Tensor]:
-    """The tensors of one adapter under the names that stand in a checkpoint. They are the live tensors.
+    """The tensors of one adapter under the names that stand in a checkpoint.
+
+    They are the live tensors, or copies of those in slots (`PeftModel.slots`): whoever keeps them would keep all the slots.
 
     Args:
         model: a PeftModel, or a network that carries adapters (then names have no `base_model.model.`).
@@ -145,7 +148,10 @@ def get_peft_model_state_dict(
     network: Any = model._orig_mod if unwrap_compiled and isinstance(model, torch._dynamo.OptimizedModule) else model
     tuner, prefix = tuner_of(network)
     tensors = tensors_to_save(tuner, adapter_name, state_dict, save_embedding_layers)
-    return tensors if prefix else {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+    if prefix:
+        return tensors
+    # A layer that is tied to another one shares its tensors, transposed: savers of other libraries cannot write such views.
+    return {key.removeprefix(PREFIX): tensor.contiguous() for key, tensor in tensors.items()}
 
 
 def tensors_to_save(
@@ -163,6 +169,7 @@ def tensors_to_save(
         raise KeyError(f"no adapter {adapter_name!r}; there are {list(tuner.placed)}")
     result = {}
     for path, layer in tuner.placed[adapter_name].items():
+        stack = tuner.adapted[path].splice_host.stack if path in tuner.adapted else None  # not of what all layers share
         held = {suffix for suffix, _ in layer.named_slots()}
         for suffix, tensor in layer.file_form.to_file(layer):
             key = layer.names.key(path, suffix)
@@ -171,7 +178,7 @@ def tensors_to_save(
                 names = layer.names
                 spelled = tuple(name(path, suffix, adapter_name) for name in (names.in_tree, names.in_reference))
                 value = _first(state_dict, spelled, key)
-            result[key] = value
+            result[key] = value.detach().clone() if stack is not None and stack.owns(value) else value
     if save_embedding_layers == "auto":
         embeddings = _targeted_embeddings(tuner, adapter_name)
         if not embeddings and _is_resized(tuner, adapter_name):
@@ -224,6 +231,8 @@ def _is_resized(tuner: Tuner, adapter_name: str) -> bool:
 
 def _targeted_embeddings(tuner: Tuner, adapter_name: str) -> dict[str, torch.Tensor]:
     """The base's own embeddings, where the adapter's targets name them: the reference writes them beside the adapter."""
+    if any(isinstance(layer, TokenRows) for layer in tuner.placed[adapter_name].values()):
+        return {}  # what such an adapter changes of them is in its own tensors
     targets = tuner.peft_config[adapter_name].target_rule().target_modules
     named = [] if isinstance(targets, str) else [name for name in EMBEDDING_NAMES if name in (targets or ())]
     found = {}

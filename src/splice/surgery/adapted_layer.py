@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import FunctionType
 
 import torch
@@ -15,14 +15,14 @@ from splice.kinds.computing import computing
 from splice.kinds.effect import Forward
 from splice.kinds.host import Host, in_order
 from splice.kinds.layer import AdapterLayer
-from splice.selection import Choice, Group, Rows
+from splice.selection import Choice, Group, Groups, Rows
 from splice.surgery.generated import Generated
 from splice.surgery.layer_attributes import AdaptedViews
 from splice.surgery.layer_commands import LayerCommands
 from splice.surgery.reading import publish_tensors
 from splice.surgery.registering import called_through
 from splice.surgery.replacing import BASE_NAMES, replace_base
-from splice.surgery.rows import add_products, split
+from splice.surgery.rows import add_products, add_seated, split
 from splice.surgery.spellings import check_spellings, plain_name
 
 _NONE: Mapping[str, torch.Tensor] = {}
@@ -90,7 +90,13 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
             raise TypeError(f"{host.place}: `adapter_names` needs layers that take one tensor and give one tensor")
         x = args[0]
         groups = _groups(host, rows, x)
-        together, single = split(groups, host.layers, one_by_one=host.hooked)
+        left: Sequence[Group] = groups
+        # With gradients each parameter is used itself: a backward would not notice that a slot got other values since.
+        if host.stack is not None and not host.hooked and not torch.is_grad_enabled():
+            base_output = y
+            y, left = add_seated(y, x, groups, host.layers, host.stack)
+            written = y is not base_output
+        together, single = split(left, host.layers, one_by_one=host.hooked)
         if together:
             y, written = add_products(y, x, together), True
         for layer, group in single:
@@ -142,7 +148,7 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
         return ", ".join(filter(None, (super().extra_repr(), f"adapters={list(self.splice_host.layers)}")))
 
 
-def _groups(host: Host, rows: Rows, x: torch.Tensor) -> list[Group]:
+def _groups(host: Host, rows: Rows, x: torch.Tensor) -> Groups:
     """Which rows of the input each adapter of a mixed batch has.
 
     Raises:

@@ -32,13 +32,19 @@ class _Recognising(type):
         )
 
 
+def _is_tuners(adapter: AdapterLayer) -> bool:
+    # Not a copy beside the layers of a method. Trained rows and biases are: loops over a tuner's layers switch adapters, and
+    # would otherwise leave them on. In the reference such rows are on a layer of a tuner, inside of what it wraps.
+    return not (isinstance(adapter, WholeModule) and adapter.names.base != "base_layer.")
+
+
 class BaseTunerLayer(metaclass=_Recognising):
     """A layer that carries adapter layers of a method; not the network as a whole, which has a `set_adapter` of its own."""
 
     @staticmethod
     def recognises(layer: Adapted) -> bool:
         on_call = any(isinstance(adapter, NetworkLayer) for adapter in layer.splice_host.layers.values())
-        return not on_call and not is_whole(layer)
+        return not on_call and any(_is_tuners(adapter) for adapter in layer.splice_host.layers.values())
 
 
 class AuxiliaryTrainingWrapper(metaclass=_Recognising):

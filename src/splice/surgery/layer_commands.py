@@ -84,5 +84,12 @@ class LayerCommands:
             warn("Already unmerged. Nothing to do.")
         unmerge_layer(self.splice_host)
 
+    @method_view
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Names of this adapter's tensors in a checkpoint -> in the tree of modules, both behind the layer's path."""
+        layer = self.splice_host.layers.get(adapter_name)
+        found = () if layer is None else layer.named_slots()
+        return {suffix: layer.names.on_layer(suffix, adapter_name) for suffix, _ in found if layer is not None}
+
     adapter_layer_names = View(_tensor_names)
     other_param_names = View(_number_names)

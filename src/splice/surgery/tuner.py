@@ -34,8 +34,9 @@ from splice.surgery.base_changes import BaseChanges
 from splice.surgery.detach import detach
 from splice.surgery.merging import adapters_to_merge, merge, merge_for_good, note_untied, unmerge
 from splice.surgery.placement import Built
-from splice.surgery.registering import register, unregister
+from splice.surgery.registering import register, tie, unregister
 from splice.surgery.spellings import guard_parents
+from splice.surgery.stacks import Stacks
 from splice.surgery.weight_readers import weight_readers
 
 # Under which attributes a network keeps its tuner and the configs of its adapters.
@@ -92,6 +93,8 @@ class Tuner(nn.Module):
         # For each adapter that was ever in a mixed batch, its first layer that gets sorted tokens; empty for none.
         self._sorted: dict[str, str] = {}
         self._base_changes = BaseChanges()
+        # Slots for the factors of adapters; None while none are reserved.
+        self.reserved_slots: Stacks | None = None
         # Whether adapters may be of several methods.
         self.mixes_methods = False
         # Whether no call has come since the last load: the first one shows whether the adapter is reached at all.
@@ -192,6 +195,9 @@ class Tuner(nn.Module):
                 home = Home(above.base._modules, above.added, above.base)
             attach(base, path, name, item.layer, self.selection, readers, home, self.model)
             self.adapted[path] = cast(Adapted, base)
+            if item.layer.leader:  # which is attached by now
+                tie(self.placed[name][item.layer.leader], item.layer, name)
+        self.take_slot(name)
         guard_parents(modules, self.adapted, self._base_changes.looking_ahead)
         if freeze_base:
             self._base_changes.make(self.model, modules)
@@ -201,6 +207,12 @@ class Tuner(nn.Module):
             register(shared, name, Home(self._modules, self.added, self.model))
             for layer in layers:
                 layer.join(shared)
+
+    def take_slot(self, name: str) -> None:
+        """Let the factors of an adapter lie in a slot, where there are slots and one is free."""
+        if self.reserved_slots is not None:
+            for path, stack in self.reserved_slots.admit(name, self.placed[name]).items():
+                self.adapted[path].splice_host.stack = stack
 
     def discard(self, name: str) -> None:
         """Take an adapter off, finished or half attached, and forget it."""
@@ -222,6 +234,8 @@ class Tuner(nn.Module):
 
     def _forget(self, name: str) -> None:
         del self.placed[name]
+        if self.reserved_slots is not None:
+            self.reserved_slots.release(name)
         self.plans.pop(name, None)
         self.peft_config.pop(name, None)
         # Looked for in all of these tables: there are as many as methods, and a table from name to method could disagree.
@@ -440,6 +454,7 @@ class Tuner(nn.Module):
                     unregister(layer, name)
             self._forget(name)
         self.adapted.clear()
+        self.reserved_slots = None
         self.selection.merged.clear()
         self.selection.set([])
         self.restore_base(keep_layers)

@@ -135,6 +135,8 @@ class OnLinear(LowRank):
 class LoraLinear(OnLinear):
     """LoRA on a linear layer: what decoding meets on every layer, so its tensors are kept at hand."""
 
+    stacked_names = OnLinear.factor_names
+
     def prepare(self, base: nn.Module, config: LoraConfig, path: str) -> None:
         super().prepare(base, config, path)
         # Where A and B are registered: each step on the way to a tensor would cost a tenth of a small product, and in a
@@ -157,6 +159,9 @@ class LoraLinear(OnLinear):
             return None
         a, b = self._held
         return Factors(a["weight"], b["weight"], self.scale)
+
+    def product_scale(self) -> float | None:
+        return self.scale if self._is_product and not (self.dropout and self.training) else None
 
 
 class OnEmbedding(LowRank):

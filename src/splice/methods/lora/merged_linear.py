@@ -37,7 +37,7 @@ class Unmerged:
             for name, entry in weights.entries.items()
         }
 
-    def read(self, names: Sequence[str]) -> list[torch.Tensor]:
+    def read(self, names: Sequence[str], into: Mapping[str, torch.Tensor] | None = None) -> list[torch.Tensor]:
         tensors = self.weights.read(names)
         return [_plain(t, self.enabled, self.rank) if name.endswith(_B) else t for name, t in zip(names, tensors)]
 

@@ -31,7 +31,7 @@ from splice.methods.lora.mica import MicaEmbedding, MicaLinear
 from splice.methods.lora.monteclora import MontecloraLinear, monteclora_loss
 from splice.methods.lora.parameters import LoraParameters
 from splice.methods.lora.residual import TakenDoraLinear, TakenLinear
-from splice.methods.lora.stacked import as_stacked
+from splice.methods.lora.stacked import JOINS, as_stacked
 from splice.methods.lora.unchanged_base import for_unchanged_base
 from splice.methods.lora.velora import VeloraLinear
 
@@ -125,6 +125,7 @@ METHOD = register(
         combine=CombinedFactors(),
         readings=(as_plain, as_stacked),
         restated=with_stacked_experts,
+        joins=JOINS,
         for_unchanged_base=for_unchanged_base,
         tags=("lora",),
         check=check,
