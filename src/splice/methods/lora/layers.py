@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from splice.base.foreign_models import embed_scale
 from splice.base.layers import LayerKind, features, kernel_size, kind_of, pads_with_zeros
+from splice.errors import UnsupportedFeatureError
 from splice.kinds.additive import Additive
 from splice.kinds.casting import cast_to
 from splice.kinds.convolution import as_convolution, convolve
@@ -28,7 +29,7 @@ from splice.kinds.matching import value_for
 from splice.kinds.slot import Slot
 from splice.kinds.tensors import Held, Registry
 from splice.methods.lora.config import LoraConfig
-from splice.methods.lora.inits import initialise_linear
+from splice.methods.lora.inits import LORA_GA, initialise_linear
 
 
 class LowRank(Additive):
@@ -102,6 +103,15 @@ class OnLinear(LowRank):
         (size_in, size_out), r = features(base), cls.rank(config, path)
         found = {"lora_A.weight": Slot((r, size_in)), "lora_B.weight": Slot((size_out, r))}
         return {**found, "lora_B.bias": Slot((size_out,))} if config.lora_bias else found
+
+    @classmethod
+    def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: LoraConfig) -> None:
+        if config.init_lora_weights == LORA_GA:
+            raise UnsupportedFeatureError(
+                "init_lora_weights='lora_ga' starts a new adapter from gradients of the base's weights, and this model has "
+                "none: run `preprocess_loraga(model, config, train_step)` first."
+            )
+        super().initialise(tensors, base, config)
 
     @classmethod
     def resolved(cls, base: nn.Module, config: LoraConfig) -> dict[str, object]:
