@@ -556,13 +556,13 @@ def test_calls_while_others_come_and_go() -> None:
 # -- the way through a batch
 
 
-def ways_of(slots: Sequence[int], counts: Sequence[int], batch: int, one_token: bool = True) -> stacked_rows.Way:
+def ways_of(slots: Sequence[int], counts: Sequence[int], batch: int, tokens: int = 1) -> stacked_rows.Way:
     pairs, row = [], 0
     for slot, count in zip(slots, counts, strict=True):
         taken = list(range(row, row + count))
         pairs.append((Group(str(slot), taken, torch.tensor(taken)), slot))
         row += count
-    return stacked_rows.find_way(pairs, batch, one_token)
+    return stacked_rows.find_way(pairs, batch, tokens)
 
 
 def test_neighbours_are_computed_together() -> None:
@@ -582,7 +582,7 @@ def test_gaps_are_computed_in_vain_where_it_costs_less() -> None:
     (run,) = ways_of(slots, [1] * 6, 6).runs
     assert run.groups == (0, 1, -1, 2, 3, 4, -1, -1, 5) and run.used is not None
     assert run.used.tolist() == [0, 1, 3, 4, 5, 8]
-    assert all(-1 not in run.groups for run in ways_of(slots, [1] * 6, 6, one_token=False).runs)
+    assert all(-1 not in run.groups for run in ways_of(slots, [1] * 6, 6, tokens=9).runs)
 
 
 def test_adapted_layers_without_slots_have_no_stack() -> None:

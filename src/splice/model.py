@@ -456,7 +456,7 @@ class PeftModel(nn.Module):
         and files are the same as without. The method of an adapter says whether it can: plain LoRA on linear layers.
 
         Args:
-            count: of slots, each (rank, in) and (out, rank) on every layer with an adapter; 0 gives them up, None asks.
+            count: of slots, each of (rank, in) and (out, rank) on every adapted layer; 0 to give them up, None to ask.
             rank: the largest with room in one; behind a smaller one there are zeros.
 
         Returns:
