@@ -11,9 +11,11 @@ Objects of our own are never asked so: what they can do stands in their class or
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
+import torch
 from torch import nn
 
 # What the options of a function are.
@@ -104,6 +106,15 @@ def key_renaming(network: nn.Module) -> Mapping[str, str] | None:
     return getattr(network, "_checkpoint_conversion_mapping", None)
 
 
+def quantisation(network: nn.Module) -> tuple[str, object]:
+    """How the weights of a model of transformers are quantised ("gptq"; empty for not at all), and with which settings."""
+    # transformers sets it on the object when it loads such weights: the name, as a member of an enum of strings.
+    own = vars(network)
+    if "quantization_method" not in own:
+        return "", None
+    return str(own["quantization_method"].value), own["config"].quantization_config
+
+
 # What quantisers leave on a network, beside the name of their method.
 _FLAGS = ("is_loaded_in_8bit", "is_loaded_in_4bit", "hqq_quantized")
 # Ways to quantise that need all else in half precision too, and by which alone a network is known to be quantised. Of
@@ -120,3 +131,139 @@ def quantised_by(network: nn.Module) -> frozenset[str]:
 def needs_half_precision(network: nn.Module) -> bool:
     """Whether the quantised layers of `network` want inputs, and all other parameters, in half precision."""
     return not _IN_HALF_PRECISION.isdisjoint(quantised_by(network))
+
+
+# -- configs of networks
+
+
+def config_of(network: nn.Module) -> object | None:
+    """The config that stands on the object `network`: one of transformers, a dict, or None."""
+    # Not `network.config`. That may be a child of this name, and in diffusers it is a property with other fields.
+    return network.__dict__.get("config")
+
+
+def config_field(network: nn.Module, name: str) -> object:
+    """The field `name` of `config_of(network)`; None where the config, or its field, is not there."""
+    return field_of(config_of(network), name)
+
+
+def field_of(config: object, name: str) -> object:
+    """The field `name` of a config, which may be a dict; None where it has none."""
+    # Every kind of model has fields of its own. Some stand on the class of the config, as `model_type` does.
+    return config.get(name) if isinstance(config, dict) else getattr(config, name, None)
+
+
+def set_config_field(network: nn.Module, name: str, value: object) -> None:
+    """Set a field of `config_of(network)`, which has to be there."""
+    config = config_of(network)
+    if isinstance(config, dict):
+        config[name] = value
+    else:
+        setattr(config, name, value)
+
+
+def model_type(network: nn.Module) -> str:
+    """`config.model_type` of a model of transformers, "custom" of any other."""
+    return str(config_field(network, "model_type") or "custom")
+
+
+def text_config(network: nn.Module) -> object | None:
+    """The config of `network`; of a model that sees or hears as well, the part of it that is about text."""
+    return config_field(network, "text_config") or config_of(network)
+
+
+# -- layers and parameters
+
+
+def quantised_linear(layer: nn.Module) -> str:
+    """The name of the class in `QUANTISED_LINEARS` that `layer` is of; empty for none."""
+    for cls in type(layer).__mro__:
+        if QUANTISED_LINEARS.get(cls.__name__) == cls.__module__.partition(".")[0]:
+            return cls.__name__
+    return ""
+
+
+def embed_scale(layer: nn.Module) -> float | torch.Tensor | None:
+    """The factor by which embeddings multiply what they look up (Gemma, BART); None of those that do not."""
+    return getattr(layer, "embed_scale", None)
+
+
+def is_transposed(experts: nn.Module) -> bool:
+    """Whether a module of stacked experts stores (experts, in, out); all others store (experts, out, in)."""
+    # Some classes of transformers say so. The shapes alone cannot: they may be square.
+    return bool(getattr(experts, "is_transposed", False))
+
+
+def execution_device(layer: nn.Module) -> torch.device | None:
+    """Where accelerate's hook on `layer` computes; None without a hook, or where the hook does not say."""
+    # The weights cannot tell: between calls an offloaded layer has them on `meta`.
+    hook = layer.__dict__.get("_hf_hook")
+    # Other hooks, and several in a sequence, have no device. By name: accelerate may not be installed.
+    if hook is None or all(cls.__name__ != "AlignDevicesHook" for cls in type(hook).__mro__):
+        return None
+    return None if hook.execution_device is None else torch.device(hook.execution_device)
+
+
+class OffloadingHook(Protocol):
+    """accelerate's hook on a module whose weights it keeps elsewhere between calls."""
+
+    def pre_forward(self, module: nn.Module) -> object:
+        """Bring the weights where the module computes."""
+        ...
+
+    def post_forward(self, module: nn.Module, output: object) -> object:
+        """Take them away again."""
+        ...
+
+
+def offloading_hooks(module: nn.Module) -> list[OffloadingHook]:
+    """The hooks by which accelerate offloads the weights of `module`; none where it does not."""
+    if "_hf_hook" not in vars(module):
+        return []
+    hook = vars(module)["_hf_hook"]
+    # By name: accelerate may not be installed.
+    hooks = hook.hooks if type(hook).__name__ == "SequentialHook" else [hook]
+    return [each for each in hooks if type(each).__name__ == "AlignDevicesHook" and each.offload]
+
+
+def patched_forwards(module: nn.Module) -> dict[str, Callable[..., object]]:
+    """The forwards that were set on the object `module`, by attribute; the innermost comes first."""
+    # A hook of accelerate keeps what it found as `_old_forward` and puts its own in front of it, as `forward`.
+    return {name: module.__dict__[name] for name in ("_old_forward", "forward") if name in module.__dict__}
+
+
+def has_cache_place(module: nn.Module) -> bool:
+    """Whether `module` knows its place among the layers (`layer_idx`), under which it finds its keys in a cache."""
+    return "layer_idx" in module.__dict__
+
+
+def full_numel(parameter: torch.Tensor) -> int:
+    """The number of elements of `parameter`; of one that DeepSpeed's ZeRO has divided, those of all its parts."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+# -- calls
+
+
+def loss_of(output: object) -> torch.Tensor | None:
+    """The loss in what a network returned; None without labels, and of a network that gives a plain tensor."""
+    return getattr(output, "loss", None)
+
+
+def accepted_by(function: Callable[..., object], options: Mapping[str, T]) -> dict[str, T]:
+    """Those of `options` that `function` has parameters for."""
+    parameters = inspect.signature(function).parameters
+    return {name: value for name, value in options.items() if name in parameters}
+
+
+# -- parameters
+
+# Their parameters hold codes, now or as soon as they are moved, whatever dtype and shape these tell.
+_PACKING_LIBRARIES = frozenset({"bitsandbytes", "torchao"})
+
+
+def holds_codes(parameter: torch.Tensor) -> bool:
+    """Whether `parameter` is of a class of a library that packs weights."""
+    # The data too: some wrap a tensor of a class of their own in a plain parameter.
+    classes = (type(parameter), type(parameter.data))
+    return any(cls.__module__.partition(".")[0] in _PACKING_LIBRARIES for cls in classes)
