@@ -91,8 +91,13 @@ def architecture() -> str:
 def written() -> dict[Path, str]:
     """The files that are made from the code, and what is in them."""
     reference = {_HERE / "api" / f"{name}.md": text for name, text in public.reference().items()}
-    stub = _HERE.parent / "src" / "splice" / "__init__.pyi"
-    return {_HERE / "methods.md": page(), _HERE / "architecture.md": architecture(), stub: public.stub(), **reference}
+    pages = {_HERE / "methods.md": page(), _HERE / "architecture.md": architecture(), **reference}
+    root = _HERE.parent
+    stubs = {
+        root / "src" / "splice" / "__init__.pyi": public.stub(),
+        root / "peft-shim" / "src" / "peft" / "__init__.pyi": public.shim_stub(),
+    }
+    return pages | stubs
 
 
 if __name__ == "__main__":

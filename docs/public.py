@@ -14,6 +14,7 @@ import splice
 from splice.discovery import public_names
 
 _STUB_HEAD = """# Written by `make docs`: the public names with their types, for editors and type checkers.
+# isort: skip_file
 
 """
 
@@ -89,6 +90,14 @@ def stub() -> str:
     ]
     listed = "".join(f'    "{name}",\n' for name in splice.__all__)
     return f"{_STUB_HEAD}{''.join(imports)}\n__version__: str\n__all__ = [\n{listed}]\n"
+
+
+def shim_stub() -> str:
+    """The same for the shim. What follows from the methods' records is not known before the program runs."""
+    imports = "".join(f"from splice import {name} as {name}\n" for name in sorted(places()))
+    return (
+        f"{_STUB_HEAD}from typing import Any\n\n{imports}\n__version__: str\n\ndef __getattr__(name: str) -> Any: ...\n"
+    )
 
 
 def reference() -> dict[str, str]:
