@@ -1,4 +1,5 @@
 # Written by `make docs`: the public names with their types, for editors and type checkers.
+# isort: skip_file
 
 from splice.auto import AutoPeftModel as AutoPeftModel
 from splice.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM

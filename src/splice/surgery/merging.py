@@ -130,7 +130,11 @@ def adapters_to_merge(
     Raises:
         TypeError: `adapter_names` is a string.
     """
-    names = [name for name in _named(adapter_names, selection.active) if name in known]
+    asked, known = _named(adapter_names, selection.active), list(known)
+    names = [name for name in asked if name in known]
+    if len(names) < len(asked):
+        # What other libraries pass on may name adapters of other models; a typo should not give the base in silence.
+        warn(f"There is no adapter {next(n for n in asked if n not in known)!r} to merge; there are {known}.")
     if not selection.merged:
         return names
     # On some layer: one that was merged alone must not keep the others from it.
