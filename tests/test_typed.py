@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,7 @@ def user(tmp_path: Path) -> Path:
     return python
 
 
+@pytest.mark.skipif(find_spec("mypy") is None, reason="mypy is not among the oldest versions")
 def test_what_a_type_checker_says_of_a_small_program(user: Path, tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.lstrip(), encoding="utf-8")
