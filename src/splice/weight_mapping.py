@@ -64,7 +64,7 @@ def _placing(config: PeftConfig | None) -> Callable[[str], Place]:
 def _layer_classes(method: Method, config: PeftConfig) -> Iterator[type[AdapterLayer]]:
     for kind, plain in method.layers.items():
         try:
-            asked = None if method.variant is None else method.variant(config, kind)
+            asked = None if method.variant is None else method.variant(config, kind, None)
         except ValueError:  # on no layer of this kind, and so in no file
             continue
         yield asked or plain
