@@ -291,3 +291,155 @@ def test_relatives_that_start_otherwise_are_refused(start: Any) -> None:
     made.kasa_config = splice.KasaConfig()
     with pytest.raises(UnsupportedFeatureError, match="kasa_config"):
         splice.get_peft_model(network, made)
+
+
+# -- EVA
+
+QKV = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]
+
+
+def tokens() -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    batches = []
+    for _ in range(4):
+        ids = torch.randint(1, 40, (8, 12), generator=generator)
+        labels = ids.clone()
+        labels[:, :3] = -100
+        batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+    return batches
+
+
+def eva(library: Any, **fields: Any) -> Any:
+    names = ("rho", "tau", "whiten", "adjust_scaling_factors", "use_label_mask")
+    options = {name: fields.pop(name) for name in names if name in fields}
+    asked = {"r": 3, "lora_alpha": 6, "target_modules": QKV, "init_lora_weights": "eva", "task_type": "CAUSAL_LM"}
+    return library.LoraConfig(**{**asked, **fields}, eva_config=library.EvaConfig(**options))
+
+
+def started(library: Any, **fields: Any) -> Any:
+    model = library.get_peft_model(bases.LLAMA.build(), eva(library, **fields))
+    library.initialize_lora_eva_weights(model, tokens(), show_progress_bar=False)
+    return model
+
+
+def ranks_of(model: Any) -> dict[str, int]:
+    return {n: len(p) for n, p in model.named_parameters() if ".lora_A." in n}
+
+
+@pytest.mark.parametrize("fields", [{}, {"rho": 1.0, "whiten": True}, {"adjust_scaling_factors": False}], ids=str)
+def test_eva_starts_where_the_reference_does(fields: dict[str, Any], tmp_path: Path) -> None:
+    theirs, ours = started(peft, **fields), started(splice, **fields)
+    ranks = ranks_of(theirs)
+    assert ranks_of(ours) == ranks
+    assert len(set(ranks.values())) > 1 or fields.get("rho") == 1.0
+    factors = [dict(model.named_parameters()) for model in (theirs, ours)]
+    for name in ranks:
+        a, b = (torch.nn.functional.normalize(f[name].detach(), dim=1) for f in factors)
+        # The reference may stop after another batch; both have settled to a cosine of 0.99.
+        assert (a * b).sum(1).abs().min() > 0.97, name
+        if not fields.get("whiten"):
+            assert_close(factors[1][name] @ factors[1][name].T, torch.eye(ranks[name]), factor=10)
+        else:
+            # Of layers that see the same input the reference whitens the one tensor again for each of them.
+            times = 3 if any(f"{part}_proj" in name for part in "qkv") else 1
+            size = [factors[0][name].norm(dim=1) ** (1 / times), factors[1][name].norm(dim=1)]
+            torch.testing.assert_close(size[1], size[0], rtol=0.1, atol=0.0)
+        assert factors[1][name].requires_grad
+        assert not factors[1][name.replace("lora_A", "lora_B")].any()
+    configs = [model.peft_config["default"] for model in (theirs, ours)]
+    for field in ("target_modules", "rank_pattern", "alpha_pattern", "r", "lora_alpha", "init_lora_weights"):
+        assert getattr(configs[1], field) == getattr(configs[0], field), field
+    assert ours.active_adapters == ["default"]
+    inputs = bases.LLAMA.inputs(2)
+    assert torch.equal(run(ours, inputs), run(bases.LLAMA.build(), inputs))
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            parameter.fill_(0.05) if "lora_B" in name else None
+    ours.save_pretrained(tmp_path)
+    for library in (peft, splice):
+        again = library.PeftModel.from_pretrained(bases.LLAMA.build(), str(tmp_path))
+        assert_close(run(again, inputs), run(ours, inputs))
+
+
+def test_eva_takes_the_adapter_from_layers_that_earn_no_rank() -> None:
+    base = bases.LLAMA
+    model: Any = splice.get_peft_model(base.build(), eva(splice, target_modules=["q_proj", "embed_tokens"]))
+    model.get_base_model().train()
+    state = splice.get_eva_state_dict(model, tokens(), show_progress_bar=False)
+    assert len(state) == 2
+    first, second = sorted(state)
+    state[second] = state[second][:0]
+    splice.initialize_lora_eva_weights(model, eva_state_dict={**state, first: torch.eye(5, 16)})
+    assert ranks_of(model) == {f"{first}.lora_A.default.weight": 5}
+    assert [p for p in model.targeted_module_names if "q_proj" in p] == [first.removeprefix("base_model.model.")]
+    assert "model.embed_tokens" in model.peft_config["default"].target_modules
+    assert type(model.get_submodule(second)) is nn.Linear
+    assert model.get_base_model().training
+    expected = {
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight",
+        "base_model.model.model.embed_tokens.lora_embedding_A",
+        "base_model.model.model.embed_tokens.lora_embedding_B",
+    }
+    assert set(splice.get_peft_model_state_dict(model, save_embedding_layers=False)) == expected
+    model.unload()
+    assert not any("lora" in name for name, _ in model.get_base_model().named_parameters())
+
+
+def test_what_eva_needs() -> None:
+    base, own = bases.LLAMA, eva(splice)
+    with pytest.raises(ValueError, match="model must be a PeftModel"):
+        splice.initialize_lora_eva_weights(base.build(), tokens())
+    with pytest.raises(ValueError, match="peft_config is required"):
+        splice.get_eva_state_dict(base.build(), tokens())
+    with pytest.raises(ValueError, match="dataloader is empty"):
+        splice.get_eva_state_dict(base.build(), [], own, show_progress_bar=False)
+    with pytest.raises(ValueError, match="too little data: .* needs 6 rows"):
+        small = [{"input_ids": torch.tensor([[1, 2]])}]
+        splice.get_eva_state_dict(base.build(), iter(small), own, show_progress_bar=False)
+    model: Any = splice.get_peft_model(base.build(), own)
+    with pytest.raises(ValueError, match="dataloader is required"):
+        splice.initialize_lora_eva_weights(model)
+    plain: Any = splice.get_peft_model(base.build(), splice.LoraConfig(target_modules=QKV))
+    with pytest.raises(ValueError, match="init_lora_weights='eva'"):
+        splice.initialize_lora_eva_weights(plain, tokens())
+    model.add_adapter("second", eva(splice))
+    splice.initialize_lora_eva_weights(model, tokens(), adapter_name="second", show_progress_bar=False)
+    assert model.active_adapters == ["default"]
+    frozen = [p.requires_grad for n, p in model.named_parameters() if ".second." in n]
+    assert frozen
+    assert not any(frozen)
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match="single active adapter"):
+        splice.initialize_lora_eva_weights(model, tokens())
+    with pytest.raises(ValueError, match=r"has \(2, 3\) for model.layers.0.self_attn.q_proj"):
+        model.set_adapter("default")
+        splice.initialize_lora_eva_weights(model, eva_state_dict={"model.layers.0.self_attn.q_proj": torch.zeros(2, 3)})
+
+
+def test_an_adapter_that_cannot_be_made_anew_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    from splice.surgery.tuner import Tuner
+
+    base = bases.LLAMA
+    model: Any = splice.get_peft_model(base.build(), eva(splice))
+    names = [name for name, _ in model.named_parameters()]
+    before = dict(model.named_parameters())
+    targets = model.peft_config["default"].target_modules
+    commit = Tuner.commit
+    calls = []
+
+    def interrupted(self: Any, *args: Any, **kwargs: Any) -> None:
+        calls.append(args)
+        commit(self, *args, **kwargs)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Tuner, "commit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        splice.initialize_lora_eva_weights(model, tokens(), show_progress_bar=False)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    assert all(p.requires_grad == ("lora_" in n) for n, p in model.named_parameters())
+    assert model.peft_config["default"].target_modules == targets
+    with pytest.raises(ValueError, match="left over"):
+        model.remake_adapter("default", model.peft_config["default"], {"x": torch.zeros(1)})

@@ -37,6 +37,8 @@ from splice.methods.lokr import LoKrConfig as LoKrConfig
 from splice.methods.lora.config import LoraConfig as LoraConfig
 from splice.methods.lora.config import LoraRuntimeConfig as LoraRuntimeConfig
 from splice.methods.lora.corda import preprocess_corda as preprocess_corda
+from splice.methods.lora.eva import get_eva_state_dict as get_eva_state_dict
+from splice.methods.lora.eva import initialize_lora_eva_weights as initialize_lora_eva_weights
 from splice.methods.lora.loraga import preprocess_loraga as preprocess_loraga
 from splice.methods.lora.subconfigs import BdLoraConfig as BdLoraConfig
 from splice.methods.lora.subconfigs import CordaConfig as CordaConfig

@@ -25,6 +25,7 @@ from splice.loading.creating import new_adapter
 from splice.loading.in_memory import checkpoint_from
 from splice.loading.load import Loaded, LoadResult, load_into, load_new
 from splice.loading.options import LoadOptions
+from splice.loading.remaking import remake
 from splice.loading.report import LoadReport
 from splice.loading.saving import facts_of, save
 from splice.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
@@ -288,6 +289,19 @@ class PeftModel(nn.Module):
         except BaseException:
             undo.run()
             raise
+
+    def remake_adapter(self, adapter_name: str, config: PeftConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Put an adapter with this config and these tensors in the place of the one of that name, active if that is.
+
+        Args:
+            adapter_name: of the adapter that is there.
+            config: of the new one; the object is kept.
+            tensors: all of its tensors, by their names in a checkpoint; they are copied.
+
+        Raises:
+            ValueError: there is no such adapter, it is merged, or the tensors are not those of the config.
+        """
+        remake(self.base_model, adapter_name, config, tensors, self.heads)
 
     def save_pretrained(
         self,

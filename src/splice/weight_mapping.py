@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, WeightTransform
 
 from splice.base.conversions import Stacking, renaming_by, stackings_in
@@ -65,8 +64,7 @@ def _placing(config: PeftConfig | None) -> Callable[[str], Place]:
 def _layer_classes(method: Method, config: PeftConfig) -> Iterator[type[AdapterLayer]]:
     for kind, plain in method.layers.items():
         try:
-            # A layer of which nothing is known: what it holds decides how an adapter starts, and not its names.
-            asked = None if method.variant is None else method.variant(config, nn.Module(), kind)
+            asked = None if method.variant is None else method.variant(config, kind, None)
         except ValueError:  # on no layer of this kind, and so in no file
             continue
         yield asked or plain

@@ -54,11 +54,13 @@ from splice import VeloraConfig as VeloraConfig
 from splice import VeraConfig as VeraConfig
 from splice import cast_mixed_precision_params as cast_mixed_precision_params
 from splice import get_base_model_state_dict as get_base_model_state_dict
+from splice import get_eva_state_dict as get_eva_state_dict
 from splice import get_layer_status as get_layer_status
 from splice import get_model_status as get_model_status
 from splice import get_peft_config as get_peft_config
 from splice import get_peft_model as get_peft_model
 from splice import get_peft_model_state_dict as get_peft_model_state_dict
+from splice import initialize_lora_eva_weights as initialize_lora_eva_weights
 from splice import inject_adapter_in_model as inject_adapter_in_model
 from splice import load_peft_weights as load_peft_weights
 from splice import prepare_model_for_kbit_training as prepare_model_for_kbit_training

@@ -65,7 +65,8 @@ class Method(NamedTuple):
         prefix: what the names of its tensors begin with (`lora_`).
         tensor_names: the first components of its tensors' names (`lora_A`).
         layers: the adapter layer for each kind of base layer it supports; empty for prompt learning.
-        variant: the adapter layer for a base layer of a kind, where the config asks for another than in `layers`; else None.
+        variant: the adapter layer for a kind of base layer (for this one, if it is given), where a config asks for another
+            one than `layers` has; else None.
         other_layer: the adapter layer for every other base layer, whatever it is; None where it cannot be put on them.
         parameters_layer: the adapter layer for bare parameters of a module; None where it cannot be put on them.
         network_layer: the adapter layer for the network as a whole, of methods that act on its call: prompt learning.
@@ -102,7 +103,7 @@ class Method(NamedTuple):
     prefix: str
     tensor_names: frozenset[str]
     layers: Mapping[LayerKind, type[AdapterLayer]] = MappingProxyType({})
-    variant: Callable[[Config, nn.Module, LayerKind], type[AdapterLayer] | None] | None = None
+    variant: Callable[[Config, LayerKind, nn.Module | None], type[AdapterLayer] | None] | None = None
     other_layer: type[AdapterLayer] | None = None
     parameters_layer: type[AdapterLayer] | None = None
     network_layer: type[NetworkLayer] | None = None
@@ -153,7 +154,7 @@ class Method(NamedTuple):
                 f"Target module {path!r} is a {type(base).__name__}, which {self.name.value} cannot be put on. "
                 f"Supported are: {supported}. Name the layers inside it, or exclude it with `exclude_modules`."
             )
-        variant = None if self.variant is None else self.variant(config, base, kind)
+        variant = None if self.variant is None else self.variant(config, kind, base)
         return self.layers[kind] if variant is None else variant
 
 

@@ -18,7 +18,7 @@ from splice.checkpoint.keys import PREFIX
 from splice.checkpoint.types import PeftType
 from splice.config import PeftConfig
 from splice.errors import warn
-from splice.kinds.adapters import Adapters
+from splice.kinds.adapters import TUNER, Adapters
 from splice.kinds.call import ReadsCall
 from splice.kinds.host import Host, first_conflict
 from splice.kinds.layer import AdapterLayer
@@ -40,8 +40,7 @@ from splice.surgery.spellings import guard_parents
 from splice.surgery.stacks import Stacks
 from splice.surgery.weight_readers import weight_readers
 
-# Under which attributes a network keeps its tuner and the configs of its adapters.
-TUNER = "splice_tuner"
+# Under which attribute a network keeps the configs of its adapters; its tuner is under `TUNER`.
 CONFIGS = "peft_config"
 
 T = TypeVar("T")

@@ -80,8 +80,8 @@ _FROM_GRADIENT: Mapping[str, type[AdapterLayer]] = MappingProxyType(
 )
 
 
-def variant(config: LoraConfig, base: nn.Module, kind: LayerKind) -> type[AdapterLayer] | None:
-    """The adapter layer on `base` of the relative of LoRA that `config` asks for; None for plain LoRA.
+def variant(config: LoraConfig, kind: LayerKind, base: nn.Module | None) -> type[AdapterLayer] | None:
+    """The adapter layer of the relative of LoRA that `config` asks for, on `base` if it is given; None for plain LoRA.
 
     Raises:
         UnsupportedLayerError: (a ValueError) it cannot be put on such a layer.
@@ -90,7 +90,7 @@ def variant(config: LoraConfig, base: nn.Module, kind: LayerKind) -> type[Adapte
     asked, init = active_variants(config), config.init_lora_weights
     check_init_on(init, kind)
     # Without a gradient it is an adapter that was trained on the changed base: then nothing is left of how it started.
-    from_gradient = init == LORA_GA and has_gradient(base)
+    from_gradient = init == LORA_GA and base is not None and has_gradient(base)
     if (takes_from_base(init) or from_gradient) and kind in _LINEAR:
         layers = _FROM_GRADIENT if from_gradient else _CORDA if init == CORDA else _TAKEN
         relative = asked[0] if asked else ""
