@@ -20,7 +20,8 @@ def base(dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 48}
-    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False, **fields)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(**{**sizes, **heads, "tie_word_embeddings": False, **fields})
     torch.manual_seed(0)
     return LlamaForCausalLM(config).to(dtype)
 

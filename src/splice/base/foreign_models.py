@@ -39,6 +39,16 @@ QUANTISED_LINEARS = {"Linear4bit": "bitsandbytes", "Linear8bitLt": "bitsandbytes
 
 # -- networks
 
+# What `torch.compile` puts before the names of the model that it was given.
+COMPILED = "_orig_mod."
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model that `torch.compile` was given, of what it gave back; any other model itself."""
+    # By the name of the child: the class is in a module that takes long to import.
+    found = model._modules.get(COMPILED[:-1])
+    return model if found is None else found
+
 
 def is_pretrained(network: nn.Module) -> bool:
     """Whether `network` is a model of transformers."""
@@ -131,6 +141,11 @@ def quantised_by(network: nn.Module) -> frozenset[str]:
 def needs_half_precision(network: nn.Module) -> bool:
     """Whether the quantised layers of `network` want inputs, and all other parameters, in half precision."""
     return not _IN_HALF_PRECISION.isdisjoint(quantised_by(network))
+
+
+def unsplit_classes(network: nn.Module) -> list[str]:
+    """Names of the classes of blocks that a model of transformers keeps together; empty of any other model."""
+    return list(getattr(network, "_no_split_modules", None) or ())
 
 
 # -- configs of networks

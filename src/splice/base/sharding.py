@@ -8,7 +8,7 @@ come by, in the same order.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, cast
 
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DTensor, Shard
 
 # Where torch has the classes and functions used here. They are looked up among the modules that are there: an import takes a
@@ -95,11 +96,56 @@ def part_in(tensor: torch.Tensor, part: Part) -> torch.Tensor:
 def from_part(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The divided tensor of which this process has `part`, of the form of `like`."""
     assert is_divided(like)
-    local = part.to(like.device)
+    moved = part if like.is_meta else part.to(like.device)
     made: torch.Tensor = sys.modules[_TENSOR].DTensor.from_local(
-        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        moved, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
     return made
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process has of `tensor`, in its graph."""
+    return tensor.to_local() if is_divided(tensor) else tensor
+
+
+def mesh_group(tensor: torch.Tensor) -> ProcessGroup:
+    """The processes among which `tensor` is divided, in the one dimension of their mesh."""
+    return cast("DTensor", tensor).device_mesh.get_group()
+
+
+def is_tensor_parallel(layer: nn.Module) -> bool:
+    """Whether each process computes with its part of the tensors of `layer`, and nobody makes them whole for a call."""
+    divided = [tensor for tensor in layer._parameters.values() if is_divided(tensor)]
+    # What FSDP manages is whole in a call, unless it manages what tensor parallelism has divided before.
+    return bool(divided) and (
+        not is_managed(layer) or any("tp" in (t.device_mesh.mesh_dim_names or ()) for t in divided)
+    )
+
+
+def divided_dim(layer: nn.Module) -> int | None:
+    """The one dimension in which tensor parallelism divides the weight of `layer`; None where it does in another way."""
+    weight = layer._parameters.get("weight")
+    if not is_divided(weight) or weight.device_mesh.ndim != 1 or is_managed(layer):
+        return None
+    (placement,) = weight.placements
+    # By name: derived classes divide in stripes.
+    return cast("Shard", placement).dim % weight.dim() if type(placement).__name__ == "Shard" else None
+
+
+def empty_divided(layer: nn.Module, shape: Sequence[int], dim: int | None) -> DTensor:
+    """A tensor without values on the mesh that the weight of `layer` is on: divided in `dim`, or copies for None."""
+    module = sys.modules[_TENSOR]
+    mesh = cast("DTensor", layer._parameters["weight"]).device_mesh
+    kinds = [module.Replicate() if dim is None else module.Shard(dim)] * mesh.ndim
+    empty: DTensor = module.distribute_tensor(torch.empty(tuple(shape), device="meta"), mesh, kinds, src_data_rank=None)
+    return empty
+
+
+def divided_by_first(values: torch.Tensor, template: torch.Tensor) -> torch.Tensor:
+    """`values` of the first process, divided among all as `template` is: others may have drawn other numbers."""
+    like = cast("DTensor", template)
+    divided: torch.Tensor = sys.modules[_TENSOR].distribute_tensor(values, like.device_mesh, like.placements)
+    return divided
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from splice.base.layers import LayerKind, kind_of
+from splice.base.sharding import is_tensor_parallel
 from splice.checkpoint.types import PeftType
 from splice.config import PeftConfig, class_of
 from splice.discovery import find_methods
@@ -68,6 +69,7 @@ class Method(NamedTuple):
         variant: the adapter layer for a kind of base layer (for this one, if it is given), where a config asks for another
             one than `layers` has; else None.
         other_layer: the adapter layer for every other base layer, whatever it is; None where it cannot be put on them.
+        divided_layers: the adapter layer in the place of another one where tensor parallelism divides the base layer.
         parameters_layer: the adapter layer for bare parameters of a module; None where it cannot be put on them.
         network_layer: the adapter layer for the network as a whole, of methods that act on its call: prompt learning.
         shared: what holds the tensors that all layers of an adapter use; None where each layer has its own only.
@@ -105,6 +107,7 @@ class Method(NamedTuple):
     layers: Mapping[LayerKind, type[AdapterLayer]] = MappingProxyType({})
     variant: Callable[[Config, LayerKind, nn.Module | None], type[AdapterLayer] | None] | None = None
     other_layer: type[AdapterLayer] | None = None
+    divided_layers: Mapping[type[AdapterLayer], type[AdapterLayer]] = MappingProxyType({})
     parameters_layer: type[AdapterLayer] | None = None
     network_layer: type[NetworkLayer] | None = None
     shared: type[SharedTensors] | None = None
@@ -155,7 +158,8 @@ class Method(NamedTuple):
                 f"Supported are: {supported}. Name the layers inside it, or exclude it with `exclude_modules`."
             )
         variant = None if self.variant is None else self.variant(config, kind, base)
-        return self.layers[kind] if variant is None else variant
+        chosen = self.layers[kind] if variant is None else variant
+        return self.divided_layers.get(chosen, chosen) if is_tensor_parallel(base) else chosen
 
 
 def register(method: Method) -> Method:
