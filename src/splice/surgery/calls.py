@@ -181,7 +181,7 @@ def _warn_if_apart(tuner: Tuner) -> None:
         warn(
             f"Adapter {first!r} is trained on a model that FSDP divides among processes, and FSDP does not know of it: each "
             "process trains a copy of its own, and these come apart. Put the adapter on before `fully_shard`, or call "
-            f"`fully_shard(layer.lora_A[{first!r}])` and so on for each of its modules.",
+            "`fully_shard` on each of the modules that hold its tensors.",
             PeftWarning,
         )
 

@@ -57,8 +57,7 @@ class Placement:
         if is_tensor_parallel(base) and not layer_class.divides:
             raise UnsupportedLayerError(
                 f"{path}: tensor parallelism divides its tensors among processes, and this adapter cannot be put on a part "
-                "of a layer. Plain LoRA can, without DoRA and the like. Leave the layer out of the targets, or load the base "
-                "without a `tp_plan`."
+                "of a layer. Few can. Leave the layer out of the targets, or load the base without a `tp_plan`."
             )
         return cls(path, base, layer_class, layer_class.slots(base, own or config, path), own_config=own)
 
