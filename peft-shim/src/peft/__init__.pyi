@@ -52,6 +52,7 @@ from splice import UnknownMethodError as UnknownMethodError
 from splice import UnsupportedFeatureError as UnsupportedFeatureError
 from splice import VeloraConfig as VeloraConfig
 from splice import VeraConfig as VeraConfig
+from splice import cast_mixed_precision_params as cast_mixed_precision_params
 from splice import get_base_model_state_dict as get_base_model_state_dict
 from splice import get_layer_status as get_layer_status
 from splice import get_model_status as get_model_status
@@ -60,8 +61,12 @@ from splice import get_peft_model as get_peft_model
 from splice import get_peft_model_state_dict as get_peft_model_state_dict
 from splice import inject_adapter_in_model as inject_adapter_in_model
 from splice import load_peft_weights as load_peft_weights
+from splice import prepare_model_for_kbit_training as prepare_model_for_kbit_training
+from splice import preprocess_corda as preprocess_corda
+from splice import preprocess_loraga as preprocess_loraga
 from splice import set_base_model_state_dict as set_base_model_state_dict
 from splice import set_peft_model_state_dict as set_peft_model_state_dict
+from splice import shift_tokens_right as shift_tokens_right
 
 __version__: str
 
