@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol, TypeVar
+from types import FrameType
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -36,6 +37,20 @@ READ_THE_REGISTERED = frozenset(
 
 # Linear layers of other libraries for which programs have classes of their own, by name -> the library.
 QUANTISED_LINEARS = {"Linear4bit": "bitsandbytes", "Linear8bitLt": "bitsandbytes"}
+
+# Functions, by module and name, that bring the weight of a layer into another dtype for a call, and back after it.
+CASTS_FOR_A_CALL = frozenset(
+    ("diffusers.hooks.layerwise_casting", name) for name in ("initialize_hook", "pre_forward", "post_forward")
+)
+
+# Functions, by module and name, that put the base layers of a network back in the places of its adapted ones.
+TAKES_ADAPTERS_OFF = frozenset({("diffusers.utils.peft_utils", "recurse_remove_peft_layers")})
+
+
+def is_called_from(frame: FrameType, functions: frozenset[tuple[str, str]]) -> bool:
+    """Whether `frame` runs one of these functions."""
+    return (frame.f_globals.get("__name__"), frame.f_code.co_name) in functions
+
 
 # -- networks
 
@@ -241,10 +256,39 @@ def offloading_hooks(module: nn.Module) -> list[OffloadingHook]:
     return [each for each in hooks if type(each).__name__ == "AlignDevicesHook" and each.offload]
 
 
-def patched_forwards(module: nn.Module) -> dict[str, Callable[..., object]]:
-    """The forwards that were set on the object `module`, by attribute; the innermost comes first."""
+class ForwardPlace(NamedTuple):
+    """Where a forward is kept that is called in the place of the class's own."""
+
+    # The dict of the object that keeps it: the module, or a hook.
+    holder: dict[str, Any]
+    # Its name there.
+    name: str
+
+    @property
+    def forward(self) -> Callable[..., object]:
+        """What stands there now."""
+        found: Callable[..., object] = self.holder[self.name]
+        return found
+
+    def put(self, forward: Callable[..., object]) -> None:
+        """Let `forward` stand there."""
+        self.holder[self.name] = forward
+
+
+def forward_places(module: nn.Module) -> list[ForwardPlace]:
+    """Where forwards of the object `module` are kept; the innermost comes first."""
     # A hook of accelerate keeps what it found as `_old_forward` and puts its own in front of it, as `forward`.
-    return {name: module.__dict__[name] for name in ("_old_forward", "forward") if name in module.__dict__}
+    own = [ForwardPlace(module.__dict__, name) for name in ("_old_forward", "forward") if name in module.__dict__]
+    # A hook of diffusers keeps it in an object; one that calls it in a way of its own keeps it there a second time.
+    registry = module.__dict__.get("_diffusers_hook")
+    kept = [vars(reference) for reference in registry._fn_refs] if registry is not None else []
+    names = ("original_forward", "forward")
+    return [*(ForwardPlace(each, name) for each in kept for name in names if each[name] is not None), *own]
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a hook of accelerate or of diffusers stands in front of the forward of `module`."""
+    return any(place.holder is not module.__dict__ or place.name != "forward" for place in forward_places(module))
 
 
 def has_cache_place(module: nn.Module) -> bool:

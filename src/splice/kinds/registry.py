@@ -21,6 +21,7 @@ from splice.kinds.layer import AdapterLayer, Config
 from splice.kinds.network import NetworkLayer
 from splice.kinds.reading import Reader
 from splice.kinds.shared import SharedTensors
+from splice.kinds.swapping import Swapping
 
 _METHODS: dict[PeftType, Method] = {}
 
@@ -82,6 +83,7 @@ class Method(NamedTuple):
         follows_ties: whether layers that are tied to adapted input embeddings always share their adapter layer's tensors.
         exclusive: whether only one of its adapters can take effect at a time.
         combine: how several adapters become one (`add_weighted_adapter`); None where they cannot.
+        swapping: how one adapter takes the place of another in a compiled model; None where that is not possible.
         readings: ways in which its adapters were written before, asked in turn where a checkpoint does not fit as it is.
         restated: a config for an earlier form of this network, put in words of the network as it is; mostly unchanged.
         joins: suffix of a tensor -> how the tensors that layers had, which are parts of one parameter now, become that of the
@@ -120,6 +122,7 @@ class Method(NamedTuple):
     follows_ties: bool = False
     exclusive: bool = False
     combine: Combine | None = None
+    swapping: Swapping | None = None
     readings: tuple[Reader, ...] = ()
     restated: Callable[[Config, nn.Module, Mapping[str, nn.Module]], PeftConfig] = _as_it_is
     joins: Mapping[str, Callable[[Config, str, Mapping[str, Sequence[torch.Tensor]]], torch.Tensor]] = MappingProxyType(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from types import FunctionType
+from typing import Any
 
 import torch
 from torch import nn
 
 from splice.base.bare import HOST, bare_children
+from splice.base.foreign_models import CASTS_FOR_A_CALL, is_called_from
 from splice.base.routing import gets_sorted_tokens
 from splice.kinds.computing import computing, reading_as
 from splice.kinds.effect import Forward
@@ -17,7 +20,7 @@ from splice.kinds.host import Host, host_of, in_order
 from splice.kinds.layer import AdapterLayer
 from splice.selection import Choice, Group, Groups, Rows
 from splice.surgery.generated import Generated
-from splice.surgery.layer_attributes import AdaptedViews
+from splice.surgery.layer_attributes import AdaptedViews, bare_layer
 from splice.surgery.layer_commands import LayerCommands
 from splice.surgery.reading import publish_tensors
 from splice.surgery.registering import called_through
@@ -131,6 +134,14 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
             more, named = _of_rows(host, group, x, args[1:], kwargs) if layer.shows else ((), {})
             y[group.indices] = wrapped(x[group.indices], *more, **named).to(y.dtype)
         return y
+
+    def to(self, *args: Any, **kwargs: Any) -> Adapted:
+        """As of any module; a hook that casts the weight for each call gets the base's tensors cast alone."""
+        # It means the layer's own, and the adapters would be rounded to what the base is stored in.
+        if is_called_from(sys._getframe(1), CASTS_FOR_A_CALL):
+            bare_layer(self.splice_host).to(*args, **kwargs)
+            return self
+        return super().to(*args, **kwargs)
 
     @classmethod
     def members_for(cls, base: type[nn.Module]) -> dict[str, object]:

@@ -8,7 +8,7 @@ from typing import cast
 from torch import nn
 
 from splice.base.bare import HOST
-from splice.base.foreign_models import patched_forwards
+from splice.base.foreign_models import forward_places
 from splice.kinds.host import Host, host_of
 from splice.surgery.generated import Generated, was_generated
 from splice.surgery.registering import unregister, unshare
@@ -54,9 +54,10 @@ def _swap_back(layer: nn.Module, host: Host) -> None:
     adapted, cls = type(layer), _without_adapters(type(layer), host.original)
     layer.__class__ = cls
     # A hook may have come or gone in the meantime; wherever our forward was left, the base's own takes its place.
-    for name, standing in patched_forwards(layer).items():
+    for place in forward_places(layer):
+        standing = place.forward
         if isinstance(standing, MethodType) and standing.__func__ is adapted.forward:
-            layer.__dict__[name] = host.own_forward or cls.forward.__get__(layer)
+            place.put(host.own_forward or cls.forward.__get__(layer))
         elif isinstance(standing, ReplacedForward):
-            layer.__dict__[name] = standing.__wrapped__
+            place.put(standing.__wrapped__)
     del layer.__dict__[HOST]

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 from torch import nn
 
-from splice.base.bare import carried, walk_bare
+from splice.base.bare import TUNER, carried, walk_bare
 from splice.base.foreign_models import loss_of
 from splice.base.routing import gets_sorted_tokens
 from splice.base.sharding import divide_again, is_managed, is_sharded
@@ -32,6 +32,7 @@ from splice.selection import BASE, Rows, Selection
 from splice.surgery.adapted_layer import Adapted, is_whole
 from splice.surgery.attach import attach
 from splice.surgery.base_changes import BaseChanges
+from splice.surgery.configs import Configs
 from splice.surgery.detach import detach
 from splice.surgery.merging import adapters_to_merge, merge, merge_for_good, note_untied, unmerge
 from splice.surgery.placement import Built
@@ -68,7 +69,7 @@ class Tuner(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.peft_config: dict[str, PeftConfig] = {}
+        self.peft_config: dict[str, PeftConfig] = Configs()
         self.selection = Selection()
         # Plain dicts, so that nothing here is registered as a submodule a second time.
         self.adapted: dict[str, Adapted] = {}
@@ -107,6 +108,9 @@ class Tuner(nn.Module):
         """The tuner of a network that carries adapters already, else a new one."""
         # In a tuple: what looks through the attributes of a network for modules must not find one that holds the network.
         existing = cast("tuple[Tuner] | None", carried(network, TUNER))
+        if existing is not None and carried(network, CONFIGS) is None:
+            existing[0]._forget_replaced()
+            existing = cast("tuple[Tuner] | None", carried(network, TUNER))
         return cls(network) if existing is None else existing[0]
 
     def forward(self, *args: object, **kwargs: object) -> Any:
@@ -234,6 +238,36 @@ class Tuner(nn.Module):
         self._forget(name)
         if not self.placed:
             self.restore_base()
+
+    def left(self, path: str, name: str) -> None:
+        """Note that an adapter was taken off the layer at `path` alone. With the last of its layers it is forgotten."""
+        placed = self.placed.get(name, {})
+        if placed.pop(path, None) is None:
+            return
+        self._places.pop(name, None)
+        if not isinstance(self.adapted.get(path), Adapted):
+            self.adapted.pop(path, None)
+        if any(not isinstance(layer, SharedTensors) for layer in placed.values()):
+            return
+        shown = self.shown_configs()
+        self.discard(name)
+        self.selection.forget(name)
+        if shown is not None:
+            vars(self.model)[CONFIGS] = shown
+
+    def shown_configs(self) -> Configs | None:
+        """A copy of the configs that the network shows; None where somebody has deleted them."""
+        # Whoever takes an adapter off layer by layer takes its config out of the network's afterwards, and expects it there.
+        shown = cast("dict[str, PeftConfig] | None", carried(self.model, CONFIGS))
+        return None if shown is None else Configs({**self.peft_config, **shown})
+
+    def _forget_replaced(self) -> None:
+        """Forget adapters on layers that somebody has put others in the places of."""
+        there = {id(module) for module in walk_bare(self.model).values()}
+        for path, host in self.hosts.items():
+            for name in list(host.layers) if id(host.base) not in there else ():
+                detach(host.base, name)
+                self.left(path, name)
 
     def _forget(self, name: str) -> None:
         del self.placed[name]

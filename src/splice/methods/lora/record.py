@@ -33,6 +33,7 @@ from splice.methods.lora.monteclora import MontecloraLinear, monteclora_loss
 from splice.methods.lora.parameters import LoraParameters
 from splice.methods.lora.residual import TakenDoraLinear, TakenLinear
 from splice.methods.lora.stacked import JOINS, as_stacked
+from splice.methods.lora.swapping import RankSwapping
 from splice.methods.lora.unchanged_base import for_unchanged_base
 from splice.methods.lora.velora import VeloraLinear
 
@@ -125,6 +126,7 @@ METHOD = register(
         tuner_methods=MappingProxyType({"_get_kasa_loss": kasa_loss, "_get_monteclora_loss": monteclora_loss}),
         default_targets=LORA_TARGETS,
         combine=CombinedFactors(),
+        swapping=RankSwapping(),
         readings=(as_plain, as_stacked),
         restated=with_stacked_experts,
         joins=JOINS,
