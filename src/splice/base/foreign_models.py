@@ -12,6 +12,7 @@ Objects of our own are never asked so: what they can do stands in their class or
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol, TypeVar
 
@@ -131,6 +132,15 @@ def quantised_by(network: nn.Module) -> frozenset[str]:
 def needs_half_precision(network: nn.Module) -> bool:
     """Whether the quantised layers of `network` want inputs, and all other parameters, in half precision."""
     return not _IN_HALF_PRECISION.isdisjoint(quantised_by(network))
+
+
+def keep_full_states(optimizer_class: type, embeddings: Iterable[nn.Module]) -> None:
+    """Let an 8-bit optimizer of bitsandbytes keep its state of these layers in 32 bits, as it is best for embeddings."""
+    library, _, _ = optimizer_class.__module__.partition(".")
+    if library == "bitsandbytes" and optimizer_class.__name__.endswith("8bit"):
+        manager = sys.modules[library].optim.GlobalOptimManager.get_instance()
+        for layer in embeddings:
+            manager.register_module_override(layer, "weight", {"optim_bits": 32})
 
 
 # -- configs of networks
