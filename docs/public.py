@@ -7,6 +7,7 @@ outside of these may.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -105,15 +106,15 @@ def reference() -> dict[str, str]:
     names: dict[str, list[str]] = {page: [] for page in PAGES}
     modules = places()
     for name, module in modules.items():
-        names[_page_of(module)].append(name)
+        names[_page_of(name, module)].append(name)
     return {page: _text(PAGES[page], names[page], modules) for page in PAGES}
 
 
-def _page_of(module: str) -> str:
-    for name, page in PAGES.items():
-        if any(f"{module}.".startswith(f"{within}.") for within in page.modules):
-            return name
-    return list(PAGES)[-1]
+def _page_of(name: str, module: str) -> str:
+    *pages, last = PAGES
+    if module.startswith("splice.methods.") and not inspect.isclass(getattr(splice, name)):
+        return last  # a function of a method, which is no config
+    return next((p for p in pages if any(f"{module}.".startswith(f"{m}.") for m in PAGES[p].modules)), last)
 
 
 def _text(page: Page, names: Iterable[str], modules: Mapping[str, str]) -> str:
