@@ -162,6 +162,8 @@ def needs_half_precision(network: nn.Module) -> bool:
 def unsplit_classes(network: nn.Module) -> list[str]:
     """Names of the classes of blocks that a model of transformers keeps together; empty of any other model."""
     return list(getattr(network, "_no_split_modules", None) or ())
+
+
 def keep_full_states(optimizer_class: type, embeddings: Iterable[nn.Module]) -> None:
     """Let an 8-bit optimizer of bitsandbytes keep its state of these layers in 32 bits, as it is best for embeddings."""
     library, _, _ = optimizer_class.__module__.partition(".")

@@ -18,7 +18,7 @@ from splice.checkpoint.keys import PREFIX
 from splice.checkpoint.types import PeftType
 from splice.config import PeftConfig
 from splice.errors import warn
-from splice.kinds.adapters import TUNER, Adapters
+from splice.kinds.adapters import Adapters
 from splice.kinds.call import ReadsCall
 from splice.kinds.host import Host, first_conflict
 from splice.kinds.layer import AdapterLayer
