@@ -19,6 +19,7 @@ from splice.base.layers import LayerKind, kind_of
 from splice.base.sharding import divided_dim, empty_divided, is_divided, local, mesh_group, part_of
 from splice.errors import UnsupportedLayerError
 from splice.kinds.effect import Forward
+from splice.kinds.scale import add_scaled
 from splice.kinds.slot import Slot
 from splice.methods.lora.config import LoraConfig
 from splice.methods.lora.layers import OnEmbedding, OnLinear
@@ -62,7 +63,7 @@ class DividedLinear(OnLinear):
         # torch's own `parallelize_module` hands tensors that are divided to the layer, and takes such back; transformers
         # hands and takes the process's own part.
         delta = self.delta(h) if is_divided(x) else self._own_delta(h, y.shape[-1])
-        out = torch.add(y, delta, alpha=self.scale)
+        out = add_scaled(y, delta, self.scale)
         return out if out.dtype is y.dtype else out.to(y.dtype)
 
     def _own_delta(self, x: torch.Tensor, size_out: int) -> torch.Tensor:

@@ -39,7 +39,7 @@ class Pair(NamedTuple):
         if isinstance(self.layer, LoraParameters):
             return next(t.scale for t in self.layer.targets if f"{t.front}lora_A.weight" == self.names[0])
         assert isinstance(self.layer, LowRank)
-        return self.layer.scale
+        return float(self.layer.scale)
 
     @property
     def is_linear(self) -> bool:
