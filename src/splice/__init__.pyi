@@ -39,7 +39,10 @@ from splice.methods.lora.config import LoraRuntimeConfig as LoraRuntimeConfig
 from splice.methods.lora.corda import preprocess_corda as preprocess_corda
 from splice.methods.lora.eva import get_eva_state_dict as get_eva_state_dict
 from splice.methods.lora.eva import initialize_lora_eva_weights as initialize_lora_eva_weights
+from splice.methods.lora.lorafa import create_lorafa_optimizer as create_lorafa_optimizer
 from splice.methods.lora.loraga import preprocess_loraga as preprocess_loraga
+from splice.methods.lora.loraplus import create_loraplus_optimizer as create_loraplus_optimizer
+from splice.methods.lora.riemannian import create_riemannian_optimizer as create_riemannian_optimizer
 from splice.methods.lora.subconfigs import BdLoraConfig as BdLoraConfig
 from splice.methods.lora.subconfigs import CordaConfig as CordaConfig
 from splice.methods.lora.subconfigs import EvaConfig as EvaConfig

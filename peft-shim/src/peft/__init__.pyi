@@ -53,6 +53,9 @@ from splice import UnsupportedFeatureError as UnsupportedFeatureError
 from splice import VeloraConfig as VeloraConfig
 from splice import VeraConfig as VeraConfig
 from splice import cast_mixed_precision_params as cast_mixed_precision_params
+from splice import create_lorafa_optimizer as create_lorafa_optimizer
+from splice import create_loraplus_optimizer as create_loraplus_optimizer
+from splice import create_riemannian_optimizer as create_riemannian_optimizer
 from splice import get_base_model_state_dict as get_base_model_state_dict
 from splice import get_eva_state_dict as get_eva_state_dict
 from splice import get_layer_status as get_layer_status

@@ -12,6 +12,7 @@ Objects of our own are never asked so: what they can do stands in their class or
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol, TypeVar
 
@@ -146,6 +147,15 @@ def needs_half_precision(network: nn.Module) -> bool:
 def unsplit_classes(network: nn.Module) -> list[str]:
     """Names of the classes of blocks that a model of transformers keeps together; empty of any other model."""
     return list(getattr(network, "_no_split_modules", None) or ())
+
+
+def keep_full_states(optimizer_class: type, embeddings: Iterable[nn.Module]) -> None:
+    """Let an 8-bit optimizer of bitsandbytes keep its state of these layers in 32 bits, as it is best for embeddings."""
+    library, _, _ = optimizer_class.__module__.partition(".")
+    if library == "bitsandbytes" and optimizer_class.__name__.endswith("8bit"):
+        manager = sys.modules[library].optim.GlobalOptimManager.get_instance()
+        for layer in embeddings:
+            manager.register_module_override(layer, "weight", {"optim_bits": 32})
 
 
 # -- configs of networks
