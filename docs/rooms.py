@@ -12,10 +12,14 @@ from pathlib import Path
 
 SRC = Path(__file__).parent.parent / "src" / "splice"
 
+_LOWER_FILES = ("config", "errors", "discovery", "lazy", "selection")
+# Every file beside the rooms that is not named as one below.
+_CALLED = tuple(sorted(path.stem for path in SRC.glob("[!_]*.py") if path.stem not in _LOWER_FILES))
+
 # From the top down, with what each holds. A room imports from those below it, never the other way.
 ROOMS: dict[str, tuple[tuple[str, ...], str]] = {
     "what people call": (
-        ("by_method", "tasks", "auto", "mixed", "functional", "injecting", "weight_mapping", "status", "model"),
+        _CALLED,
         "PeftModel and its classes for tasks, reports, the functions other libraries use",
     ),
     "fleet/": (("fleet",), "many adapters on one model: slots"),

@@ -42,11 +42,13 @@ _PUBLIC = {
         "UnknownMethodError",
         "UnsupportedFeatureError",
     ],
+    "splice.kbit": ["prepare_model_for_kbit_training"],
     "splice.loading.base_state": ["get_base_model_state_dict", "set_base_model_state_dict"],
     "splice.loading.report": ["LoadReport"],
     "splice.loading.saving": ["get_peft_model_state_dict"],
     "splice.loading.state": ["load_peft_weights", "set_peft_model_state_dict"],
     "splice.status": ["get_layer_status", "get_model_status"],
+    "splice.utilities": ["cast_mixed_precision_params", "shift_tokens_right"],
 }
 _PLACES = {name: module for module, names in _PUBLIC.items() for name in names}
 

@@ -1,8 +1,8 @@
 """Names that follow from the records of the methods, as programs know them from the reference.
 
 For a method whose config is `LoraConfig`: the class `LoraModel`, by which its tuner is recognised; a class for each kind of
-adapted layer; its rows in the tables `PEFT_TYPE_TO_...` and `TRANSFORMERS_MODELS_TO_...`; and a package of modules in which
-all of these are looked for. Whoever adds a method adds none of them.
+adapted layer; its rows in the tables `PEFT_TYPE_TO_...`; and a package of modules in which all of these are looked for.
+Whoever adds a method adds none of them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from splice.base.foreign_models import QUANTISED_LINEARS, quantised_linear
 from splice.base.layers import LayerKind, kind_of
 from splice.checkpoint.types import PeftType
 from splice.config import PeftConfig
+from splice.default_tables import POSTPROCESS_TABLE, default_tables, table_prefix
 from splice.discovery import public_names
 from splice.injecting import injected
 from splice.kinds.layer import AdapterLayer
@@ -90,6 +91,13 @@ def tuner_class(name: PeftType) -> type[Tuner]:
     return cast("type[Tuner]", TunerClass(f"{_stem(method)}Model", (Tuner,), members))
 
 
+def _shown_as(method: Method) -> type:
+    """What a PeftModel of this method has for it: a tuner, or the encoder of its virtual tokens."""
+    if method.layers:
+        return tuner_class(method.name)
+    return next(what for what in method.names.values() if isinstance(what, type) and issubclass(what, nn.Module))
+
+
 def _is_of(layer: AdapterLayer, method: Method) -> bool:
     of = method_of_layer(layer)
     return of is not None and issubclass(of.config, method.config)
@@ -101,7 +109,7 @@ def layer_classes(name: PeftType) -> dict[str, type]:
     method = all_methods()[name]
     if not method.layers:
         return {}
-    every = layer_of(f"{_stem(method)}Layer", lambda layer: _is_of(layer, method))
+    every = layer_of(f"{_stem(method)}Layer", lambda layer: _is_of(layer, method), tensor_names=method.tensor_names)
     found = {every.__name__: every}
     for kind, called in _KINDS.items():
         if kind in method.layers:
@@ -137,6 +145,10 @@ def _configs() -> dict[PeftType, type[PeftConfig]]:
 
 
 def _tuners() -> dict[PeftType, type]:
+    return {name: _shown_as(method) for name, method in all_methods().items()}
+
+
+def _mixable() -> dict[PeftType, type]:
     return {name: tuner_class(name) for name, method in all_methods().items() if method.layers}
 
 
@@ -148,25 +160,11 @@ def _prefixes() -> dict[PeftType, str]:
 _TABLES: Mapping[str, Callable[[], object]] = {
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": classes_by_task,
     "PEFT_TYPE_TO_CONFIG_MAPPING": _configs,
-    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": _tuners,
+    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": _mixable,
     "PEFT_TYPE_TO_PREFIX_MAPPING": _prefixes,
     "PEFT_TYPE_TO_TUNER_MAPPING": _tuners,
-    # The reference has it for caches of transformers before version 4.36. A cache is taken as its own class has it.
-    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING": dict,
+    POSTPROCESS_TABLE: lambda: default_tables()[POSTPROCESS_TABLE],
 }
-
-
-@cache
-def default_tables() -> dict[str, object]:
-    """The modules that methods adapt where a config names none, by `model_type`; a new entry counts from then on."""
-    found: dict[str, object] = {}
-    for name, method in all_methods().items():
-        front = f"TRANSFORMERS_MODELS_TO_{name.value.replace('_', '')}"
-        if method.default_targets:
-            found[f"{front}_TARGET_MODULES_MAPPING"] = method.default_targets
-        for field, table in method.default_modules.items():
-            found[f"{front}_{field.upper()}_MAPPING"] = table
-    return found
 
 
 @cache
@@ -177,42 +175,33 @@ def _table(name: str) -> object:
 # -- the names as those of this module, and of one for each method
 
 
-def _tuner_names() -> dict[str, PeftType]:
-    return {f"{_stem(method)}Model": name for name, method in all_methods().items() if method.layers}
-
-
 def __getattr__(name: str) -> object:
     if name == "__all__":
-        return sorted({*public_names(), *_TABLES, *_tuner_names()})
-    if name.startswith("__"):
-        raise AttributeError(name)
+        return sorted({*_TABLES, *(cls.__name__ for cls in _tuners().values())})
     if name in _TABLES:
         return _table(name)
-    if name in public_names():
-        return getattr(import_module(public_names()[name]), name)
-    tuners = _tuner_names() if name.endswith("Model") else {}
-    if name in tuners:
-        return tuner_class(tuners[name])
-    if name.startswith("TRANSFORMERS_MODELS_TO_") and name in default_tables():
-        return default_tables()[name]
+    found = {} if name.startswith("_") else {cls.__name__: cls for cls in _tuners().values()}
+    if name in found:
+        return found[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *public_names(), *_TABLES, *_tuner_names(), *default_tables()})
+    return sorted({*globals(), *__getattr__("__all__")})  # type: ignore[misc]
 
 
 def names_of_method(name: PeftType) -> dict[str, object]:
     """Everything that programs import of one method, by name."""
     method = all_methods()[name]
     own = {n: getattr(import_module(m), n) for n, m in public_names().items() if m.startswith(method.home)}
-    tuner = {f"{_stem(method)}Model": tuner_class(name)} if method.layers else {}
-    further = {n: what for n, what in method.names.items() if n not in layer_classes(name)}
-    return {**own, **tuner, **layer_classes(name), **further}
+    front = table_prefix(name)
+    tables = {n: table for n, table in default_tables().items() if n.startswith(front)}
+    tuner = {_shown_as(method).__name__: _shown_as(method)}
+    return {**own, **tables, **method.names, **tuner, **layer_classes(name)}
 
 
 # What the reference divides the package of a method into. Each of ours has all of its names.
-_PARTS = ("config", "layer", "model", "bnb")
+PARTS = ("config", "layer", "model", "bnb")
 
 
 class MethodModules(MetaPathFinder, Loader):
@@ -225,7 +214,7 @@ class MethodModules(MetaPathFinder, Loader):
         """The method that a module is for; None where it is for none."""
         front = f"{self.package}."
         called, _, part = fullname.removeprefix(front).partition(".")
-        if not fullname.startswith(front) or (part and part not in _PARTS) or called != called.lower():
+        if not fullname.startswith(front) or (part and part not in PARTS) or called != called.lower():
             return None
         return next((name for name in all_methods() if name.value.lower() == called), None)
 
@@ -240,7 +229,7 @@ class MethodModules(MetaPathFinder, Loader):
         module.__doc__ = f"`{module.__name__}`: the names of the method {name.value}."
         vars(module).update(names_of_method(name))
         if module.__spec__ is not None and module.__spec__.submodule_search_locations is not None:
-            get, tell = lazy_names(module.__name__, submodules=lambda: _PARTS)
+            get, tell = lazy_names(module.__name__, submodules=lambda: PARTS)
             vars(module).update(__getattr__=get, __dir__=tell)
 
 

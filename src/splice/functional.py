@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import nn
 
-from splice.base.bare import carried
 from splice.base.dtypes import HALVES
-from splice.config import PeftConfig
 from splice.injecting import inject_adapter_in_model as inject_adapter_in_model
 from splice.kinds.module_copy import WholeModule
 from splice.kinds.slot import Role
 from splice.loading.saving import get_peft_model_state_dict as get_peft_model_state_dict
 from splice.loading.state import set_peft_model_state_dict as set_peft_model_state_dict
+from splice.surgery.isinstance_classes import BaseTunerLayer
 from splice.surgery.tuner import CONFIGS, tuner_of
 
 # `prefix` and `layer_cls` tell the reference which modules are adapter layers. Here the tuner knows its own, whatever their
@@ -33,13 +31,15 @@ __all__ = [
 
 
 def set_adapter(
-    model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False, layer_cls: object = None
+    model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False, layer_cls: type = BaseTunerLayer
 ) -> None:
     """Make these adapters the active ones, and trainable unless `inference_mode`; `layer_cls` is ignored."""
     tuner_of(model)[0].set_adapter(adapter_name, inference_mode)
 
 
-def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_cls: object = None) -> list[str] | None:
+def delete_adapter(
+    model: nn.Module, adapter_name: str, prefix: str = "", layer_cls: type = BaseTunerLayer
+) -> list[str] | None:
     """Take an adapter off; its config stays in `model.peft_config`. `prefix` and `layer_cls` are ignored.
 
     Returns:
@@ -52,7 +52,7 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_
     tuner.check_known([adapter_name])
     # The network goes on showing the config, as in the reference: transformers takes it out itself. In a dict of its own: the
     # tuner's names the adapters that there are, and this one's name is free again.
-    shown = {**tuner.peft_config, **(cast("dict[str, PeftConfig] | None", carried(tuner.model, CONFIGS)) or {})}
+    shown = tuner.shown_configs()
     tuner.delete_adapter(adapter_name)
     vars(tuner.model)[CONFIGS] = shown
     return tuner.active_adapters or None

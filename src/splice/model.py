@@ -470,7 +470,7 @@ class PeftModel(nn.Module):
         and files are the same as without. The method of an adapter says whether it can: plain LoRA on linear layers.
 
         Args:
-            count: of slots, each (rank, in) and (out, rank) on every layer with an adapter; 0 gives them up, None asks.
+            count: of slots, each of (rank, in) and (out, rank) on every adapted layer; 0 to give them up, None to ask.
             rank: the largest with room in one; behind a smaller one there are zeros.
 
         Returns:
@@ -528,8 +528,7 @@ class PeftModel(nn.Module):
 
         Raises:
             NotImplementedError: an adapter cannot be merged on one of its layers. Nothing has changed.
-            ValueError: merging these and not others would change the output; with `safe_merge`, a merged weight would not be
-                finite.
+            ValueError: merging these alone would change the output, or `safe_merge` found values that are not finite.
         """
         self.base_model.merge_adapter(adapter_names, safe_merge)
 
@@ -540,10 +539,7 @@ class PeftModel(nn.Module):
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """The base model with these adapters in its weights, and nothing else of any adapter. This object is done with.
-
-        Arguments and errors as of `merge_adapter`; `progressbar` shows how far it is.
-        """
+        """The base model with these adapters in its weights (see `merge_adapter`) and no others. This object is done with."""
         return self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)
 
     def unload(self) -> nn.Module:

@@ -227,6 +227,13 @@ class Selection:
                 kept.begun[here] = self.choice
                 self._own_choices -= kept.calls.pop(here, None) is not None
 
+    def forget(self, name: str) -> None:
+        """Let an adapter that is gone be active no more. What layers alone were told goes on to hold."""
+        epoch = self.epoch
+        self.set([active for active in self.active if active != name])
+        self.epoch = epoch
+        self.merged.pop(name, None)
+
     def enable(self, enabled: bool) -> None:
         """Whether adapters take effect, on every layer."""
         self.enabled = enabled

@@ -8,14 +8,11 @@ from typing import Protocol, TypeVar, cast
 import torch
 from torch import nn
 
-from splice.base.bare import carried
+from splice.base.bare import TUNER, carried
 from splice.config import PeftConfig
 from splice.selection import Selection
 
 T = TypeVar("T")
-
-# Under which attribute a network keeps what knows its adapters.
-TUNER = "splice_tuner"
 
 
 class Adapters(Protocol):

@@ -44,6 +44,8 @@ class Host:
     reached: bool = False
     # Whether a call has read a tensor of it that cannot be given as the adapters make it.
     read: bool = False
+    # Whether inputs of another dtype are cast to that of the adapters.
+    casts_input: bool = True
     # Adapters that are in its weights now, in the order they were merged.
     merged: list[str] = field(default_factory=list)
     # The base's tensors as they were before the first merge, by name; empty while nothing is merged. The parameter itself

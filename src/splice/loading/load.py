@@ -14,6 +14,8 @@ from torch import nn
 
 from splice.base.bare import walk_bare
 from splice.base.dense import device_of
+from splice.base.sharding import divide_again, divided_like
+from splice.checkpoint.parts import read_for
 from splice.config import PeftConfig, copy_config
 from splice.errors import PeftWarning, warn
 from splice.kinds.layer import AdapterLayer
@@ -244,11 +246,12 @@ def _set_runtime(config: PeftConfig, options: LoadOptions) -> None:
 def _overwrite(tuner: Tuner, found: Fitted, options: LoadOptions, undo: Undo) -> None:
     """Put the tensors of the checkpoint into those of the adapter, which stay the objects they are."""
     layers = tuner.placed[options.adapter_name]
+    divide_again(tuner)
     undo.also(_give_memory(found.plan, layers))
     live = _live_tensors(found.plan, layers)
     # Built layers would be thrown away again, and would draw values for slots that the checkpoint has nothing for.
     # All are read before the first one is written: a file that is cut off leaves the adapter as it was.
-    values = found.checkpoint.weights.read([found.plan.sources[key] for key in live])
+    values = read_for(found.checkpoint.weights, [(found.plan.sources[key], tensor) for key, tensor in live.items()])
     for key, (tensor, own) in _biases_of_base(found.plan, layers).items():
         live[key] = tensor
         values.append(own)
@@ -317,7 +320,7 @@ def _biases_of_base(plan: Plan, layers: dict[str, AdapterLayer]) -> dict[str, tu
 
 def _copy(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
     for target, value in pairs:
-        target.copy_(value)
+        target.copy_(divided_like(value, target))
 
 
 def _finished(tuner: Tuner, found: Fitted, options: LoadOptions) -> Loaded:

@@ -76,19 +76,19 @@ class LoKrConfig(Targeted):
         return {"r": self.r, "alpha": self.alpha}
 
 
-def split(size: int, factor: int = -1) -> tuple[int, int]:
-    """`size` as a product of two numbers: by `factor` if it divides, else as close to each other as `factor` allows."""
-    if factor > 0 and size % factor == 0:
-        return factor, size // factor
-    limit = size if factor == -1 else factor
-    small, large = 1, size
-    for divisor in range(2, size + 1):
-        if size % divisor:
+def split(dimension: int, factor: int = -1) -> tuple[int, int]:
+    """`dimension` as a product of two numbers: by `factor` if it divides, else as close to each other as `factor` allows."""
+    if factor > 0 and dimension % factor == 0:
+        return factor, dimension // factor
+    limit = dimension if factor == -1 else factor
+    small, large = 1, dimension
+    for divisor in range(2, dimension + 1):
+        if dimension % divisor:
             continue
         # Measured against the first pair, not the best one so far: the shapes of checkpoints follow from this rule.
-        if small >= large or divisor > limit or divisor + size // divisor > 1 + size:
+        if small >= large or divisor > limit or divisor + dimension // divisor > 1 + dimension:
             break
-        small, large = divisor, size // divisor
+        small, large = divisor, dimension // divisor
     return min(small, large), max(small, large)
 
 

@@ -50,6 +50,9 @@ def call_network(
         result = _call(tuner, function, args, options, adapter_names, generates, training)
         if torch.is_grad_enabled():
             _keep_for_backward(tuner.selection, result)
+    if tuner.awaits_training and torch.is_grad_enabled():
+        tuner.awaits_training = False
+        _warn_if_apart(tuner)
     if tuner.awaits_call:
         tuner.awaits_call = False
         _warn_if_unused(tuner)
@@ -166,6 +169,19 @@ def _warn_if_unused(tuner: Tuner) -> None:
         warn(
             f"{adapter} is in place and {what}. The model may not use this part at all, or not in this call. See "
             "`model.unused_layers()`.",
+            PeftWarning,
+        )
+
+
+def _warn_if_apart(tuner: Tuner) -> None:
+    """Warn where an adapter came after FSDP had divided the network: nobody averages its gradients."""
+    apart = tuner.trained_apart()
+    if apart:
+        first = apart[0]
+        warn(
+            f"Adapter {first!r} is trained on a model that FSDP divides among processes, and FSDP does not know of it: each "
+            "process trains a copy of its own, and these come apart. Put the adapter on before `fully_shard`, or call "
+            "`fully_shard` on each of the modules that hold its tensors.",
             PeftWarning,
         )
 

@@ -82,11 +82,11 @@ def add_seated(
             scales.append(scale)
     # (rows, tokens, size)
     xs, ys = x.reshape(len(x), -1, x.shape[-1]), y.reshape(len(y), -1, y.shape[-1])
-    one_token = xs.shape[1] == 1
-    key = (one_token, *numbers)
+    tokens = xs.shape[1]
+    key = (tokens, *numbers)
     way = groups.ways.get(key)
     if not isinstance(way, Way):
-        way = groups.ways[key] = find_way(list(zip(seated, numbers)), len(x), one_token)
+        way = groups.ways[key] = find_way(list(zip(seated, numbers)), len(x), tokens)
     if not way.runs:
         return y, groups
     if way.runs[0].rows is not None:  # what the base gave may be its input, or kept for a backward

@@ -13,8 +13,9 @@ from splice.selection import Group
 # A group of rows, and the slot of its adapter.
 Seated = tuple[Group, int]
 
-# Up to so many slots that nobody uses are computed in vain between two that are used: it costs less than a further product.
-_GAP = 2
+# Up to so many slots that nobody uses are computed in vain between two that are used: it costs less than a further product,
+# as long as reading the factors is what it costs, with up to so many vectors for each adapter.
+_GAP, _FEW = 2, 4
 # So much dearer is an adapter by itself than one slot among others, and a batched product than nothing, in slots. Measured
 # with one token for each row, where all that counts is how often the factors are read and how many products there are.
 _ALONE, _PRODUCT = 3, 4
@@ -56,13 +57,13 @@ class Way:
 
 
 @torch.inference_mode(False)
-def find_way(seated: Sequence[Seated], batch: int, one_token: bool) -> Way:
+def find_way(seated: Sequence[Seated], batch: int, tokens: int) -> Way:
     """The cheapest way for these groups.
 
     Args:
         seated: each in a slot of its own.
         batch: how many rows the batch has.
-        one_token: whether each row is one vector.
+        tokens: how many vectors each row has.
     """
     order = sorted(range(len(seated)), key=lambda index: seated[index][1])
     alike: dict[int, list[int]] = {}
@@ -71,7 +72,7 @@ def find_way(seated: Sequence[Seated], batch: int, one_token: bool) -> Way:
     runs: list[Run] = []
     alone: list[int] = []
     for count, indices in alike.items():
-        for part in _neighbours(indices, seated, _GAP if one_token and count == 1 else 0):
+        for part in _neighbours(indices, seated, _GAP if count * tokens <= _FEW else 0):
             slots = seated[part[-1]][1] - seated[part[0]][1] + 1
             if slots + _PRODUCT > _ALONE * len(part):
                 alone += part
@@ -124,7 +125,7 @@ def add_run(y: torch.Tensor, x: torch.Tensor, stack: Stack, run: Run, scales: Se
     # (slots, rows of each * tokens, r)
     hidden = torch.bmm(given.reshape(slots, -1, given.shape[-1]), a.transpose(1, 2))
     alpha = scales[max(run.groups)]
-    if any(scales[group] != alpha for group in run.groups if group >= 0):
+    if len(set(scales)) > 1:
         each = [scales[group] if group >= 0 else 0.0 for group in run.groups]
         hidden, alpha = hidden * torch.tensor(each, dtype=hidden.dtype, device=hidden.device).view(-1, 1, 1), 1.0
     flat = before.reshape(slots, -1, before.shape[-1])

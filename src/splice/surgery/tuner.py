@@ -10,14 +10,15 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 from torch import nn
 
-from splice.base.bare import carried, walk_bare
+from splice.base.bare import TUNER, carried, walk_bare
 from splice.base.foreign_models import loss_of
 from splice.base.routing import gets_sorted_tokens
+from splice.base.sharding import divide_again, is_managed, is_sharded
 from splice.checkpoint.keys import PREFIX
 from splice.checkpoint.types import PeftType
 from splice.config import PeftConfig
 from splice.errors import warn
-from splice.kinds.adapters import TUNER, Adapters
+from splice.kinds.adapters import Adapters
 from splice.kinds.call import ReadsCall
 from splice.kinds.host import Host, first_conflict
 from splice.kinds.layer import AdapterLayer
@@ -31,6 +32,7 @@ from splice.selection import BASE, Rows, Selection
 from splice.surgery.adapted_layer import Adapted, is_whole
 from splice.surgery.attach import attach
 from splice.surgery.base_changes import BaseChanges
+from splice.surgery.configs import Configs
 from splice.surgery.detach import detach
 from splice.surgery.merging import adapters_to_merge, merge, merge_for_good, note_untied, unmerge
 from splice.surgery.placement import Built
@@ -67,7 +69,7 @@ class Tuner(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.peft_config: dict[str, PeftConfig] = {}
+        self.peft_config: dict[str, PeftConfig] = Configs()
         self.selection = Selection()
         # Plain dicts, so that nothing here is registered as a submodule a second time.
         self.adapted: dict[str, Adapted] = {}
@@ -98,12 +100,17 @@ class Tuner(nn.Module):
         self.mixes_methods = False
         # Whether no call has come since the last load: the first one shows whether the adapter is reached at all.
         self.awaits_call = False
+        # Whether tensors became trainable since the last call that could train them.
+        self.awaits_training = False
 
     @classmethod
     def of(cls, network: nn.Module) -> Tuner:
         """The tuner of a network that carries adapters already, else a new one."""
         # In a tuple: what looks through the attributes of a network for modules must not find one that holds the network.
         existing = cast("tuple[Tuner] | None", carried(network, TUNER))
+        if existing is not None and carried(network, CONFIGS) is None:
+            existing[0]._forget_replaced()
+            existing = cast("tuple[Tuner] | None", carried(network, TUNER))
         return cls(network) if existing is None else existing[0]
 
     def forward(self, *args: object, **kwargs: object) -> Any:
@@ -202,6 +209,7 @@ class Tuner(nn.Module):
         self.take_slot(name)
         guard_parents(modules, self.adapted, self._base_changes.looking_ahead)
         if freeze_base:
+            divide_again(self)
             self._base_changes.make(self.model, modules)
 
     def _share(self, name: str, layers: Sequence[AdapterLayer]) -> None:
@@ -233,6 +241,36 @@ class Tuner(nn.Module):
         self._forget(name)
         if not self.placed:
             self.restore_base()
+
+    def left(self, path: str, name: str) -> None:
+        """Note that an adapter was taken off the layer at `path` alone. With the last of its layers it is forgotten."""
+        placed = self.placed.get(name, {})
+        if placed.pop(path, None) is None:
+            return
+        self._places.pop(name, None)
+        if not isinstance(self.adapted.get(path), Adapted):
+            self.adapted.pop(path, None)
+        if any(not isinstance(layer, SharedTensors) for layer in placed.values()):
+            return
+        shown = self.shown_configs()
+        self.discard(name)
+        self.selection.forget(name)
+        if shown is not None:
+            vars(self.model)[CONFIGS] = shown
+
+    def shown_configs(self) -> Configs | None:
+        """A copy of the configs that the network shows; None where somebody has deleted them."""
+        # Whoever takes an adapter off layer by layer takes its config out of the network's afterwards, and expects it there.
+        shown = cast("dict[str, PeftConfig] | None", carried(self.model, CONFIGS))
+        return None if shown is None else Configs({**self.peft_config, **shown})
+
+    def _forget_replaced(self) -> None:
+        """Forget adapters on layers that somebody has put others in the places of."""
+        there = {id(module) for module in walk_bare(self.model).values()}
+        for path, host in self.hosts.items():
+            for name in list(host.layers) if id(host.base) not in there else ():
+                detach(host.base, name)
+                self.left(path, name)
 
     def _forget(self, name: str) -> None:
         del self.placed[name]
@@ -338,6 +376,9 @@ class Tuner(nn.Module):
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Whether the tensors of these adapters are trained; which adapters are active does not change."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        if names:  # a switch that changes no flags is to cost nothing
+            divide_again(self)
+        self.awaits_training |= requires_grad
         for name in names:
             (self._trainable.add if requires_grad else self._trainable.discard)(name)
             _set_flags(self._places_of(name), requires_grad)
@@ -372,6 +413,17 @@ class Tuner(nn.Module):
         finally:
             if was_enabled:
                 self.enable_adapter_layers()
+
+    def trained_apart(self) -> list[str]:
+        """Adapters that every process trains by itself: FSDP divides the network, and does not know of them."""
+        if not is_sharded(self.model):
+            return []
+        found = []
+        for name in sorted(self._trainable):
+            homes = {id(module): module for item in self.placed[name].values() for module in item.holders(name)}
+            if any(not is_managed(module) for module in homes.values()):
+                found.append(name)
+        return found
 
     def eval_network(self, modules: Iterable[nn.Module]) -> None:
         """`self.eval()`, at a tenth of its cost: those of the network's `modules` that are in eval mode are left alone."""

@@ -1,7 +1,5 @@
 """`peft.utils.constants`."""
 
-from splice.checkpoint.format import BIN_NAME as WEIGHTS_NAME
-from splice.checkpoint.format import CONFIG_NAME as CONFIG_NAME
-from splice.checkpoint.format import SAFETENSORS_NAME as SAFETENSORS_WEIGHTS_NAME
+from splice.lazy import lazy_names as _lazy_names
 
-__all__ = ["CONFIG_NAME", "SAFETENSORS_WEIGHTS_NAME", "WEIGHTS_NAME"]
+__getattr__, __dir__ = _lazy_names(__name__, ("splice.constants", "splice.default_tables"))

@@ -82,7 +82,7 @@ class LowRank(Additive):
         Raises:
             UnsupportedFeatureError: no plain LoRA does.
         """
-        return Factors(self.a, self.b, self.scale)
+        return Factors(self.a, self.b, float(self.scale))
 
     def delta_bias(self) -> torch.Tensor | None:
         bias = self.find("lora_B.bias")
@@ -146,22 +146,27 @@ class LoraLinear(OnLinear):
         self._is_product = b["bias"] is None and not self.shows
 
     def around(self, x: torch.Tensor, inner: Forward) -> torch.Tensor:
-        if self.dropout and self.training:
+        scale = self.scale
+        if (self.dropout and self.training) or isinstance(scale, torch.Tensor):
             return super().around(x, inner)
         a, b = self._held
         y: torch.Tensor = inner(x)
         weight = a["weight"]
-        out = torch.add(y, F.linear(F.linear(cast_to(x, weight), weight), b["weight"], b["bias"]), alpha=self.scale)
+        out = torch.add(y, F.linear(F.linear(cast_to(x, weight), weight), b["weight"], b["bias"]), alpha=scale)
         return out if out.dtype is y.dtype else out.to(y.dtype)
 
     def factors(self) -> Factors | None:
-        if not self._is_product or (self.dropout and self.training):
+        scale = self.scale
+        if not self._is_product or (self.dropout and self.training) or isinstance(scale, torch.Tensor):
             return None
         a, b = self._held
-        return Factors(a["weight"], b["weight"], self.scale)
+        return Factors(a["weight"], b["weight"], scale)
 
     def product_scale(self) -> float | None:
-        return self.scale if self._is_product and not (self.dropout and self.training) else None
+        scale = self.scale
+        if not self._is_product or (self.dropout and self.training) or isinstance(scale, torch.Tensor):
+            return None
+        return scale
 
 
 class OnEmbedding(LowRank):

@@ -19,6 +19,7 @@ from splice.methods.lora.bdlora import BdLoraLinear
 from splice.methods.lora.combining import CombinedFactors
 from splice.methods.lora.config import TENSOR_NAMES, LoraConfig, LoraRuntimeConfig, active_variants, check, with_rank
 from splice.methods.lora.corda import CordaLinear
+from splice.methods.lora.divided import DividedEmbedding, DividedLinear
 from splice.methods.lora.dora import DoraConv, DoraEmbedding, DoraLinear
 from splice.methods.lora.experts import with_stacked_experts
 from splice.methods.lora.inits import CORDA, LOFTQ, LORA_GA, MICA, check_init_on, notes_about, takes_from_base
@@ -32,6 +33,7 @@ from splice.methods.lora.monteclora import MontecloraLinear, monteclora_loss
 from splice.methods.lora.parameters import LoraParameters
 from splice.methods.lora.residual import TakenDoraLinear, TakenLinear
 from splice.methods.lora.stacked import JOINS, as_stacked
+from splice.methods.lora.swapping import RankSwapping
 from splice.methods.lora.unchanged_base import for_unchanged_base
 from splice.methods.lora.velora import VeloraLinear
 
@@ -119,10 +121,12 @@ METHOD = register(
         tensor_names=TENSOR_NAMES,
         layers=_LAYERS,
         variant=variant,
+        divided_layers=MappingProxyType({LoraLinear: DividedLinear, LoraEmbedding: DividedEmbedding}),
         parameters_layer=LoraParameters,
         tuner_methods=MappingProxyType({"_get_kasa_loss": kasa_loss, "_get_monteclora_loss": monteclora_loss}),
         default_targets=LORA_TARGETS,
         combine=CombinedFactors(),
+        swapping=RankSwapping(),
         readings=(as_plain, as_stacked),
         restated=with_stacked_experts,
         joins=JOINS,

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from splice.base.sharding import Part, part_in
 from splice.checkpoint.header import Entry
 from splice.checkpoint.keys import format_key, parse_key
 from splice.checkpoint.tensors import Weights
@@ -128,6 +129,9 @@ class StackedExperts:
                 stack = owners[name]
                 result.append(stack.a(tensors) if name.endswith("lora_A.weight") else stack.b(tensors))
         return result
+
+    def read_part(self, name: str, part: Part) -> torch.Tensor:
+        return part_in(self.read([name])[0], part)
 
 
 def as_stacked(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from splice.kinds.registry import Method, register
 from splice.kinds.slot import Slot
 from splice.methods.prompts.attributes import PROMPT_METHODS, PROMPT_VIEWS
 from splice.methods.prompts.cached import CachedPrompt
-from splice.methods.prompts.prompt import PromptLayer, Reparameterised, check_prompt, token_count
+from splice.methods.prompts.prompt import Encoder, PromptLayer, Reparameterised, check_prompt, token_count
 from splice.methods.prompts.sizes import cache_sizes_of
 
 
@@ -48,8 +49,14 @@ class PrefixTuningConfig(PromptLearningConfig):
         return {name: size for name, size in sizes.items() if size is not None}
 
 
+class PrefixEncoder(Encoder):
+    """The keys and values of prefix tuning, in the tree."""
+
+
 class Prefix(CachedPrompt):
     """Keys and values, however they come about."""
+
+    encoder = PrefixEncoder
 
     @classmethod
     def resolved(cls, base: nn.Module, config: PrefixTuningConfig) -> dict[str, object]:
@@ -116,6 +123,7 @@ METHOD = register(
         check=check_prompt,
         tuner_methods=PROMPT_METHODS,
         tuner_views=PROMPT_VIEWS,
+        names=MappingProxyType({"PrefixEncoder": PrefixEncoder}),
         paper="arXiv 2101.00190",
     )
 )

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -88,7 +88,7 @@ class PromptNames(Names):
         return ""
 
 
-class PromptEncoder(Holder):
+class Encoder(Holder):
     """The tensors behind virtual tokens, in the tree; called as the reference's encoders are."""
 
     def __init__(self, layer: PromptLayer) -> None:
@@ -109,6 +109,8 @@ class PromptLayer(NetworkLayer):
     names: Names = PromptNames()
     head = PromptHead
     table_tensor = Held("embedding.weight")
+    # The class of what it has in the tree.
+    encoder: ClassVar[type[Encoder]]
     # How many virtual tokens stand in front of a row.
     count: int
     # The parameters of the target's own forward.
@@ -137,7 +139,7 @@ class PromptLayer(NetworkLayer):
         self.arguments = named_arguments(base)
 
     def new_entry(self, container: str) -> nn.Module:
-        return PromptEncoder(self)
+        return self.encoder(self)
 
     def table(self) -> torch.Tensor:
         """Every virtual token, one a row, in float32: what a checkpoint holds."""

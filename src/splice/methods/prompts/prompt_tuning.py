@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from splice.config import PromptLearningConfig
 from splice.kinds.registry import Method, register
 from splice.methods.prompts.attributes import PROMPT_METHODS, PROMPT_VIEWS
 from splice.methods.prompts.embedded import EmbeddedPrompt, embeddings_of
-from splice.methods.prompts.prompt import check_prompt
+from splice.methods.prompts.prompt import Encoder, check_prompt
 
 
 class PromptTuningInit(str, Enum):
@@ -55,8 +56,14 @@ class PromptTuningConfig(PromptLearningConfig):
             raise ValueError("tokenizer_kwargs only valid when using prompt_tuning_init='TEXT'.")
 
 
+class PromptEmbedding(Encoder):
+    """The virtual tokens of prompt tuning, in the tree."""
+
+
 class PromptTuning(EmbeddedPrompt):
     """The virtual tokens, (n * submodules, dim)."""
+
+    encoder = PromptEmbedding
 
     @classmethod
     def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: PromptTuningConfig) -> None:
@@ -101,6 +108,7 @@ METHOD = register(
         check=check_prompt,
         tuner_methods=PROMPT_METHODS,
         tuner_views=PROMPT_VIEWS,
+        names=MappingProxyType({"PromptEmbedding": PromptEmbedding}),
         paper="arXiv 2104.08691",
     )
 )

@@ -1,0 +1,3 @@
+"""`peft.import_utils`."""
+
+from splice.installed import *  # noqa: F403

@@ -1,0 +1,3 @@
+"""`peft.utils.integrations`."""
+
+from splice.utilities import dequantize_module_weight as dequantize_module_weight

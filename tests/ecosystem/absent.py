@@ -1,0 +1,70 @@
+"""What the reference offers and the shim does not, and what is called in another way there, each with its reason.
+
+Names of methods that are not built are not listed: they come with the method.
+"""
+
+from __future__ import annotations
+
+# Modules: reason -> paths.
+MODULES: dict[str, str] = {
+    "a layer keeps its class whatever stores its weight, so no class is made for a backend": (
+        "peft.tuners.adalora.gptq peft.tuners.lora.aqlm peft.tuners.lora.awq peft.tuners.lora.eetq peft.tuners.lora.gptq "
+        "peft.tuners.lora.hqq peft.tuners.lora.inc peft.tuners.lora.te peft.tuners.lora.torchao peft.tuners.lora.tp_layer "
+        "peft.utils.quantization_utils"
+    ),
+    "parts of the reference's own mathematics, which no program imports": (
+        "peft.tuners.lora.dora peft.tuners.lora.intruders peft.tuners.lora.monteclora peft.tuners.lora.variants "
+        "peft.tuners.lora.velora peft.tuners.lycoris_utils peft.utils.incremental_pca peft.utils.merge_utils"
+    ),
+    "a mixed model's tuner is one like any other": "peft.tuners.mixed peft.tuners.mixed.model",
+}
+
+# Modules and names that are being built. They may be there already.
+TO_COME = (
+    "peft.auto peft.helpers peft.optimizers peft.optimizers.lorafa peft.optimizers.loraplus peft.optimizers.riemannian "
+    "peft.tuners.lora.arrow peft.tuners.lora.conversion peft.tuners.lora.eva peft.tuners.lora.loraga peft.utils.hotswap "
+    "peft.utils.loftq_utils peft.utils.transformers_weight_conversion "
+    "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction AutoPeftModelForQuestionAnswering "
+    "AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification ArrowConfig "
+    "create_arrow_model convert_to_lora save_as_lora get_eva_state_dict initialize_lora_eva_weights preprocess_loraga "
+    "get_base_model_state_dict set_base_model_state_dict prepare_model_for_kbit_training replace_lora_weights_loftq "
+    "find_kappa_target_modules fsdp_auto_wrap_policy RankAllocator gather_params_ctx check_deepspeed_zero3_enabled"
+)
+
+# Names: reason -> names, wherever the reference has them.
+NAMES: dict[str, str] = {
+    "adapters are planned and then committed, so there is no step of its own for modules that are saved whole": (
+        "_set_trainable set_additional_trainable_modules _prepare_prompt_learning_config"
+    ),
+    "for caches of transformers before version 4.36": (
+        "bloom_model_postprocess_past_key_value starcoder_model_postprocess_past_key_value"
+    ),
+    "a cache is filled where each layer computes": "map_cache_to_layer_device_map get_layer_device_map",
+    "a layer keeps its class whatever stores its weight, so no class is made for a backend": (
+        "GPTQLoraLinear SVDQuantLinear dequantize_bnb_weight get_bnb_param_type get_quantization_kwargs "
+        "get_gptqmodel_quant_linear is_gptqmodel_quant_linear is_gptqmodel_awq_layer quantization_extra_repr "
+        "resolve_quantization_backend is_torchao_ge_v0_18_0"
+    ),
+    "tensor parallelism is the layers' own business": (
+        "TpInfo add_lora_tp_hooks_dtensor get_tp_plan_and_mesh dtensor_from_local_like"
+    ),
+    "in `peft.utils.constants` alone": "ALLOWED_COMPUTE_DTYPES UPCAST_DTYPES",
+    "no load initialises what it overwrites": "init_empty_weights skip_init_on_device",
+    "parts of the reference's own code, which no program imports": (
+        "ABC BasePromptEncoder HadaWeight HadaWeightCP LoraEmbeddingATPHolder LoraVariant MIN_EXPECTED_CONFIG_KEYS "
+        "MultiplicativeDropoutLayer OFTRotationModule TYPE_CHECKING VARIANT_KWARG_KEYS clone_module create_attention_mask "
+        "dispatch_default get_device_map make_kron make_weight make_weight_cp torch_load is_torch_tpu_available "
+        "check_file_exists_on_hf_hub mlu_available MixedModel"
+    ),
+}
+
+# Called in another way: reason -> names.
+CALLED: dict[str, str] = {
+    "recognises layers or modules, and makes none": (
+        "AdaLoraLayer AuxiliaryTrainingWrapper Conv1d Conv2d Embedding FourierFTLayer FourierFTLinear IA3Layer "
+        "LNTuningLayer Linear LoHaLayer LoKrLayer LoraLayer ModulesToSaveWrapper MultiheadAttention OFTLayer ParamWrapper "
+        "PrefixEncoder PromptEmbedding SVDConv2d SVDLinear TrainableTokensLayer TrainableTokensWrapper VeraLayer"
+    ),
+    "all tuners are made in the same way": "AdaLoraModel BaseTuner",
+    "a config is needed": "PeftModelForTokenClassification",
+}
