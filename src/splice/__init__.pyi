@@ -36,6 +36,8 @@ from splice.methods.loha import LoHaConfig as LoHaConfig
 from splice.methods.lokr import LoKrConfig as LoKrConfig
 from splice.methods.lora.config import LoraConfig as LoraConfig
 from splice.methods.lora.config import LoraRuntimeConfig as LoraRuntimeConfig
+from splice.methods.lora.conversion import convert_to_lora as convert_to_lora
+from splice.methods.lora.conversion import save_as_lora as save_as_lora
 from splice.methods.lora.corda import preprocess_corda as preprocess_corda
 from splice.methods.lora.eva import get_eva_state_dict as get_eva_state_dict
 from splice.methods.lora.eva import initialize_lora_eva_weights as initialize_lora_eva_weights

@@ -24,13 +24,14 @@ _PACKAGE = "splice.methods"
 _FOREIGN = "foreign"
 # What a method has that is public: configs, the choices that are fields of these, and functions that say so.
 # With the end of the line before it and not `^`: what begins with fixed bytes is found six times as fast.
-_PUBLIC = (re.compile(rb"\nclass ([A-Z]\w*(?:Config|Init))\b"), re.compile(rb"\n@public\ndef (\w+)\b"))
+_PUBLIC = (re.compile(rb"\nclass ([A-Z]\w*(?:Config|Init))\b"), re.compile(rb"\n@public\n(?:@.*\n)*def (\w+)\b"))
 _found = False
 _found_foreign = False
 
 
 def public(function: F) -> F:
-    """Mark a function of a method as a public name of splice: `@public`, on a line of its own above its `def`."""
+    """Mark a function of a method as a public name of splice: `@public`, on a line of its own above its `def`
+    or above its other decorators."""
     return function
 
 

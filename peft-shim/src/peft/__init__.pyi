@@ -53,6 +53,7 @@ from splice import UnsupportedFeatureError as UnsupportedFeatureError
 from splice import VeloraConfig as VeloraConfig
 from splice import VeraConfig as VeraConfig
 from splice import cast_mixed_precision_params as cast_mixed_precision_params
+from splice import convert_to_lora as convert_to_lora
 from splice import create_lorafa_optimizer as create_lorafa_optimizer
 from splice import create_loraplus_optimizer as create_loraplus_optimizer
 from splice import create_riemannian_optimizer as create_riemannian_optimizer
@@ -69,6 +70,7 @@ from splice import load_peft_weights as load_peft_weights
 from splice import prepare_model_for_kbit_training as prepare_model_for_kbit_training
 from splice import preprocess_corda as preprocess_corda
 from splice import preprocess_loraga as preprocess_loraga
+from splice import save_as_lora as save_as_lora
 from splice import set_base_model_state_dict as set_base_model_state_dict
 from splice import set_peft_model_state_dict as set_peft_model_state_dict
 from splice import shift_tokens_right as shift_tokens_right

@@ -24,6 +24,8 @@ from splice.kinds.shared import SharedTensors
 from splice.kinds.swapping import Swapping
 
 _METHODS: dict[PeftType, Method] = {}
+# What a model with adapters of whatever method can be asked, by name; a method that others are turned into answers it.
+_QUESTIONS: dict[str, Callable[..., object]] = {}
 
 
 def _nothing_to_check(config: PeftConfig) -> None:
@@ -178,6 +180,16 @@ def register(method: Method) -> Method:
     targets, modules = dict(method.default_targets), {field: dict(t) for field, t in method.default_modules.items()}
     _METHODS[method.name] = method = method._replace(default_targets=targets, default_modules=modules)
     return method
+
+
+def register_question(name: str, answer: Callable[..., object]) -> None:
+    """Let models with adapters of any method have a function of this name; it is called with the adapters first."""
+    _QUESTIONS[name] = answer
+
+
+def question(name: str) -> Callable[..., object] | None:
+    """The function of this name that models with adapters of any method have; None where there is none."""
+    return _QUESTIONS.get(name)
 
 
 def all_methods() -> Mapping[PeftType, Method]:

@@ -24,7 +24,7 @@ from splice.kinds.host import Host, first_conflict
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.module_copy import WholeModule
 from splice.kinds.network import NetworkLayer
-from splice.kinds.registry import method_named, method_of
+from splice.kinds.registry import method_named, method_of, question
 from splice.kinds.shared import SharedTensors
 from splice.kinds.slot import Role
 from splice.kinds.tensors import Home, Registered
@@ -140,6 +140,9 @@ class Tuner(nn.Module):
                     return partial(method.tuner_methods[name], self)
                 if name in method.tuner_views:
                     return method.tuner_views[name](self)
+            asked = question(name)
+            if asked is not None and self._of_method:
+                return partial(asked, self)
             return getattr(self.model, name)
 
     def stand_in(self, modules: dict[str, nn.Module | None]) -> Callable[[], None]:
