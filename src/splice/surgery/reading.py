@@ -185,7 +185,7 @@ def _with_deltas(layer: nn.Module, adapter: AdapterLayer, current: dict[str, tor
 
 
 def _is_replaced(layer: nn.Module) -> bool:
-    """Whether somebody has put a forward of their own on `layer` after it was adapted; hooks of other libraries go around it."""
+    """Whether a forward was put on `layer` after it was adapted; hooks of other libraries go around it."""
     standing = vars(layer).get("forward")
     own = isinstance(standing, MethodType) and standing.__func__ is type(layer).forward
     return standing is not None and not own and not is_hooked(layer)
