@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,13 @@ def logits(model: nn.Module) -> torch.Tensor:
     return found
 
 
-def trained(model: Any, ids: torch.Tensor = IDS, count: int = 3) -> list[float]:
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+
+
+def trained(model: Any, ids: torch.Tensor = IDS, count: int = 3, optimizer: Any = None) -> list[float]:
     """The losses of a few steps."""
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    optimizer = optimizer or optimizer_of(model)
     losses = []
     for _ in range(count):
         loss = model.train()(input_ids=ids, labels=ids).loss
@@ -135,7 +140,7 @@ def _divided(rank: int, folder: str) -> dict[str, Any]:
         logits(model)
         model.merge_adapter()
         found[f"merged {name}"] = (logits(model) - plain).abs().max().item()
-        with pytest.warns(UserWarning, match="Already merged"):
+        with pytest.warns(UserWarning, match="already merged"):
             model.merge_adapter()
         logits(model)
         model.unmerge_adapter()
@@ -285,25 +290,56 @@ def test_what_cannot_be_done_to_divided_weights_is_refused_before_anything_chang
 # -- data-parallel
 
 
-def _data_parallel(rank: int) -> dict[str, Any]:
+def _data_parallel(rank: int, folder: str) -> dict[str, Any]:
     model = adapted(base())
     model.add_adapter("second", lora(r=2))
     model.base_model.set_requires_grad("second")  # trained, and used in no step
     wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
     found = {"losses": trained(wrapped, IDS[rank : rank + 1]), "tensors": tensors(model)}
+    # Both save at once, again and again, and read what is there meanwhile.
+    for _ in range(10):
+        model.save_pretrained(folder, save_embedding_layers=False)
+        assert splice.PeftConfig.from_pretrained(folder).r == 4
+        assert splice.load_peft_weights(folder).keys() <= found["tensors"].keys()
+    torch.distributed.barrier()
+    found["files"] = sorted(path.name for path in Path(folder).rglob("*"))
     model.set_adapter("second")
     return {**found, "second losses": trained(wrapped, IDS[rank : rank + 1]), "second": tensors(model, "second")}
 
 
-def test_data_parallel_training_is_training_in_one_process() -> None:
+def test_data_parallel_training_is_training_in_one_process(tmp_path: Path) -> None:
     alone = adapted(base())
     alone.add_adapter("second", lora(r=2))
     first = trained(alone)
     alone.set_adapter("second")
     second = trained(alone)
-    ranks = on_ranks(_data_parallel)
+    ranks = on_ranks(_data_parallel, str(tmp_path))
     for want, what in ((first, "losses"), (second, "second losses")):
         assert [sum(pair) / 2 for pair in zip(*(found[what] for found in ranks))] == pytest.approx(want, abs=1e-5)
     for found in ranks:
         assert far(found["tensors"], tensors(alone)) < 1e-6
         assert far(found["second"], tensors(alone, "second")) < 1e-6
+        checkpoint = ["adapter_config.json", "adapter_model.safetensors"]
+        assert found["files"] == sorted(["README.md", "second", *checkpoint, *checkpoint])
+
+
+# -- reading parts
+
+
+def test_any_part_of_a_tensor_can_be_read_alone(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from splice.base.sharding import Part, part_in
+    from splice.checkpoint.tensors import TensorsInMemory, open_weights
+
+    generator = random.Random(0)
+    shapes = [tuple(generator.randint(1, 5) for _ in range(dims)) for dims in (0, 1, 2, 2, 3, 4)]
+    whole = {f"{index}": torch.randn(shape) for index, shape in enumerate(shapes)}
+    save_file(whole, tmp_path / "a.safetensors")
+    weights = open_weights(tmp_path / "a.safetensors"), TensorsInMemory(whole, "memory")
+    for name, tensor in whole.items():
+        for _ in range(20):
+            offset = tuple(generator.randint(0, size - 1) for size in tensor.shape)
+            part = Part(offset, tuple(generator.randint(0, s - o) for s, o in zip(tensor.shape, offset)))
+            for source in weights:
+                assert torch.equal(source.read_part(name, part), part_in(tensor, part)), (tensor.shape, part)

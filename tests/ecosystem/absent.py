@@ -28,7 +28,8 @@ TO_COME = (
     "AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification ArrowConfig "
     "create_arrow_model convert_to_lora save_as_lora get_eva_state_dict initialize_lora_eva_weights preprocess_loraga "
     "get_base_model_state_dict set_base_model_state_dict prepare_model_for_kbit_training replace_lora_weights_loftq "
-    "find_kappa_target_modules fsdp_auto_wrap_policy RankAllocator gather_params_ctx check_deepspeed_zero3_enabled"
+    "DoraCaching KappaTuneSelector MontecloraTrainerMixin find_kappa_target_modules fsdp_auto_wrap_policy RankAllocator "
+    "gather_params_ctx check_deepspeed_zero3_enabled"
 )
 
 # Names: reason -> names, wherever the reference has them.
@@ -48,6 +49,7 @@ NAMES: dict[str, str] = {
     "tensor parallelism is the layers' own business": (
         "TpInfo add_lora_tp_hooks_dtensor get_tp_plan_and_mesh dtensor_from_local_like"
     ),
+    "which fields of a config have to agree is said by the record of its method": "CONFIG_KEYS_TO_CHECK",
     "in `peft.utils.constants` alone": "ALLOWED_COMPUTE_DTYPES UPCAST_DTYPES",
     "no load initialises what it overwrites": "init_empty_weights skip_init_on_device",
     "parts of the reference's own code, which no program imports": (
@@ -66,5 +68,6 @@ CALLED: dict[str, str] = {
         "PrefixEncoder PromptEmbedding SVDConv2d SVDLinear TrainableTokensLayer TrainableTokensWrapper VeraLayer"
     ),
     "all tuners are made in the same way": "AdaLoraModel BaseTuner",
+    "the default follows from the method of the config": "hotswap_adapter_from_state_dict",
     "a config is needed": "PeftModelForTokenClassification",
 }

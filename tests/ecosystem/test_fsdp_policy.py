@@ -30,6 +30,7 @@ def all_units(_: int = 0) -> list[list[str]]:
     return [units(None), units("LlamaMLP"), units("LlamaAttention,LlamaMLP")]
 
 
+@pytest.mark.shows("transformers", "the units that Trainer asks for with FSDP (`fsdp_auto_wrap_policy`)")
 def test_units_are_those_of_the_reference() -> None:
     found, there = all_units(), reference(all_units)
     assert found == there

@@ -15,6 +15,7 @@ from tests.test_distributed import IDS, adapted, base, far, logits, lora, said, 
 
 # Rows (q, gate), columns (o, down), rows whose outputs are joined (the head), and the embeddings.
 TARGETS = ["q_proj", "o_proj", "gate_proj", "down_proj", "lm_head", "embed_tokens"]
+shows = pytest.mark.shows
 WIDE = {"hidden_size": 256, "intermediate_size": 512}
 
 
@@ -107,6 +108,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return on_ranks(_parallel, str(tmp_path_factory.mktemp("parallel")))
 
 
+@shows("transformers", "tensor parallelism on two processes of a CPU: LoRA loaded, merged, disabled")
 def test_an_adapter_on_divided_layers_computes_what_it_does_on_whole_ones(ranks: list[dict[str, Any]]) -> None:
     for found in ranks:
         for what in ("loaded", "with gradients", "disabled", "merged", "unmerged", "loaded over"):
@@ -119,12 +121,14 @@ def test_each_process_has_its_part(ranks: list[dict[str, Any]]) -> None:
         assert found["local"] == {"rows": [(4, 32), (16, 4)], "columns": [(4, 32), (32, 4)]}
 
 
+@shows("transformers", "tensor parallelism: what is saved is the whole adapter, and loads in one process")
 def test_what_is_saved_is_the_whole_adapter(ranks: list[dict[str, Any]]) -> None:
     for found in ranks:
         assert abs(found["size"][0] - found["size"][1]) < 1000  # without the base's fingerprint
         assert found["back on one"] < 1e-6
 
 
+@shows("transformers", "tensor parallelism: training LoRA, equal to one process")
 def test_training_in_parts_is_training_the_whole(ranks: list[dict[str, Any]]) -> None:
     alone = adapted(base(), target_modules=TARGETS)
     losses = trained(alone)

@@ -44,7 +44,7 @@ def beside(path: Path) -> Iterator[Path]:
     """A temporary name in the same folder, which is gone afterwards if it was not renamed."""
     # The same folder and not `tempfile`'s: renaming is atomic only within a file system. By chance, so that two that save
     # at once do not write into each other's file: in containers all processes may have the same number.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.randbelow(10**18)}.tmp")
     try:
         yield temporary
     finally:

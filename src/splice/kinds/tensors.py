@@ -111,8 +111,8 @@ class OwnTensors:
         """Where the tensors of one role are registered."""
         return (item for item in self.registered.values() if item.slot.role is role)
 
-    def holders(self, name: str) -> Iterator[nn.Module]:
-        """The modules that the tensors stand in, of the adapter `name`, once they are attached."""
+    def holders(self) -> Iterator[nn.Module]:
+        """The modules that the tensors stand in, once they are attached."""
         for entry in self.entries.values():
             yield from entry.modules()
         if self.home is not None:

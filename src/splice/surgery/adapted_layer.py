@@ -48,10 +48,9 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
         run: Forward = super().forward if host.own_forward is None else host.own_forward
         before = computing.stack
         if before:
+            # A forward that stands in the place of this one may call it: then the adapters are around that one.
             inside = running(host)
-            if (
-                inside is not None
-            ):  # called by a forward that stands in the place of this one: the adapters are around it
+            if inside is not None:
                 return self._forward_inside(super().forward if inside is not IN_REPLACED else run, *args, **kwargs)
         host.reached = True
         # The tree may have a trained bias in the place of the base's; whoever is selected shows it again.

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from splice.base.sharding import is_managed, is_sharded
 from splice.errors import PeftWarning, counted, warn
 from splice.kinds.call import Call
 from splice.selection import Choice, Rows, Selection
@@ -173,9 +174,22 @@ def _warn_if_unused(tuner: Tuner) -> None:
         )
 
 
+def _trained_apart(tuner: Tuner) -> list[str]:
+    """Active adapters with trained tensors that FSDP does not know of."""
+    found = []
+    for name in tuner.selection.active:
+        layers = tuner.placed[name].values()
+        is_trained = any(
+            registry[key].requires_grad for layer in layers for registry, key, _ in layer.registered.values()
+        )
+        if is_trained and not all(is_managed(module) for layer in layers for module in layer.holders()):
+            found.append(name)
+    return found
+
+
 def _warn_if_apart(tuner: Tuner) -> None:
     """Warn where an adapter came after FSDP had divided the network: nobody averages its gradients."""
-    apart = tuner.trained_apart()
+    apart = _trained_apart(tuner) if is_sharded(tuner.model) else []
     if apart:
         first = apart[0]
         warn(

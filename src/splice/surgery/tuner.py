@@ -13,7 +13,7 @@ from torch import nn
 from splice.base.bare import TUNER, carried, walk_bare
 from splice.base.foreign_models import loss_of
 from splice.base.routing import gets_sorted_tokens
-from splice.base.sharding import divide_again, is_managed, is_sharded
+from splice.base.sharding import divide_again
 from splice.checkpoint.keys import PREFIX
 from splice.checkpoint.types import PeftType
 from splice.config import PeftConfig
@@ -413,17 +413,6 @@ class Tuner(nn.Module):
         finally:
             if was_enabled:
                 self.enable_adapter_layers()
-
-    def trained_apart(self) -> list[str]:
-        """Adapters that every process trains by itself: FSDP divides the network, and does not know of them."""
-        if not is_sharded(self.model):
-            return []
-        found = []
-        for name in sorted(self._trainable):
-            homes = {id(module): module for item in self.placed[name].values() for module in item.holders(name)}
-            if any(not is_managed(module) for module in homes.values()):
-                found.append(name)
-        return found
 
     def eval_network(self, modules: Iterable[nn.Module]) -> None:
         """`self.eval()`, at a tenth of its cost: those of the network's `modules` that are in eval mode are left alone."""
