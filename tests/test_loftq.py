@@ -72,8 +72,9 @@ def load(folder: Path, network: nn.Module | None = None, **options: Any) -> Any:
 def test_a_new_adapter_starts_where_that_of_the_reference_does(bits: int, rounds: int) -> None:
     model = splice.get_peft_model(Net(), config(bits, rounds))
     layer = model.base_model.model.lin
-    assert torch.equal(layer.lora_A["default"].weight, KNOWN[f"{bits}.{rounds}.A"])
-    assert torch.equal(layer.lora_B["default"].weight, KNOWN[f"{bits}.{rounds}.B"])
+    # To the bit on the processor that made the file; another one's decomposition differs in the last places.
+    assert_close(layer.lora_A["default"].weight, KNOWN[f"{bits}.{rounds}.A"])
+    assert_close(layer.lora_B["default"].weight, KNOWN[f"{bits}.{rounds}.B"])
     product = KNOWN[f"{bits}.{rounds}.B"] @ KNOWN[f"{bits}.{rounds}.A"]
     assert_close(model(X), F.linear(X, KNOWN[f"{bits}.{rounds}.base"] + 2 * product, layer.bias))
 
