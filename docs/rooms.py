@@ -16,8 +16,8 @@ SRC = Path(__file__).parent.parent / "src" / "splice"
 ROOMS: dict[str, tuple[tuple[str, ...], str]] = {
     "what people call": (
         (
-            *("by_method", "default_tables", "constants", "utilities", "buffer_dict", "installed"),
-            *("tasks", "auto", "mixed", "functional", "injecting", "status", "model"),
+            *("auto", "by_method", "default_tables", "functional", "injecting", "mixed", "model", "model_attributes"),
+            *("buffer_dict", "constants", "installed", "status", "tasks", "tuner_commands", "utilities"),
         ),
         "PeftModel and its classes for tasks, reports, the functions other libraries use",
     ),

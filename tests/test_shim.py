@@ -111,9 +111,9 @@ def test_the_best_checkpoint_at_the_end(installed: Path, folder: Path) -> None:
 def test_a_network_that_carries_adapters_itself(installed: Path, folder: Path) -> None:
     result = scenario("layers", installed, folder)
     assert (result["tuned"], result["lora"], result["whole"]) == (2, 2, 1)
-    assert result["active"] == ["a", "a"]
+    assert result["active"] == [["a"], ["a"]]
     assert result["prompted"] == []
-    assert result["second"] == "b"
+    assert result["second"] == ["b"]
     flags = ("bare_names", "changed", "disabled", "enabled", "back", "kept", "gone")
     assert all(result[name] for name in flags), result
     assert len(result["told"]) == 1

@@ -36,11 +36,15 @@ from splice.surgery.merging import adapters_to_merge, merge, merge_for_good, not
 from splice.surgery.placement import Built
 from splice.surgery.registering import register, unregister
 from splice.surgery.spellings import guard_parents
+from splice.surgery.tuner_attributes import TunerViews
 from splice.surgery.weight_readers import weight_readers
 
 # Under which attributes a network keeps its tuner and the configs of its adapters.
 TUNER = "splice_tuner"
 CONFIGS = "peft_config"
+
+# What the rooms above can do with a tuner, by the name under which it is called there; they enter it.
+COMMANDS: dict[str, Callable[..., object]] = {}
 
 T = TypeVar("T")
 
@@ -51,7 +55,7 @@ class _HasLoss(Protocol):
     loss: torch.Tensor
 
 
-class Tuner(nn.Module):
+class Tuner(TunerViews, nn.Module):
     """Holds a network and everything that is known about its adapters.
 
     Making one changes nothing in the network; `commit` does.
@@ -124,6 +128,8 @@ class Tuner(nn.Module):
         except AttributeError:
             if name in ("model", "_of_method"):  # not there before __init__, as while unpickling
                 raise
+            if name in COMMANDS:
+                return partial(COMMANDS[name], self)
             # By method, of which there are one or two, and not by adapter, of which there may be a thousand.
             for peft_type in self._of_method:
                 method = method_named(peft_type, "an adapter")
