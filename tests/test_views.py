@@ -162,7 +162,7 @@ NOT_SHOWN = {
 }
 
 # OFT on embeddings tells the size of the vectors as `in_features`; others, and we, the vocabulary.
-OTHERWISE = {(splice.PeftType.OFT, "in_features")}
+OTHERWISE = {(splice.PeftType.OFT, "in_features"), (splice.PeftType.OFT, "out_features")}
 
 
 def readable(layer: Any) -> dict[str, Any]:

@@ -153,8 +153,9 @@ class Method(NamedTuple):
                 return self.other_layer
             supported = ", ".join(k.name.title().replace("_", "") for k in self.layers)
             raise UnsupportedLayerError(
-                f"Target module {path!r} is a {type(base).__name__}, which {self.name.value} cannot be put on. "
-                f"Supported are: {supported}. Name the layers inside it, or exclude it with `exclude_modules`."
+                f"Target module {path!r} is not supported: {self.name.value} cannot be put on a {type(base).__name__}. "
+                f"Currently, only the following modules are supported: {supported}. Name the layers inside it, or exclude it "
+                "with `exclude_modules`."
             )
         variant = None if self.variant is None else self.variant(config, kind)
         return self.layers[kind] if variant is None else variant
