@@ -4,6 +4,7 @@ BIN := .venv/bin
 # Tests run in so many processes, of one thread each. More than there are cores makes nothing faster.
 JOBS ?= auto
 INSTALLED := .venv/.installed
+WITH_DOCS := .venv/.installed-docs
 
 # The oldest Python and packages that are promised, in a folder of their own. On Linux this torch brings 3 GB of CUDA along.
 OLDEST_PYTHON ?= python3.10
@@ -11,7 +12,7 @@ OLDEST := .venv-oldest
 # Which tests to run with them: all that are not slow.
 OLDEST_TESTS ?= tests
 
-.PHONY: demo test test-slow test-oldest mutants check format bench bench-gpu docs clean
+.PHONY: demo test test-slow test-oldest mutants check format bench bench-gpu docs site clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/skills/demo.py
@@ -50,11 +51,19 @@ bench-gpu:
 docs: $(INSTALLED)
 	$(BIN)/python docs/generate.py
 
+# Into site/; `python3 -m http.server -d site` shows it. The variable silences an advertisement.
+site: $(WITH_DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[cli,transformers,ecosystem,dev]"
 	touch $(INSTALLED)
+
+$(WITH_DOCS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	touch $(WITH_DOCS)
 
 $(OLDEST)/.installed: pyproject.toml tests/oldest.txt
 	$(OLDEST_PYTHON) -m venv $(OLDEST)
@@ -63,4 +72,4 @@ $(OLDEST)/.installed: pyproject.toml tests/oldest.txt
 	touch $(OLDEST)/.installed
 
 clean:
-	rm -rf .venv $(OLDEST)
+	rm -rf .venv $(OLDEST) site

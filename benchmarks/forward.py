@@ -17,6 +17,8 @@ from benchmarks.report import Row, row
 
 Call = Callable[[], torch.Tensor]
 BASE = "base"
+# splice once more, with the adapters in slots.
+SLOTS = "slots"
 _REPEATS = 4
 
 
@@ -46,9 +48,13 @@ def mixed_rows(settings: Settings) -> Iterator[Row]:
     for library in LIBRARIES:
         model = with_adapters(library, base, checkpoint, names)
         calls[library] = partial(logits_of, model, ids, adapter_names=names)
+    slotted: Any = with_adapters(SPLICE, base, checkpoint, names)
+    slotted.slots(count, rank=16)
+    calls[SLOTS] = partial(logits_of, slotted, ids, adapter_names=names)
     more = added(calls, settings.device, rounds=settings.pick(50, 3))
     what = f"mixed batch, {count} rows, {count} adapters, added in all"
-    yield row(what, more[REFERENCE] * 1e3, more[SPLICE] * 1e3, "ms").at_least(5)
+    yield row(what, more[REFERENCE] * 1e3, more[SPLICE] * 1e3, "ms")
+    yield row(f"{what}: in slots", more[REFERENCE] * 1e3, more[SLOTS] * 1e3, "ms").at_least(5)
 
 
 def with_adapters(library: str, base: nn.Module, checkpoint: Path, names: list[str]) -> nn.Module:
@@ -65,11 +71,13 @@ def logits_of(model: nn.Module, ids: torch.Tensor, **options: Any) -> torch.Tens
 
 @torch.inference_mode()
 def added(calls: Mapping[str, Call], device: torch.device, rounds: int, tolerance: float = 1e-4) -> dict[str, float]:
-    """Seconds that each library adds to the base's own.
+    """Seconds that each of the calls adds to the base's own.
 
     Raises:
-        AssertionError: the libraries disagree. What computes something else may be as fast as it likes.
+        AssertionError: they disagree. What computes something else may be as fast as it likes.
     """
-    torch.testing.assert_close(calls[SPLICE](), calls[REFERENCE](), rtol=tolerance, atol=tolerance)
+    for name, call in calls.items():
+        if name != BASE:
+            torch.testing.assert_close(call(), calls[REFERENCE](), rtol=tolerance, atol=tolerance)
     samples = alternate({name: partial(timed, call, device, _REPEATS) for name, call in calls.items()}, rounds)
-    return {library: samples[library].median - samples[BASE].median for library in LIBRARIES}
+    return {name: samples[name].median - samples[BASE].median for name in calls if name != BASE}

@@ -1,7 +1,7 @@
 """Writes what is made from the code: `python docs/generate.py` (`make docs`).
 
 That is docs/methods.md, from the records of the methods; the drawing of the rooms in docs/architecture.md, from the imports;
-and the types of the public names, from the table of those.
+and the types of the public names and the pages of the API reference, from the table of those.
 """
 
 from __future__ import annotations
@@ -9,15 +9,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import splice
-from splice.discovery import public_names
 from splice.kinds.combining import Summed
 from splice.kinds.registry import Method, all_methods
 
 _HERE = Path(__file__).parent
 sys.path.insert(0, str(_HERE))
 
-from rooms import drawing  # noqa: E402  (beside this file, which is no package)
+import public  # noqa: E402  (beside this file, which is no package)
+from rooms import drawing  # noqa: E402
 
 _BEGIN, _END = "<!-- rooms: written by `make docs` -->", "<!-- end of rooms -->"
 _HEAD = """# Methods
@@ -79,7 +78,8 @@ def _word(value: bool) -> str:
 
 def page() -> str:
     """The whole page."""
-    return _HEAD + "\n".join(row(method) for method in all_methods().values()) + "\n"
+    # By name: the order in which the methods were imported is nobody's choice.
+    return _HEAD + "\n".join(row(method) for _, method in sorted(all_methods().items())) + "\n"
 
 
 def architecture() -> str:
@@ -89,24 +89,18 @@ def architecture() -> str:
     return f"{front}{_BEGIN}\n\n```\n{drawing()}\n```\n\n{_END}{rest.partition(_END)[2]}"
 
 
-# The public names are imported when they are first asked for, which no type checker can follow: it reads a stub beside the
-# table. No `if TYPE_CHECKING` in the table, which would import the methods then, and nobody outside of these may.
-_STUB_HEAD = """# Written by `make docs`: the public names with their types, for editors and type checkers.
-
-"""
-_STUB = Path(splice.__file__).with_suffix(".pyi")
-
-
-def stub() -> str:
-    """The types of the public names: where each is imported from."""
-    modules = {name: getattr(splice, name).__module__ for name in splice.__all__} | public_names()
-    places = sorted((module, name) for name, module in modules.items())
-    imports = [f"from {module} import {name} as {name}\n" for module, name in places]
-    listed = "".join(f'    "{name}",\n' for name in splice.__all__)
-    return f"{_STUB_HEAD}{''.join(imports)}\n__version__: str\n__all__ = [\n{listed}]\n"
+def written() -> dict[Path, str]:
+    """The files that are made from the code, and what is in them."""
+    reference = {_HERE / "api" / f"{name}.md": text for name, text in public.reference().items()}
+    pages = {_HERE / "methods.md": page(), _HERE / "architecture.md": architecture(), **reference}
+    root = _HERE.parent
+    stubs = {
+        root / "src" / "splice" / "__init__.pyi": public.stub(),
+        root / "peft-shim" / "src" / "peft" / "__init__.pyi": public.shim_stub(),
+    }
+    return pages | stubs
 
 
 if __name__ == "__main__":
-    _STUB.write_text(stub(), encoding="utf-8")
-    (_HERE / "methods.md").write_text(page(), encoding="utf-8")
-    (_HERE / "architecture.md").write_text(architecture(), encoding="utf-8")
+    for path, text in written().items():
+        path.write_text(text, encoding="utf-8")

@@ -12,15 +12,17 @@ from pathlib import Path
 
 SRC = Path(__file__).parent.parent / "src" / "splice"
 
+_LOWER_FILES = ("config", "errors", "discovery", "lazy", "selection")
+# Every file beside the rooms that is not named as one below.
+_CALLED = tuple(sorted(path.stem for path in SRC.glob("[!_]*.py") if path.stem not in _LOWER_FILES))
+
 # From the top down, with what each holds. A room imports from those below it, never the other way.
 ROOMS: dict[str, tuple[tuple[str, ...], str]] = {
     "what people call": (
-        (
-            *("auto", "by_method", "default_tables", "functional", "injecting", "mixed", "model", "model_attributes"),
-            *("buffer_dict", "constants", "installed", "status", "tasks", "tuner_commands", "utilities"),
-        ),
+        _CALLED,
         "PeftModel and its classes for tasks, reports, the functions other libraries use",
     ),
+    "fleet/": (("fleet",), "many adapters on one model: slots"),
     "loading/": (("loading",), "plan, commit, load, report, saving; published/: adapters as people wrote them"),
     "surgery/": (("surgery",), "changes to a model, all reversible: swap, detach, tuner, merging, rows of a batch"),
     "methods/": (("methods",), "one file for each method; nobody outside imports from here"),

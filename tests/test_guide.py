@@ -19,7 +19,7 @@ import pytest
 from tests.hub import TOKEN, Hub
 
 ROOT = Path(__file__).parent.parent
-PAGES = [*sorted((ROOT / "docs" / "guide").glob("*.md")), ROOT / "docs" / "migration.md"]
+PAGES = [*sorted((ROOT / "docs" / "guide").glob("*.md")), ROOT / "docs" / "index.md", ROOT / "docs" / "migration.md"]
 _BLOCK = re.compile(r"^```python\n(.*?)^```$(?:\n+^```text\n(.*?)^```$)?", re.M | re.S)
 _VALUE = re.compile(r"\s+# -> (.*)$")
 

@@ -290,3 +290,24 @@ def test_what_does_not_fit_leaves_the_same_tensors_as_in_the_reference(case: Cas
                 assert changed[0] == changed[1]
                 # From a dict it also names what it never writes, and what it never loads.
                 assert {key for key in missing[1] if ".layers." in key} <= missing[0]
+
+
+def test_the_folder_of_a_model_with_several_adapters(tmp_path: Path) -> None:
+    """The one of that name is below it, as it was saved; what lies in the folder itself is another adapter."""
+    config = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "init_lora_weights": False}
+    model = splice.get_peft_model(bases.LLAMA.build(), splice.get_peft_config(dict(config)))
+    model.add_adapter("mine", splice.get_peft_config(dict(config)))
+    model.save_pretrained(tmp_path)
+    saved = {name: tensors_in(tmp_path / place) for name, place in (("default", ""), ("mine", "mine"))}
+    with torch.no_grad():
+        for parameter in model.base_model.parameters():
+            parameter.zero_()
+    with pytest.warns(splice.PeftWarning, match="the one called 'mine' is in 'mine' below it"):
+        model.load_adapter(tmp_path, "mine")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.load_adapter(tmp_path, "default")
+        model.load_adapter(tmp_path, "new")  # a name that is not on the model yet: the folder as it is
+    for name, expected in (*saved.items(), ("new", saved["default"])):
+        found = splice.get_peft_model_state_dict(model, adapter_name=name)
+        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())

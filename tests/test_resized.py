@@ -40,6 +40,26 @@ def test_embeddings_are_saved_if_their_number_changed(size: int, tmp_path: Path)
     assert run(again, bases.LLAMA.inputs(3)).shape[-1] == size
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"peft_type": "TRAINABLE_TOKENS", "token_indices": [1, 3], "target_modules": ["embed_tokens"]},
+        {**CONFIG, "target_modules": ["q_proj", "lm_head"], "trainable_token_indices": [1]},
+        {**CONFIG, "target_modules": ["q_proj", "lm_head"]},
+    ],
+    ids=["tokens", "tokens beside", "lora"],
+)
+def test_embeddings_are_saved_where_they_are_targets_but_for_trained_tokens(fields: dict[str, object]) -> None:
+    """Rows of tokens hold all that an adapter of them changes."""
+    names = []
+    for library in (peft, splice):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = library.get_peft_model(bases.LLAMA.build(), library.get_peft_config(dict(fields)))
+            names.append(set(library.get_peft_model_state_dict(model)))
+    assert names[0] == names[1]
+
+
 def test_an_adapter_on_the_embeddings_stands_in_the_way(tmp_path: Path) -> None:
     """It would no longer fit: the load is refused, and says what to do; nothing has changed."""
     first = parts(target_modules=["embed_tokens"]).write(tmp_path / "first")

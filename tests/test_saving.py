@@ -588,3 +588,27 @@ def test_saving_by_the_reference_over_a_crashed_save(pair: Pair, tmp_path: Path)
         in_fork(lambda line=line: _killed(lambda: pair.new.save_pretrained(out), line))
         third.save_pretrained(str(out), save_embedding_layers=False)
         assert pair.found_in(out) == "third"
+
+
+def test_of_a_part_of_a_state_dict_the_result_is_a_part(tmp_path: Path) -> None:
+    """As trainers pass it that send a model piece by piece."""
+    model = load(parts().write(tmp_path / "in"))
+    full, own = dict(model.state_dict()), splice.get_peft_model_state_dict(model)
+    one = next(name for name in full if "lora_A" in name)
+    part = splice.get_peft_model_state_dict(model, {one: full[one] * 2, "else": torch.ones(1)})
+    (key,) = part
+    assert torch.equal(part[key], own[key] * 2)
+    assert splice.get_peft_model_state_dict(model, {}) == {}
+
+
+@pytest.mark.parametrize("unwrap", [True, False])
+def test_a_compiled_model_is_the_one_that_was_compiled(unwrap: bool, tmp_path: Path) -> None:
+    model = load(parts().write(tmp_path / "in"))
+    compiled, own = torch.compile(model), splice.get_peft_model_state_dict(model)
+    for given in (None, compiled.state_dict()):
+        found = splice.get_peft_model_state_dict(compiled, given, unwrap_compiled=unwrap)
+        assert list(found) == list(own) and all(torch.equal(found[key], own[key]) for key in own)
+    twice = {key: tensor.detach() * 2 for key, tensor in own.items()}
+    splice.set_peft_model_state_dict(compiled, twice)
+    again = splice.get_peft_model_state_dict(model)
+    assert all(torch.equal(again[key], twice[key]) for key in own)

@@ -1,4 +1,5 @@
 # Written by `make docs`: the public names with their types, for editors and type checkers.
+# isort: skip_file
 
 from splice.auto import AutoPeftModel as AutoPeftModel
 from splice.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
@@ -20,6 +21,7 @@ from splice.errors import PeftWarning as PeftWarning
 from splice.errors import UnknownMethodError as UnknownMethodError
 from splice.errors import UnsupportedFeatureError as UnsupportedFeatureError
 from splice.injecting import inject_adapter_in_model as inject_adapter_in_model
+from splice.kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
 from splice.loading.base_state import get_base_model_state_dict as get_base_model_state_dict
 from splice.loading.base_state import set_base_model_state_dict as set_base_model_state_dict
 from splice.loading.report import LoadReport as LoadReport
@@ -34,6 +36,15 @@ from splice.methods.loha import LoHaConfig as LoHaConfig
 from splice.methods.lokr import LoKrConfig as LoKrConfig
 from splice.methods.lora.config import LoraConfig as LoraConfig
 from splice.methods.lora.config import LoraRuntimeConfig as LoraRuntimeConfig
+from splice.methods.lora.conversion import convert_to_lora as convert_to_lora
+from splice.methods.lora.conversion import save_as_lora as save_as_lora
+from splice.methods.lora.corda import preprocess_corda as preprocess_corda
+from splice.methods.lora.eva import get_eva_state_dict as get_eva_state_dict
+from splice.methods.lora.eva import initialize_lora_eva_weights as initialize_lora_eva_weights
+from splice.methods.lora.lorafa import create_lorafa_optimizer as create_lorafa_optimizer
+from splice.methods.lora.loraga import preprocess_loraga as preprocess_loraga
+from splice.methods.lora.loraplus import create_loraplus_optimizer as create_loraplus_optimizer
+from splice.methods.lora.riemannian import create_riemannian_optimizer as create_riemannian_optimizer
 from splice.methods.lora.subconfigs import BdLoraConfig as BdLoraConfig
 from splice.methods.lora.subconfigs import CordaConfig as CordaConfig
 from splice.methods.lora.subconfigs import EvaConfig as EvaConfig
@@ -100,6 +111,7 @@ __all__ = [
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
     "load_peft_weights",
+    "prepare_model_for_kbit_training",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "shift_tokens_right",

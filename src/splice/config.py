@@ -24,7 +24,7 @@ from splice.errors import CheckpointError, PeftWarning, UnknownMethodError, warn
 
 
 class TargetRule(NamedTuple):
-    """Which modules of a base model a config selects. `kinds/matching.py` applies it, `loading/targets.py` fills it in."""
+    """Which modules of a base model a config selects. `kinds/matching.py` applies it, `kinds/targets.py` fills it in."""
 
     # Names at the end of paths, or one regular expression for whole paths, or "all-linear". None for the method's defaults.
     target_modules: set[str] | list[str] | str | None = None

@@ -6,7 +6,7 @@ import torch
 
 from splice.checkpoint.format import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME
 from splice.kinds.matching import ALL_LINEAR
-from splice.loading.targets import NO_TARGETS
+from splice.kinds.targets import NO_TARGETS
 
 __all__ = [
     "ALLOWED_COMPUTE_DTYPES",

@@ -13,16 +13,26 @@ import importlib
 import os
 import pkgutil
 import re
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
+
+F = TypeVar("F", bound=Callable[..., object])
 
 _PACKAGE = "splice.methods"
 _FOREIGN = "foreign"
-# What a method has that is public: configs, and the choices that are fields of these.
+# What a method has that is public: configs, the choices that are fields of these, and functions that say so.
 # With the end of the line before it and not `^`: what begins with fixed bytes is found six times as fast.
-_PUBLIC_CLASS = re.compile(rb"\nclass ([A-Z]\w*(?:Config|Init))\b")
+_PUBLIC = (re.compile(rb"\nclass ([A-Z]\w*(?:Config|Init))\b"), re.compile(rb"\n@public\n(?:@.*\n)*def (\w+)\b"))
 _found = False
 _found_foreign = False
+
+
+def public(function: F) -> F:
+    """Mark a function of a method as a public name of splice: `@public`, on a line of its own above its `def`
+    or above its other decorators."""
+    return function
 
 
 def find_methods() -> None:
@@ -56,7 +66,7 @@ def _walk(package: str, only: str | None) -> None:
 
 @cache
 def public_names() -> dict[str, str]:
-    """Name of a public class of the methods -> the module that defines it, for whoever asks for one of them by name.
+    """Name of a public class or function of the methods -> the module that defines it, for whoever asks by name.
 
     The files are read and not imported: a program that needs one config would otherwise wait for all methods.
     """
@@ -66,6 +76,7 @@ def public_names() -> dict[str, str]:
         package = _PACKAGE + folder.removeprefix(root).replace(os.sep, ".")
         for file in files:
             if file.endswith(".py"):
-                classes = _PUBLIC_CLASS.findall(Path(folder, file).read_bytes())
-                found.update((name.decode(), f"{package}.{file.removesuffix('.py')}") for name in classes)
+                text = Path(folder, file).read_bytes()
+                names = (name.decode() for pattern in _PUBLIC for name in pattern.findall(text))
+                found.update(dict.fromkeys(names, f"{package}.{file.removesuffix('.py')}"))
     return found

@@ -68,6 +68,11 @@ class AdapterMismatchError(PeftError, RuntimeError):
         self.mismatched = list(mismatched)
 
 
+def sized(nbytes: int) -> str:
+    """A number of bytes for people: "45.1 MB"."""
+    return f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e5 else f"{nbytes / 1e3:.1f} kB"
+
+
 def counted(number: int, one: str, many: str = "") -> str:
     """A number with its noun: "1 layer", "3 layers"; `many` where that is not `one` with an s."""
     return f"{number} {one if number == 1 else many or one + 's'}"

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import nn
 
-from splice.base.bare import carried
 from splice.base.dtypes import HALVES
-from splice.config import PeftConfig
 from splice.injecting import inject_adapter_in_model as inject_adapter_in_model
 from splice.kinds.module_copy import WholeModule
 from splice.kinds.slot import Role
@@ -55,7 +52,7 @@ def delete_adapter(
     tuner.check_known([adapter_name], "does not exist")
     # The network goes on showing the config, as in the reference: transformers takes it out itself. In a dict of its own: the
     # tuner's names the adapters that there are, and this one's name is free again.
-    shown = {**tuner.peft_config, **(cast("dict[str, PeftConfig] | None", carried(tuner.model, CONFIGS)) or {})}
+    shown = tuner.shown_configs()
     tuner.delete_adapter(adapter_name)
     vars(tuner.model)[CONFIGS] = shown
     return tuner.active_adapters or None

@@ -18,10 +18,12 @@ from splice.checkpoint.publishing import Publication, publish
 from splice.checkpoint.types import PeftType, TaskType
 from splice.config import PeftConfig
 from splice.errors import PeftWarning, warn
+from splice.fleet.slots import SlotsReport, slots
 from splice.loading.creating import new_adapter
 from splice.loading.in_memory import checkpoint_from
 from splice.loading.load import Loaded, LoadResult, load_into, load_new
 from splice.loading.options import LoadOptions
+from splice.loading.remaking import remake
 from splice.loading.report import LoadReport
 from splice.loading.saving import facts_of, save
 from splice.model_attributes import ModelViews
@@ -224,7 +226,7 @@ class PeftModel(ModelViews, nn.Module):
             `missing_keys` and `unexpected_keys`; both are empty unless `strict=False`.
 
         Raises:
-            As `from_pretrained`, and ValueError where the new adapter cannot stand beside the present ones.
+            ValueError: the new adapter cannot stand beside the present ones; and all that `from_pretrained` raises.
         """
         options = LoadOptions(
             adapter_name,
@@ -287,6 +289,19 @@ class PeftModel(ModelViews, nn.Module):
         except BaseException:
             undo.run()
             raise
+
+    def remake_adapter(self, adapter_name: str, config: PeftConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Put an adapter with this config and these tensors in the place of the one of that name, active if that is.
+
+        Args:
+            adapter_name: of the adapter that is there.
+            config: of the new one; the object is kept.
+            tensors: all of its tensors, by their names in a checkpoint; they are copied.
+
+        Raises:
+            ValueError: there is no such adapter, it is merged, or the tensors are not those of the config.
+        """
+        remake(self.base_model, adapter_name, config, tensors, self.heads)
 
     def save_pretrained(
         self,
@@ -390,10 +405,12 @@ class PeftModel(ModelViews, nn.Module):
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
+        """The configs of the adapters, by name, in the order in which they came."""
         return self.base_model.peft_config
 
     @property
     def active_adapters(self) -> list[str]:
+        """Names of the adapters that take effect."""
         return self.base_model.active_adapters
 
     @property
@@ -404,6 +421,7 @@ class PeftModel(ModelViews, nn.Module):
 
     @property
     def active_peft_config(self) -> PeftConfig:
+        """The config of `active_adapter`."""
         return self.peft_config[self.active_adapter]
 
     @property
@@ -444,6 +462,24 @@ class PeftModel(ModelViews, nn.Module):
             ValueError: there is no such adapter, or it is merged.
         """
         self.base_model.delete_adapter(adapter_name)
+
+    def slots(self, count: int | None = None, rank: int | None = None) -> SlotsReport:
+        """Reserve slots: memory in which factors of many adapters lie side by side, for mixed batches (`adapter_names`).
+
+        Adapters that are there move in, and those loaded from now on are read straight into a free slot; parameters, names
+        and files are the same as without. The method of an adapter says whether it can: plain LoRA on linear layers.
+
+        Args:
+            count: of slots, each of (rank, in) and (out, rank) on every adapted layer; 0 to give them up, None to ask.
+            rank: the largest with room in one; behind a smaller one there are zeros.
+
+        Returns:
+            Which adapter is in which slot, and why others, which work as they do without slots, are in none.
+
+        Raises:
+            ValueError: `count` or `rank` is too small, or one of them is missing.
+        """
+        return slots(self.base_model, count, rank)
 
     def add_weighted_adapter(
         self,
@@ -501,8 +537,7 @@ class PeftModel(ModelViews, nn.Module):
 
         Raises:
             NotImplementedError: an adapter cannot be merged on one of its layers. Nothing has changed.
-            ValueError: merging these and not others would change the output; with `safe_merge`, a merged weight would not be
-                finite.
+            ValueError: merging these alone would change the output, or `safe_merge` found values that are not finite.
         """
         self.base_model.merge_adapter(adapter_names, safe_merge)
 
@@ -513,10 +548,7 @@ class PeftModel(ModelViews, nn.Module):
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """The base model with these adapters in its weights, and nothing else of any adapter. This object is done with.
-
-        Arguments and errors as of `merge_adapter`; `progressbar` shows how far it is.
-        """
+        """The base model with these adapters in its weights (see `merge_adapter`) and no others. This object is done with."""
         return self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)
 
     def unload(self) -> nn.Module:
@@ -575,9 +607,11 @@ class PeftModel(ModelViews, nn.Module):
         )
 
     def get_layer_status(self) -> list[LayerStatus]:
+        """One entry for every adapted layer; see `splice.get_layer_status`."""
         return get_layer_status(self)
 
     def get_model_status(self) -> ModelStatus:
+        """The status of the whole model; see `splice.get_model_status`."""
         return get_model_status(self)
 
     def __getattr__(self, name: str) -> Any:

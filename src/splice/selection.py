@@ -26,6 +26,15 @@ class Group(NamedTuple):
     indices: torch.Tensor
 
 
+class Groups(list[Group]):
+    """The groups of a batch, with the ways to compute them that layers have worked out: the next layer takes the same."""
+
+    def __init__(self, groups: Iterable[Group] = ()) -> None:
+        super().__init__(groups)
+        # Keyed and filled by whoever computes.
+        self.ways: dict[tuple[int, ...], object] = {}
+
+
 @dataclass(frozen=True)
 class Rows:
     """One adapter name for every row of a batch; `BASE` means no adapter.
@@ -41,7 +50,7 @@ class Rows:
     # How many rows an input without a dimension for tokens may have, whose rows may be tokens; empty where nobody knows.
     flat: set[int] = field(default_factory=set, compare=False, repr=False)
     # What `groups` has made, by the size of the batch and its device: every layer of a call asks for the same.
-    made: dict[tuple[int, torch.device, bool], list[Group]] = field(default_factory=dict, compare=False, repr=False)
+    made: dict[tuple[int, torch.device, bool], Groups] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def alike(self) -> bool:
@@ -59,7 +68,7 @@ class Rows:
             self.flat.update(sizes)
             self.made.clear()
 
-    def groups(self, batch: int, device: torch.device, flat: bool = False) -> list[Group]:
+    def groups(self, batch: int, device: torch.device, flat: bool = False) -> Groups:
         """One group for each adapter, for a batch of this size, without the rows of the bare base.
 
         Args:
@@ -73,15 +82,15 @@ class Rows:
         found = self.made.get((batch, device, flat))
         if found is None:
             self._check(batch, flat)
-            by_name = _rows_by_name(self.names, batch // len(self.names))
-            found = [Group(name, rows, torch.tensor(rows, device=device)) for name, rows in by_name]
-            self.made[batch, device, flat] = found
+            found = self.made[batch, device, flat] = _groups(self.names, batch // len(self.names), device)
         return found
 
-    def whole(self, batch: int, device: torch.device) -> list[Group]:
+    def whole(self, batch: int, device: torch.device) -> Groups:
         """`groups` where all rows are `alike`, for any number of rows in any order."""
         name, rows = self.names[0], list(range(batch))
-        return [] if name == BASE else [Group(name, rows, torch.tensor(rows, dtype=torch.long, device=device))]
+        if name == BASE:
+            return Groups()
+        return Groups([Group(name, rows, torch.tensor(rows, dtype=torch.long, device=device))])
 
     def _check(self, batch: int, flat: bool) -> None:
         count = len(self.names)
@@ -98,12 +107,14 @@ class Rows:
 
 # Of the last calls: a server sends the same mixtures again, and one token at a time.
 @lru_cache(maxsize=256)
-def _rows_by_name(names: tuple[str, ...], repeats: int) -> list[tuple[str, list[int]]]:
+def _groups(names: tuple[str, ...], repeats: int, device: torch.device) -> Groups:
     found: dict[str, list[int]] = {}
     for row in range(len(names) * repeats):
         found.setdefault(names[row // repeats], []).append(row)
     found.pop(BASE, None)
-    return list(found.items())
+    # Made in inference mode they would be no use to a call with gradients.
+    with torch.inference_mode(False):
+        return Groups(Group(name, rows, torch.tensor(rows, device=device)) for name, rows in found.items())
 
 
 class Choice(NamedTuple):
@@ -216,6 +227,13 @@ class Selection:
             if here in kept.begun:  # from inside a call: it asked for that itself
                 kept.begun[here] = self.choice
                 self._own_choices -= kept.calls.pop(here, None) is not None
+
+    def forget(self, name: str) -> None:
+        """Let an adapter that is gone be active no more. What layers alone were told goes on to hold."""
+        epoch = self.epoch
+        self.set([active for active in self.active if active != name])
+        self.epoch = epoch
+        self.merged.pop(name, None)
 
     def enable(self, enabled: bool) -> None:
         """Whether adapters take effect, on every layer."""

@@ -48,13 +48,23 @@ NAMES: dict[str, str] = {
     "tensor parallelism is the layers' own business": (
         "TpInfo add_lora_tp_hooks_dtensor get_tp_plan_and_mesh dtensor_from_local_like"
     ),
-    "in `peft.utils.constants` alone": "ALLOWED_COMPUTE_DTYPES UPCAST_DTYPES",
+    "at the path that it is from, and not wherever the reference imports it": (
+        "ALLOWED_COMPUTE_DTYPES UPCAST_DTYPES ALL_LAYERNORM_LAYERS PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING "
+        "INCLUDE_LINEAR_LAYERS_SHORTHAND"
+    ),
+    "a layer asks for nothing that could be cached": "DoraCaching",
+    "what a load does with files of other layouts is part of the load": (
+        "FlattenDims PeftConcatenate PermuteDims convert_peft_adapter_state_dict_for_transformers "
+        "convert_peft_config_for_transformers"
+    ),
+    "a trainer's own loss adds what the method's record asks for": "MontecloraTrainerMixin",
+    "not built yet": "KappaTuneSelector",
     "no load initialises what it overwrites": "init_empty_weights skip_init_on_device",
     "parts of the reference's own code, which no program imports": (
         "ABC BasePromptEncoder HadaWeight HadaWeightCP LoraEmbeddingATPHolder LoraVariant MIN_EXPECTED_CONFIG_KEYS "
         "MultiplicativeDropoutLayer OFTRotationModule TYPE_CHECKING VARIANT_KWARG_KEYS clone_module create_attention_mask "
         "dispatch_default get_device_map make_kron make_weight make_weight_cp torch_load is_torch_tpu_available "
-        "check_file_exists_on_hf_hub mlu_available MixedModel"
+        "check_file_exists_on_hf_hub mlu_available MixedModel CONFIG_KEYS_TO_CHECK"
     ),
 }
 
@@ -67,4 +77,6 @@ CALLED: dict[str, str] = {
     ),
     "all tuners are made in the same way": "AdaLoraModel BaseTuner",
     "a config is needed": "PeftModelForTokenClassification",
+    "the prefix follows from the config": "hotswap_adapter_from_state_dict",
+    "the pairs of factors are told, not guessed from the order of the parameters": "LoraFAOptimizer",
 }

@@ -25,6 +25,7 @@ _CONCERNED = {
     "loading/report": "report published words",
     "loading/advice": "report errors published words",
     "loading/tying": "tying",
+    "kinds/targets": "targets refusals parameters",
     "loading/targets": "targets refusals parameters",
     "loading/load": "report checkpoint errors one_road deleted_names loaded_twice usages fingerprint hub",
     "loading": "report checkpoint errors targets one_road",

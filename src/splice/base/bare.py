@@ -11,11 +11,13 @@ from typing import Protocol, cast
 import torch
 from torch import nn
 
-from splice.base.foreign_models import patched_forwards
+from splice.base.foreign_models import forward_places, is_hooked
 
-# Under which attributes an adapted layer, and a parent whose fused path is switched off, keep what they carry.
+# Under which attributes an adapted layer, a parent whose fused path is switched off, and a network with adapters keep what
+# they carry.
 HOST = "splice_host"
 GUARD = "splice_guard"
+TUNER = "splice_tuner"
 
 
 class Carried(Protocol):
@@ -119,10 +121,11 @@ def bare_copy(module: nn.Module, memo: dict[int, object]) -> nn.Module:
     # Not `copy.deepcopy(module)` with the adapters taken out again: it would copy every one of them first.
     cls = original_class(module)
     clone = empty_instance(cls)
-    state = {k: v for k, v in module.__dict__.items() if k not in (HOST, GUARD, "_hf_hook", "_old_forward", "forward")}
-    host, standing = cast("CarriedHost | None", carried(module, HOST)), patched_forwards(module)
-    patched = standing.get("forward") if host is None else host.own_forward
-    if patched is not None and "_old_forward" not in standing:  # with that, it belongs to a hook
+    hooks = (HOST, GUARD, "_hf_hook", "_old_forward", "_diffusers_hook", "forward")
+    state = {k: v for k, v in module.__dict__.items() if k not in hooks}
+    host, standing = cast("CarriedHost | None", carried(module, HOST)), forward_places(module)
+    patched = (standing[-1].forward if standing else None) if host is None else host.own_forward
+    if patched is not None and not is_hooked(module):  # else it belongs to the hook
         state["forward"] = patched
     state["_modules"] = dict(bare_children(module))
     state.update({name: OrderedDict() for name in state if name.endswith(("_hooks", "_hooks_with_kwargs"))})

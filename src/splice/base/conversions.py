@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol, cast
 
 from torch import nn
@@ -27,11 +27,13 @@ class _Step(Protocol):
     source_patterns: list[str]
     target_patterns: list[str]
 
-    def rename_source_key(self, key: str) -> tuple[str, str | None]: ...
-    @property
-    def operations(self) -> list[_Operation]:
-        """What a step does beside renaming; only a `WeightConverter` has any."""
-        ...
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]: ...
+
+
+class _Converter(Protocol):
+    """A step that does more than to rename."""
+
+    operations: list[_Operation]
 
 
 class Stacking(NamedTuple):
@@ -50,7 +52,12 @@ class Stacking(NamedTuple):
 
 def renaming_of(network: nn.Module) -> Callable[[str], str] | None:
     """Path of a module in older weights of `network` -> its path now; None where nothing is known about it."""
-    steps = [step for step in _steps(network) if not _operations(step)]
+    return renaming_by(_steps(network))
+
+
+def renaming_by(steps: Iterable[_Step]) -> Callable[[str], str] | None:
+    """Path of a module in older weights -> its path now, by these steps; None where none of them renames."""
+    steps = [step for step in steps if not _operations(step)]
     if not steps:
         return None
 
@@ -65,8 +72,13 @@ def renaming_of(network: nn.Module) -> Callable[[str], str] | None:
 
 def stackings_of(network: nn.Module) -> list[Stacking]:
     """The parameters of `network` that were a layer of every expert in its older weights."""
+    return stackings_in(_steps(network))
+
+
+def stackings_in(steps: Iterable[_Step]) -> list[Stacking]:
+    """The parameters that these steps make of a layer of every expert."""
     found = []
-    for step in _steps(network):
+    for step in steps:
         operations = _operations(step)
         if operations not in ([_STACKED], [_STACKED, _JOINED]) or len(step.target_patterns) != 1:
             continue
@@ -80,7 +92,7 @@ def _operations(step: _Step) -> list[tuple[str, int | None]]:
     """What a step does beside renaming: the operations by name, and the dimension of those that stack or join."""
     if all(cls.__name__ != "WeightConverter" for cls in type(step).__mro__):
         return []
-    named = [(type(operation).__name__, operation) for operation in step.operations]
+    named = [(type(operation).__name__, operation) for operation in cast(_Converter, step).operations]
     return [(name, operation.dim if name in (_STACKED[0], _JOINED[0]) else None) for name, operation in named]
 
 

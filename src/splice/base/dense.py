@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from splice.base.bare import bare_children
 from splice.base.foreign_models import execution_device
 from splice.base.layers import LayerKind, kind_of
+from splice.base.sharding import divided_like
 
 
 def device_of(layer: nn.Module) -> torch.device:
@@ -69,7 +70,7 @@ def exchange(parameter: nn.Parameter, values: torch.Tensor) -> torch.Tensor:
     if is_traceable_wrapper_subclass(parameter):
         # Sharded tensors and their like hold others: `.data` would exchange the shell alone.
         before = parameter.detach().clone()
-        parameter.copy_(values)
+        parameter.copy_(divided_like(values, parameter))
         return before
     # Not `copy_`: it needs the memory of a third tensor for what it writes over.
     before = parameter.data

@@ -12,8 +12,10 @@ Objects of our own are never asked so: what they can do stands in their class or
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol, TypeVar, cast
+from types import FrameType
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import nn
@@ -22,11 +24,13 @@ from torch import nn
 T = TypeVar("T")
 
 # Functions, by module and name, that read a tensor of a layer as an attribute and mean the one that is registered: they
-# move it, or were asked for it by its name in the tree.
+# move it, divide it, put another one in its place, or were asked for it by its name in the tree.
 READ_THE_REGISTERED = frozenset(
     {
         ("accelerate.utils.modeling", "set_module_tensor_to_device"),
+        ("torch.distributed.fsdp._fully_shard._fsdp_param", "reset_sharded_param"),
         ("torch.nn.modules.module", "get_parameter"),
+        ("torch.nn.modules.module", "register_parameter"),
         ("torch.nn.utils._named_member_accessor", "get_tensor"),
         ("transformers.modeling_utils", "get_parameter_or_buffer"),
     }
@@ -35,7 +39,31 @@ READ_THE_REGISTERED = frozenset(
 # Linear layers of other libraries for which programs have classes of their own, by name -> the library.
 QUANTISED_LINEARS = {"Linear4bit": "bitsandbytes", "Linear8bitLt": "bitsandbytes"}
 
+# Functions, by module and name, that bring the weight of a layer into another dtype for a call, and back after it.
+CASTS_FOR_A_CALL = frozenset(
+    ("diffusers.hooks.layerwise_casting", name) for name in ("initialize_hook", "pre_forward", "post_forward")
+)
+
+# Functions, by module and name, that put the base layers of a network back in the places of its adapted ones.
+TAKES_ADAPTERS_OFF = frozenset({("diffusers.utils.peft_utils", "recurse_remove_peft_layers")})
+
+
+def is_called_from(frame: FrameType, functions: frozenset[tuple[str, str]]) -> bool:
+    """Whether `frame` runs one of these functions."""
+    return (frame.f_globals.get("__name__"), frame.f_code.co_name) in functions
+
+
 # -- networks
+
+# What `torch.compile` puts before the names of the model that it was given.
+COMPILED = "_orig_mod."
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model that `torch.compile` was given, of what it gave back; any other model itself."""
+    # By the name of the child: the class is in a module that takes long to import.
+    found = model._modules.get(COMPILED[:-1])
+    return model if found is None else found
 
 
 def is_pretrained(network: nn.Module) -> bool:
@@ -116,6 +144,38 @@ def quantisation(network: nn.Module) -> tuple[str, object]:
     if "quantization_method" not in own:
         return "", None
     return str(own["quantization_method"].value), own["config"].quantization_config
+
+
+# What quantisers leave on a network, beside the name of their method.
+_FLAGS = ("is_loaded_in_8bit", "is_loaded_in_4bit", "hqq_quantized")
+# Ways to quantise that need all else in half precision too, and by which alone a network is known to be quantised. Of
+# bitsandbytes the flags count: the method stays when a model is dequantised.
+_IN_HALF_PRECISION = frozenset({"gptq", "aqlm", "eetq", "hqq", "torchao", "hqq_quantized"})
+
+
+def quantised_by(network: nn.Module) -> frozenset[str]:
+    """The marks by which the weights of `network` are known to be stored in few bits; empty where they are not."""
+    found = {name: getattr(network, name, None) for name in ("quantization_method", *_FLAGS)}
+    return frozenset((*filter(found.get, _FLAGS), *(_IN_HALF_PRECISION & {found["quantization_method"]})))
+
+
+def needs_half_precision(network: nn.Module) -> bool:
+    """Whether the quantised layers of `network` want inputs, and all other parameters, in half precision."""
+    return not _IN_HALF_PRECISION.isdisjoint(quantised_by(network))
+
+
+def unsplit_classes(network: nn.Module) -> list[str]:
+    """Names of the classes of blocks that a model of transformers keeps together; empty of any other model."""
+    return list(getattr(network, "_no_split_modules", None) or ())
+
+
+def keep_full_states(optimizer_class: type, embeddings: Iterable[nn.Module]) -> None:
+    """Let an 8-bit optimizer of bitsandbytes keep its state of these layers in 32 bits, as it is best for embeddings."""
+    library, _, _ = optimizer_class.__module__.partition(".")
+    if library == "bitsandbytes" and optimizer_class.__name__.endswith("8bit"):
+        manager = sys.modules[library].optim.GlobalOptimManager.get_instance()
+        for layer in embeddings:
+            manager.register_module_override(layer, "weight", {"optim_bits": 32})
 
 
 # -- configs of networks
@@ -219,10 +279,39 @@ def offloading_hooks(module: nn.Module) -> list[OffloadingHook]:
     return [each for each in hooks if type(each).__name__ == "AlignDevicesHook" and each.offload]
 
 
-def patched_forwards(module: nn.Module) -> dict[str, Callable[..., object]]:
-    """The forwards that were set on the object `module`, by attribute; the innermost comes first."""
+class ForwardPlace(NamedTuple):
+    """Where a forward is kept that is called in the place of the class's own."""
+
+    # The dict of the object that keeps it: the module, or a hook.
+    holder: dict[str, Any]
+    # Its name there.
+    name: str
+
+    @property
+    def forward(self) -> Callable[..., object]:
+        """What stands there now."""
+        found: Callable[..., object] = self.holder[self.name]
+        return found
+
+    def put(self, forward: Callable[..., object]) -> None:
+        """Let `forward` stand there."""
+        self.holder[self.name] = forward
+
+
+def forward_places(module: nn.Module) -> list[ForwardPlace]:
+    """Where forwards of the object `module` are kept; the innermost comes first."""
     # A hook of accelerate keeps what it found as `_old_forward` and puts its own in front of it, as `forward`.
-    return {name: module.__dict__[name] for name in ("_old_forward", "forward") if name in module.__dict__}
+    own = [ForwardPlace(module.__dict__, name) for name in ("_old_forward", "forward") if name in module.__dict__]
+    # A hook of diffusers keeps it in an object; one that calls it in a way of its own keeps it there a second time.
+    registry = module.__dict__.get("_diffusers_hook")
+    kept = [vars(reference) for reference in registry._fn_refs] if registry is not None else []
+    names = ("original_forward", "forward")
+    return [*(ForwardPlace(each, name) for each in kept for name in names if each[name] is not None), *own]
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a hook of accelerate or of diffusers stands in front of the forward of `module`."""
+    return any(place.holder is not module.__dict__ or place.name != "forward" for place in forward_places(module))
 
 
 def has_cache_place(module: nn.Module) -> bool:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import secrets
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+if sys.platform != "win32":
+    import fcntl
 
 
 def write_text(path: Path, text: str) -> None:
@@ -17,11 +22,29 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Inside, no other process is at the same place with the same folder: data-parallel jobs save from every process."""
+    # The folder itself is locked and not a file in it, which would have to be left there. The system takes the lock back
+    # when the process dies. Where nothing can be locked (Windows, some network file systems), each file is whole none the
+    # less.
+    if sys.platform == "win32":
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
 def beside(path: Path) -> Iterator[Path]:
     """A temporary name in the same folder, which is gone afterwards if it was not renamed."""
-    # The same folder and not `tempfile`'s: renaming is atomic only within a file system. The number of the process keeps
-    # two that save at once from writing into each other's file.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # The same folder and not `tempfile`'s: renaming is atomic only within a file system. By chance, so that two that save
+    # at once do not write into each other's file: in containers all processes may have the same number.
+    temporary = path.with_name(f".{path.name}.{secrets.randbelow(10**18)}.tmp")
     try:
         yield temporary
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import pickle
 import sys
@@ -14,6 +15,7 @@ from typing import Protocol
 import torch
 
 from splice.base.dtypes import FLOAT8
+from splice.base.sharding import Part, is_divided, part_in, whole
 from splice.checkpoint.foreign import LFS_START, lfs_pointer
 from splice.checkpoint.header import Entry, read_header
 from splice.errors import CheckpointError
@@ -47,8 +49,17 @@ class Weights(Protocol):
         """What stands in the file beside the tensors."""
         ...
 
-    def read(self, names: Sequence[str]) -> list[torch.Tensor]:
-        """These tensors, on the CPU and as they were stored, each in memory that it shares with nothing."""
+    def read(self, names: Sequence[str], into: Mapping[str, torch.Tensor] | None = None) -> list[torch.Tensor]:
+        """These tensors, on the CPU and as they were stored, each in memory that it shares with nothing.
+
+        Args:
+            names: of the tensors.
+            into: tensors that some of them may be read into, where these are stored alike; others are given their own memory.
+        """
+        ...
+
+    def read_part(self, name: str, part: Part) -> torch.Tensor:
+        """The part of one tensor, likewise; no more is read of a file than that."""
         ...
 
 
@@ -71,20 +82,36 @@ class SafetensorsFile:
         self.entries = header.entries
         self.metadata = header.metadata
 
-    def read(self, names: Sequence[str]) -> list[torch.Tensor]:
+    def read(self, names: Sequence[str], into: Mapping[str, torch.Tensor] | None = None) -> list[torch.Tensor]:
         entries = [self.entries[name] for name in names]
-        tensors = [torch.empty(entry.shape, dtype=DTYPES[entry.dtype]) for entry in entries]
+        given = {name: tensor for name, tensor in (into or {}).items() if _holds(tensor, self.entries[name])}
+        tensors = [
+            given[name] if name in given else torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+            for name, entry in zip(names, entries)
+        ]
         # Tensors that lie behind one another are one system call. Most adapters have hundreds of small ones.
         in_file_order = sorted(range(len(names)), key=lambda i: entries[i].offset)
         for run in _runs(in_file_order, entries):
             self._fill([tensors[i] for i in run], entries[run[0]].offset)
         return tensors
 
+    def read_part(self, name: str, part: Part) -> torch.Tensor:
+        entry = self.entries[name]
+        tensor = torch.empty(part.shape, dtype=DTYPES[entry.dtype])
+        if tensor.numel():
+            memory = _memory(tensor)
+            length, starts = _stretches(entry.shape, part)
+            size = length * tensor.element_size()
+            for index, start in enumerate(starts):
+                place = entry.offset + start * tensor.element_size()
+                self._fill_memory([memory[index * size : (index + 1) * size]], place)
+        return tensor
+
     def _fill(self, tensors: Sequence[torch.Tensor], offset: int) -> None:
         """Read a run of tensors that lie behind one another, straight into their own memory."""
-        # By address: `tensor.numpy()` would need numpy, and knows no bfloat16.
-        buffers = [(ctypes.c_char * t.nbytes).from_address(t.data_ptr()) for t in tensors]
-        targets = [memoryview(buffer).cast("B") for buffer in buffers]
+        self._fill_memory([_memory(tensor) for tensor in tensors], offset)
+
+    def _fill_memory(self, targets: list[memoryview], offset: int) -> None:
         wanted = sum(map(len, targets))
         while wanted:
             count = _read_into(self._descriptor, targets, offset)
@@ -92,6 +119,27 @@ class SafetensorsFile:
                 raise CheckpointError(f"{self.path} was cut off while it was read")
             offset, wanted = offset + count, wanted - count
             targets = _behind(targets, count) if wanted else []
+
+
+def _memory(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor, to be written to."""
+    # By address: `tensor.numpy()` would need numpy, and knows no bfloat16.
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+def _stretches(shape: Sequence[int], part: Part) -> tuple[int, list[int]]:
+    """The stretches of memory that a part of a tensor of this shape consists of, in elements: their length, and starts."""
+    # Dimensions from the last one on that the part has all of, and the one before these, are one stretch.
+    inner = len(shape)
+    while inner and part.shape[inner - 1] == shape[inner - 1]:
+        inner -= 1
+    inner = max(0, inner - 1)
+    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    first = sum(begin * stride for begin, stride in zip(part.offset, strides))
+    starts = [first]
+    for dim in range(inner):
+        starts = [start + index * strides[dim] for start in starts for index in range(part.shape[dim])]
+    return math.prod(part.shape[inner:]), starts
 
 
 if sys.platform == "win32":
@@ -153,10 +201,15 @@ class TensorsInMemory:
         # Memory that was handed over: a second tensor in it gets its own.
         self.handed: set[int] = set()
 
-    def read(self, names: Sequence[str]) -> list[torch.Tensor]:
+    def read(self, names: Sequence[str], into: Mapping[str, torch.Tensor] | None = None) -> list[torch.Tensor]:
         return [self._owned(self.tensors[name].detach()) for name in names]
 
+    def read_part(self, name: str, part: Part) -> torch.Tensor:
+        return part_in(whole(self.tensors[name].detach()), part)
+
     def _owned(self, tensor: torch.Tensor) -> torch.Tensor:
+        if is_divided(tensor):
+            return tensor.clone()
         # A tensor that is part of a larger memory would keep all of it alive.
         storage = tensor.untyped_storage()
         owns_memory = (
@@ -164,6 +217,12 @@ class TensorsInMemory:
         )
         self.handed.add(storage.data_ptr())
         return tensor if self.hand_over and owns_memory else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _holds(tensor: torch.Tensor, entry: Entry) -> bool:
+    """Whether the bytes of an entry can be read straight into the memory of a tensor."""
+    alike = tensor.shape == entry.shape and tensor.dtype is DTYPES[entry.dtype]
+    return alike and tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
 def open_weights(path: Path) -> Weights:

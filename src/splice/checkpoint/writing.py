@@ -6,11 +6,12 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from splice.checkpoint.files import beside, flush, write_text
+from splice.checkpoint.files import alone_in, beside, flush, write_text
 from splice.checkpoint.format import BIN_NAME, CONFIG_NAME, METADATA_KEY, SAFETENSORS_NAME
 from splice.checkpoint.incoming import (
     CONFIG_DIGEST,
@@ -33,13 +34,14 @@ def write_checkpoint(
     # Not into a folder of another name that then takes this one's place: files of others in it would be lost.
     folder.mkdir(parents=True, exist_ok=True)
     weights = folder / (SAFETENSORS_NAME if safe_serialization else BIN_NAME)
-    _finish(folder)
-    try:
-        _put(folder, weights, tensors, config, base)
-    finally:
+    with alone_in(folder):
         _finish(folder)
-        for name in (INCOMING_CONFIG, INCOMING_DIGEST):
-            (folder / name).unlink(missing_ok=True)
+        try:
+            _put(folder, weights, tensors, config, base)
+        finally:
+            _finish(folder)
+            for name in (INCOMING_CONFIG, INCOMING_DIGEST):
+                (folder / name).unlink(missing_ok=True)
 
 
 def _put(folder: Path, weights: Path, tensors: Mapping[str, torch.Tensor], config: str, base: str) -> None:
@@ -68,7 +70,8 @@ def _finish(folder: Path) -> None:
     """Finish a save that put its weights in place and not yet its config."""
     first = preferred_weights(folder)
     if first is not None and is_incoming_of(first):
-        os.replace(folder / INCOMING_CONFIG, folder / CONFIG_NAME)
+        with suppress(FileNotFoundError):  # another process that saves the same has just done it
+            os.replace(folder / INCOMING_CONFIG, folder / CONFIG_NAME)
 
 
 def _sort_metadata(path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
+import torch
 from torch import nn
 
+from splice.base.bare import TUNER, carried
 from splice.config import PeftConfig
 from splice.selection import Selection
 
@@ -40,6 +42,28 @@ class Adapters(Protocol):
     def selection(self) -> Selection:
         """Which adapters take effect."""
         ...
+
+
+class Remakes(Protocol):
+    """A model whose adapters can be made anew: a PeftModel."""
+
+    def remake_adapter(self, adapter_name: str, config: PeftConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Put an adapter with this config and these tensors, by their keys, in the place of the one of that name.
+
+        Raises:
+            ValueError: there is no such adapter, it is merged, or the tensors are not those of the config.
+        """
+        ...
+
+
+def adapters_on(model: nn.Module) -> Adapters | None:
+    """The adapters of a network, or of a PeftModel around it; None where there are none."""
+    network = model
+    for name in ("base_model", "model"):  # of a PeftModel: what knows the adapters, and the network in that
+        if carried(network, TUNER) is None:
+            network = network._modules.get(name) or network
+    found = cast("tuple[Adapters] | None", carried(network, TUNER))
+    return None if found is None else found[0]
 
 
 def names_or_active(adapters: Adapters, names: str | Iterable[str] | None) -> list[str]:

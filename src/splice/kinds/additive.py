@@ -7,6 +7,7 @@ from torch import nn
 
 from splice.kinds.effect import Action, Forward
 from splice.kinds.layer import AdapterLayer
+from splice.kinds.scale import Scale, add_scaled
 
 
 class Additive(AdapterLayer):
@@ -15,7 +16,7 @@ class Additive(AdapterLayer):
     mergeable = True
     action = Action.ADDS
     # What the update is multiplied with.
-    scale: float = 1.0
+    scale: Scale = 1.0
     # The scale that follows from the config, of layers whose scale scripts may change for a while; None of all others.
     initial_scale: float | None = None
     # Probability with which a feature of the input is dropped before the update sees it, in training.
@@ -30,10 +31,15 @@ class Additive(AdapterLayer):
         h = self.cast_input(x)
         if self.dropout and self.training:
             h = nn.functional.dropout(h, self.dropout)
-        # The scale is folded into the sum: one kernel instead of two. The sum is made in the wider dtype and rounded once;
-        # `y + delta.to(y.dtype)` would round twice.
-        out = torch.add(y, self.delta(h), alpha=self.scale)
+        out = add_scaled(y, self.delta(h), self.scale)
         return out if out.dtype is y.dtype else out.to(y.dtype)
+
+    def rescale(self, scale: Scale) -> None:
+        """Multiply the update with `scale` from now on; where that is a tensor it stays the same one."""
+        if isinstance(self.scale, torch.Tensor):
+            self.scale.fill_(scale)
+        else:
+            self.scale = scale
 
     def cast_input(self, x: torch.Tensor) -> torch.Tensor:
         """`x`, of any shape, in the dtype of the adapter's own tensors."""

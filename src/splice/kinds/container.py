@@ -6,8 +6,8 @@ in the tree (`.to`, FSDP, `load_state_dict`) exchanges those that the adapter la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import nn
@@ -25,6 +25,17 @@ class Owner(Protocol):
     hooked: bool
 
 
+class Tie(NamedTuple):
+    """Another place of the same parameter, on a layer whose adapter layer shares it."""
+
+    # `_parameters` of the module there.
+    registry: dict[str, Any]
+    # Its name there.
+    name: str
+    # Whether it is the transpose of the one here.
+    transposed: bool
+
+
 class _Hookable(LightModule):
     """A module that nobody calls while nobody hooks it: the tensors in it are read where they stand.
 
@@ -34,6 +45,8 @@ class _Hookable(LightModule):
 
     # The host; None until the module stands in the tree.
     owner: Owner | None = None
+    # By the name of a parameter here: transformers' loader puts others in the place of those of one layer alone.
+    ties: Mapping[str, Sequence[Tie]] = {}
 
     def forward(self, run: Callable[[], Any]) -> Any:
         """Do what is computed with the tensors, with the hooks around it."""
@@ -51,6 +64,13 @@ class _Hookable(LightModule):
         if name == "forward":  # accelerate puts its own in place
             self._tell()
         super().__setattr__(name, value)
+        self._share(name, value)
+
+    def _share(self, name: str, value: object) -> None:
+        if isinstance(value, nn.Parameter):
+            for registry, key, transposed in self.ties.get(name, ()):
+                shared = nn.Parameter(value.detach().T, requires_grad=value.requires_grad) if transposed else value
+                registry[key] = shared
 
     def _tell(self) -> None:
         if self.owner is not None:
@@ -113,6 +133,8 @@ class Container(_Hookable):
         for registry in (self._modules, self._parameters, self._buffers):
             registry.pop(name, None)
         self._non_persistent_buffers_set.discard(name)
+        if name in self.ties:
+            self.__dict__["ties"] = {other: ties for other, ties in self.ties.items() if other != name}
 
     def train(self, mode: bool = True) -> Container:
         if mode is not self.training:
@@ -136,6 +158,7 @@ class Container(_Hookable):
             for registry in (self._parameters, self._buffers):  # with dots in their names too, which torch refuses
                 if name in registry:
                     registry[name] = value  # type: ignore[assignment]
+                    self._share(name, value)
                     return
         super().__setattr__(name, value)
 

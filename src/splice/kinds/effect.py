@@ -46,6 +46,9 @@ class Effect:
     first_outside: ClassVar[bool] = False
     # What it does, as far as it matters to others beside it.
     action: Action = Action.OTHER
+    # Suffixes of the tensors that `factors` gives, a and b, of layers that have no others: then they may lie in a stack, with
+    # those of other adapters. Empty of all others.
+    stacked_names: ClassVar[tuple[str, ...]] = ()
     # Whether `shown` gives anything. It is asked at every call, so it is a flag and not a method.
     shows: bool = False
     # Whether what it makes of the layer's tensors is the layer's own for everybody who reads them, and not only for the
@@ -85,6 +88,10 @@ class Effect:
 
     def factors(self) -> Factors | None:
         """The update as a plain product of the layer's input, where it is one now: then rows are worked out together."""
+        return None
+
+    def product_scale(self) -> float | None:
+        """The scale of `factors` alone; None where the update is no plain product now."""
         return None
 
     def shown(self, base: nn.Module) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ from torch import nn
 from splice.base.bare import HOST, NetworkOf
 from splice.kinds.effect import Forward
 from splice.kinds.layer import AdapterLayer
+from splice.kinds.stack import Stack
 from splice.selection import LayerSelection, Selection
 
 
@@ -43,6 +44,8 @@ class Host:
     reached: bool = False
     # Whether a call has read a tensor of it that cannot be given as the adapters make it.
     read: bool = False
+    # Whether inputs of another dtype are cast to that of the adapters.
+    casts_input: bool = True
     # Adapters that are in its weights now, in the order they were merged.
     merged: list[str] = field(default_factory=list)
     # The base's tensors as they were before the first merge, by name; empty while nothing is merged. The parameter itself
@@ -54,6 +57,9 @@ class Host:
     own_forward: Forward | None = None
     # Parents with a fused path around the layer, which is switched off while it is adapted.
     readers: list[nn.Module] = field(default_factory=list)
+
+    # Where factors of adapters lie side by side; None where none do.
+    stack: Stack | None = None
 
     @property
     def place(self) -> str:

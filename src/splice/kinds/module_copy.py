@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from splice.base.bare import bare_copy, own_tensors
+from splice.base.sharding import is_divided
 from splice.config import PeftConfig
+from splice.errors import UnsupportedLayerError
 from splice.kinds.effect import Effect, Forward
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.names import CopyNames
@@ -60,6 +62,11 @@ class WholeModule(AdapterLayer):
     def slots(cls, base: nn.Module, config: PeftConfig, path: str) -> dict[str, Slot]:
         if isinstance(base, (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)):
             raise TypeError(f"modules_to_save cannot be applied to {path!r}: a {type(base).__name__} has no forward")
+        if any(is_divided(tensor) for _, tensor in own_tensors(base)):
+            raise UnsupportedLayerError(
+                f"{path!r} cannot be saved whole: its tensors are divided among processes (FSDP, tensor parallelism), and "
+                "a copy of it would be nobody's. Put the adapter on before the model is divided."
+            )
         return {
             cls.names.front + name: Slot(
                 tuple(tensor.shape),

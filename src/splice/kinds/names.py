@@ -56,13 +56,14 @@ class Names(ABC):
 
     def in_tree(self, path: str, suffix: str, adapter_name: str) -> str:
         """The name of the tensor in the tree of modules, seen from the PeftModel."""
-        return self.path_in_tree(path) + self._on_layer(suffix, adapter_name)
+        return self.path_in_tree(path) + self.on_layer(suffix, adapter_name)
 
     def in_reference(self, path: str, suffix: str, adapter_name: str) -> str:
         """How the reference calls the tensor in memory: as the tree does, but for what it puts before base tensors."""
-        return self.path_in_reference(path) + self._on_layer(suffix, adapter_name)
+        return self.path_in_reference(path) + self.on_layer(suffix, adapter_name)
 
-    def _on_layer(self, suffix: str, adapter_name: str) -> str:
+    def on_layer(self, suffix: str, adapter_name: str) -> str:
+        """The name of the tensor in the tree of modules, seen from the layer."""
         nameless = self.nameless(suffix)
         if nameless is not None:
             return nameless

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from splice.base.layers import LayerKind, kind_of
+from splice.base.sharding import is_tensor_parallel
 from splice.checkpoint.types import PeftType
 from splice.config import PeftConfig, class_of
 from splice.discovery import find_methods
@@ -20,8 +21,11 @@ from splice.kinds.layer import AdapterLayer, Config
 from splice.kinds.network import NetworkLayer
 from splice.kinds.reading import Reader
 from splice.kinds.shared import SharedTensors
+from splice.kinds.swapping import Swapping
 
 _METHODS: dict[PeftType, Method] = {}
+# What a model with adapters of whatever method can be asked, by name; a method that others are turned into answers it.
+_QUESTIONS: dict[str, Callable[..., object]] = {}
 
 
 def _nothing_to_check(config: PeftConfig) -> None:
@@ -65,8 +69,10 @@ class Method(NamedTuple):
         prefix: what the names of its tensors begin with (`lora_`).
         tensor_names: the first components of its tensors' names (`lora_A`).
         layers: the adapter layer for each kind of base layer it supports; empty for prompt learning.
-        variant: the adapter layer for a kind of base layer, where a config asks for another one than `layers` has; else None.
+        variant: the adapter layer for a kind of base layer (for this one, if it is given), where a config asks for another
+            one than `layers` has; else None.
         other_layer: the adapter layer for every other base layer, whatever it is; None where it cannot be put on them.
+        divided_layers: the adapter layer in the place of another one where tensor parallelism divides the base layer.
         parameters_layer: the adapter layer for bare parameters of a module; None where it cannot be put on them.
         network_layer: the adapter layer for the network as a whole, of methods that act on its call: prompt learning.
         shared: what holds the tensors that all layers of an adapter use; None where each layer has its own only.
@@ -84,8 +90,12 @@ class Method(NamedTuple):
         follows_ties: whether layers that are tied to adapted input embeddings always share their adapter layer's tensors.
         exclusive: whether only one of its adapters can take effect at a time.
         combine: how several adapters become one (`add_weighted_adapter`); None where they cannot.
+        swapping: how one adapter takes the place of another in a compiled model; None where that is not possible.
         readings: ways in which its adapters were written before, asked in turn where a checkpoint does not fit as it is.
         restated: a config for an earlier form of this network, put in words of the network as it is; mostly unchanged.
+        joins: suffix of a tensor -> how the tensors that layers had, which are parts of one parameter now, become that of the
+            parameter; for the suffixes of all its tensors, or none. Given the config, the path of the experts, and for each
+            part the tensors of all experts in their order.
         for_unchanged_base: how an adapter is written for the base before its initialisation changed that; None where none
             of its initialisations does.
         tags: what the model card of such an adapter is tagged with.
@@ -104,8 +114,9 @@ class Method(NamedTuple):
     prefix: str
     tensor_names: frozenset[str]
     layers: Mapping[LayerKind, type[AdapterLayer]] = MappingProxyType({})
-    variant: Callable[[Config, LayerKind], type[AdapterLayer] | None] | None = None
+    variant: Callable[[Config, LayerKind, nn.Module | None], type[AdapterLayer] | None] | None = None
     other_layer: type[AdapterLayer] | None = None
+    divided_layers: Mapping[type[AdapterLayer], type[AdapterLayer]] = MappingProxyType({})
     parameters_layer: type[AdapterLayer] | None = None
     network_layer: type[NetworkLayer] | None = None
     shared: type[SharedTensors] | None = None
@@ -122,8 +133,12 @@ class Method(NamedTuple):
     follows_ties: bool = False
     exclusive: bool = False
     combine: Combine | None = None
+    swapping: Swapping | None = None
     readings: tuple[Reader, ...] = ()
     restated: Callable[[Config, nn.Module, Mapping[str, nn.Module]], PeftConfig] = _as_it_is
+    joins: Mapping[str, Callable[[Config, str, Mapping[str, Sequence[torch.Tensor]]], torch.Tensor]] = MappingProxyType(
+        {}
+    )
     for_unchanged_base: UnchangedBase | None = None
     tags: tuple[str, ...] = ()
     outdated_names: Mapping[str, str] = MappingProxyType({})
@@ -157,8 +172,9 @@ class Method(NamedTuple):
                 f"Currently, only the following modules are supported: {supported}. Name the layers inside it, or exclude it "
                 "with `exclude_modules`."
             )
-        variant = None if self.variant is None else self.variant(config, kind)
-        return self.layers[kind] if variant is None else variant
+        variant = None if self.variant is None else self.variant(config, kind, base)
+        chosen = self.layers[kind] if variant is None else variant
+        return self.divided_layers.get(chosen, chosen) if is_tensor_parallel(base) else chosen
 
 
 def register(method: Method) -> Method:
@@ -174,6 +190,16 @@ def register(method: Method) -> Method:
     targets, modules = dict(method.default_targets), {field: dict(t) for field, t in method.default_modules.items()}
     _METHODS[method.name] = method = method._replace(default_targets=targets, default_modules=modules)
     return method
+
+
+def register_question(name: str, answer: Callable[..., object]) -> None:
+    """Let models with adapters of any method have a function of this name; it is called with the adapters first."""
+    _QUESTIONS[name] = answer
+
+
+def question(name: str) -> Callable[..., object] | None:
+    """The function of this name that models with adapters of any method have; None where there is none."""
+    return _QUESTIONS.get(name)
 
 
 def all_methods() -> Mapping[PeftType, Method]:

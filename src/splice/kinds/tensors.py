@@ -111,6 +111,15 @@ class OwnTensors:
         """Where the tensors of one role are registered."""
         return (item for item in self.registered.values() if item.slot.role is role)
 
+    def holders(self) -> Iterator[nn.Module]:
+        """The modules that the tensors stand in, once they are attached."""
+        for entry in self.entries.values():
+            yield from entry.modules()
+        if self.home is not None:
+            for module in self.home.added.values():
+                if any(module._parameters is item.registry for item in self.registered.values()):
+                    yield module
+
     def set_trained(self, trained: bool) -> None:
         """Whether the tensors of this layer are trained."""
         for registry, name, _ in self.tensors_by_role(Role.TRAINED):

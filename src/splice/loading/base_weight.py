@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from splice.base.bare import own_tensors
+from splice.base.sharding import whole
 from splice.kinds.original import original_tensor
 
 
@@ -25,6 +26,8 @@ def says_the_same(stored: torch.Tensor, own: torch.Tensor) -> bool:
     own = own.detach()
     if stored.shape != own.shape:
         return False
+    # Of one that is divided all, and not each process's part: what one refuses, all have to refuse.
+    own = whole(own)
     if stored.dtype == own.dtype or not (stored.is_floating_point() and own.is_floating_point()):
         return torch.equal(stored.to(own), own)
     stored = stored.to(own.device)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import nn
 
 from splice.base.dense import device_of
+from splice.base.sharding import divided_by_first, is_divided, whole_tensors
 from splice.base.weight_access import check_readable
 from splice.checkpoint.header import Entry
+from splice.checkpoint.parts import read_for
 from splice.checkpoint.tensors import Weights
 from splice.config import PeftConfig
 from splice.kinds.module_copy import WholeModule
@@ -17,21 +21,50 @@ from splice.kinds.trained_bias import copy_bias
 from splice.loading.plan import Plan
 from splice.loading.tying import tensors_for
 from splice.surgery.placement import Built, Placement
+from splice.surgery.stacks import Where
 
 _BATCH_BYTES = 8_000_000
 
 
-def build_loaded(plan: Plan, config: PeftConfig, weights: Weights, autocast: bool) -> list[Built]:
+def build_loaded(
+    plan: Plan,
+    config: PeftConfig,
+    weights: Weights,
+    autocast: bool,
+    room: Mapping[Where, torch.Tensor] | None = None,
+) -> list[Built]:
     """Read every tensor into its own memory, on its layer's device and in its final dtype, and build the layers.
 
-    Slots that the checkpoint has nothing for (only with `strict=False`) are initialised as those of a new adapter.
+    Slots that the checkpoint has nothing for (only with `strict=False`) are initialised as those of a new adapter. Tensors
+    for which there is `room`, each of its final shape, dtype and device, are read into that.
     """
+    room = room or {}
     built: list[Built] = []
     for batch in _batches(plan.placements, weights.entries, plan.sources):
-        names = [plan.sources[key] for p in batch for key in p.keys.values() if key in plan.sources]
-        read = dict(zip(names, weights.read(names)))
-        built += [_build_loaded(p, plan.sources, read, config, autocast) for p in batch]
+        where = {
+            (p.path, suffix): plan.sources[key]
+            for p in batch
+            if not p.layer_class.divides
+            for suffix, key in p.keys.items()
+            if key in plan.sources
+        }
+        names = list(where.values())
+        into = {name: room[at] for at, name in where.items() if at in room} if room else None
+        read = dict(zip(names, weights.read(names, into)))
+        for placement in (p for p in batch if p.layer_class.divides):
+            read.update(_read_divided(placement, plan.sources, weights))
+        built += [_build_loaded(p, plan.sources, read, config, autocast, room) for p in batch]
     return built + _followers(plan, built, config)
+
+
+def _read_divided(placement: Placement, sources: Mapping[str, str], weights: Weights) -> dict[str, torch.Tensor]:
+    """What this process has of the tensors of a layer that is divided, by their names in `weights`."""
+    wanted = [
+        (sources[key], placement.layer_class.template(placement.base, suffix, placement.slots[suffix]))
+        for suffix, key in placement.keys.items()
+        if key in sources
+    ]
+    return dict(zip((name for name, _ in wanted), read_for(weights, wanted)))
 
 
 def _batches(
@@ -51,14 +84,23 @@ def _batches(
 
 
 def _build_loaded(
-    placement: Placement, sources: Mapping[str, str], read: dict[str, torch.Tensor], config: PeftConfig, autocast: bool
+    placement: Placement,
+    sources: Mapping[str, str],
+    read: dict[str, torch.Tensor],
+    config: PeftConfig,
+    autocast: bool,
+    room: Mapping[Where, torch.Tensor],
 ) -> Built:
     device = device_of(placement.base)
     tensors: dict[str, torch.Tensor] = {}
     for suffix, key in placement.keys.items():
         name = sources.get(key)
         if name is not None:
-            tensors[suffix] = _moved(read.pop(name), device, placement.dtype(suffix, autocast))
+            given, own = read.pop(name), room.get((placement.path, suffix)) if room else None
+            if own is None:
+                tensors[suffix] = _moved(given, device, placement.dtype(suffix, autocast))
+            else:
+                tensors[suffix] = own if given is own else own.copy_(given)
     if BIAS in placement.slots and BIAS not in tensors:
         tensors[BIAS] = _own_bias(placement).to(device)
     if len(tensors) < len(placement.slots):
@@ -75,7 +117,8 @@ def build_new(plan: Plan, config: PeftConfig, autocast: bool, on_meta: bool = Fa
     """Adapter layers with the initial values of the method, or (`on_meta`) without values."""
     built = [_build(p, config, new_tensors(p, config, autocast)) for p in plan.placements]
     for item in built:
-        item.layer.begin()
+        with _whole(item.placement.base):
+            item.layer.begin()
         if on_meta:
             item.layer.leave_empty()
     return built + _followers(plan, built, config)
@@ -85,6 +128,13 @@ def _followers(plan: Plan, built: Sequence[Built], config: PeftConfig) -> list[B
     """The layers that share the tensors of others."""
     layers = {item.placement.path: item.layer for item in built}
     return [_build(p, config, tensors_for(p.layer_class, layers[p.leader])) for p in plan.followers]
+
+
+def _whole(base: nn.Module) -> AbstractContextManager[None]:
+    """Inside, the parameters of `base` are whole: a new adapter may take its start from them."""
+    # Asked first, since hardly any are divided.
+    divided = [(base._parameters, name) for name, tensor in base._parameters.items() if is_divided(tensor)]
+    return whole_tensors(divided) if divided else nullcontext()
 
 
 @torch.no_grad()
@@ -98,11 +148,17 @@ def new_tensors(placement: Placement, config: PeftConfig, autocast: bool) -> dic
     if placement.layer_class.starts_from_weight or placement.layer_class.reads_weight:
         check_readable(placement.base, placement.path, "the adapter")
     own = {suffix: tensor for suffix, tensor in drawn.items() if suffix != BIAS}
-    placement.layer_class.initialise(own, placement.base, placement.own_config or config)
-    if BIAS in drawn:
-        drawn[BIAS] = _own_bias(placement)
-    device = device_of(placement.base)
-    return {s: t.to(device=device, dtype=placement.dtype(s, autocast)) for s, t in drawn.items()}
+    with _whole(placement.base):
+        placement.layer_class.initialise(own, placement.base, placement.own_config or config)
+        if BIAS in drawn:
+            drawn[BIAS] = _own_bias(placement)
+    device, found = device_of(placement.base), {}
+    for suffix, tensor in drawn.items():
+        found[suffix] = tensor.to(device=device, dtype=placement.dtype(suffix, autocast))
+        if placement.layer_class.divides:
+            template = placement.layer_class.template(placement.base, suffix, placement.slots[suffix])
+            found[suffix] = divided_by_first(found[suffix], template)
+    return found
 
 
 def _own_bias(placement: Placement) -> torch.Tensor:

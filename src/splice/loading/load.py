@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol, cast
 
@@ -14,6 +14,8 @@ from torch import nn
 
 from splice.base.bare import walk_bare
 from splice.base.dense import device_of
+from splice.base.sharding import divide_again, divided_like
+from splice.checkpoint.parts import read_for
 from splice.config import PeftConfig, copy_config
 from splice.errors import PeftWarning, warn
 from splice.kinds.layer import AdapterLayer
@@ -36,6 +38,7 @@ from splice.loading.report import LoadReport
 from splice.loading.wanted import NewAdapter, PresentAdapter, Wanted
 from splice.surgery.coexistence import check_together
 from splice.surgery.placement import Built
+from splice.surgery.stacks import Where
 from splice.surgery.tuner import Tuner
 from splice.surgery.undo import Undo
 
@@ -105,7 +108,7 @@ def load_new(
     found = found._replace(warnings=(*found.warnings, *_lost_patterns(found, method)))
     plan, config = found.plan, found.config
     write_back(config, plan)
-    built = build_loaded(plan, config, found.checkpoint.weights, options.autocast)
+    built = build_loaded(plan, config, found.checkpoint.weights, options.autocast, _room(tuner, found, options, undo))
     tuner.commit(name, config, built, freeze_base, undo.modules, plan)
     # The flags of this adapter alone: loading one never changes those of another.
     if options.is_trainable:
@@ -137,6 +140,15 @@ def load_into(tuner: Tuner, checkpoint: Checkpoint, options: LoadOptions, undo: 
     found = found._replace(warnings=(*found.warnings, *_kept_config(found, checkpoint, name)))
     _overwrite(tuner, found, options, undo)
     return _finished(tuner, found, options)
+
+
+def _room(tuner: Tuner, found: Fitted, options: LoadOptions, undo: Undo) -> Mapping[Where, torch.Tensor]:
+    """Memory of the slots that are reserved, for what fits into one that is free."""
+    reserved, name, plan = tuner.reserved_slots, options.adapter_name, found.plan
+    if reserved is None:
+        return {}
+    undo.also(lambda: reserved.release(name))
+    return reserved.room_for(name, plan.placements, {follower.leader for follower in plan.followers}, options.autocast)
 
 
 def _lost_patterns(found: Fitted, method: Method) -> list[str]:
@@ -234,11 +246,12 @@ def _set_runtime(config: PeftConfig, options: LoadOptions) -> None:
 def _overwrite(tuner: Tuner, found: Fitted, options: LoadOptions, undo: Undo) -> None:
     """Put the tensors of the checkpoint into those of the adapter, which stay the objects they are."""
     layers = tuner.placed[options.adapter_name]
+    divide_again(tuner)
     undo.also(_give_memory(found.plan, layers))
     live = _live_tensors(found.plan, layers)
     # Built layers would be thrown away again, and would draw values for slots that the checkpoint has nothing for.
     # All are read before the first one is written: a file that is cut off leaves the adapter as it was.
-    values = found.checkpoint.weights.read([found.plan.sources[key] for key in live])
+    values = read_for(found.checkpoint.weights, [(found.plan.sources[key], tensor) for key, tensor in live.items()])
     for key, (tensor, own) in _biases_of_base(found.plan, layers).items():
         live[key] = tensor
         values.append(own)
@@ -307,7 +320,7 @@ def _biases_of_base(plan: Plan, layers: dict[str, AdapterLayer]) -> dict[str, tu
 
 def _copy(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
     for target, value in pairs:
-        target.copy_(value)
+        target.copy_(divided_like(value, target))
 
 
 def _finished(tuner: Tuner, found: Fitted, options: LoadOptions) -> Loaded:

@@ -6,11 +6,12 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from splice.checkpoint.format import CONFIG_NAME
 from splice.checkpoint.keys import renamed
 from splice.checkpoint.source import Source
 from splice.checkpoint.tensors import open_weights
 from splice.config import PeftConfig, ReadConfig, read_config
-from splice.errors import CheckpointError
+from splice.errors import CheckpointError, PeftWarning, warn
 from splice.kinds.reading import Checkpoint
 from splice.loading.options import LoadOptions
 
@@ -37,12 +38,32 @@ def open_checkpoint(
     """
     if config is not None and not isinstance(config, PeftConfig):
         raise ValueError(f"The input config must be a PeftConfig, got {type(config).__name__}")
+    model_id = _own_folder(model_id, options, present)
     source = Source.from_options(model_id, options.extra.get("subfolder"), options.extra)
     # The config before the weights: on the Hub the first file settles the commit that the other one is taken from.
     read = ReadConfig(config) if config is not None else _config_in(source, present)
     weights = open_weights(Path(source.weights()))
     names = renamed(weights.entries, key_mapping) if key_mapping else {name: name for name in weights.entries}
     return Checkpoint(read.config, weights, names, read.legacy, read.notes)
+
+
+def _own_folder(
+    model_id: str | os.PathLike[str], options: LoadOptions, present: PeftConfig | None
+) -> str | os.PathLike[str]:
+    """Where the adapter of this name is in a folder that a model with several adapters was saved to."""
+    # transformers' Trainer asks for the best checkpoint of the active adapter so, whatever its name. What lies in the folder
+    # itself is the adapter called "default", and on the same layers it would be taken for the other.
+    name = options.adapter_name
+    own = Path(model_id) / name
+    is_name = Path(name).name == name and name != "default"
+    if present is None or not is_name or options.extra.get("subfolder") or not (own / CONFIG_NAME).is_file():
+        return model_id
+    warn(
+        f"{model_id} holds several adapters, and the one called {name!r} is in {name!r} below it: that one is loaded, and "
+        "not the one in the folder itself.",
+        PeftWarning,
+    )
+    return own
 
 
 def _config_in(source: Source, present: PeftConfig | None) -> ReadConfig:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from splice.errors import AdapterMismatchError, counted
+from splice.errors import AdapterMismatchError, counted, sized
 from splice.loading.fingerprint import Match
 from splice.loading.plan import Plan
 
@@ -38,9 +38,9 @@ class LoadReport(NamedTuple):
     base: Match = Match.UNKNOWN
 
     def __str__(self) -> str:
-        size = f"{self.nbytes / 1e6:.1f} MB" if self.nbytes >= 1e5 else f"{self.nbytes / 1e3:.1f} kB"
         tensors, layers = counted(self.expected, "tensor"), counted(self.layers, "layer")
-        line = f"{self.adapter_name}: {self.placed} of {tensors} on {layers}, {size}, {self.seconds * 1000:.0f} ms"
+        size, milliseconds = sized(self.nbytes), self.seconds * 1000
+        line = f"{self.adapter_name}: {self.placed} of {tensors} on {layers}, {size}, {milliseconds:.0f} ms"
         return "\n".join((line, *(f"  {note}" for note in self.notes)))
 
 

@@ -6,14 +6,15 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
 
 from splice.base.bare import original_class, own_tensors, walk_bare
 from splice.base.embeddings import input_embeddings, output_embeddings_path
-from splice.base.foreign_models import config_field, is_pretrained, model_tags, name_or_path
+from splice.base.foreign_models import COMPILED, config_field, is_pretrained, model_tags, name_or_path, uncompiled
+from splice.base.sharding import divide_again, is_divided, whole
 from splice.checkpoint.card import CardFacts, write_card
 from splice.checkpoint.keys import PREFIX, format_key
 from splice.checkpoint.source import Source
@@ -23,6 +24,7 @@ from splice.checkpoint.writing import write_checkpoint
 from splice.config import PeftConfig, copy_config
 from splice.errors import PeftWarning, counted, warn
 from splice.kinds.registry import method_of
+from splice.kinds.token_rows import TokenRows
 from splice.loading.fingerprint import fingerprint_of
 from splice.loading.tying import EMBEDDING_NAMES
 from splice.surgery.tuner import Tuner, tuner_of
@@ -52,8 +54,11 @@ def save(
         _check_place(name)
     if state_dict is not None and not state_dict and not is_main_process:
         return  # all was gathered on the main process, which alone has it
+    divide_again(tuner)
     for name in names:
-        tensors = tensors_to_save(tuner, name, state_dict, save_embedding_layers)
+        # Gathered by all processes, in one order: those that do not write take part.
+        found = tensors_to_save(tuner, name, state_dict, save_embedding_layers)
+        tensors = {key: whole(tensor) for key, tensor in found.items()}
         _warn_of_shards(tensors, state_dict is None)
         config = tuner.peft_config[name]
         if initial is not None:
@@ -129,23 +134,31 @@ def get_peft_model_state_dict(
     unwrap_compiled: bool = False,
     save_embedding_layers: str | bool = "auto",
 ) -> dict[str, torch.Tensor]:
-    """The tensors of one adapter under the names that stand in a checkpoint. They are the live tensors.
+    """The tensors of one adapter under the names that stand in a checkpoint.
+
+    They are the live tensors, or copies of those in slots (`PeftModel.slots`): whoever keeps them would keep all the slots.
 
     Args:
         model: a PeftModel, or a network that carries adapters (then names have no `base_model.model.`).
-        state_dict: a full state dict of `model` to take the tensors from, with its own or the reference's names.
+        state_dict: a state dict of `model` to take the tensors from, with its own or the reference's names. Of a part of one
+            the result is a part too.
         adapter_name: which adapter.
-        unwrap_compiled: look inside a compiled model.
+        unwrap_compiled: accepted for compatibility: of a compiled model what was compiled is looked at in any case.
         save_embedding_layers: "auto" adds the base's embeddings where they are targets or were resized; True always does,
             False never.
 
     Raises:
-        KeyError: there is no such adapter, or `state_dict` lacks one of its tensors.
+        KeyError: there is no such adapter.
     """
-    network: Any = model._orig_mod if unwrap_compiled and isinstance(model, torch._dynamo.OptimizedModule) else model
-    tuner, prefix = tuner_of(network)
-    tensors = tensors_to_save(tuner, adapter_name, state_dict, save_embedding_layers)
-    return tensors if prefix else {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+    if state_dict is not None:
+        state_dict = {name.replace(COMPILED, ""): tensor for name, tensor in state_dict.items()}
+    tuner, prefix = tuner_of(uncompiled(model))
+    divide_again(tuner)
+    tensors = tensors_to_save(tuner, adapter_name, state_dict, save_embedding_layers, partly=True)
+    if prefix:
+        return tensors
+    # A layer that is tied to another one shares its tensors, transposed: savers of other libraries cannot write such views.
+    return {key.removeprefix(PREFIX): tensor.contiguous() for key, tensor in tensors.items()}
 
 
 def tensors_to_save(
@@ -153,16 +166,18 @@ def tensors_to_save(
     adapter_name: str,
     state_dict: Mapping[str, torch.Tensor] | None = None,
     save_embedding_layers: str | bool = "auto",
+    partly: bool = False,
 ) -> dict[str, torch.Tensor]:
     """The tensors of one adapter by their keys; arguments as in `get_peft_model_state_dict`.
 
     Raises:
-        KeyError: there is no such adapter, or `state_dict` lacks one of its tensors.
+        KeyError: there is no such adapter, or (unless `partly`) `state_dict` lacks one of its tensors.
     """
     if adapter_name not in tuner.placed:
         raise KeyError(f"no adapter {adapter_name!r}; there are {list(tuner.placed)}")
     result = {}
     for path, layer in tuner.placed[adapter_name].items():
+        stack = tuner.adapted[path].splice_host.stack if path in tuner.adapted else None  # not of what all layers share
         held = {suffix for suffix, _ in layer.named_slots()}
         for suffix, tensor in layer.file_form.to_file(layer):
             key = layer.names.key(path, suffix)
@@ -170,8 +185,15 @@ def tensors_to_save(
             if state_dict is not None and suffix in held:
                 names = layer.names
                 spelled = tuple(name(path, suffix, adapter_name) for name in (names.in_tree, names.in_reference))
-                value = _first(state_dict, spelled, key)
-            result[key] = value
+                found = _first(state_dict, spelled)
+                if found is None:
+                    if partly:
+                        continue
+                    raise KeyError(f"the given state_dict has none of {spelled}, so {key} cannot be saved")
+                value = found
+            if layer.divides:  # savers of other libraries know nothing of parts
+                value = whole(value)
+            result[key] = value.detach().clone() if stack is not None and stack.owns(value) else value
     if save_embedding_layers == "auto":
         embeddings = _targeted_embeddings(tuner, adapter_name)
         if not embeddings and _is_resized(tuner, adapter_name):
@@ -179,7 +201,15 @@ def tensors_to_save(
             embeddings = _all_embeddings(tuner, adapter_name)
     else:
         embeddings = _all_embeddings(tuner, adapter_name) if save_embedding_layers else {}
-    result.update(embeddings)
+    for key, tensor in embeddings.items():
+        plain = key.replace(".base_layer.", ".")
+        found = None if state_dict is None else _first(state_dict, (key, plain))
+        if found is not None:
+            result[key] = found
+        elif state_dict is None or not is_divided(tensor):
+            result[key] = tensor
+        elif not partly:  # to gather it here would be to wait for processes that were given nothing to save
+            raise KeyError(f"the given state_dict has none of {(key, plain)}, so {key} cannot be saved")
     return result
 
 
@@ -224,6 +254,8 @@ def _is_resized(tuner: Tuner, adapter_name: str) -> bool:
 
 def _targeted_embeddings(tuner: Tuner, adapter_name: str) -> dict[str, torch.Tensor]:
     """The base's own embeddings, where the adapter's targets name them: the reference writes them beside the adapter."""
+    if any(isinstance(layer, TokenRows) for layer in tuner.placed[adapter_name].values()):
+        return {}  # what such an adapter changes of them is in its own tensors
     targets = tuner.peft_config[adapter_name].target_rule().target_modules
     named = [] if isinstance(targets, str) else [name for name in EMBEDDING_NAMES if name in (targets or ())]
     found = {}
@@ -237,14 +269,14 @@ def _targeted_embeddings(tuner: Tuner, adapter_name: str) -> dict[str, torch.Ten
     return found
 
 
-def _first(state_dict: Mapping[str, torch.Tensor], names: tuple[str, ...], key: str) -> torch.Tensor:
+def _first(state_dict: Mapping[str, torch.Tensor], names: tuple[str, ...]) -> torch.Tensor | None:
     for name in names:
         if name in state_dict:
             return state_dict[name]
     for name in names:  # of a network without its PeftModel
         if name.removeprefix(PREFIX) in state_dict:
             return state_dict[name.removeprefix(PREFIX)]
-    raise KeyError(f"the given state_dict has none of {names}, so {key} cannot be saved")
+    return None
 
 
 def _warn_of_shards(tensors: Mapping[str, torch.Tensor], own: bool) -> None:

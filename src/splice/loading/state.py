@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from splice.base.foreign_models import uncompiled
 from splice.checkpoint.keys import PREFIX, renamed
 from splice.checkpoint.source import Source
 from splice.checkpoint.tensors import TensorsInMemory, open_weights
@@ -68,7 +69,7 @@ def set_peft_model_state_dict(
         KeyError: there is no such adapter.
         AdapterMismatchError: (a RuntimeError) a tensor has another shape.
     """
-    tuner, prefix = tuner_of(model)
+    tuner, prefix = tuner_of(uncompiled(model))
     if adapter_name not in tuner.placed:
         raise KeyError(f"no adapter {adapter_name!r}; there are {list(tuner.placed)}")
     given = TensorsInMemory(peft_model_state_dict, "the given state dict")

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from types import FunctionType
+from typing import Any
 
 import torch
 from torch import nn
 
 from splice.base.bare import HOST, bare_children
+from splice.base.foreign_models import CASTS_FOR_A_CALL, is_called_from
 from splice.base.routing import gets_sorted_tokens
-from splice.kinds.computing import computing
+from splice.kinds.computing import computing, reading_as
 from splice.kinds.effect import Forward
-from splice.kinds.host import Host, in_order
+from splice.kinds.host import Host, host_of, in_order
 from splice.kinds.layer import AdapterLayer
-from splice.selection import Choice, Group, Rows
+from splice.selection import Choice, Group, Groups, Rows
 from splice.surgery.generated import Generated
-from splice.surgery.layer_attributes import AdaptedViews
+from splice.surgery.layer_attributes import AdaptedViews, bare_layer
 from splice.surgery.layer_commands import LayerCommands
 from splice.surgery.reading import publish_tensors
 from splice.surgery.registering import called_through
+from splice.surgery.replaced_forward import IN_REPLACED, around_replaced, running
 from splice.surgery.replacing import BASE_NAMES, replace_base
-from splice.surgery.rows import add_products, split
+from splice.surgery.rows import add_products, add_seated, split
 from splice.surgery.spellings import check_spellings, plain_name
 
 _NONE: Mapping[str, torch.Tensor] = {}
@@ -37,20 +41,37 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
     # not looked up again.
 
     def forward(self, *args: object, **kwargs: object) -> object:
-        host = self.splice_host
+        try:
+            host = self.splice_host
+        except AttributeError:  # somebody has kept this forward, and the adapters are gone
+            return type(self).forward(self, *args, **kwargs)
+        run: Forward = super().forward if host.own_forward is None else host.own_forward
+        before = computing.stack
+        if before:
+            # A forward that stands in the place of this one may call it: then the adapters are around that one.
+            inside = running(host)
+            if inside is not None:
+                return self._forward_inside(super().forward if inside is not IN_REPLACED else run, *args, **kwargs)
         host.reached = True
         # The tree may have a trained bias in the place of the base's; whoever is selected shows it again.
         shown = host.displaced if host.displaced and host.shows_displaced else _NONE
         # Not by `reading_as`: a generator would be most of what this costs.
-        before = computing.stack
         computing.stack = (*before, (host, shown))
         try:
-            return self._forward_choice(host, host.selection.current(), *args, **kwargs)
+            return self._forward_choice(run, host, host.selection.current(), *args, **kwargs)
         finally:
             computing.stack = before
 
-    def _forward_choice(self, host: Host, choice: Choice, *args: object, **kwargs: object) -> object:
-        run: Forward = super().forward if host.own_forward is None else host.own_forward
+    def _forward_inside(self, run: Forward, *args: object, **kwargs: object) -> object:
+        with reading_as(self.splice_host, _NONE):
+            return run(*args, **kwargs)
+
+    def forward_around(self, run: Forward, *args: object, **kwargs: object) -> object:
+        """What the selected adapters give around `run`, in the place of the base's own forward."""
+        self.splice_host.reached = True
+        return self._forward_choice(run, self.splice_host, self.splice_host.selection.current(), *args, **kwargs)
+
+    def _forward_choice(self, run: Forward, host: Host, choice: Choice, *args: object, **kwargs: object) -> object:
         if choice.rows is not None:
             return self._forward_rows(run, choice.rows, *args, **kwargs)
         # The order matters only where there are two: one name is not sorted.
@@ -90,7 +111,13 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
             raise TypeError(f"{host.place}: `adapter_names` needs layers that take one tensor and give one tensor")
         x = args[0]
         groups = _groups(host, rows, x)
-        together, single = split(groups, host.layers, one_by_one=host.hooked)
+        left: Sequence[Group] = groups
+        # With gradients each parameter is used itself: a backward would not notice that a slot got other values since.
+        if host.stack is not None and not host.hooked and not torch.is_grad_enabled():
+            base_output = y
+            y, left = add_seated(y, x, groups, host.layers, host.stack)
+            written = y is not base_output
+        together, single = split(left, host.layers, one_by_one=host.hooked)
         if together:
             y, written = add_products(y, x, together), True
         for layer, group in single:
@@ -106,6 +133,14 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
             more, named = _of_rows(host, group, x, args[1:], kwargs) if layer.shows else ((), {})
             y[group.indices] = wrapped(x[group.indices], *more, **named).to(y.dtype)
         return y
+
+    def to(self, *args: Any, **kwargs: Any) -> Adapted:
+        """As of any module; a hook that casts the weight for each call gets the base's tensors cast alone."""
+        # It means the layer's own, and the adapters would be rounded to what the base is stored in.
+        if is_called_from(sys._getframe(1), CASTS_FOR_A_CALL):
+            bare_layer(self.splice_host).to(*args, **kwargs)
+            return self
+        return super().to(*args, **kwargs)
 
     @classmethod
     def members_for(cls, base: type[nn.Module]) -> dict[str, object]:
@@ -130,6 +165,8 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
     def __setattr__(self, name: str, value: object) -> None:
         if name in BASE_NAMES and HOST in self.__dict__ and name not in dict(bare_children(self)):
             replace_base(self, value, name, Adapted)
+        elif name == "forward":
+            self.__dict__[name] = around_replaced(self, host_of(self), value)
         else:
             super().__setattr__(name, value)  # type: ignore[arg-type]
 
@@ -142,7 +179,7 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
         return ", ".join(filter(None, (super().extra_repr(), f"adapters={list(self.splice_host.layers)}")))
 
 
-def _groups(host: Host, rows: Rows, x: torch.Tensor) -> list[Group]:
+def _groups(host: Host, rows: Rows, x: torch.Tensor) -> Groups:
     """Which rows of the input each adapter of a mixed batch has.
 
     Raises:

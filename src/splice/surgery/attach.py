@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from splice.base.bare import HOST, NetworkOf
-from splice.base.foreign_models import patched_forwards
+from splice.base.foreign_models import forward_places
 from splice.kinds.host import Host
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.tensors import Home
@@ -67,10 +67,11 @@ def _swap(layer: nn.Module, path: str, selection: Selection, readers: Mapping[st
     layer.__dict__[HOST] = host
     # The class before the forward: an interrupt between them leaves a forward that `detach` knows for the layer's own.
     layer.__class__ = cls
-    # A hook of accelerate calls `_old_forward`: the adapters go between the hook, which brings inputs and weights to their
-    # device, and the base. Any other patch has become the base's forward, and the adapters go around it.
-    for name, standing in list(patched_forwards(layer).items())[:1]:
-        host.own_forward = standing
-        layer.__dict__[name] = cls.forward.__get__(layer)
+    # Hooks of accelerate and of diffusers keep what they found: the adapters go between the hook, which brings inputs and
+    # weights to their device or dtype, and the base. Any other patch has become the base's forward, and the adapters go
+    # around it.
+    for place in forward_places(layer)[:1]:
+        host.own_forward = place.forward
+        place.put(cls.forward.__get__(layer))
     for parent in host.readers:
         guard_reader(parent, path)

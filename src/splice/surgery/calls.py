@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from splice.base.sharding import is_managed, is_sharded
 from splice.errors import PeftWarning, counted, warn
 from splice.kinds.call import Call
 from splice.selection import Choice, Rows, Selection
@@ -50,6 +51,9 @@ def call_network(
         result = _call(tuner, function, args, options, adapter_names, generates, training)
         if torch.is_grad_enabled():
             _keep_for_backward(tuner.selection, result)
+    if tuner.awaits_training and torch.is_grad_enabled():
+        tuner.awaits_training = False
+        _warn_if_apart(tuner)
     if tuner.awaits_call:
         tuner.awaits_call = False
         _warn_if_unused(tuner)
@@ -166,6 +170,32 @@ def _warn_if_unused(tuner: Tuner) -> None:
         warn(
             f"{adapter} is in place and {what}. The model may not use this part at all, or not in this call. See "
             "`model.unused_layers()`.",
+            PeftWarning,
+        )
+
+
+def _trained_apart(tuner: Tuner) -> list[str]:
+    """Active adapters with trained tensors that FSDP does not know of."""
+    found = []
+    for name in tuner.selection.active:
+        layers = tuner.placed[name].values()
+        is_trained = any(
+            registry[key].requires_grad for layer in layers for registry, key, _ in layer.registered.values()
+        )
+        if is_trained and not all(is_managed(module) for layer in layers for module in layer.holders()):
+            found.append(name)
+    return found
+
+
+def _warn_if_apart(tuner: Tuner) -> None:
+    """Warn where an adapter came after FSDP had divided the network: nobody averages its gradients."""
+    apart = _trained_apart(tuner) if is_sharded(tuner.model) else []
+    if apart:
+        first = apart[0]
+        warn(
+            f"Adapter {first!r} is trained on a model that FSDP divides among processes, and FSDP does not know of it: each "
+            "process trains a copy of its own, and these come apart. Put the adapter on before `fully_shard`, or call "
+            "`fully_shard` on each of the modules that hold its tensors.",
             PeftWarning,
         )
 

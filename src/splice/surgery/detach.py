@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from types import MethodType
+from typing import cast
 
 from torch import nn
 
 from splice.base.bare import HOST
-from splice.base.foreign_models import patched_forwards
+from splice.base.foreign_models import forward_places
 from splice.kinds.host import Host, host_of
+from splice.surgery.generated import Generated, was_generated
 from splice.surgery.registering import unregister, unshare
+from splice.surgery.replaced_forward import ReplacedForward
 from splice.surgery.weight_readers import release_reader
 
 
@@ -33,13 +36,28 @@ def detach(layer: nn.Module, name: str) -> None:
         _swap_back(layer, host)
 
 
+def _without_adapters(adapted: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
+    """The class that is left; `original`, unless FSDP or the like has put another in front since."""
+    if was_generated(adapted) or not issubclass(adapted, Generated):
+        return original
+    below = tuple(
+        _without_adapters(cast("type[nn.Module]", base), original) if issubclass(base, Generated) else base
+        for base in adapted.__bases__
+    )
+    own = {name: value for name, value in adapted.__dict__.items() if name not in ("__dict__", "__weakref__")}
+    return cast("type[nn.Module]", type(adapted.__name__.replace("Adapted", "", 1), below, own))
+
+
 def _swap_back(layer: nn.Module, host: Host) -> None:
     for parent in host.readers:
         release_reader(parent, host.path)
-    adapted, cls = type(layer), host.original
+    adapted, cls = type(layer), _without_adapters(type(layer), host.original)
     layer.__class__ = cls
     # A hook may have come or gone in the meantime; wherever our forward was left, the base's own takes its place.
-    for name, standing in patched_forwards(layer).items():
+    for place in forward_places(layer):
+        standing = place.forward
         if isinstance(standing, MethodType) and standing.__func__ is adapted.forward:
-            layer.__dict__[name] = host.own_forward or cls.forward.__get__(layer)
+            place.put(host.own_forward or cls.forward.__get__(layer))
+        elif isinstance(standing, ReplacedForward):
+            place.put(standing.__wrapped__)
     del layer.__dict__[HOST]

@@ -49,6 +49,11 @@ def generated(mixin: type[Generated], base: type[nn.Module]) -> type[nn.Module]:
     return found
 
 
+def was_generated(cls: type[nn.Module]) -> bool:
+    """Whether `cls` is one of these classes itself, and not one that somebody derived from it."""
+    return any(cls is made for made in _made.values())
+
+
 def _made_again(original: type[nn.Module], mixins: tuple[type[Generated], ...]) -> nn.Module:
     """An empty instance, for pickle and `copy` to fill."""
     cls = original

@@ -5,8 +5,8 @@ Nothing is an instance of them by inheritance: an adapted layer is of its own cl
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterable
+from typing import NoReturn, cast
 
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.module_copy import WholeModule
@@ -32,13 +32,22 @@ class _Recognising(type):
         )
 
 
+def _is_tuners(adapter: AdapterLayer) -> bool:
+    # Not a copy beside the layers of a method. Trained rows and biases are: loops over a tuner's layers switch adapters, and
+    # would otherwise leave them on. In the reference such rows are on a layer of a tuner, inside of what it wraps.
+    return not (isinstance(adapter, WholeModule) and adapter.names.base != "base_layer.")
+
+
 class BaseTunerLayer(metaclass=_Recognising):
     """A layer that carries adapter layers of a method; not the network as a whole, which has a `set_adapter` of its own."""
+
+    # What the names of tensors of adapters begin with, of the classes for a method.
+    adapter_layer_names: tuple[str, ...] = ()
 
     @staticmethod
     def recognises(layer: Adapted) -> bool:
         on_call = any(isinstance(adapter, NetworkLayer) for adapter in layer.splice_host.layers.values())
-        return not on_call and not is_whole(layer)
+        return not on_call and any(_is_tuners(adapter) for adapter in layer.splice_host.layers.values())
 
 
 class AuxiliaryTrainingWrapper(metaclass=_Recognising):
@@ -69,11 +78,20 @@ def _carries(layer: Adapted, wanted: Callable[[AdapterLayer], bool]) -> bool:
     return any(wanted(adapter) for adapter in layer.splice_host.layers.values())
 
 
-def layer_of(name: str, carries: Callable[[AdapterLayer], bool], base: type = BaseTunerLayer) -> type:
-    """A class `name` below `base` whose instances are the layers with an adapter layer for which `carries` holds."""
-    members = {
+def layer_of(
+    name: str,
+    carries: Callable[[AdapterLayer], bool],
+    base: type[BaseTunerLayer] = BaseTunerLayer,
+    tensor_names: Iterable[str] = (),
+) -> type[BaseTunerLayer]:
+    """A class `name` below `base` whose instances are the layers with an adapter layer for which `carries` holds.
+
+    `tensor_names` are the first components of the names of the tensors of such adapter layers; those of `base`, if empty.
+    """
+    members: dict[str, object] = {
+        "adapter_layer_names": tuple(sorted(tensor_names)) or base.adapter_layer_names,
         "recognises": staticmethod(lambda layer: _carries(layer, carries)),
         "__doc__": f"A layer with a {name}.",
         "__module__": __name__,
     }
-    return _Recognising(name, (base,), members)
+    return cast("type[BaseTunerLayer]", _Recognising(name, (base,), members))

@@ -237,13 +237,9 @@ class AdaptedViews:
     in_features = View(lambda host: _features(host)[0])
     out_features = View(lambda host: _features(host)[1])
     fan_in_fan_out = View(lambda host: kind_of(host.base) is LayerKind.TRANSPOSED_LINEAR)
+    cast_input_dtype_enabled = View(lambda host: host.casts_input)
     base_layer = View(bare_layer)
     original_module = View(bare_layer)
-
-    @method_view
-    def get_base_layer(self) -> nn.Module:
-        """The layer without adapters: the same tensors, seen through the class that the layer had."""
-        return bare_layer(self.splice_host)
 
     @method_view
     def get_base_weight(self) -> torch.Tensor:
@@ -295,19 +291,19 @@ class AdaptedViews:
         """Set the scale of one adapter to `scale` times what its config says; an unknown name is ignored."""
         layer = self.splice_host.layers.get(adapter)
         if isinstance(layer, Additive) and layer.initial_scale is not None:
-            layer.scale = scale * layer.initial_scale
+            layer.rescale(scale * layer.initial_scale)
 
     @method_view
     def scale_layer(self, scale: float) -> None:
         """Multiply the scale of the active adapters."""
         for layer in _active_scaled(self.splice_host):
-            layer.scale = layer.scale * scale
+            layer.rescale(layer.scale * scale)
 
     @method_view
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scale of the active adapters by `scale`, or set it back to what their configs say."""
         for layer in _active_scaled(self.splice_host):
-            layer.scale = (layer.initial_scale or 1.0) if scale is None else layer.scale / scale
+            layer.rescale((layer.initial_scale or 1.0) if scale is None else layer.scale / scale)
 
 
 def _active_scaled(host: Host) -> list[Additive]:

@@ -39,7 +39,11 @@ def layer_classes(name: PeftType) -> dict[str, type]:
     method = all_methods()[name]
     if not method.layers:
         return {}
-    every = layer_of(f"{stem(method)}Layer", lambda layer: _is_of(layer, method))
+    every = layer_of(
+        f"{stem(method)}Layer",
+        lambda layer: _is_of(layer, method),
+        tensor_names=method.containers or method.tensor_names,
+    )
     found = {every.__name__: every}
     for kind, called in _KINDS.items():
         if kind in method.layers:

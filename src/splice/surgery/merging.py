@@ -20,12 +20,14 @@ from splice.base.foreign_models import (
     output_embedding_layer,
     set_config_field,
 )
+from splice.base.sharding import divide_again, whole, whole_tensors
 from splice.errors import warn
 from splice.kinds.host import Host, in_order
 from splice.kinds.layer import AdapterLayer
+from splice.kinds.tensors import Registry
 from splice.selection import Selection
 from splice.surgery.mergeable import check_mergeable, check_order, still_to_merge
-from splice.surgery.putting import Before, Merged, held_twice, put, take_out
+from splice.surgery.putting import Before, Merged, check_apart, held_twice, put, take_out
 
 
 def merge(
@@ -46,9 +48,11 @@ def merge(
             finite.
     """
     check_order(hosts.values(), names)
+    divide_again(network)
     done: list[Before] = []
     try:
         shared = held_twice(network)
+        check_apart(hosts.values(), names, shared)
         for item in _merging(hosts, names, safe_merge, progressbar=False):
             done.append(Before.of(item))
             put(item, shared)
@@ -67,7 +71,9 @@ def merge_for_good(
 
     Cut short in the middle without `safe_merge`, it leaves the output as it was, with some layers merged.
     """
+    divide_again(network)
     shared = held_twice(network)
+    check_apart(hosts.values(), names, shared)
     for item in _merging(hosts, names, safe_merge, progressbar):
         before = Before.of(item)
         try:
@@ -85,10 +91,14 @@ def merge_layer(host: Host, adapter_names: list[str] | None, safe_merge: bool) -
     names = left_to_merge(host, adapter_names)
     check_order([host], names)
     check_mergeable([host], names)
+    network = host.network.get()
+    divide_again(network)
+    shared = held_twice(network)
+    check_apart([host], names, shared)
     item = merged_tensors(host, names, safe_merge)
     before = Before.of(item)
     try:
-        put(item, held_twice(host.network.get()))
+        put(item, shared)
     except BaseException:
         before.put_back()
         raise
@@ -120,7 +130,11 @@ def adapters_to_merge(
     Raises:
         TypeError: `adapter_names` is a string.
     """
-    names = [name for name in _named(adapter_names, selection.active) if name in known]
+    asked, known = _named(adapter_names, selection.active), list(known)
+    names = [name for name in asked if name in known]
+    if len(names) < len(asked):
+        # What other libraries pass on may name adapters of other models; a typo should not give the base in silence.
+        warn(f"There is no adapter {next(n for n in asked if n not in known)!r} to merge; there are {known}.")
     if not selection.merged:
         return names
     # On some layer: one that was merged alone must not keep the others from it.
@@ -188,9 +202,25 @@ def _as_leader(host: Host, leader: Host, names: Iterable[str]) -> Merged:
     return Merged(host, still_to_merge(host, names), {"weight": weight})
 
 
-@torch.no_grad()
 def merged_tensors(host: Host, names: Iterable[str], safe: bool) -> Merged:
-    """The base tensors of a layer with the adapters in them, one after the other."""
+    """The base tensors of a layer with the adapters in them, one after the other; whole, also where they are divided."""
+    # One layer at a time is gathered: methods compute with weights as a whole (norms of rows, products of blocks).
+    with whole_tensors(_places(host)):
+        return _merged_tensors(host, names, safe)
+
+
+def _places(host: Host) -> Iterator[tuple[Registry, str]]:
+    """Where the tensors stand that a merge on this layer computes with."""
+    for name in host.base._parameters:
+        yield host.base._parameters, name
+    for adapter in host.layers.values():
+        for layer in (adapter, *adapter.shared):
+            for registry, name, _ in layer.registered.values():
+                yield registry, name
+
+
+@torch.no_grad()
+def _merged_tensors(host: Host, names: Iterable[str], safe: bool) -> Merged:
     new = still_to_merge(host, names)
     active = host.selection.current().names
     # Those that take effect now in the order in which they do, whatever the caller's: merging changes no output.
@@ -199,7 +229,7 @@ def merged_tensors(host: Host, names: Iterable[str], safe: bool) -> Merged:
     if host.merged and any(host.layers[name].shows for name in present):
         # What is shown is what the base computes with, below all others: begin with the originals again.
         present = [*host.merged, *present]
-        tensors = {name: tensor.detach() for name, tensor in host.originals.items()}
+        tensors = {name: whole(tensor.detach()) for name, tensor in host.originals.items()}
     for name in present:
         if host.layers[name].shows:
             tensors.update(_replaced(host.base, host.layers[name], tensors))
@@ -248,12 +278,15 @@ def unmerge(hosts: Iterable[Host], selection: Selection) -> None:
     """Give back the values from before the first merge, to the byte, in the dtype and on the device of today."""
     if not selection.merged:
         warn("Already unmerged. Nothing to do.")
-    take_out(list(hosts))
+    hosts = list(hosts)
+    divide_again(hosts[0].network.get() if hosts else None)
+    take_out(hosts)
     selection.merged.clear()
 
 
 def unmerge_layer(host: Host) -> None:
     """`unmerge` on one layer alone."""
+    divide_again(host.network.get())
     take_out([host])
 
 

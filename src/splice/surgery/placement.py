@@ -12,7 +12,9 @@ from torch import nn
 
 from splice.base.dense import dtype_of
 from splice.base.dtypes import HALVES
+from splice.base.sharding import is_tensor_parallel
 from splice.config import PeftConfig
+from splice.errors import UnsupportedLayerError
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.slot import Slot
 
@@ -46,7 +48,17 @@ class Placement:
         config: PeftConfig,
         own: PeftConfig | None = None,
     ) -> Placement:
-        """With the slots that the config asks for; `own` takes the place of `config` where it is given."""
+        """With the slots that the config asks for; `own` takes the place of `config` where it is given.
+
+        Raises:
+            UnsupportedLayerError: (a ValueError) each process has a part of the base layer alone, and this adapter layer
+                cannot compute with parts.
+        """
+        if is_tensor_parallel(base) and not layer_class.divides:
+            raise UnsupportedLayerError(
+                f"{path}: tensor parallelism divides its tensors among processes, and this adapter cannot be put on a part "
+                "of a layer. Few can. Leave the layer out of the targets, or load the base without a `tp_plan`."
+            )
         return cls(path, base, layer_class, layer_class.slots(base, own or config, path), own_config=own)
 
     @cached_property

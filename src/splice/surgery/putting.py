@@ -11,6 +11,8 @@ from torch import nn
 
 from splice.base.bare import walk_bare
 from splice.base.dense import as_now, exchange, values_of
+from splice.base.sharding import is_divided
+from splice.errors import UnsupportedFeatureError
 from splice.kinds.host import Host, host_of
 
 
@@ -70,6 +72,25 @@ def held_twice(network: nn.Module | None) -> Collection[int] | None:
         if host is not None:  # set aside by an earlier merge, and to be put back
             found.update(id(t) for t in host.originals.values() if isinstance(t, nn.Parameter))
     return {number for number, count in found.items() if count > 1}
+
+
+def check_apart(hosts: Iterable[Host], names: Iterable[str], shared: Collection[int] | None) -> None:
+    """Raise where a merge would put a new parameter in the place of one that is divided among processes.
+
+    Raises:
+        UnsupportedFeatureError: whoever divides the parameter (FSDP) would put his own there again, with the old values.
+    """
+    names = set(names)
+    for host in hosts:
+        if names.isdisjoint(host.layers):
+            continue
+        for name, parameter in host.base._parameters.items():
+            stays = shared is not None and id(parameter) not in shared and name not in host.displaced
+            if not stays and is_divided(parameter):
+                raise UnsupportedFeatureError(
+                    f"{host.place}: its {name} is another layer's too, and is divided among processes, so nothing can be "
+                    "merged into it. Merge before the model is sharded, or leave this layer out of the targets."
+                )
 
 
 def put(item: Merged, shared: Collection[int] | None) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from splice.base.dense import in_linear_layout
-from splice.base.foreign_models import READ_THE_REGISTERED
+from splice.base.foreign_models import READ_THE_REGISTERED, is_called_from
 from splice.kinds.computing import computing, reading_as
 from splice.kinds.host import Host, host_of, in_order
 from splice.kinds.layer import AdapterLayer
@@ -196,7 +196,7 @@ def _reader(layer: nn.Module) -> Reader:
     calls: list[nn.Module] = []
     frame: FrameType | None = sys._getframe(3)
     assert frame is not None
-    if (frame.f_globals.get("__name__"), frame.f_code.co_name) in READ_THE_REGISTERED:
+    if is_called_from(frame, READ_THE_REGISTERED):
         return Reader.ITSELF
     while frame is not None:
         if frame.f_code is _CALL:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from splice.kinds.container import Container, Holder, Owner
+from splice.kinds.container import Container, Holder, Owner, Tie
 from splice.kinds.effect import Forward
 from splice.kinds.host import Host, host_of
 from splice.kinds.layer import AdapterLayer
@@ -47,6 +47,27 @@ def register(adapter: AdapterLayer, name: str, home: Home, owner: Owner | None =
         adapter.registered[suffix] = Registered(in_tree, name, slot)
         container.__dict__["owner"] = owner
     adapter.loose.clear()
+
+
+def tie(leader: AdapterLayer, follower: AdapterLayer, name: str) -> None:
+    """Have whoever exchanges a parameter that two registered adapter layers called `name` share exchange it in both."""
+    of = follower.transposes if type(follower) is not type(leader) else {}
+    for suffix, there in follower.registered.items():
+        here = leader.registered.get(of.get(suffix, suffix))
+        if here is not None and there.slot.role is not Role.BUFFER:
+            _exchange_together(leader, here, there, name, suffix in of)
+            _exchange_together(follower, there, here, name, suffix in of)
+
+
+def _exchange_together(adapter: AdapterLayer, own: Registered, other: Registered, name: str, transposed: bool) -> None:
+    home = adapter.home
+    for path in _containers(adapter) if home is not None else ():
+        container = None if home is None else _module_at(home, path.split("."))
+        entry = None if container is None else container._modules.get(name, container)
+        for module in () if entry is None else entry.modules():
+            if isinstance(module, (Container, Holder)) and module._parameters is own.registry:
+                ties = [*module.ties.get(own.name, ()), Tie(other.registry, other.name, transposed)]
+                module.__dict__["ties"] = {**module.ties, own.name: ties}
 
 
 def unregister(adapter: AdapterLayer, name: str) -> None:

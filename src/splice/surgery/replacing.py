@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from splice.base.bare import HOST, bare_children
-from splice.base.foreign_models import patched_forwards
+from splice.base.foreign_models import forward_places
 from splice.base.layers import LayerKind, features, kind_of
 from splice.kinds.host import Host, host_of
 from splice.surgery.generated import Generated, generated
@@ -59,7 +59,7 @@ def _check(host: Host, module: nn.Module, name: str) -> None:
         raise ValueError(f"{what} while the adapters {host.merged} are merged into the old one; unmerge them first.")
     if host.displaced:
         raise ValueError(f"{what}: adapter {host.displaced_by!r} trains the bias in the place of the old one's.")
-    if patched_forwards(module) or patched_forwards(host.base):
+    if forward_places(module) or forward_places(host.base):
         raise ValueError(
             f"{what}: one of the two has a forward of its own, as accelerate's hooks are. Remove it first."
         )

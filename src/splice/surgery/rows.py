@@ -12,7 +12,9 @@ import torch
 
 from splice.kinds.effect import Factors
 from splice.kinds.layer import AdapterLayer
-from splice.selection import Group
+from splice.kinds.stack import Stack
+from splice.selection import Group, Groups
+from splice.surgery.stacked_rows import Way, add_run, find_way
 
 # The factors of an adapter, and the rows of the batch that use it.
 Part = tuple[Factors, Group]
@@ -48,6 +50,50 @@ def add_products(y: torch.Tensor, x: torch.Tensor, parts: Sequence[Part]) -> tor
         # On a CPU stacking the factors would cost more than it saves: that writes, and reads again, all their bytes.
         return _add_sorted(y, x, parts) if torch.is_grad_enabled() else _add_in_place(y, x, parts)
     return add_alike(y, x, parts)
+
+
+def add_seated(
+    y: torch.Tensor, x: torch.Tensor, groups: Groups, layers: Mapping[str, AdapterLayer], stack: Stack
+) -> tuple[torch.Tensor, Sequence[Group]]:
+    """`y` with the updates added that cost least where they lie in the stack, and the groups that have none of these.
+
+    `y` is not changed.
+
+    Args:
+        y: (rows, ..., out).
+        x: (rows, ..., in).
+        groups: all of the batch; they keep what is found out here for the next layer.
+        layers: by adapter name.
+        stack: where the factors of some lie.
+    """
+    others: list[Group] = []
+    seated: list[Group] = []
+    numbers: list[int] = []
+    scales: list[float] = []
+    for group in groups:
+        layer = layers.get(group.name)
+        number = -1 if layer is None else stack.find(group.name, layer)
+        scale = None if number < 0 or layer is None else layer.product_scale()
+        if scale is None:
+            others.append(group)
+        else:
+            seated.append(group)
+            numbers.append(number)
+            scales.append(scale)
+    # (rows, tokens, size)
+    xs, ys = x.reshape(len(x), -1, x.shape[-1]), y.reshape(len(y), -1, y.shape[-1])
+    tokens = xs.shape[1]
+    key = (tokens, *numbers)
+    way = groups.ways.get(key)
+    if not isinstance(way, Way):
+        way = groups.ways[key] = find_way(list(zip(seated, numbers)), len(x), tokens)
+    if not way.runs:
+        return y, groups
+    if way.runs[0].rows is not None:  # what the base gave may be its input, or kept for a backward
+        ys = ys.clone(memory_format=torch.contiguous_format)
+    for run in way.runs:
+        ys = add_run(ys, xs, stack, run, scales)
+    return ys.view(y.shape), others + [seated[index] for index in way.alone]
 
 
 def add_alike(y: torch.Tensor, x: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:

@@ -10,9 +10,10 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 from torch import nn
 
-from splice.base.bare import carried, walk_bare
+from splice.base.bare import TUNER, carried, walk_bare
 from splice.base.foreign_models import loss_of
 from splice.base.routing import gets_sorted_tokens
+from splice.base.sharding import divide_again
 from splice.checkpoint.keys import PREFIX
 from splice.checkpoint.types import PeftType
 from splice.config import PeftConfig
@@ -23,7 +24,7 @@ from splice.kinds.host import Host, first_conflict
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.module_copy import WholeModule
 from splice.kinds.network import NetworkLayer
-from splice.kinds.registry import method_named, method_of
+from splice.kinds.registry import method_named, method_of, question
 from splice.kinds.shared import SharedTensors
 from splice.kinds.slot import Role
 from splice.kinds.tensors import Home, Registered
@@ -31,16 +32,17 @@ from splice.selection import BASE, Rows, Selection
 from splice.surgery.adapted_layer import Adapted, is_whole
 from splice.surgery.attach import attach
 from splice.surgery.base_changes import BaseChanges
+from splice.surgery.configs import Configs
 from splice.surgery.detach import detach
 from splice.surgery.merging import adapters_to_merge, merge, merge_for_good, note_untied, unmerge
 from splice.surgery.placement import Built
-from splice.surgery.registering import register, unregister
+from splice.surgery.registering import register, tie, unregister
 from splice.surgery.spellings import guard_parents
+from splice.surgery.stacks import Stacks
 from splice.surgery.tuner_attributes import TunerViews
 from splice.surgery.weight_readers import weight_readers
 
-# Under which attributes a network keeps its tuner and the configs of its adapters.
-TUNER = "splice_tuner"
+# Under which attribute a network keeps the configs of its adapters; its tuner is under `TUNER`.
 CONFIGS = "peft_config"
 
 # What the rooms above can do with a tuner, by the name under which it is called there; they enter it.
@@ -71,7 +73,7 @@ class Tuner(TunerViews, nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.peft_config: dict[str, PeftConfig] = {}
+        self.peft_config: dict[str, PeftConfig] = Configs()
         self.selection = Selection()
         # Plain dicts, so that nothing here is registered as a submodule a second time.
         self.adapted: dict[str, Adapted] = {}
@@ -96,16 +98,23 @@ class Tuner(TunerViews, nn.Module):
         # For each adapter that was ever in a mixed batch, its first layer that gets sorted tokens; empty for none.
         self._sorted: dict[str, str] = {}
         self._base_changes = BaseChanges()
+        # Slots for the factors of adapters; None while none are reserved.
+        self.reserved_slots: Stacks | None = None
         # Whether adapters may be of several methods.
         self.mixes_methods = False
         # Whether no call has come since the last load: the first one shows whether the adapter is reached at all.
         self.awaits_call = False
+        # Whether tensors became trainable since the last call that could train them.
+        self.awaits_training = False
 
     @classmethod
     def of(cls, network: nn.Module) -> Tuner:
         """The tuner of a network that carries adapters already, else a new one."""
         # In a tuple: what looks through the attributes of a network for modules must not find one that holds the network.
         existing = cast("tuple[Tuner] | None", carried(network, TUNER))
+        if existing is not None and carried(network, CONFIGS) is None:
+            existing[0]._forget_replaced()
+            existing = cast("tuple[Tuner] | None", carried(network, TUNER))
         return cls(network) if existing is None else existing[0]
 
     def forward(self, *args: object, **kwargs: object) -> Any:
@@ -137,6 +146,9 @@ class Tuner(TunerViews, nn.Module):
                     return partial(method.tuner_methods[name], self)
                 if name in method.tuner_views:
                     return method.tuner_views[name](self)
+            asked = question(name)
+            if asked is not None and self._of_method:
+                return partial(asked, self)
             return getattr(self.model, name)
 
     def stand_in(self, modules: dict[str, nn.Module | None]) -> Callable[[], None]:
@@ -198,8 +210,12 @@ class Tuner(TunerViews, nn.Module):
                 home = Home(above.base._modules, above.added, above.base)
             attach(base, path, name, item.layer, self.selection, readers, home, self.model)
             self.adapted[path] = cast(Adapted, base)
+            if item.layer.leader:  # which is attached by now
+                tie(self.placed[name][item.layer.leader], item.layer, name)
+        self.take_slot(name)
         guard_parents(modules, self.adapted, self._base_changes.looking_ahead)
         if freeze_base:
+            divide_again(self)
             self._base_changes.make(self.model, modules)
 
     def _share(self, name: str, layers: Sequence[AdapterLayer]) -> None:
@@ -207,6 +223,12 @@ class Tuner(TunerViews, nn.Module):
             register(shared, name, Home(self._modules, self.added, self.model))
             for layer in layers:
                 layer.join(shared)
+
+    def take_slot(self, name: str) -> None:
+        """Let the factors of an adapter lie in a slot, where there are slots and one is free."""
+        if self.reserved_slots is not None:
+            for path, stack in self.reserved_slots.admit(name, self.placed[name]).items():
+                self.adapted[path].splice_host.stack = stack
 
     def discard(self, name: str) -> None:
         """Take an adapter off, finished or half attached, and forget it."""
@@ -226,8 +248,40 @@ class Tuner(TunerViews, nn.Module):
         if not self.placed:
             self.restore_base()
 
+    def left(self, path: str, name: str) -> None:
+        """Note that an adapter was taken off the layer at `path` alone. With the last of its layers it is forgotten."""
+        placed = self.placed.get(name, {})
+        if placed.pop(path, None) is None:
+            return
+        self._places.pop(name, None)
+        if not isinstance(self.adapted.get(path), Adapted):
+            self.adapted.pop(path, None)
+        if any(not isinstance(layer, SharedTensors) for layer in placed.values()):
+            return
+        shown = self.shown_configs()
+        self.discard(name)
+        self.selection.forget(name)
+        if shown is not None:
+            vars(self.model)[CONFIGS] = shown
+
+    def shown_configs(self) -> Configs | None:
+        """A copy of the configs that the network shows; None where somebody has deleted them."""
+        # Whoever takes an adapter off layer by layer takes its config out of the network's afterwards, and expects it there.
+        shown = cast("dict[str, PeftConfig] | None", carried(self.model, CONFIGS))
+        return None if shown is None else Configs({**self.peft_config, **shown})
+
+    def _forget_replaced(self) -> None:
+        """Forget adapters on layers that somebody has put others in the places of."""
+        there = {id(module) for module in walk_bare(self.model).values()}
+        for path, host in self.hosts.items():
+            for name in list(host.layers) if id(host.base) not in there else ():
+                detach(host.base, name)
+                self.left(path, name)
+
     def _forget(self, name: str) -> None:
         del self.placed[name]
+        if self.reserved_slots is not None:
+            self.reserved_slots.release(name)
         self.plans.pop(name, None)
         self.peft_config.pop(name, None)
         # Looked for in all of these tables: there are as many as methods, and a table from name to method could disagree.
@@ -336,6 +390,9 @@ class Tuner(TunerViews, nn.Module):
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Whether the tensors of these adapters are trained; which adapters are active does not change."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        if names:  # a switch that changes no flags is to cost nothing
+            divide_again(self)
+        self.awaits_training |= requires_grad
         for name in names:
             (self._trainable.add if requires_grad else self._trainable.discard)(name)
             _set_flags(self._places_of(name), requires_grad)
@@ -464,6 +521,7 @@ class Tuner(TunerViews, nn.Module):
                     unregister(layer, name)
             self._forget(name)
         self.adapted.clear()
+        self.reserved_slots = None
         self.selection.merged.clear()
         self.selection.set([])
         self.restore_base(keep_layers)

@@ -1,5 +1,6 @@
 """`peft.utils.other`."""
 
+from splice import prepare_model_for_kbit_training as prepare_model_for_kbit_training
 from splice.constants import *  # noqa: F403
 from splice.default_tables import *  # noqa: F403
 from splice.surgery.isinstance_classes import AuxiliaryTrainingWrapper as AuxiliaryTrainingWrapper
@@ -20,3 +21,4 @@ from splice.utilities import set_auxiliary_adapter as _set_adapter  # noqa: F401
 from splice.utilities import shift_tokens_right as shift_tokens_right
 from splice.utilities import str_to_bool as str_to_bool
 from splice.utilities import transpose as transpose
+from splice.wrapping import fsdp_auto_wrap_policy as fsdp_auto_wrap_policy

@@ -50,7 +50,9 @@ def _follower(path: str, base: nn.Module, leader: Placement, draft: Draft) -> Pl
         # The input embeddings and the output layer are of different kinds, so the method has another layer for it.
         kind = kind_of(base)
         cls = method.layer_for(base, path, config)
-        if method.variant is not None and kind is not None and method.variant(config, kind) is not None:
+        if cls.divides or (
+            method.variant is not None and kind is not None and method.variant(config, kind, base) is not None
+        ):
             raise UnsupportedFeatureError(
                 f"`ensure_weight_tying` is not supported for {cls.__name__} ({path!r}). Leave {path!r} out of the targets, "
                 "or set it to False."

@@ -24,6 +24,7 @@ from splice.errors import PeftWarning, warn
 from splice.kinds.adapters import Adapters
 from splice.kinds.call import Call, ReadsCall
 from splice.kinds.effect import Forward
+from splice.kinds.scale import add_scaled
 from splice.methods.lora.config import LoraConfig
 from splice.methods.lora.layers import OnLinear
 
@@ -108,7 +109,7 @@ class AloraLinear(ReadsCall, OnLinear):
         h = self.cast_input(x[mask])
         if self.dropout and self.training:
             h = nn.functional.dropout(h, self.dropout)
-        changed = torch.add(y[mask], self.delta(h), alpha=self.scale).to(y.dtype)
+        changed = add_scaled(y[mask], self.delta(h), self.scale).to(y.dtype)
         return y.index_put((mask,), changed)
 
     def _mask(self, invocations: Invocations, x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:

@@ -87,7 +87,7 @@ class BdLoraLinear(OnLinear):
     def plain(self) -> Factors:
         block_diag: Callable[..., torch.Tensor] = torch.block_diag  # which has no types
         a, b = (block_diag(*factor.chunk(count)) for factor, count in zip((self.a, self.b), self.blocks))
-        return Factors(a, b, self.scale)
+        return Factors(a, b, float(self.scale))
 
     def own_update(self) -> torch.Tensor:
         found = self.plain()

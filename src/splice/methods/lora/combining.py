@@ -23,7 +23,7 @@ from splice.kinds.layer import AdapterLayer
 from splice.methods.lora.alora import AloraLinear
 from splice.methods.lora.attention import LoraAttention, LoraOutProjection
 from splice.methods.lora.config import LoraConfig, active_variants, with_rank
-from splice.methods.lora.inits import LOFTQ, MICA, takes_from_base
+from splice.methods.lora.inits import CORDA, LOFTQ, LORA_GA, MICA, takes_from_base
 from splice.methods.lora.layers import (
     LoraConv,
     LoraEmbedding,
@@ -184,7 +184,8 @@ class CombinedFactors(Combine):
             raise ValueError(f"Unimplemented majority_sign_method {how.majority_sign_method!r}")
 
     def copies(self, config: LoraConfig) -> bool:
-        return not _is_plain(config)
+        # What follows from data cannot be worked out again, so it becomes a part of the new adapter's factors.
+        return not _is_plain(config) and config.init_lora_weights not in (CORDA, LORA_GA)
 
     def config(self, united: LoraConfig, configs: Mapping[str, LoraConfig], how: Combination) -> LoraConfig:
         _check_invocations(configs)
@@ -234,7 +235,9 @@ _INVOKED = "alora_invocation_tokens"
 def _is_plain(config: LoraConfig) -> bool:
     """Whether its tensors are those of plain LoRA, so that nothing else has to be copied."""
     init = config.init_lora_weights
-    return set(active_variants(config)) <= {_INVOKED} and not takes_from_base(init) and init not in (LOFTQ, MICA)
+    return (
+        set(active_variants(config)) <= {_INVOKED} and not takes_from_base(init) and init not in (LOFTQ, MICA, LORA_GA)
+    )
 
 
 def _check_invocations(configs: Mapping[str, LoraConfig]) -> None:
@@ -294,4 +297,5 @@ def _new_rank(configs: Sequence[LoraConfig], how: Combination) -> int:
 
 def _width(config: LoraConfig) -> int:
     """How many ranks of plain LoRA one of its ranks is: what is taken out of the base counts as well."""
-    return 2 if takes_from_base(config.init_lora_weights) or config.kasa_config is not None else 1
+    init = config.init_lora_weights
+    return 2 if takes_from_base(init) or init == LORA_GA or config.kasa_config is not None else 1

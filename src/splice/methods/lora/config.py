@@ -85,7 +85,8 @@ class LoraConfig(Targeted):
     # What a new adapter starts from. True: A random and B zero, so that nothing changes at first; False: both random.
     # "gaussian", "orthogonal", "mica": other values whose product is zero. "pissa", "pissa_niter_<n>", "olora": a part of
     # the base's weight, which counts as taken out of it. "loftq": what the weight loses by rounding, beside the rounded
-    # weight. "eva": as True. "lora_ga": such adapters can only be loaded. "corda": refused.
+    # weight. "eva": as True, until `initialize_lora_eva_weights` is called. "lora_ga",
+    # "corda": a part that follows from data: `preprocess_loraga`, `preprocess_corda` come first.
     init_lora_weights: bool | str = True
     # Index, or indices, of the blocks whose layers are adapted; None for all blocks. Layers that `target_modules` names by
     # their whole paths are adapted in any case.
@@ -105,11 +106,11 @@ class LoraConfig(Targeted):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     # Options of `init_lora_weights="loftq"`, the fields of `LoftQConfig`. With any other initialisation it is emptied.
     loftq_config: LoftQConfig | dict[str, int] = field(default_factory=dict)
-    # EVA's options: an `EvaConfig`, or a dict of its fields; None for none. No effect: splice collects no data.
+    # EVA's options: an `EvaConfig`, or a dict of its fields; None for none.
     eva_config: EvaConfig | dict[str, object] | None = None
-    # CorDA's options: a `CordaConfig`, or a dict of its fields; None for none. No effect: CorDA is refused.
+    # CorDA's options: a `CordaConfig`, or a dict of its fields; None for none.
     corda_config: CordaConfig | dict[str, object] | None = None
-    # LoRA-GA's options: a `LoraGAConfig`, or a dict of its fields; None for none. No effect: splice can only load it.
+    # LoRA-GA's options: a `LoraGAConfig`, or a dict of its fields; None for none.
     lora_ga_config: LoraGAConfig | dict[str, object] | None = None
     # Whether to train DoRA: LoRA for the directions of the weight's rows, and a magnitude m for each row.
     use_dora: bool = False

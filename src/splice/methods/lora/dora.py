@@ -17,6 +17,7 @@ from splice.errors import UnsupportedFeatureError
 from splice.kinds.effect import Action, Factors, Forward
 from splice.kinds.names import LayerNames, Place
 from splice.kinds.original import original_weight, tensor_in_use
+from splice.kinds.scale import Scale, add_scaled
 from splice.kinds.slot import Slot
 from splice.kinds.tensors import Held
 from splice.kinds.weight_delta import operation_of
@@ -95,10 +96,10 @@ class Dora(LowRank):
             return out.to(y.dtype)
         bias = tensor_in_use(self.base, "bias") if self.has_bias else None
         if bias is None:
-            out = torch.add(y, self.delta(h), alpha=self.scale) * ratio
+            out = add_scaled(y, self.delta(h), self.scale) * ratio
         else:
             bias = self.on_output(bias)
-            out = torch.addcmul(bias.to(h.dtype), torch.add(y - bias, self.delta(h), alpha=self.scale), ratio)
+            out = torch.addcmul(bias.to(h.dtype), add_scaled(y - bias, self.delta(h), self.scale), ratio)
         return out if out.dtype is y.dtype else out.to(y.dtype)
 
     def plain(self) -> Factors:
@@ -124,6 +125,13 @@ class Dora(LowRank):
         return found
 
 
+def _plus_product(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: Scale) -> torch.Tensor:
+    """`weight + scale * left right`."""
+    if isinstance(scale, torch.Tensor):
+        return weight + scale * (left @ right)
+    return torch.addmm(weight, left, right, alpha=scale)
+
+
 class DoraOnLinear(Dora, OnLinear):
     """DoRA on a linear layer, stored either way round, for what DoRA is combined with."""
 
@@ -133,7 +141,7 @@ class DoraOnLinear(Dora, OnLinear):
         return {**plain, MAGNITUDE: Slot((plain["lora_B.weight"].shape[0],))}
 
     def total(self, weight: torch.Tensor) -> torch.Tensor:
-        return torch.addmm(weight, self.b, self.a, alpha=self.scale)
+        return _plus_product(weight, self.b, self.a, self.scale)
 
 
 class DoraLinear(DoraOnLinear):
@@ -154,7 +162,7 @@ class DoraEmbedding(Dora, OnEmbedding):
         return {**plain, MAGNITUDE: Slot((plain["lora_embedding_B"].shape[0],))}
 
     def total(self, weight: torch.Tensor) -> torch.Tensor:
-        return torch.addmm(weight, self.a.T, self.b.T, alpha=self.scale)
+        return _plus_product(weight, self.a.T, self.b.T, self.scale)
 
 
 class DoraConv(Dora, OnConvolution):
@@ -169,7 +177,7 @@ class DoraConv(Dora, OnConvolution):
     def total(self, weight: torch.Tensor) -> torch.Tensor:
         # With groups this product mixes them, and is not what the layer adds: the reference trains with it all the same.
         product = self.b.reshape(-1, self.r) @ self.a.reshape(self.r, -1)
-        return torch.add(weight, product.reshape(weight.shape), alpha=self.scale)
+        return add_scaled(weight, product.reshape(weight.shape), self.scale)
 
     def on_output(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.reshape(-1, *(1,) * len(self.stride))

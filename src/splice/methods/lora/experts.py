@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 from torch import nn
 
@@ -23,6 +23,9 @@ from splice.base.layers import kind_of
 from splice.config import TargetRule, copy_config
 from splice.kinds.matching import ALL_LINEAR, TargetMatcher, matching_parameters, value_for
 from splice.methods.lora.config import LoraConfig
+
+# What a pattern gives to a layer: a rank, an alpha.
+V = TypeVar("V")
 
 
 class Stack(NamedTuple):
@@ -152,9 +155,20 @@ def restated(
         config,
         target_modules=_modules_left(config.target_modules, experts),
         target_parameters=list(dict.fromkeys(parameters)),
-        rank_pattern={**ranks, **config.rank_pattern},
-        alpha_pattern={**alphas, **config.alpha_pattern},
+        rank_pattern={**ranks, **_still_meant(config.rank_pattern, experts, wanted)},
+        alpha_pattern={**alphas, **_still_meant(config.alpha_pattern, experts, wanted)},
     )
+
+
+def _still_meant(pattern: Mapping[str, V], experts: Experts, wanted: Mapping[Stack, tuple[str, ...]]) -> dict[str, V]:
+    """`pattern` without keys that mean nothing but the layers that were: their values are in those of the stacks."""
+    were = [f"{stack.owner}.0.{part}" for stack, parts in wanted.items() for part in parts]
+    are = [*experts.modules, *map(str, experts.stacks)]
+
+    def means(key: str, paths: Collection[str]) -> bool:
+        return any(value_for({key: True}, path, False) for path in paths)
+
+    return {key: value for key, value in pattern.items() if not means(key, were) or means(key, are)}
 
 
 def _short(paths: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:
@@ -206,16 +220,20 @@ def _values(config: LoraConfig, wanted: Mapping[Stack, tuple[str, ...]]) -> tupl
 
 def joined_values(config: LoraConfig, stack: Stack, parts: Sequence[str]) -> tuple[int, float]:
     """Rank and alpha of a stack, from those that the config gives to its parts; the scale is that of the first part."""
-    each = [part_values(config, stack, part) for part in parts]
+    return joined_ranks(config, [part_values(config, stack.owner, part) for part in parts])
+
+
+def joined_ranks(config: LoraConfig, each: Sequence[tuple[int, float]]) -> tuple[int, float]:
+    """Rank and alpha of all parts together, from those of each."""
     rank = sum(r for r, _ in each)
     if not config.use_rslora and len(set(each)) == 1:
         return rank, each[0][1] * len(each)
     return rank, scale_of(config, *each[0]) * (math.sqrt(rank) if config.use_rslora else rank)
 
 
-def part_values(config: LoraConfig, stack: Stack, part: str) -> tuple[int, float]:
-    """Rank and alpha that the config gives to the layers of one part."""
-    path = f"{stack.owner}.0.{part}"
+def part_values(config: LoraConfig, owner: str, part: str) -> tuple[int, float]:
+    """Rank and alpha that the config gives to the layers of one part, of the experts at the path `owner`."""
+    path = f"{owner}.0.{part}"
     return value_for(config.rank_pattern, path, config.r), value_for(config.alpha_pattern, path, config.lora_alpha)
 
 

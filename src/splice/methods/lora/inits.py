@@ -1,7 +1,8 @@
 """Initialisations of LoRA (`init_lora_weights`), and what some of them take out of the base weight.
 
 PiSSA (arXiv 2404.02948) and OLoRA (arXiv 2406.01775) start A and B at a part of the weight itself, and what was trained
-is the sum of `W - s B0 A0` and `s B A`. The checkpoint holds A and B alone, so a load works B0 and A0 out again.
+is the sum of `W - s B0 A0` and `s B A`. The checkpoint holds A and B alone, so a load works B0 and A0 out again. Those that
+follow from data (CorDA, LoRA-GA, EVA) have files of their own.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from splice.base.layers import LayerKind
-from splice.errors import PeftWarning, UnsupportedFeatureError, UnsupportedLayerError, warn
+from splice.errors import PeftWarning, UnsupportedLayerError, warn
 
 _LINEAR = (LayerKind.LINEAR, LayerKind.TRANSPOSED_LINEAR)
 _NITER = "pissa_niter_"
@@ -23,11 +24,16 @@ _NITER = "pissa_niter_"
 _SEED = 0
 # They leave the base alone, and start at values that no load needs.
 _PLAIN = (True, False, "gaussian", "orthogonal", "eva", "mica", "lora_ga")
-_LINEAR_ONLY = ("orthogonal", "mica", "olora", "pissa")
+_LINEAR_ONLY = ("orthogonal", "mica", "olora", "pissa", "corda")
 # It puts a rounded weight in the place of the base's.
 LOFTQ = "loftq"
 # It starts B at directions of the base's weight, and never trains it.
 MICA = "mica"
+# They take something out of the base that follows from data, and that no checkpoint holds.
+CORDA = "corda"
+LORA_GA = "lora_ga"
+# It starts A at directions of data, once the adapter is there.
+EVA = "eva"
 
 
 class Taken(NamedTuple):
@@ -42,26 +48,20 @@ class Taken(NamedTuple):
 
 
 def check_init(init: object) -> None:
-    """Refuse an initialisation that is not known, or whose part of the base weight cannot be worked out.
+    """Refuse an initialisation that is not known.
 
     Raises:
         ValueError: the name is unknown.
-        UnsupportedFeatureError: the base was changed in a way that cannot be told from the checkpoint.
     """
-    if init == "corda":
-        raise UnsupportedFeatureError(
-            "init_lora_weights='corda' changes the base weight: it is decomposed along the covariance of the layers' inputs, "
-            "which is in no checkpoint. If the given base model is the changed one, saved after the initialisation, set "
-            "`init_lora_weights` to true in adapter_config.json; otherwise save the adapter with "
-            "`path_initial_model_for_weight_conversion` where it was trained."
-        )
     if init not in (*_PLAIN, LOFTQ) and not takes_from_base(init):
         raise ValueError(f"Unknown initialization init_lora_weights={init!r}")
 
 
 def takes_from_base(init: object) -> bool:
     """Whether this initialisation takes something out of the base weight."""
-    return isinstance(init, str) and (init in _TAKEN or (init.startswith(_NITER) and init[len(_NITER) :].isdigit()))
+    return isinstance(init, str) and (
+        init in (*_TAKEN, CORDA) or (init.startswith(_NITER) and init[len(_NITER) :].isdigit())
+    )
 
 
 def check_init_on(init: object, kind: LayerKind) -> None:
@@ -92,7 +92,7 @@ def notes_about(init: object) -> list[str]:
             "it, the part that was taken out of the base weight is another one now, and so is the output. Save it with "
             "`path_initial_model_for_weight_conversion` where it was trained"
         ]
-    if init == "lora_ga":
+    if init == LORA_GA:
         return [
             "it was initialised with 'lora_ga', which changes the base weight. The output is what was trained if the given "
             "base model is the changed one, saved after the initialisation"
@@ -141,18 +141,15 @@ def initialise_linear(a: torch.Tensor, b: torch.Tensor, init: object) -> None:
 
     Raises:
         ValueError: "orthogonal" with an odd rank.
-        UnsupportedFeatureError: it needs gradients of the base.
     """
     if init == "orthogonal":
         _orthogonal(a, b)
         return
-    if init == "lora_ga":
-        raise UnsupportedFeatureError(
-            "init_lora_weights='lora_ga' starts from gradients of the base weights, which splice does not collect. Adapters "
-            "that were made with it can be loaded."
+    if init == EVA:
+        text = (
+            "EVA starts A from data: until `initialize_lora_eva_weights(model, dataloader)` is called, A is what "
+            "init_lora_weights=True makes it."
         )
-    if init == "eva":
-        text = "EVA starts A from data, which splice does not collect: A starts as with init_lora_weights=True."
         warn(text, PeftWarning)
     if init == "gaussian":
         nn.init.normal_(a, std=1 / a.shape[0])

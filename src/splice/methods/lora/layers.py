@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from splice.base.foreign_models import embed_scale
 from splice.base.layers import LayerKind, features, kernel_size, kind_of, pads_with_zeros
+from splice.errors import UnsupportedFeatureError
 from splice.kinds.additive import Additive
 from splice.kinds.casting import cast_to
 from splice.kinds.convolution import as_convolution, convolve
@@ -28,7 +29,7 @@ from splice.kinds.matching import value_for
 from splice.kinds.slot import Slot
 from splice.kinds.tensors import Held, Registry
 from splice.methods.lora.config import LoraConfig
-from splice.methods.lora.inits import initialise_linear
+from splice.methods.lora.inits import LORA_GA, initialise_linear
 
 
 class LowRank(Additive):
@@ -81,7 +82,7 @@ class LowRank(Additive):
         Raises:
             UnsupportedFeatureError: no plain LoRA does.
         """
-        return Factors(self.a, self.b, self.scale)
+        return Factors(self.a, self.b, float(self.scale))
 
     def delta_bias(self) -> torch.Tensor | None:
         bias = self.find("lora_B.bias")
@@ -102,6 +103,15 @@ class OnLinear(LowRank):
         (size_in, size_out), r = features(base), cls.rank(config, path)
         found = {"lora_A.weight": Slot((r, size_in)), "lora_B.weight": Slot((size_out, r))}
         return {**found, "lora_B.bias": Slot((size_out,))} if config.lora_bias else found
+
+    @classmethod
+    def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: LoraConfig) -> None:
+        if config.init_lora_weights == LORA_GA:
+            raise UnsupportedFeatureError(
+                "init_lora_weights='lora_ga' starts a new adapter from gradients of the base's weights, and this model has "
+                "none: run `preprocess_loraga(model, config, train_step)` first."
+            )
+        super().initialise(tensors, base, config)
 
     @classmethod
     def resolved(cls, base: nn.Module, config: LoraConfig) -> dict[str, object]:
@@ -125,6 +135,8 @@ class OnLinear(LowRank):
 class LoraLinear(OnLinear):
     """LoRA on a linear layer: what decoding meets on every layer, so its tensors are kept at hand."""
 
+    stacked_names = OnLinear.factor_names
+
     def prepare(self, base: nn.Module, config: LoraConfig, path: str) -> None:
         super().prepare(base, config, path)
         # Where A and B are registered: each step on the way to a tensor would cost a tenth of a small product, and in a
@@ -134,19 +146,27 @@ class LoraLinear(OnLinear):
         self._is_product = b["bias"] is None and not self.shows
 
     def around(self, x: torch.Tensor, inner: Forward) -> torch.Tensor:
-        if self.dropout and self.training:
+        scale = self.scale
+        if (self.dropout and self.training) or isinstance(scale, torch.Tensor):
             return super().around(x, inner)
         a, b = self._held
         y: torch.Tensor = inner(x)
         weight = a["weight"]
-        out = torch.add(y, F.linear(F.linear(cast_to(x, weight), weight), b["weight"], b["bias"]), alpha=self.scale)
+        out = torch.add(y, F.linear(F.linear(cast_to(x, weight), weight), b["weight"], b["bias"]), alpha=scale)
         return out if out.dtype is y.dtype else out.to(y.dtype)
 
     def factors(self) -> Factors | None:
-        if not self._is_product or (self.dropout and self.training):
+        scale = self.scale
+        if not self._is_product or (self.dropout and self.training) or isinstance(scale, torch.Tensor):
             return None
         a, b = self._held
-        return Factors(a["weight"], b["weight"], self.scale)
+        return Factors(a["weight"], b["weight"], scale)
+
+    def product_scale(self) -> float | None:
+        scale = self.scale
+        if not self._is_product or (self.dropout and self.training) or isinstance(scale, torch.Tensor):
+            return None
+        return scale
 
 
 class OnEmbedding(LowRank):

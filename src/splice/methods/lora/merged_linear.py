@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import nn
 
+from splice.base.sharding import Part, part_in
 from splice.checkpoint.header import Entry
 from splice.checkpoint.tensors import Weights
 from splice.config import copy_config
@@ -37,9 +38,12 @@ class Unmerged:
             for name, entry in weights.entries.items()
         }
 
-    def read(self, names: Sequence[str]) -> list[torch.Tensor]:
+    def read(self, names: Sequence[str], into: Mapping[str, torch.Tensor] | None = None) -> list[torch.Tensor]:
         tensors = self.weights.read(names)
         return [_plain(t, self.enabled, self.rank) if name.endswith(_B) else t for name, t in zip(names, tensors)]
+
+    def read_part(self, name: str, part: Part) -> torch.Tensor:
+        return part_in(self.read([name])[0], part)
 
 
 def as_plain(

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from torch import nn
+
 from splice.base.layers import LayerKind
 from splice.checkpoint.types import PeftType
-from splice.errors import UnsupportedLayerError
+from splice.errors import UnsupportedFeatureError, UnsupportedLayerError
 from splice.kinds.dropout import dropout_of
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.registry import Method, register
@@ -18,18 +20,22 @@ from splice.methods.lora.attributes import CONTAINERS, LAYER_VIEWS, reset_lora_p
 from splice.methods.lora.bdlora import BdLoraLinear
 from splice.methods.lora.combining import CombinedFactors
 from splice.methods.lora.config import TENSOR_NAMES, LoraConfig, LoraRuntimeConfig, active_variants, check, with_rank
+from splice.methods.lora.corda import CordaLinear
+from splice.methods.lora.divided import DividedEmbedding, DividedLinear
 from splice.methods.lora.dora import DoraConv, DoraEmbedding, DoraLinear
 from splice.methods.lora.experts import with_stacked_experts
-from splice.methods.lora.inits import LOFTQ, MICA, check_init_on, notes_about, takes_from_base
+from splice.methods.lora.inits import CORDA, LOFTQ, LORA_GA, MICA, check_init_on, notes_about, takes_from_base
 from splice.methods.lora.kasa import KasaLinear, kasa_loss
 from splice.methods.lora.layers import LoraConv, LoraEmbedding, LoraLinear, LowRank
 from splice.methods.lora.loftq import LoftqLinear
+from splice.methods.lora.loraga import GradientDoraLinear, GradientLinear, has_gradient
 from splice.methods.lora.merged_linear import as_plain
 from splice.methods.lora.mica import MicaEmbedding, MicaLinear
 from splice.methods.lora.monteclora import MontecloraLinear, monteclora_loss
 from splice.methods.lora.parameters import LoraParameters
 from splice.methods.lora.residual import TakenDoraLinear, TakenLinear
-from splice.methods.lora.stacked import as_stacked
+from splice.methods.lora.stacked import JOINS, as_stacked
+from splice.methods.lora.swapping import RankSwapping
 from splice.methods.lora.unchanged_base import for_unchanged_base
 from splice.methods.lora.velora import VeloraLinear
 
@@ -64,6 +70,7 @@ _VARIANTS: Mapping[str, Mapping[LayerKind, type[AdapterLayer]]] = MappingProxyTy
 
 # By the same fields, for initialisations that take something out of the base weight.
 _TAKEN: Mapping[str, type[AdapterLayer]] = MappingProxyType({"": TakenLinear, "use_dora": TakenDoraLinear})
+_CORDA: Mapping[str, type[AdapterLayer]] = MappingProxyType({"": CordaLinear})
 _MICA: Mapping[LayerKind, type[AdapterLayer]] = MappingProxyType(
     {**dict.fromkeys(_LINEAR, MicaLinear), LayerKind.EMBEDDING: MicaEmbedding}
 )
@@ -71,27 +78,40 @@ _MICA: Mapping[LayerKind, type[AdapterLayer]] = MappingProxyType(
 _LOFTQ: Mapping[LayerKind, type[AdapterLayer]] = MappingProxyType({LayerKind.LINEAR: LoftqLinear})
 
 
-def variant(config: LoraConfig, kind: LayerKind) -> type[AdapterLayer] | None:
-    """The adapter layer of the relative of LoRA that `config` asks for; None for plain LoRA.
+# By the same fields, for one that starts at the gradient of a base layer.
+_FROM_GRADIENT: Mapping[str, type[AdapterLayer]] = MappingProxyType(
+    {"": GradientLinear, "use_dora": GradientDoraLinear}
+)
+
+
+def variant(config: LoraConfig, kind: LayerKind, base: nn.Module | None) -> type[AdapterLayer] | None:
+    """The adapter layer of the relative of LoRA that `config` asks for, on `base` if it is given; None for plain LoRA.
 
     Raises:
         UnsupportedLayerError: (a ValueError) it cannot be put on such a layer.
+        UnsupportedFeatureError: the relative and the initialisation do not go together.
     """
     asked, init = active_variants(config), config.init_lora_weights
     check_init_on(init, kind)
-    if takes_from_base(init) and kind in _LINEAR:
-        return _TAKEN[asked[0] if asked else ""]
+    # Without a gradient it is an adapter that was trained on the changed base: then nothing is left of how it started.
+    from_gradient = init == LORA_GA and base is not None and has_gradient(base)
+    if (takes_from_base(init) or from_gradient) and kind in _LINEAR:
+        layers = _FROM_GRADIENT if from_gradient else _CORDA if init == CORDA else _TAKEN
+        relative = asked[0] if asked else ""
+        if relative not in layers:
+            raise UnsupportedFeatureError(f"init_lora_weights={init!r} with `{relative}` is not supported.")
+        return layers[relative]
     if init == LOFTQ:
         return _LOFTQ[kind]
     if not asked:
         return _MICA[kind] if init == MICA else None
-    layers = _VARIANTS[asked[0]]
-    if kind not in layers:
+    on = _VARIANTS[asked[0]]
+    if kind not in on:
         raise UnsupportedLayerError(
             f"`{asked[0]}` cannot be used on a layer of the kind {kind.name}; it can on: "
-            f"{', '.join(k.name for k in layers)}. Leave such layers out of the targets."
+            f"{', '.join(k.name for k in on)}. Leave such layers out of the targets."
         )
-    return layers[kind]
+    return on[kind]
 
 
 METHOD = register(
@@ -103,6 +123,7 @@ METHOD = register(
         tensor_names=TENSOR_NAMES,
         layers=_LAYERS,
         variant=variant,
+        divided_layers=MappingProxyType({LoraLinear: DividedLinear, LoraEmbedding: DividedEmbedding}),
         parameters_layer=LoraParameters,
         tuner_methods=MappingProxyType({"_get_kasa_loss": kasa_loss, "_get_monteclora_loss": monteclora_loss}),
         containers=CONTAINERS,
@@ -111,8 +132,10 @@ METHOD = register(
         layer_methods=MappingProxyType({"reset_lora_parameters": reset_lora_parameters}),
         default_targets=LORA_TARGETS,
         combine=CombinedFactors(),
+        swapping=RankSwapping(),
         readings=(as_plain, as_stacked),
         restated=with_stacked_experts,
+        joins=JOINS,
         for_unchanged_base=for_unchanged_base,
         tags=("lora",),
         check=check,

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from splice.base.sharding import Part, part_in
 from splice.checkpoint.header import Entry
 from splice.checkpoint.keys import format_key, parse_key
 from splice.checkpoint.tensors import Weights
 from splice.config import copy_config
 from splice.kinds.reading import Checkpoint, Reading
 from splice.methods.lora.config import TENSOR_NAMES, LoraConfig
-from splice.methods.lora.experts import Stack, experts_of, joined_values, part_values, restated, scale_of
+from splice.methods.lora.experts import Stack, experts_of, joined_ranks, joined_values, part_values, restated, scale_of
 
 
 class _Part(NamedTuple):
@@ -56,23 +58,49 @@ class _Joined(NamedTuple):
         return (self.rank * experts, size_in), (size_out, self.rank * experts)
 
     def a(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """(experts * rank, in): the rows of one expert behind one another."""
-        experts = range(self.stack.shape[0])
-        return torch.cat([tensors[part.a[e]] for e in experts for part in self.parts if part])
+        """(experts * rank, in)."""
+        return _join_a([[tensors[name] for name in part.a] if part else [] for part in self.parts])
 
     def b(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """(out, rank * experts): the columns of one rank behind one another."""
-        experts, size_out, _ = self.stack.shape
-        height, rank_done = size_out // len(self.parts), 0
-        like = tensors[next(part for part in self.parts if part).b[0]]
-        result = like.new_zeros(size_out, self.rank, experts)
-        for index, part in enumerate(self.parts):
-            if part is not None:
-                rows, columns = slice(index * height, (index + 1) * height), slice(rank_done, rank_done + part.rank)
-                for e in range(experts):
-                    result[rows, columns, e] = tensors[part.b[e]] * part.scale
-                rank_done += part.rank
-        return result.reshape(size_out, self.rank * experts)
+        """(out, rank * experts)."""
+        scales = [part.scale if part else 0.0 for part in self.parts]
+        return _join_b([[tensors[name] for name in part.b] if part else [] for part in self.parts], scales)
+
+
+def _join_a(parts: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+    """(experts * rank, in), the rows of one expert behind one another, from (rank, in) of every expert for each part.
+
+    A part that was not adapted has no tensors.
+    """
+    return torch.cat([tensor for expert in zip(*filter(None, parts)) for tensor in expert])
+
+
+def _join_b(parts: Sequence[Sequence[torch.Tensor]], scales: Sequence[float]) -> torch.Tensor:
+    """(out, rank * experts), the columns of one rank behind one another, from (height, rank) likewise, times `scales`."""
+    adapted = [part for part in parts if part]
+    experts, height = len(adapted[0]), adapted[0][0].shape[0]
+    rank, done = sum(part[0].shape[1] for part in adapted), 0
+    result = adapted[0][0].new_zeros(height * len(parts), rank, experts)
+    for index, (part, scale) in enumerate(zip(parts, scales)):
+        for e, tensor in enumerate(part):
+            result[index * height : (index + 1) * height, done : done + tensor.shape[1], e] = tensor * scale
+        done += part[0].shape[1] if part else 0
+    return result.reshape(height * len(parts), rank * experts)
+
+
+def _joined_a(config: LoraConfig, owner: str, parts: Mapping[str, Sequence[torch.Tensor]]) -> torch.Tensor:
+    return _join_a(list(parts.values()))
+
+
+def _joined_b(config: LoraConfig, owner: str, parts: Mapping[str, Sequence[torch.Tensor]]) -> torch.Tensor:
+    each = [part_values(config, owner, part) for part in parts]
+    rank, alpha = joined_ranks(config, each)
+    scales = [scale_of(config, *values) / scale_of(config, rank, alpha) for values in each]
+    return _join_b(list(parts.values()), scales)
+
+
+# Suffix of a tensor -> how those of the parts' layers, of all experts, become that of the parameter: `Method.joins`.
+JOINS = MappingProxyType({"lora_A.weight": _joined_a, "lora_B.weight": _joined_b})
 
 
 class StackedExperts:
@@ -88,7 +116,7 @@ class StackedExperts:
                 size = first.size * math.prod(shape) // math.prod(first.shape)
                 self.entries[name] = Entry(first.dtype, shape, first.offset, size)
 
-    def read(self, names: Sequence[str]) -> list[torch.Tensor]:
+    def read(self, names: Sequence[str], into: Mapping[str, torch.Tensor] | None = None) -> list[torch.Tensor]:
         owners = {f"{front}lora_{which}.weight": stack for front, stack in self.joined.items() for which in "AB"}
         needed = {own for name in names for own in (owners[name].sources if name in owners else [self.plain[name]])}
         order = sorted(needed)
@@ -101,6 +129,9 @@ class StackedExperts:
                 stack = owners[name]
                 result.append(stack.a(tensors) if name.endswith("lora_A.weight") else stack.b(tensors))
         return result
+
+    def read_part(self, name: str, part: Part) -> torch.Tensor:
+        return part_in(self.read([name])[0], part)
 
 
 def as_stacked(
@@ -162,7 +193,7 @@ def _joined(
         if part not in parts:
             found.append(None)
             continue
-        each, (rank, alpha) = tensors[stack.owner, part], part_values(config, stack, part)
+        each, (rank, alpha) = tensors[stack.owner, part], part_values(config, stack.owner, part)
         pairs = [each.get(e, {}) for e in range(experts)]
         shapes = {"lora_A.weight": (rank, size_in), "lora_B.weight": (height, rank)}
         if len(each) != experts or any({s: entries[own].shape for s, own in pair.items()} != shapes for pair in pairs):

@@ -28,7 +28,7 @@ class LoftQConfig:
 
 @dataclass
 class EvaConfig:
-    """EVA, which finds A from data. splice collects none, so these options are kept and have no effect.
+    """EVA, which starts A at directions of the inputs of a layer, and divides the ranks among the layers.
 
     Raises:
         ValueError: `rho` is below 1, or `tau` is not between 0 and 1.
@@ -56,7 +56,7 @@ class EvaConfig:
 
 @dataclass
 class CordaConfig:
-    """CorDA, which splits the weight by covariances of inputs. It is refused, so these options are kept without effect."""
+    """CorDA, which splits the weight by covariances of inputs."""
 
     # File that keeps the finished decomposition; None for none.
     cache_file: str | None = None
@@ -74,7 +74,7 @@ class CordaConfig:
 
 @dataclass
 class LoraGAConfig:
-    """LoRA-GA, which starts A and B from gradients. splice only loads such adapters, so these options have no effect."""
+    """LoRA-GA, which starts A and B from gradients."""
 
     # Which of the gradient's first 2 r singular directions A and B take. "ArB2r": A the first r, B the others; "A2rBr":
     # the reverse; "ArBr": every other one; "random": the same r for both, chosen at random.

@@ -1,0 +1,19 @@
+"""What an update is multiplied with: a number, or a tensor that compiled graphs follow when its value changes."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+
+# A tensor has no dimensions. Numbers are faster, and a compiled graph is made for one value of them.
+Scale: TypeAlias = float | torch.Tensor
+
+
+def add_scaled(y: torch.Tensor, update: torch.Tensor, scale: Scale) -> torch.Tensor:
+    """`y + scale * update`, both of one shape or such that one can be broadcast."""
+    # A number is folded into the sum: one kernel instead of two. The sum is made in the wider dtype and rounded once;
+    # `y + update.to(y.dtype)` would round twice.
+    if isinstance(scale, torch.Tensor):
+        return y + scale * update
+    return torch.add(y, update, alpha=scale)

@@ -1,0 +1,139 @@
+"""Rows of a batch whose adapters lie in one stack: two batched products for neighbouring slots, and nothing is copied."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from splice.kinds.stack import Stack
+from splice.selection import Group
+
+# A group of rows, and the slot of its adapter.
+Seated = tuple[Group, int]
+
+# Up to so many slots that nobody uses are computed in vain between two that are used: it costs less than a further product,
+# as long as reading the factors is what it costs, with up to so many vectors for each adapter.
+_GAP, _FEW = 2, 4
+# So much dearer is an adapter by itself than one slot among others, and a batched product than nothing, in slots. Measured
+# with one token for each row, where all that counts is how often the factors are read and how many products there are.
+_ALONE, _PRODUCT = 3, 4
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring slots, each with the same number of rows of the batch.
+
+    Attributes:
+        first: the first slot.
+        end: the slot behind the last.
+        groups: the groups that have these slots, as numbers in the whole list, slot by slot; -1 for a slot without one.
+        rows: the rows of the batch, slot by slot, (slots * rows of each); of a slot without any the first ones, in vain. None
+            where they are all rows of the batch in their order.
+        used: which of these are not in vain, (n); None for all.
+        target: the rows of the batch that they are; None where `rows` is.
+    """
+
+    first: int
+    end: int
+    groups: tuple[int, ...]
+    rows: torch.Tensor | None
+    used: torch.Tensor | None
+    target: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the rows of some seated groups are computed.
+
+    Attributes:
+        runs: those that are computed together.
+        alone: which groups cost less one by one, as numbers in the list.
+    """
+
+    runs: tuple[Run, ...]
+    alone: tuple[int, ...]
+
+
+@torch.inference_mode(False)
+def find_way(seated: Sequence[Seated], batch: int, tokens: int) -> Way:
+    """The cheapest way for these groups.
+
+    Args:
+        seated: each in a slot of its own.
+        batch: how many rows the batch has.
+        tokens: how many vectors each row has.
+    """
+    order = sorted(range(len(seated)), key=lambda index: seated[index][1])
+    alike: dict[int, list[int]] = {}
+    for index in order:
+        alike.setdefault(len(seated[index][0].rows), []).append(index)
+    runs: list[Run] = []
+    alone: list[int] = []
+    for count, indices in alike.items():
+        for part in _neighbours(indices, seated, _GAP if count * tokens <= _FEW else 0):
+            slots = seated[part[-1]][1] - seated[part[0]][1] + 1
+            if slots + _PRODUCT > _ALONE * len(part):
+                alone += part
+            else:
+                runs.append(_run(part, seated, batch))
+    return Way(tuple(runs), tuple(alone))
+
+
+def _neighbours(indices: Sequence[int], seated: Sequence[Seated], gap: int) -> list[list[int]]:
+    parts: list[list[int]] = []
+    for index in indices:
+        if parts and seated[index][1] - seated[parts[-1][-1]][1] <= gap + 1:
+            parts[-1].append(index)
+        else:
+            parts.append([index])
+    return parts
+
+
+def _run(part: Sequence[int], seated: Sequence[Seated], batch: int) -> Run:
+    first, end = seated[part[0]][1], seated[part[-1]][1] + 1
+    count, device = len(seated[part[0]][0].rows), seated[part[0]][0].indices.device
+    by_slot = {seated[index][1]: index for index in part}
+    groups = tuple(by_slot.get(slot, -1) for slot in range(first, end))
+    target = [row for index in part for row in seated[index][0].rows]
+    if target == list(range(batch)) and -1 not in groups:
+        return Run(first, end, groups, None, None, None)
+    rows = [row for index in groups for row in (seated[index][0].rows if index >= 0 else range(count))]
+    used = None
+    if -1 in groups:
+        taken = [n * count + k for n, index in enumerate(groups) if index >= 0 for k in range(count)]
+        used = torch.tensor(taken, device=device)
+    return Run(first, end, groups, torch.tensor(rows, device=device), used, torch.tensor(target, device=device))
+
+
+def add_run(y: torch.Tensor, x: torch.Tensor, stack: Stack, run: Run, scales: Sequence[float]) -> torch.Tensor:
+    """`y` with the updates of one run; it is changed, unless the run has all rows: then the result is a new tensor.
+
+    Args:
+        y: (rows, tokens, out).
+        x: (rows, tokens, in).
+        stack: with the factors.
+        run: which slots and rows.
+        scales: of the groups that the run's numbers mean.
+    """
+    # (slots, r, in), (slots, out, r)
+    a, b = stack.a[run.first : run.end], stack.b[run.first : run.end]
+    slots = run.end - run.first
+    given, before = (x, y) if run.rows is None else (x.index_select(0, run.rows), y.index_select(0, run.rows))
+    given = given if given.dtype is a.dtype else given.to(a.dtype)
+    # (slots, rows of each * tokens, r)
+    hidden = torch.bmm(given.reshape(slots, -1, given.shape[-1]), a.transpose(1, 2))
+    alpha = scales[max(run.groups)]
+    if len(set(scales)) > 1:
+        each = [scales[group] if group >= 0 else 0.0 for group in run.groups]
+        hidden, alpha = hidden * torch.tensor(each, dtype=hidden.dtype, device=hidden.device).view(-1, 1, 1), 1.0
+    flat = before.reshape(slots, -1, before.shape[-1])
+    if hidden.dtype is y.dtype:
+        after = torch.baddbmm(flat, hidden, b.transpose(1, 2), alpha=alpha)
+    else:  # the sum in the wider dtype, rounded once
+        after = torch.add(flat, torch.bmm(hidden, b.transpose(1, 2)), alpha=alpha).to(y.dtype)
+    after = after.view(before.shape)
+    if run.target is None:
+        return after
+    return y.index_copy_(0, run.target, after if run.used is None else after.index_select(0, run.used))

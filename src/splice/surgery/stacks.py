@@ -1,0 +1,158 @@
+"""Slots: which adapters have one, and the stacks in which their factors lie, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from heapq import heappop, heappush
+
+import torch
+from torch import nn
+
+from splice.base.dense import device_of
+from splice.errors import counted
+from splice.kinds.layer import AdapterLayer
+from splice.kinds.stack import Stack
+from splice.surgery.placement import Placement
+
+# Of a checkpoint's tensors: the path of the layer, and the suffix.
+Where = tuple[str, str]
+
+
+class Stacks:
+    """Numbered slots, the same on every layer. A stack is made when the first adapter with a slot comes to its layer.
+
+    Factors that do not fit into a slot are in memory of their own, and compute the same.
+    """
+
+    def __init__(self, count: int, rank: int) -> None:
+        """With all slots free.
+
+        Args:
+            count: how many there are, at least 1.
+            rank: the largest rank that has room in one, at least 1.
+        """
+        self.count, self.rank = count, rank
+        # Adapter name -> its slot.
+        self.numbers: dict[str, int] = {}
+        # Adapter name -> why it, or a part of it, is in no slot.
+        self.outside: dict[str, str] = {}
+        # By the layer's path.
+        self.of_layer: dict[str, Stack] = {}
+        # The lowest first, so that those in use are neighbours.
+        self._free = list(range(count))
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()  # as each stack
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stacks."""
+        return sum(stack.nbytes for stack in self.of_layer.values())
+
+    def room_for(
+        self, name: str, placements: Sequence[Placement], shared: Iterable[str], autocast: bool
+    ) -> dict[Where, torch.Tensor]:
+        """Memory in a free slot for the factors of an adapter that is about to be read; nothing where none has room.
+
+        Args:
+            name: of the adapter.
+            placements: its layers to be.
+            shared: paths of those whose tensors other layers share.
+            autocast: as in `Placement.dtype`.
+        """
+        number, shared, found = self._number(name), set(shared), dict[Where, torch.Tensor]()
+        if number is None:
+            return found
+        for p in placements:
+            names = p.layer_class.stacked_names
+            if set(p.slots) != set(names) or p.path in shared:
+                continue
+            suffix_a, suffix_b = names
+            like = torch.empty(0, dtype=p.dtype(suffix_a, autocast), device=device_of(p.base))
+            shapes = torch.Size(p.slots[suffix_a].shape), torch.Size(p.slots[suffix_b].shape)
+            stack = self._stack(p.path, *shapes, like)
+            if isinstance(stack, Stack):
+                found.update(zip(((p.path, suffix) for suffix in names), stack.views(number, shapes[0][0])))
+        return found
+
+    def admit(self, name: str, layers: Mapping[str, AdapterLayer]) -> dict[str, Stack]:
+        """Let the factors of these layers of an adapter, by path, be in its slot; the stacks they are in, by path.
+
+        The parameters stay the objects they are. What does not fit stays where it is, and `outside` says why.
+        """
+        shared = {layer.leader for layer in layers.values()}
+        number, found, why = self._number(name), dict[str, Stack](), dict[str, str]()
+        self.outside.pop(name, None)
+        if number is None:
+            self.outside[name] = f"all {counted(self.count, 'slot')} are taken"
+            return found
+        for path, layer in layers.items():
+            stack = self._stack_of(path, layer, path in shared)
+            if isinstance(stack, Stack):
+                stack.settle(name, number, layer)
+                found[path] = stack
+            else:
+                why[path] = stack
+        if not found:
+            self._give_back(name)
+        if why:
+            path, reason = next(iter(why.items()))
+            of = f"{len(why)} of its {counted(len(layers), 'layer')}, for " if found else ""
+            self.outside[name] = f"{of}{path}: {reason}"
+        return found
+
+    def release(self, name: str) -> None:
+        """Free the slot of an adapter, if it has one. Its parameters get memory of their own: somebody may hold them."""
+        self.outside.pop(name, None)
+        self._give_back(name)
+
+    def _give_back(self, name: str) -> None:
+        number = self.numbers.pop(name, None)
+        if number is None:
+            return
+        for stack in self.of_layer.values():
+            stack.vacate(name)
+            stack.clear(number)
+        heappush(self._free, number)
+
+    def _number(self, name: str) -> int | None:
+        """The adapter's slot, a free one where it has none yet; None where none is free."""
+        if name not in self.numbers and self._free:
+            self.numbers[name] = heappop(self._free)
+        return self.numbers.get(name)
+
+    def _stack_of(self, path: str, layer: AdapterLayer, shared: bool) -> Stack | str:
+        """The stack that the layer's factors fit into, or why they fit into none."""
+        if not layer.stacked_names or set(layer.registered) != set(layer.stacked_names):
+            return f"a {type(layer).__name__} with {sorted(layer.registered)} is no plain product of two factors"
+        if shared or layer.leader:
+            return "it shares its tensors with a layer that is tied to it"
+        a, b = (layer.tensor(suffix) for suffix in layer.stacked_names)
+        if type(a) is not nn.Parameter or type(b) is not nn.Parameter or a.is_meta:
+            return "its tensors are sharded, offloaded or without values"
+        return self._stack(path, a.shape, b.shape, a)
+
+    def _stack(self, path: str, shape_a: torch.Size, shape_b: torch.Size, like: torch.Tensor) -> Stack | str:
+        """The layer's stack, made where there is none that is in use, or why such factors do not fit into it."""
+        rank, size_in = shape_a
+        if rank > self.rank:
+            return f"its rank {rank} is above that of the slots, {self.rank}"
+        if like.is_meta:
+            return "its layer has no memory"
+        stack = self.of_layer.get(path)
+        if stack is not None and _fits(stack, shape_a, shape_b, like):
+            return stack
+        if stack is not None and stack.tenants:
+            return f"its tensors are {_told(like, size_in, shape_b[0])}, and the slots {_told(stack.a, *stack.sizes)}"
+        slot = torch.Size((self.rank, size_in)), torch.Size((shape_b[0], self.rank))
+        self.of_layer[path] = stack = Stack(self.count, *slot, like)
+        return stack
+
+
+def _fits(stack: Stack, shape_a: torch.Size, shape_b: torch.Size, like: torch.Tensor) -> bool:
+    same = stack.a.dtype is like.dtype and stack.a.device == like.device
+    return same and stack.sizes == (shape_a[1], shape_b[0])
+
+
+def _told(like: torch.Tensor, size_in: int, size_out: int) -> str:
+    return f"{str(like.dtype).removeprefix('torch.')} on {like.device}, from {size_in} to {size_out} features"
