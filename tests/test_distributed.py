@@ -140,7 +140,7 @@ def _divided(rank: int, folder: str) -> dict[str, Any]:
         logits(model)
         model.merge_adapter()
         found[f"merged {name}"] = (logits(model) - plain).abs().max().item()
-        with pytest.warns(UserWarning, match="Already merged"):
+        with pytest.warns(UserWarning, match="already merged"):
             model.merge_adapter()
         logits(model)
         model.unmerge_adapter()

@@ -261,3 +261,33 @@ def test_a_layers_patch_outlives_its_adapters() -> None:
     x = torch.randn(2, 16)
     assert_close(layer(x), 2 * nn.functional.linear(x, layer.weight))
     assert type(network.model.layers[0].self_attn.q_proj) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    "fields", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "lm_head"]}], ids=str
+)
+def test_the_weight_that_a_layers_own_new_forward_reads(fields: dict[str, Any]) -> None:
+    """Of a copied head the copy's, as trl's heads in float32 take for granted; of a layer with LoRA on it the base's."""
+    found = []
+    for library in (splice, peft):
+        config = library.LoraConfig(task_type="CAUSAL_LM", **{"target_modules": ["q_proj"], **fields})
+        model = library.get_peft_model(base(), config).eval()
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                torch.manual_seed(len(name))
+                parameter.data.copy_(0.3 * torch.randn(parameter.shape))
+        head = model.get_base_model().lm_head
+        head.forward = functools.partial(_with_weight_of, head)
+        results = [model(input_ids=IDS).logits]
+        results[0].sum().backward()
+        gradients = [p.grad for n, p in model.named_parameters() if "lm_head" in n and p.requires_grad]
+        with model.disable_adapter():
+            results.append(logits(model))
+        found.append([*results, *(g for g in gradients if g is not None)])
+    assert len(found[0]) == len(found[1])
+    for mine, reference in zip(*found):
+        assert_close(mine, reference, factor=10)
+
+
+def _with_weight_of(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    return nn.functional.linear(hidden, head.weight)

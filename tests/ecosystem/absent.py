@@ -28,7 +28,8 @@ TO_COME = (
     "AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification ArrowConfig "
     "create_arrow_model convert_to_lora save_as_lora get_eva_state_dict initialize_lora_eva_weights preprocess_loraga "
     "get_base_model_state_dict set_base_model_state_dict prepare_model_for_kbit_training replace_lora_weights_loftq "
-    "find_kappa_target_modules fsdp_auto_wrap_policy RankAllocator gather_params_ctx check_deepspeed_zero3_enabled"
+    "DoraCaching KappaTuneSelector MontecloraTrainerMixin find_kappa_target_modules fsdp_auto_wrap_policy RankAllocator "
+    "gather_params_ctx check_deepspeed_zero3_enabled"
 )
 
 # Names: reason -> names, wherever the reference has them.
@@ -49,22 +50,19 @@ NAMES: dict[str, str] = {
         "TpInfo add_lora_tp_hooks_dtensor get_tp_plan_and_mesh dtensor_from_local_like"
     ),
     "at the path that it is from, and not wherever the reference imports it": (
-        "ALLOWED_COMPUTE_DTYPES UPCAST_DTYPES ALL_LAYERNORM_LAYERS PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING "
-        "INCLUDE_LINEAR_LAYERS_SHORTHAND"
+        "ALLOWED_COMPUTE_DTYPES UPCAST_DTYPES ALL_LAYERNORM_LAYERS INCLUDE_LINEAR_LAYERS_SHORTHAND"
     ),
-    "a layer asks for nothing that could be cached": "DoraCaching",
     "what a load does with files of other layouts is part of the load": (
         "FlattenDims PeftConcatenate PermuteDims convert_peft_adapter_state_dict_for_transformers "
         "convert_peft_config_for_transformers"
     ),
-    "a trainer's own loss adds what the method's record asks for": "MontecloraTrainerMixin",
-    "not built yet": "KappaTuneSelector",
+    "which fields of a config have to agree is said by the record of its method": "CONFIG_KEYS_TO_CHECK",
     "no load initialises what it overwrites": "init_empty_weights skip_init_on_device",
     "parts of the reference's own code, which no program imports": (
         "ABC BasePromptEncoder HadaWeight HadaWeightCP LoraEmbeddingATPHolder LoraVariant MIN_EXPECTED_CONFIG_KEYS "
         "MultiplicativeDropoutLayer OFTRotationModule TYPE_CHECKING VARIANT_KWARG_KEYS clone_module create_attention_mask "
         "dispatch_default get_device_map make_kron make_weight make_weight_cp torch_load is_torch_tpu_available "
-        "check_file_exists_on_hf_hub mlu_available MixedModel CONFIG_KEYS_TO_CHECK"
+        "check_file_exists_on_hf_hub mlu_available MixedModel"
     ),
 }
 
@@ -76,7 +74,7 @@ CALLED: dict[str, str] = {
         "PrefixEncoder PromptEmbedding SVDConv2d SVDLinear TrainableTokensLayer TrainableTokensWrapper VeraLayer"
     ),
     "all tuners are made in the same way": "AdaLoraModel BaseTuner",
+    "the default follows from the method of the config": "hotswap_adapter_from_state_dict",
     "a config is needed": "PeftModelForTokenClassification",
-    "the prefix follows from the config": "hotswap_adapter_from_state_dict",
     "the pairs of factors are told, not guessed from the order of the parameters": "LoraFAOptimizer",
 }

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -260,6 +261,32 @@ def generated(model: Any) -> Found:
     }
 
 
+def _sft_with(folder: str, optimizer: Callable[[Any], torch.optim.Optimizer]) -> Found:
+    model = trained_model(folder, lora(modules_to_save=["lm_head"]))
+    arguments = SFTConfig(**options(folder, max_length=32, lr_scheduler_type="linear", max_grad_norm=0.5))
+    data, words = sentences(), tokenizer()
+    return trained(
+        SFTTrainer(model, arguments, train_dataset=data, processing_class=words, optimizers=(optimizer(model), None))
+    )
+
+
+def sft_loraplus(folder: str) -> Found:
+    return _sft_with(
+        folder,
+        lambda model: create_loraplus_optimizer(
+            model, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=4.0, loraplus_weight_decay=0.1
+        ),
+    )
+
+
+def sft_lorafa(folder: str) -> Found:
+    return _sft_with(folder, lambda model: create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-2))
+
+
+def sft_riemannian(folder: str) -> Found:
+    return _sft_with(folder, lambda model: create_riemannian_optimizer(model, torch.optim.AdamW, lr=1e-2))
+
+
 def sft_resumed(folder: str) -> Found:
     """The second half alone, from the checkpoint of a training that ran to its end: `whole` is that one."""
     config = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "weight_decay": 0.1}
@@ -349,6 +376,25 @@ def grpo_loaded(folder: str) -> Found:
     return with_reference(_online(GRPOTrainer, GRPOConfig(**_sampling(folder)), model, None))
 
 
+def grpo_float32_head(folder: str) -> Found:
+    """trl gives the head a forward of its own, which reads the weight that the layer shows."""
+    arguments = GRPOConfig(**_sampling(folder, cast_lm_head_to_fp32=True))
+    return trained(_online(GRPOTrainer, arguments, base(), lora(modules_to_save=["lm_head"])))
+
+
+def grpo_prompt(folder: str) -> Found:
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    return trained(_online(GRPOTrainer, GRPOConfig(**_sampling(folder)), base(), config))
+
+
+def dpo_prefix(folder: str) -> Found:
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    arguments = DPOConfig(**options(folder, max_length=32, gradient_checkpointing=False))
+    return trained(
+        DPOTrainer(base(), args=arguments, train_dataset=pairs(), processing_class=tokenizer(), peft_config=config)
+    )
+
+
 def rloo_new(folder: str) -> Found:
     return trained(_online(RLOOTrainer, RLOOConfig(**_sampling(folder)), base(), lora()))
 
@@ -399,6 +445,9 @@ RUNS: dict[str, Callable[[str], Found]] = {
         sft_prompt,
         sft_prefix,
         sft_loaded_prompt,
+        sft_loraplus,
+        sft_lorafa,
+        sft_riemannian,
         sft_resumed,
         dpo_new,
         dpo_loaded,
@@ -407,6 +456,9 @@ RUNS: dict[str, Callable[[str], Found]] = {
         reward_new,
         grpo_new,
         grpo_loaded,
+        grpo_float32_head,
+        grpo_prompt,
+        dpo_prefix,
         rloo_new,
         rloo_loaded,
         cpo_new,

@@ -13,13 +13,13 @@ import sys
 from collections.abc import Sequence
 from enum import Enum
 from functools import partial
-from types import CodeType, FrameType
+from types import CodeType, FrameType, MethodType
 
 import torch
 from torch import nn
 
 from splice.base.dense import in_linear_layout
-from splice.base.foreign_models import READ_THE_REGISTERED, is_called_from
+from splice.base.foreign_models import READ_THE_REGISTERED, is_called_from, is_hooked
 from splice.kinds.computing import computing, reading_as
 from splice.kinds.host import Host, host_of, in_order
 from splice.kinds.layer import AdapterLayer
@@ -184,6 +184,13 @@ def _with_deltas(layer: nn.Module, adapter: AdapterLayer, current: dict[str, tor
     return found
 
 
+def _is_replaced(layer: nn.Module) -> bool:
+    """Whether a forward was put on `layer` after it was adapted; hooks of other libraries go around it."""
+    standing = vars(layer).get("forward")
+    own = isinstance(standing, MethodType) and standing.__func__ is type(layer).forward
+    return standing is not None and not own and not is_hooked(layer)
+
+
 _CALL: CodeType = nn.Module._call_impl.__code__
 
 
@@ -202,7 +209,7 @@ def _reader(layer: nn.Module) -> Reader:
         if frame.f_code is _CALL:
             module: nn.Module = frame.f_locals["self"]
             if module is layer and not calls:
-                return Reader.ITSELF
+                return Reader.OTHERS if _is_replaced(layer) else Reader.ITSELF
             if any(child is layer for child in module._modules.values()):
                 return Reader.NETWORK
             calls.append(module)

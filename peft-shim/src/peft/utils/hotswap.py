@@ -1,5 +1,7 @@
 """`peft.utils.hotswap`."""
 
+from splice.by_method import PEFT_TYPE_TO_CONFIG_MAPPING as PEFT_TYPE_TO_CONFIG_MAPPING
+from splice.by_method import PEFT_TYPE_TO_PREFIX_MAPPING as PEFT_TYPE_TO_PREFIX_MAPPING
 from splice.hotswap import check_hotswap_configs_compatible as check_hotswap_configs_compatible
 from splice.hotswap import hotswap_adapter as hotswap_adapter
 from splice.hotswap import hotswap_adapter_from_state_dict as hotswap_adapter_from_state_dict
