@@ -103,7 +103,7 @@ def test_corda_starts_where_the_reference_does(base: Base, method: str, tmp_path
         grown(model)
     outputs = [run(model, base.inputs(3)) for model in models]
     assert_close(outputs[1], outputs[0], factor=10)
-    assert (outputs[1] - expected).abs().max() > 2e-3
+    assert (outputs[1] - expected).abs().max() > 3e-4
     models[1].save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "initial")
     assert config_in(tmp_path / "plain")["init_lora_weights"] is True
     for library in (peft, splice):

@@ -51,8 +51,6 @@ class AdapterLayer(OwnTensors, Effect, WeightEffect):
     transposes: ClassVar[Mapping[str, str]] = MappingProxyType({})
     # Numbers that scripts read and set on an adapted layer, by the reference's names -> the attribute of this layer.
     numbers: ClassVar[Mapping[str, str]] = MappingProxyType({"scaling": "scale", "r": "r"})
-    # Whether it is for layers whose tensors tensor parallelism divides: its own tensors are divided then, as `template` says.
-    divides: ClassVar[bool] = False
     # Whether it uses tensors that all layers of its adapter share.
     uses_shared: ClassVar[bool] = False
     # The adapter layer that holds these, in a tuple; empty until it is joined.
@@ -109,11 +107,6 @@ class AdapterLayer(OwnTensors, Effect, WeightEffect):
 
         They are on the CPU, and in float32 unless they are copies, wherever the layer is: one seed, one adapter.
         """
-        raise NotImplementedError
-
-    @classmethod
-    def template(cls, base: nn.Module, suffix: str, slot: Slot) -> torch.Tensor:
-        """A tensor without values that is divided among processes as that of the slot is; asked where it `divides`."""
         raise NotImplementedError
 
     def prepare(self, base: nn.Module, config: Config, path: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, TypeAlias, overload
+from typing import Any, ClassVar, NamedTuple, TypeAlias, overload
 
 import torch
 from torch import nn
@@ -67,6 +67,8 @@ class OwnTensors:
     parameters in the tree need not know of it.
     """
 
+    # Whether it is for layers whose tensors tensor parallelism divides: its own tensors are divided then, as `template` says.
+    divides: ClassVar[bool] = False
     # How they are called.
     names: Names = LayerNames()
     # Where they stand in the tree; None until the layer is attached.
@@ -82,6 +84,11 @@ class OwnTensors:
         self.entries, self.loose, self.registered = {}, {}, {}
         for suffix, tensor in tensors.items():
             self.hold(suffix, tensor, slots[suffix])
+
+    @classmethod
+    def template(cls, base: nn.Module, suffix: str, slot: Slot) -> torch.Tensor:
+        """A tensor without values that is divided among processes as that of the slot is; asked where it `divides`."""
+        raise NotImplementedError
 
     def tensor(self, suffix: str) -> torch.Tensor:
         """The tensor as it is now."""

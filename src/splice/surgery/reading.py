@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from splice.base.dense import in_linear_layout
-from splice.base.foreign_models import READ_THE_REGISTERED, is_called_from, is_hooked
+from splice.base.foreign_models import READ_THE_REGISTERED, forward_places, is_called_from, is_hooked
 from splice.kinds.computing import computing, reading_as
 from splice.kinds.host import Host, host_of, in_order
 from splice.kinds.layer import AdapterLayer
@@ -185,10 +185,12 @@ def _with_deltas(layer: nn.Module, adapter: AdapterLayer, current: dict[str, tor
 
 
 def _is_replaced(layer: nn.Module) -> bool:
-    """Whether a forward was put on `layer` after it was adapted; hooks of other libraries go around it."""
-    standing = vars(layer).get("forward")
-    own = isinstance(standing, MethodType) and standing.__func__ is type(layer).forward
-    return standing is not None and not own and not is_hooked(layer)
+    """Whether somebody has put a forward of their own on `layer` after it was adapted; hooks go around it instead."""
+    places = forward_places(layer)
+    if not places or is_hooked(layer):
+        return False
+    standing = places[-1].forward
+    return not (isinstance(standing, MethodType) and standing.__func__ is type(layer).forward)
 
 
 _CALL: CodeType = nn.Module._call_impl.__code__
