@@ -64,7 +64,7 @@ def test_a_name_that_transformers_deleted(case: Case, last: bool, library: Any) 
 def test_a_name_that_is_not_there(shared_checkpoint: Any) -> None:
     case = plain_cases(bases.LINEAR)[0]
     model = splice.PeftModel.from_pretrained(case.base.build(), shared_checkpoint(case.base, case.config()))
-    with pytest.raises(ValueError, match="'nobody' not found"):
+    with pytest.raises(ValueError, match="nobody (not found|does not exist)"):
         functional.delete_adapter(model, "nobody")
     model.load_adapter(shared_checkpoint(case.base, case.config(), seed=1), "a")
     functional.delete_adapter(model, "a")

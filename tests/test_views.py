@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from typing import Any
 
 import peft
@@ -141,8 +143,157 @@ def test_views_hold_nothing(case: Case, shared_checkpoint: Any) -> None:
     layer = pair.ours.get_base_model().first
     before = list(layer.state_dict()), [name for name, _ in layer.named_modules()], set(vars(layer))
     for name in ("scaling", "r", "base_layer", "merged", "active_adapters", "original_module"):
-        getattr(layer, name)
+        getattr(layer, name, None)
     assert (list(layer.state_dict()), [name for name, _ in layer.named_modules()], set(vars(layer))) == before
+
+
+# Attributes of the reference's layers that nobody reads: options of the run, state of its wrappers, copies of the base's.
+NOT_SHOWN = {
+    *("kwargs", "lora_variants", "frozen_peft_weight_names", "is_target_conv_1d_layer", "ephemeral_gpu_offload"),
+    *("input_fns", "output_fns", "device_mesh", "tp_layer", "conv_fn", "quantization_backend", "is_feedforward"),
+    *(
+        "bias",
+        "trainable_tokens_original",
+        "tied_adapter",
+        "cast_input_dtype_enabled",
+        "other_param_names",
+        "lora_variant",
+    ),
+}
+
+# OFT on embeddings tells the size of the vectors as `in_features`; others, and we, the vocabulary.
+OTHERWISE = {(splice.PeftType.OFT, "in_features"), (splice.PeftType.OFT, "out_features")}
+
+
+def readable(layer: Any) -> dict[str, Any]:
+    """What can be read on a layer of the reference that is no method, by name."""
+    plain = set(dir(nn.Module()))
+    names = {name for name in dir(layer) if not name.startswith("_") and name not in plain | NOT_SHOWN}
+    values = {name: getattr(layer, name, None) for name in names}
+    return {name: value for name, value in values.items() if isinstance(value, nn.Module) or not callable(value)}
+
+
+@kinds
+def test_everything_that_is_read_on_a_layer(case: Case, shared_checkpoint: Any) -> None:
+    """What the reference's layers have can be read here, with the same adapters and values: also what is empty."""
+    pair = two_of_each(case, shared_checkpoint)
+    for change in (lambda model: None, lambda model: model.delete_adapter("default")):
+        pair.each(change)
+        for path, theirs, ours in layers(pair):
+            for name, value in readable(theirs).items():
+                if (case.method.name, name) in OTHERWISE:
+                    continue
+                assert hasattr(ours, name), (path, name)
+                assert same_view(getattr(ours, name), value), (path, name, getattr(ours, name), value)
+            assert set(theirs.adapter_layer_names) >= set(ours.adapter_layer_names) - {"trained_bias"}
+
+
+def same_view(found: Any, wanted: Any) -> bool:
+    if isinstance(wanted, (dict, nn.ModuleDict, nn.ParameterDict)) or hasattr(wanted, "keys"):
+        kind = not isinstance(wanted, dict) or isinstance(found, dict)
+        return kind and set(found.keys()) == set(wanted.keys()) and all(same_view(found[k], wanted[k]) for k in wanted)
+    if isinstance(wanted, torch.Tensor):
+        values = wanted.is_floating_point() or torch.equal(found, wanted)
+        return isinstance(found, torch.Tensor) and found.shape == wanted.shape and values
+    if isinstance(wanted, (nn.Identity, nn.Dropout)):
+        return isinstance(found, type(wanted)) and getattr(found, "p", 0) == getattr(wanted, "p", 0)
+    if isinstance(wanted, nn.Module):
+        return isinstance(found, nn.Module)
+    return bool(found == wanted) or name_of_tensors(wanted)
+
+
+def name_of_tensors(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(name, str) for name in value)
+
+
+@kinds
+def test_the_change_of_the_weight(case: Case, shared_checkpoint: Any) -> None:
+    """`get_delta_weight`: the reference's, or refused where it is not all that the adapter does."""
+    pair = two_of_each(case, shared_checkpoint)
+    for path, theirs, ours in layers(pair):
+        weight = ours.get_base_weight()
+        assert weight is ours._parameters["weight"]
+        if not hasattr(theirs, "get_delta_weight"):
+            with pytest.raises(NotImplementedError, match=f"{path}.*merge_adapter"):
+                ours.get_delta_weight("default")
+            continue
+        try:
+            delta = ours.get_delta_weight("default")
+        except NotImplementedError:
+            assert case.method.name == splice.PeftType.OFT  # there it is the rotation
+            continue
+        expected = theirs.get_delta_weight("default").detach()
+        # The reference's FourierFT has it as (out, in) for every layer.
+        as_stored = expected if expected.shape == weight.shape else expected.T
+        assert_close(delta.detach(), as_stored.reshape(weight.shape))
+        with pytest.raises(KeyError):
+            ours.get_delta_weight("nobody")
+
+
+def test_views_are_what_programs_take_them_for() -> None:
+    network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    model = splice.get_peft_model(network, splice.LoraConfig(target_modules=["0"], r=2, lora_alpha=4, lora_dropout=0.5))
+    layer: Any = network[0]
+    assert isinstance(layer.scaling, dict)
+    assert json.loads(json.dumps({"s": layer.scaling, "r": layer.r})) == {"s": {"default": 2.0}, "r": {"default": 2}}
+    held = layer.scaling
+    layer.scale_layer(3)
+    assert held == {"default": 6.0} == held.copy() == dict(held)
+    held["default"] = 1.0
+    assert layer.scaling["default"] == 1.0
+    layer.scaling = {"default": 5.0}
+    assert layer.splice_host.layers["default"].scale == 5.0
+    layer.lora_dropout["default"].p = 0.0
+    assert isinstance(layer.lora_dropout["default"], nn.Identity)
+    for name, value in (("merged", True), ("active_adapter", "other"), ("r", 3)):
+        with pytest.raises(AttributeError, match=f"0: '{name}' tells what the adapters"):
+            setattr(layer, name, value)
+    with pytest.raises(TypeError, match="follows from its config"):
+        layer.use_rslora["default"] = True
+    with pytest.raises(NotImplementedError, match="add_adapter"):
+        layer.update_layer("other", 4, 8, None)
+    assert layer._all_available_adapter_names() == ["default"]
+    assert copy.deepcopy(held) == {"default": 5.0}
+    assert model.base_model._check_target_module_exists(model.peft_config["default"], "0")
+
+
+def test_views_give_way_to_attributes_of_the_base() -> None:
+    class Own(nn.Linear):
+        fan_in_fan_out = "own"
+
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.scaling, self.r = "mine", 7
+
+    network = nn.Sequential(Own())
+    splice.get_peft_model(network, splice.LoraConfig(target_modules=["0"]))
+    layer: Any = network[0]
+    assert (layer.scaling, layer.r, layer.fan_in_fan_out) == ("mine", 7, "own")
+    layer.r = 8
+    assert layer.r == 8
+    del layer.scaling
+    assert layer.scaling == {"default": 1.0}
+
+
+def test_starting_anew() -> None:
+    """`reset_lora_parameters`: new values for A and B, in place; refused where that is not all there is to it."""
+    network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    config = splice.LoraConfig(target_modules=["0"], init_lora_weights=False)
+    splice.get_peft_model(network, config)
+    layer: Any = network[0]
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    before = a.detach().clone()
+    layer.reset_lora_parameters("nobody", True)
+    layer.reset_lora_parameters("default", False)
+    assert torch.equal(a, before)
+    layer.reset_lora_parameters("default", True)
+    assert layer.lora_A["default"].weight is a
+    assert not torch.equal(a, before)
+    assert not b.any()
+    with pytest.raises(splice.UnsupportedFeatureError, match="more than new values"):
+        layer.reset_lora_parameters("default", "pissa")
+    with pytest.raises(ValueError, match="nonsense"):
+        layer.reset_lora_parameters("default", "nonsense")
 
 
 # -- the base layer
@@ -204,7 +355,8 @@ def test_the_layer_is_still_one_of_its_kind(case: Case, shared_checkpoint: Any) 
         if type(original).__repr__ is nn.Module.__repr__:
             assert "default" in repr(ours)
         for name in ("in_features", "out_features", "num_embeddings", "embedding_dim", "kernel_size", "groups", "nf"):
-            assert getattr(ours, name, None) == getattr(original, name, None)
+            if hasattr(original, name):
+                assert getattr(ours, name) == getattr(original, name)
         assert torch.equal(ours.base_layer.weight, original.weight)
         if not any(adapter.stands_in for adapter in ours.splice_host.layers.values()):
             assert torch.equal(ours.weight, original.weight)

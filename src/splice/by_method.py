@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -19,29 +19,16 @@ from typing import cast
 import torch
 from torch import nn
 
-from splice.base.foreign_models import QUANTISED_LINEARS, quantised_linear
-from splice.base.layers import LayerKind, kind_of
 from splice.checkpoint.types import PeftType
 from splice.config import PeftConfig
 from splice.default_tables import POSTPROCESS_TABLE, default_tables, table_prefix
 from splice.discovery import public_names
 from splice.injecting import injected
-from splice.kinds.layer import AdapterLayer
-from splice.kinds.registry import Method, all_methods, method_of_layer
+from splice.kinds.registry import Method, all_methods
 from splice.lazy import lazy_names
 from splice.model import classes_by_task
-from splice.surgery.isinstance_classes import layer_of
+from splice.surgery.layer_classes import layer_classes, stem
 from splice.surgery.tuner import Tuner
-
-# How the reference calls its layers of each kind.
-_KINDS: Mapping[LayerKind, str] = {
-    LayerKind.LINEAR: "Linear",
-    LayerKind.EMBEDDING: "Embedding",
-    LayerKind.CONV1D: "Conv1d",
-    LayerKind.CONV2D: "Conv2d",
-    LayerKind.CONV3D: "Conv3d",
-    LayerKind.ATTENTION: "MultiheadAttention",
-}
 
 
 class TunerClass(type):
@@ -75,10 +62,6 @@ class TunerClass(type):
         return injected(config, model, adapter_name, low_cpu_mem_usage, state_dict)
 
 
-def _stem(method: Method) -> str:
-    return method.config.__name__.removesuffix("Config")
-
-
 @cache
 def tuner_class(name: PeftType) -> type[Tuner]:
     """The class by which tuners with an adapter of this method are recognised: `LoraModel`."""
@@ -88,7 +71,7 @@ def tuner_class(name: PeftType) -> type[Tuner]:
         "__module__": __name__,
         "method": method,
     }
-    return cast("type[Tuner]", TunerClass(f"{_stem(method)}Model", (Tuner,), members))
+    return cast("type[Tuner]", TunerClass(f"{stem(method)}Model", (Tuner,), members))
 
 
 def _shown_as(method: Method) -> type:
@@ -96,45 +79,6 @@ def _shown_as(method: Method) -> type:
     if method.layers:
         return tuner_class(method.name)
     return next(what for what in method.names.values() if isinstance(what, type) and issubclass(what, nn.Module))
-
-
-def _is_of(layer: AdapterLayer, method: Method) -> bool:
-    of = method_of_layer(layer)
-    return of is not None and issubclass(of.config, method.config)
-
-
-@cache
-def layer_classes(name: PeftType) -> dict[str, type]:
-    """The classes by which layers with an adapter of this method are recognised, by their names in the reference."""
-    method = all_methods()[name]
-    if not method.layers:
-        return {}
-    every = layer_of(f"{_stem(method)}Layer", lambda layer: _is_of(layer, method), tensor_names=method.tensor_names)
-    found = {every.__name__: every}
-    for kind, called in _KINDS.items():
-        if kind in method.layers:
-            found[called] = layer_of(called, partial(_is_on, method=method, kind=kind), every)
-    for called in QUANTISED_LINEARS if LayerKind.LINEAR in method.layers else ():
-        on = partial(_is_on, method=method, kind=LayerKind.LINEAR, quantised=called)
-        found[called] = layer_of(called, on, every)
-    for called, what in method.names.items():
-        if isinstance(what, type) and issubclass(what, AdapterLayer):
-            found[called] = layer_of(called, partial(_is_a, what=what), every)
-    if method.parameters_layer is not None:
-        found["ParamWrapper"] = layer_of("ParamWrapper", partial(_is_a, what=method.parameters_layer), every)
-    return found
-
-
-def _is_on(layer: AdapterLayer, method: Method, kind: LayerKind, quantised: str = "") -> bool:
-    on = kind_of(layer.base)
-    on = LayerKind.LINEAR if on is LayerKind.TRANSPOSED_LINEAR else on
-    if on is not kind or quantised_linear(layer.base) != quantised:
-        return False
-    return _is_of(layer, method) and type(layer) is not method.parameters_layer
-
-
-def _is_a(layer: AdapterLayer, what: type[AdapterLayer]) -> bool:
-    return isinstance(layer, what)
 
 
 # -- tables

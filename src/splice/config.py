@@ -74,6 +74,8 @@ class PeftConfig:
     method: ClassVar[PeftType | None] = None
     # Whether the method acts on the network's input or cache and not on its layers. Other libraries ask configs for it.
     is_prompt_learning: ClassVar[bool] = False
+    # Whether it is the method of that name, which programs tell from all others.
+    is_adaption_prompt: ClassVar[bool] = False
     # Fields that live in memory only: they are neither written nor read.
     runtime_fields: ClassVar[frozenset[str]] = frozenset({"runtime_config"})
     # Fields that older files have and that mean nothing to the config any more; a reading of the method may ask for them.
@@ -193,8 +195,25 @@ class PeftConfig:
         return parse_config(source.config_text(), str(source.config_place))
 
     @classmethod
-    def from_json_file(cls, path_json_file: str | os.PathLike[str]) -> dict[str, Any]:
-        """The raw fields of a config file."""
+    def from_peft_type(cls, **kwargs: object) -> PeftConfig:
+        """A config of the method that `peft_type` names, else of this class, with these fields.
+
+        Raises:
+            UnknownMethodError: (a KeyError) there is no such method.
+            TypeError: it has no such field.
+        """
+        named = kwargs.get("peft_type")
+        make: Callable[..., PeftConfig] = cls if named is None else class_of(named, "the given fields")
+        return make(**kwargs)
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: object) -> dict[str, object]:
+        """The fields as they are given: the constructor checks them."""
+        return kwargs
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: object) -> dict[str, Any]:
+        """The raw fields of a config file; `kwargs` are ignored."""
         return read_fields(Path(path_json_file).read_bytes(), str(path_json_file))
 
 

@@ -49,7 +49,7 @@ def delete_adapter(
         ValueError: there is no such adapter, or it is merged.
     """
     tuner, _ = tuner_of(model)
-    tuner.check_known([adapter_name])
+    tuner.check_known([adapter_name], "does not exist")
     # The network goes on showing the config, as in the reference: transformers takes it out itself. In a dict of its own: the
     # tuner's names the adapters that there are, and this one's name is free again.
     shown = tuner.shown_configs()

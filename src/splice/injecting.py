@@ -60,6 +60,7 @@ def injected(
     adapter_name: str,
     low_cpu_mem_usage: bool,
     state_dict: Mapping[str, object] | None,
+    autocast_adapter_dtype: bool = False,
 ) -> Tuner:
     """As `inject_adapter_in_model`, of any method that is put on layers; the tuner of the network."""
     method = method_named(peft_config.peft_type, "the config")
@@ -71,7 +72,7 @@ def injected(
     # The base is frozen with its first adapter only: a trainer that injects a second one may train parts of the base by now.
     first, undo = not tuner.peft_config, Undo(tuner)
     try:
-        plan, built = new_adapter(tuner, config, (), False, low_cpu_mem_usage)
+        plan, built = new_adapter(tuner, config, (), autocast_adapter_dtype, low_cpu_mem_usage)
         tuner.commit(adapter_name, peft_config, built, freeze_base=first, plan=plan)
         tuner.selection.set([adapter_name])
         tuner.set_requires_grad(adapter_name, not peft_config.inference_mode)

@@ -25,7 +25,7 @@ class PeftMixedModel(PeftModel):
     def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Take these adapters off."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        self.base_model.check_known(names)
+        self.base_model.check_known(names, "does not exist")
         for name in names:
             self.base_model.delete_adapter(name)
 

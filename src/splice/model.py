@@ -19,8 +19,6 @@ from splice.checkpoint.types import PeftType, TaskType
 from splice.config import PeftConfig
 from splice.errors import PeftWarning, warn
 from splice.fleet.slots import SlotsReport, slots
-from splice.kinds.combining import Combination
-from splice.loading.combining import add_weighted_adapter
 from splice.loading.creating import new_adapter
 from splice.loading.in_memory import checkpoint_from
 from splice.loading.load import Loaded, LoadResult, load_into, load_new
@@ -28,10 +26,12 @@ from splice.loading.options import LoadOptions
 from splice.loading.remaking import remake
 from splice.loading.report import LoadReport
 from splice.loading.saving import facts_of, save
+from splice.model_attributes import ModelViews
 from splice.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from splice.surgery.calls import call_network
 from splice.surgery.tuner import Tuner
 from splice.surgery.undo import Undo
+from splice.tuner_commands import combine
 
 # The classes of PeftModels by their task. `tasks.py` defines them, and each enters itself.
 _CLASSES: dict[TaskType, type[PeftModel]] = {}
@@ -44,7 +44,7 @@ def classes_by_task() -> dict[TaskType, type[PeftModel]]:
     return _CLASSES
 
 
-class PeftModel(nn.Module):
+class PeftModel(ModelViews, nn.Module):
     """A base model with adapters.
 
     The base model is changed in place and reversibly: its layers stay the same objects with the same parameters, and
@@ -512,10 +512,19 @@ class PeftModel(nn.Module):
             ValueError: an adapter is unknown, the combination is, or the adapters cannot be combined that way.
             UnsupportedFeatureError: adapters of their method have no sum.
         """
-        combination = Combination(
-            combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method
+        combine(
+            self.base_model,
+            adapters,
+            weights,
+            adapter_name,
+            combination_type,
+            svd_rank,
+            svd_clamp,
+            svd_full_matrices,
+            svd_driver,
+            density,
+            majority_sign_method,
         )
-        add_weighted_adapter(self.base_model, adapters, weights, adapter_name, combination)
 
     # -- merging
 

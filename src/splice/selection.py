@@ -12,8 +12,6 @@ from typing import NamedTuple
 
 import torch
 
-from splice.errors import counted
-
 BASE = "__base__"
 
 
@@ -101,7 +99,10 @@ class Rows:
         else:
             fits = batch == count or (self.may_repeat and batch % count == 0)
         if not fits:
-            raise ValueError(f"`adapter_names` names {counted(count, 'row')}, and the input has {batch}")
+            raise ValueError(
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {count} and {batch} "
+                "respectively."
+            )
 
 
 # Of the last calls: a server sends the same mixtures again, and one token at a time.

@@ -87,7 +87,7 @@ def get_layer_status(model: nn.Module) -> list[LayerStatus]:
 def _tuner(model: nn.Module) -> Tuner:
     tuner, _ = tuner_of(model)
     if not tuner.adapted:
-        raise ValueError("No adapter layers found in the model; please ensure that it carries an adapter.")
+        raise ValueError("No adapter layers found in the model, please ensure that it carries an adapter.")
     return tuner
 
 

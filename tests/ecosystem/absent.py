@@ -49,8 +49,14 @@ NAMES: dict[str, str] = {
     "tensor parallelism is the layers' own business": (
         "TpInfo add_lora_tp_hooks_dtensor get_tp_plan_and_mesh dtensor_from_local_like"
     ),
+    "at the path that it is from, and not wherever the reference imports it": (
+        "ALLOWED_COMPUTE_DTYPES UPCAST_DTYPES ALL_LAYERNORM_LAYERS INCLUDE_LINEAR_LAYERS_SHORTHAND"
+    ),
+    "what a load does with files of other layouts is part of the load": (
+        "FlattenDims PeftConcatenate PermuteDims convert_peft_adapter_state_dict_for_transformers "
+        "convert_peft_config_for_transformers"
+    ),
     "which fields of a config have to agree is said by the record of its method": "CONFIG_KEYS_TO_CHECK",
-    "in `peft.utils.constants` alone": "ALLOWED_COMPUTE_DTYPES UPCAST_DTYPES",
     "no load initialises what it overwrites": "init_empty_weights skip_init_on_device",
     "parts of the reference's own code, which no program imports": (
         "ABC BasePromptEncoder HadaWeight HadaWeightCP LoraEmbeddingATPHolder LoraVariant MIN_EXPECTED_CONFIG_KEYS "
@@ -70,4 +76,5 @@ CALLED: dict[str, str] = {
     "all tuners are made in the same way": "AdaLoraModel BaseTuner",
     "the default follows from the method of the config": "hotswap_adapter_from_state_dict",
     "a config is needed": "PeftModelForTokenClassification",
+    "the pairs of factors are told, not guessed from the order of the parameters": "LoraFAOptimizer",
 }

@@ -48,7 +48,7 @@ def _default(parameter: inspect.Parameter) -> str | None:
     value = parameter.default
     if value is parameter.empty:
         return None
-    if inspect.isclass(value):
+    if inspect.isclass(value) or inspect.isfunction(value):
         return value.__name__
     return repr(value).replace("<factory>", "factory")
 

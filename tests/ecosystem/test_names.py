@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from importlib import import_module
@@ -59,6 +60,26 @@ def test_a_star_gives_every_config_and_model() -> None:
         assert names[method.config.__name__] is method.config
     assert names["LoraModel"] is peft.tuners.lora.model.LoraModel
     assert {"tuners", "utils", "PeftModel", "LoraModel", "LoraConfig"} <= set(dir(peft))
+
+
+def test_a_config_is_the_same_at_every_path() -> None:
+    """Configs inside LoRA's are told by their class; one of that name from another import of the package is taken too."""
+    from peft.tuners import lora
+
+    for name in (
+        "BdLoraConfig",
+        "EvaConfig",
+        "KasaConfig",
+        "LoftQConfig",
+        "LoraGAConfig",
+        "MontecloraConfig",
+        "VeloraConfig",
+    ):
+        places = (peft, peft.tuners, lora, lora.config, splice)
+        assert len({getattr(place, name) for place in places}) == 1, name
+    fields = [(f.name, f.type, f) for f in dataclasses.fields(peft.KasaConfig)]
+    twin = dataclasses.make_dataclass("KasaConfig", fields)
+    assert peft.LoraConfig(kasa_config=twin()).kasa_config == peft.KasaConfig()
 
 
 def test_names_of_methods_that_are_not_there() -> None:

@@ -74,7 +74,7 @@ def test_a_network_that_carries_adapters_itself(folder: Path) -> None:
     modules = list(model.modules())
     counts = [sum(isinstance(m, cls) for m in modules) for cls in (BaseTunerLayer, LoraLayer, ModulesToSaveWrapper)]
     assert counts == [2, 2, 1]
-    assert [m.active_adapter for m in modules if isinstance(m, BaseTunerLayer)] == ["a", "a"]
+    assert [m.active_adapter for m in modules if isinstance(m, BaseTunerLayer)] == [["a"], ["a"]]
     assert "lm_head.weight" in names and not any(name.startswith("base_model") for name in names)
     assert not torch.equal(before, with_a)
     _each(model, "enable_adapters", enabled=False)
@@ -85,7 +85,7 @@ def test_a_network_that_carries_adapters_itself(folder: Path) -> None:
     other = LoraConfig(target_modules=["v_proj"], init_lora_weights=False)
     with pytest.warns(RuntimeWarning, match="In the config alone: model.layers.0.self_attn.v_proj"):
         peft.inject_adapter_in_model(other, model, "b", state_dict=named)
-    assert model.model.layers[1].self_attn.v_proj.active_adapter == "b"
+    assert model.model.layers[1].self_attn.v_proj.active_adapter == ["b"]
     _each(model, "set_adapter", "a")
     assert torch.equal(logits(model), with_a)
     with warnings.catch_warnings():

@@ -15,7 +15,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from types import FrameType
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import nn
@@ -126,6 +126,11 @@ def device_map(network: nn.Module) -> Mapping[str, object]:
     return getattr(network, "hf_device_map", None) or {}
 
 
+def dtype_said(network: nn.Module) -> torch.dtype | None:
+    """The dtype that a model of transformers says it is in; None of any other network."""
+    return cast(torch.dtype, network.dtype) if is_pretrained(network) else None
+
+
 def key_renaming(network: nn.Module) -> Mapping[str, str] | None:
     """The regular expressions by which transformers 4 renames the keys of older checkpoints; None where it has none."""
     # transformers 5 keeps them in a table of its own: see `conversions.py`.
@@ -180,6 +185,14 @@ def config_of(network: nn.Module) -> object | None:
     """The config that stands on the object `network`: one of transformers, a dict, or None."""
     # Not `network.config`. That may be a child of this name, and in diffusers it is a property with other fields.
     return network.__dict__.get("config")
+
+
+def config_as_dict(network: nn.Module) -> dict[str, object]:
+    """The fields of the network's config; empty where it has none."""
+    config = config_of(network)
+    if config is None or isinstance(config, dict):
+        return dict(config or {})
+    return dict(cast(Callable[[], Mapping[str, object]], getattr(config, "to_dict", lambda: vars(config)))())
 
 
 def config_field(network: nn.Module, name: str) -> object:

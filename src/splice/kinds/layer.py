@@ -57,7 +57,9 @@ class AdapterLayer(OwnTensors, Effect, WeightEffect):
     shared: tuple[AdapterLayer, ...] = ()
     # The path of the layer of the same adapter whose tensors this one shares, where two base layers are tied.
     leader: str = ""
-    # The config it was made from, where that is not the adapter's.
+    # The config that it was made from.
+    config: Config
+    # The same, where that is not the adapter's.
     own_config: PeftConfig | None = None
 
     def __init__(
@@ -70,7 +72,7 @@ class AdapterLayer(OwnTensors, Effect, WeightEffect):
     ) -> None:
         if self.reads_weight:
             check_readable(base, path, "the adapter")
-        self.base = base
+        self.base, self.config = base, config
         super().__init__(slots, tensors)
         if BIAS in self.registered:
             self.shows = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -78,6 +78,11 @@ class Method(NamedTuple):
         shared: what holds the tensors that all layers of an adapter use; None where each layer has its own only.
         tuner_methods: what training with it needs, by name: called with the adapters first, found on the model.
         tuner_views: what is read on a model with it, by name: worked out from the adapters.
+        containers: tensors for which every layer with such an adapter has a place, also an empty one, by the first components
+            of their names, in the reference's order.
+        layer_views: what is read on a layer with it, by name: worked out from the adapter layer; None for no entry.
+        layer_methods: what can be called on a layer with it, by name: called with what the layer carries first.
+        call_arguments: arguments of a call of the model that are meant for its adapters.
         loss_term: what a forward in training adds to the loss, given the adapters and an active adapter's name.
         default_targets: modules to target by `config.model_type`, where the config names none.
         find_targets: finds targets on a network, given its modules, where the config names none and there is no default.
@@ -117,6 +122,10 @@ class Method(NamedTuple):
     shared: type[SharedTensors] | None = None
     tuner_methods: Mapping[str, Callable[..., object]] = MappingProxyType({})
     tuner_views: Mapping[str, Callable[[Adapters], object]] = MappingProxyType({})
+    containers: tuple[str, ...] = ()
+    layer_views: Mapping[str, Callable[[Any], object]] = MappingProxyType({})
+    layer_methods: Mapping[str, Callable[..., object]] = MappingProxyType({})
+    call_arguments: frozenset[str] = frozenset()
     loss_term: Callable[[Adapters, str], torch.Tensor] | None = None
     default_targets: Mapping[str, list[str] | str] = MappingProxyType({})
     find_targets: Callable[[nn.Module, Mapping[str, nn.Module]], str] | None = None
@@ -159,8 +168,9 @@ class Method(NamedTuple):
                 return self.other_layer
             supported = ", ".join(k.name.title().replace("_", "") for k in self.layers)
             raise UnsupportedLayerError(
-                f"Target module {path!r} is a {type(base).__name__}, which {self.name.value} cannot be put on. "
-                f"Supported are: {supported}. Name the layers inside it, or exclude it with `exclude_modules`."
+                f"Target module {path!r} is not supported: {self.name.value} cannot be put on a {type(base).__name__}. "
+                f"Currently, only the following modules are supported: {supported}. Name the layers inside it, or exclude it "
+                "with `exclude_modules`."
             )
         variant = None if self.variant is None else self.variant(config, kind, base)
         chosen = self.layers[kind] if variant is None else variant

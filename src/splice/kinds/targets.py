@@ -92,17 +92,18 @@ def select(rule: TargetRule, modules: Mapping[str, nn.Module]) -> dict[str, nn.M
 def _nothing_matched(rule: TargetRule, all_excluded: bool) -> str:
     if all_excluded:
         return (
-            "All modules were excluded: every module that `target_modules` selects is also named in `exclude_modules` "
+            "No modules were targeted for adaptation. All modules were excluded: every module that `target_modules` selects "
+            "is also named in `exclude_modules` "
             f"({rule.exclude_modules}) or `modules_to_save` ({rule.modules_to_save}). Check these three fields."
         )
     if not rule.target_modules:
-        return "No `target_modules` passed and no `target_parameters` either: there is nothing to adapt."
+        return "No `target_modules` passed but also no `target_parameters` found: there is nothing to adapt."
     named = rule.target_modules if isinstance(rule.target_modules, str) else sorted(rule.target_modules)
     text = f"Target modules {named} not found in the base model. Please check the target modules and try again."
     if rule.layers_to_transform is not None:
-        text += f" Note: `layers_to_transform` is {rule.layers_to_transform}."
+        text += f" Note: You specified 'layers_to_transform': {rule.layers_to_transform}."
     if rule.layers_pattern is not None:
-        text += f" Note: `layers_pattern` is {rule.layers_pattern}."
+        text += f" Note: You specified 'layers_pattern': {rule.layers_pattern}."
     if rule.modules_to_save:
         text += f" Modules below `modules_to_save` ({rule.modules_to_save}) are saved whole and never targets."
     return text

@@ -63,7 +63,7 @@ def _method_of(tuner: Tuner, adapters: Sequence[str], weights: Sequence[float]) 
     """The method that all these adapters are of; each is asked."""
     if not adapters or len(adapters) != len(weights):
         raise ValueError(f"needs one weight for each adapter, got {list(adapters)} and {list(weights)}")
-    tuner.check_known(adapters)
+    tuner.check_known(adapters, "does not exist")
     methods = {name: method_of(tuner.peft_config[name]) for name in adapters}
     first = methods[adapters[0]]
     other = next((name for name, method in methods.items() if method is not first), None)

@@ -26,7 +26,9 @@ from splice.kinds.adapters import Adapters, layers_of
 from splice.kinds.additive import Additive
 from splice.kinds.casting import cast_to
 from splice.kinds.convolution import as_convolution
+from splice.kinds.dropout import dropout_of
 from splice.kinds.file_form import FileForm, Stored
+from splice.kinds.layer import AdapterLayer
 from splice.kinds.registry import Method, register
 from splice.kinds.slot import Role, Slot
 from splice.kinds.tensors import Held
@@ -334,6 +336,14 @@ def _prune(layer: AdaLora, kept: tuple[bool, ...]) -> None:
     layer.lora_E.mul_(torch.tensor(kept, device=layer.lora_E.device)[:, None])
 
 
+# Of the layers of plain LoRA; the reference's of AdaLoRA have them too, and empty.
+_OF_PLAIN_LORA = ("lora_magnitude_vector", "use_dora", "use_rslora", "lora_bias", "lora_variant")
+
+
+def _nothing(layer: AdapterLayer) -> None:
+    return None
+
+
 METHOD = register(
     Method(
         name=PeftType.ADALORA,
@@ -350,6 +360,8 @@ METHOD = register(
         ),
         tuner_methods=MappingProxyType({"update_and_allocate": update_and_allocate}),
         loss_term=_orthogonality,
+        containers=("lora_A", "lora_B", "lora_E", "lora_embedding_A", "lora_embedding_B"),
+        layer_views=MappingProxyType({"lora_dropout": dropout_of, **dict.fromkeys(_OF_PLAIN_LORA, _nothing)}),
         default_targets=ADALORA_TARGETS,
         check=_check,
         check_beside=_check_beside,

@@ -128,6 +128,12 @@ class FourierFTLayer(WeightDelta):
         return update.to(spectrum.dtype)
 
 
+def _indices(layer: FourierFTLayer) -> torch.Tensor:
+    """(2, n): row and column of each coefficient."""
+    columns = layer.shape[1]
+    return torch.stack((layer.locations // columns, layer.locations % columns))
+
+
 METHOD = register(
     Method(
         name=PeftType.FOURIERFT,
@@ -136,6 +142,14 @@ METHOD = register(
         prefix="fourierft_",
         tensor_names=frozenset({"fourierft_spectrum"}),
         layers=MappingProxyType({LayerKind.LINEAR: FourierFTLayer, LayerKind.TRANSPOSED_LINEAR: FourierFTLayer}),
+        layer_views=MappingProxyType(
+            {
+                "fourierft_n_frequency": lambda layer: len(layer.fourierft_spectrum),
+                "fourierft_scaling": lambda layer: layer.spectrum_scale,
+                "fourierft_random_loc_seed": lambda layer: layer.config.random_loc_seed,
+                "indices": _indices,
+            }
+        ),
         default_targets=MappingProxyType({**LORA_TARGETS, "gpt2": ["mlp.c_proj"], "gpt_bigcode": ["mlp.c_proj"]}),
         check=_check,
         names=MappingProxyType({"FourierFTLinear": FourierFTLayer}),

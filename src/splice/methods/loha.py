@@ -123,6 +123,9 @@ METHOD = register(
         layers=MappingProxyType(
             {LayerKind.LINEAR: LoHaLayer, LayerKind.CONV1D: LoHaLayer, LayerKind.CONV2D: LoHaLayer}
         ),
+        containers=("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
+        # The reference has it for LoKr, and empty for LoHa.
+        layer_views=MappingProxyType({"rank_dropout_scale": lambda layer: None}),
         default_targets=LORA_TARGETS,
         check=check,
         paper="arXiv 2108.06098",

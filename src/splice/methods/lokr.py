@@ -144,6 +144,8 @@ METHOD = register(
         layers=MappingProxyType(
             {LayerKind.LINEAR: LoKrLayer, LayerKind.CONV1D: LoKrLayer, LayerKind.CONV2D: LoKrLayer}
         ),
+        containers=("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+        layer_views=MappingProxyType({"rank_dropout_scale": lambda layer: layer.config.rank_dropout_scale}),
         default_targets=LORA_TARGETS,
         check=check,
         names=MappingProxyType({"factorization": split}),

@@ -6,6 +6,7 @@ Yeh et al., "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to
 from __future__ import annotations
 
 import math
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -65,13 +66,16 @@ def product(a: torch.Tensor, b: torch.Tensor, core: torch.Tensor | None) -> torc
 class LycorisLayer(WeightDelta):
     """The scale and the two kinds of dropout of LoHa and LoKr."""
 
+    numbers = MappingProxyType(
+        {**WeightDelta.numbers, "alpha": "alpha", "rank_dropout": "rank_dropout", "module_dropout": "module_dropout"}
+    )
     # Whether what is left of a dropped update is scaled up.
     dropout_keeps_mean: bool = True
 
     def prepare(self, base: nn.Module, config: LycorisFields, path: str) -> None:
         super().prepare(base, config, path)
-        self.r, alpha = rank_of(config, path), value_for(config.alpha_pattern, path, config.alpha)
-        self.scale = self.initial_scale = alpha / self.r
+        self.r, self.alpha = rank_of(config, path), value_for(config.alpha_pattern, path, config.alpha)
+        self.scale = self.initial_scale = self.alpha / self.r
         self.rank_dropout, self.module_dropout = config.rank_dropout, config.module_dropout
 
     def around(self, x: torch.Tensor, inner: Forward) -> torch.Tensor:

@@ -139,6 +139,7 @@ def blocks(size: int, config: OFTConfig) -> tuple[int, int]:
 class OFT(InputTransform):
     """What OFT on every kind of layer shares."""
 
+    numbers = MappingProxyType({"r": "r", "oft_block_size": "oft_block_size"})
     # Suffix of the trained tensor.
     tensor_name: ClassVar[str] = "oft_R.weight"
 
@@ -299,6 +300,14 @@ _LAYERS: Mapping[LayerKind, type[AdapterLayer]] = MappingProxyType(
     {LayerKind.LINEAR: OFTLayer, LayerKind.CONV2D: OFTConv, LayerKind.EMBEDDING: OFTEmbedding}
 )
 
+
+def _dropout(layer: OFT) -> nn.Module | None:
+    if isinstance(layer, OFTEmbedding):
+        return None
+    probability = layer.config.module_dropout
+    return nn.Dropout(probability) if probability else nn.Identity()
+
+
 METHOD = register(
     Method(
         name=PeftType.OFT,
@@ -307,6 +316,8 @@ METHOD = register(
         prefix="oft_",
         tensor_names=frozenset({"oft_R", "oft_embedding_R"}),
         layers=_LAYERS,
+        containers=("oft_R", "oft_embedding_R"),
+        layer_views=MappingProxyType({"oft_dropout": _dropout}),
         default_targets=LORA_TARGETS,
         outdated_names=MappingProxyType(
             {

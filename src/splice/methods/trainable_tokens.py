@@ -56,6 +56,7 @@ METHOD = register(
         prefix="trainable_tokens_",
         tensor_names=frozenset({"trainable_tokens_delta"}),
         layers=MappingProxyType(dict.fromkeys((LayerKind.EMBEDDING, LayerKind.LINEAR), TrainedRows)),
+        layer_views=MappingProxyType({"token_indices": lambda layer: layer.config.token_indices}),
         find_targets=_input_embeddings,
         follows_ties=True,
         check=_check,

@@ -23,6 +23,7 @@ from splice.base.layers import LayerKind, features, kind_of
 from splice.checkpoint.types import PeftType
 from splice.kinds.additive import Additive
 from splice.kinds.casting import cast_to
+from splice.kinds.dropout import dropout_of
 from splice.kinds.registry import Method, register
 from splice.kinds.shared import SharedTensors
 from splice.kinds.slot import Role, Slot
@@ -162,6 +163,7 @@ METHOD = register(
         tensor_names=frozenset({"vera_lambda_b", "vera_lambda_d", "vera_A", "vera_B"}),
         layers=MappingProxyType({LayerKind.LINEAR: VeraLayer, LayerKind.TRANSPOSED_LINEAR: VeraLayer}),
         shared=VeraProjections,
+        layer_views=MappingProxyType({"vera_dropout": dropout_of}),
         default_targets=MappingProxyType({**LORA_TARGETS, "phi": ["q_proj", "v_proj"]}),
         check=_check,
         paper="arXiv 2310.11454",

@@ -42,20 +42,13 @@ class BaseChanges:
                     self.unfrozen.append(parameter)
                     parameter.requires_grad = False
         if uses_checkpointing(modules.values()):
-            self._let_inputs_require_grad(network)
+            self.hook = let_inputs_require_grad(network)
         slices = config_field(network, "pretraining_tp")
         if slices not in (None, 1):
             # With more, older models of transformers multiply with slices of `weight` and never call the layer. Both give
             # the same numbers but for rounding.
             self.slices = slices
             set_config_field(network, "pretraining_tp", 1)
-
-    def _let_inputs_require_grad(self, network: nn.Module) -> None:
-        """Recomputed blocks pass gradients on only if their input requires them, and below it everything is frozen."""
-        # A hook, since the embeddings' weight stays frozen: a trainable one would be trained.
-        embeddings = input_embedding_layer(network)
-        if embeddings is not None and self.hook is None:
-            self.hook = embeddings.register_forward_hook(_require_grad)
 
     def stack(self, network: nn.Module, ranges: Sequence[Sequence[int]], adapted: bool) -> bool:
         """Use layers of `network` several times, unless it does already; whether that changed it.
@@ -93,6 +86,13 @@ class BaseChanges:
         if self.slices is not None:
             set_config_field(network, "pretraining_tp", self.slices)
             self.slices = None
+
+
+def let_inputs_require_grad(network: nn.Module) -> RemovableHandle | None:
+    """Recomputed blocks pass gradients on only if their input requires them, and below it everything is frozen."""
+    # A hook, since the embeddings' weight stays frozen: a trainable one would be trained.
+    embeddings = input_embedding_layer(network)
+    return None if embeddings is None else embeddings.register_forward_hook(_require_grad)
 
 
 def _require_grad(module: nn.Module, args: object, output: torch.Tensor) -> None:

@@ -38,7 +38,7 @@ def check_together(tuner: Tuner, config: PeftConfig) -> None:
             )
         if new != "none" and other.trained_biases() != "none":
             raise ValueError(
-                f"only one adapter of a model can train biases: {name!r} has bias={other.trained_biases()!r} and the new "
+                f"A model supports only 1 adapter with bias: {name!r} has bias={other.trained_biases()!r} and the new "
                 f"one {new!r}. When using multiple adapters, set bias to 'none' for all adapters but one."
             )
     own_rule = method_of(config).check_beside

@@ -17,18 +17,28 @@ from splice.base.foreign_models import TAKES_ADAPTERS_OFF, is_called_from
 from splice.base.sharding import divide_again
 from splice.errors import warn
 from splice.kinds.host import Host
+from splice.kinds.registry import method_of_layer
 from splice.surgery.detach import detach
 from splice.surgery.layer_attributes import View, bare_layer, method_view
 from splice.surgery.merging import merge_layer, unmerge_layer
 
 
 def _number_names(host: Host) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for adapter in host.layers.values() for name in adapter.numbers))
+    found: list[str] = []
+    for adapter in host.layers.values():
+        method = method_of_layer(adapter)
+        found += [name for name, attribute in adapter.numbers.items() if attribute in vars(adapter)]
+        found += method.layer_views if method is not None else ()
+    return tuple(dict.fromkeys(found))
 
 
 def _tensor_names(host: Host) -> tuple[str, ...]:
-    found = [name for adapter in host.layers.values() for name, _ in adapter.named_slots()]
-    return tuple(dict.fromkeys(name.partition(".")[0] for name in found))
+    found: list[str] = []
+    for adapter in host.layers.values():
+        method = method_of_layer(adapter)
+        found += method.containers if method is not None else ()
+        found += [name.partition(".")[0] for name, _ in adapter.named_slots()]
+    return tuple(dict.fromkeys(found))
 
 
 class _Tuner(Protocol):

@@ -269,7 +269,9 @@ def _with_adapter(
 
 def _check_finite(tensors: dict[str, torch.Tensor], path: str, name: str) -> None:
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
-        raise ValueError(f"NaNs detected in the merged weights of {path}. The adapter {name!r} seems to be broken.")
+        raise ValueError(
+            f"NaNs detected in the merged weights. The adapter {name} seems to be broken: it is {path} that has them."
+        )
 
 
 def unmerge(hosts: Iterable[Host], selection: Selection) -> None:

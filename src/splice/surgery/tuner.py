@@ -39,10 +39,14 @@ from splice.surgery.placement import Built
 from splice.surgery.registering import register, tie, unregister
 from splice.surgery.spellings import guard_parents
 from splice.surgery.stacks import Stacks
+from splice.surgery.tuner_attributes import TunerViews
 from splice.surgery.weight_readers import weight_readers
 
 # Under which attribute a network keeps the configs of its adapters; its tuner is under `TUNER`.
 CONFIGS = "peft_config"
+
+# What the rooms above can do with a tuner, by the name under which it is called there; they enter it.
+COMMANDS: dict[str, Callable[..., object]] = {}
 
 T = TypeVar("T")
 
@@ -53,7 +57,7 @@ class _HasLoss(Protocol):
     loss: torch.Tensor
 
 
-class Tuner(nn.Module):
+class Tuner(TunerViews, nn.Module):
     """Holds a network and everything that is known about its adapters.
 
     Making one changes nothing in the network; `commit` does.
@@ -133,6 +137,8 @@ class Tuner(nn.Module):
         except AttributeError:
             if name in ("model", "_of_method"):  # not there before __init__, as while unpickling
                 raise
+            if name in COMMANDS:
+                return partial(COMMANDS[name], self)
             # By method, of which there are one or two, and not by adapter, of which there may be a thousand.
             for peft_type in self._of_method:
                 method = method_named(peft_type, "an adapter")
@@ -348,10 +354,15 @@ class Tuner(nn.Module):
                 "`model.load_adapter`."
             )
 
-    def check_known(self, names: Iterable[str]) -> None:
+    def check_known(self, names: Iterable[str], said: str = "not found") -> None:
+        """Raise where one of these adapters is not there; scripts look for what is `said` of it.
+
+        Raises:
+            ValueError: there is no such adapter.
+        """
         unknown = [name for name in names if name not in self.peft_config]
         if unknown:
-            raise ValueError(f"Adapter {unknown[0]!r} not found; there are {list(self.peft_config)}.")
+            raise ValueError(f"Adapter {unknown[0]} {said}; there are {list(self.peft_config)}.")
 
     def _check_apart(self, names: Sequence[str]) -> None:
         """Raise where two of these adapters cannot take effect together on some layer."""
@@ -361,8 +372,11 @@ class Tuner(nn.Module):
             clash = first_conflict(self.adapted[path].splice_host.layers, names)
             if clash is not None:
                 one, two, why = clash
-                place = self.adapted[path].splice_host.place
-                raise ValueError(f"Only one adapter can be set at a time for {place}, of {one!r} and {two!r}: {why}.")
+                host = self.adapted[path].splice_host
+                what = "ModulesToSaveWrapper " if isinstance(host.layers[one], WholeModule) else ""
+                raise ValueError(
+                    f"Only one adapter can be set at a time for {what}{host.place}, of {one!r} and {two!r}: {why}."
+                )
 
     def train_only(self, names: Sequence[str]) -> None:
         """Make the tensors of these adapters trainable, and those of all others not."""
@@ -407,6 +421,13 @@ class Tuner(nn.Module):
     def disable_adapter(self) -> Iterator[None]:
         """Inside, the network computes what it did without adapters."""
         was_enabled = self.selection.enabled
+        # Only layers that were told something alone can differ.
+        if self.selection.flags_changed and len({host.selection.enabled for host in self.hosts.values()}) > 1:
+            was_enabled = True
+            warn(
+                "The model contains some adapter layers that are enabled and others that are disabled. This is most likely "
+                "unintentional. After exiting the disable_adapter context, all adapters will be enabled."
+            )
         self.disable_adapter_layers()
         try:
             yield
@@ -450,9 +471,12 @@ class Tuner(nn.Module):
         Raises:
             ValueError: there is no such adapter, or it is merged.
         """
-        self.check_known([adapter_name])
+        self.check_known([adapter_name], "does not exist")
         if adapter_name in self.merged:
-            raise ValueError(f"Adapter {adapter_name!r} is merged; call `unmerge_adapter()` before deleting it.")
+            raise ValueError(
+                f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first: "
+                "`unmerge_adapter()`."
+            )
         was_active = adapter_name in self.selection.active
         self.discard(adapter_name)
         if was_active:
@@ -462,7 +486,7 @@ class Tuner(nn.Module):
         remaining = [name for name in self.selection.active if name != deleted]
         if not remaining and self.peft_config:
             remaining = [min(self.peft_config)]
-            warn(f"Adapter {deleted!r} was active and is deleted now; {remaining[0]!r} is active instead.")
+            warn(f"Adapter {deleted} was active which is now deleted. Setting active adapter to {remaining[0]}.")
             self.set_requires_grad(remaining)
         self.selection.set(remaining)
 
@@ -537,7 +561,8 @@ class Tuner(nn.Module):
             )
         if self.merged:
             raise ValueError(
-                f"Cannot pass `adapter_names` when adapters are merged ({self.merged}); unmerge them first."
+                f"Cannot pass `adapter_names` when there are merged adapters ({self.merged}), please call "
+                "`unmerge_adapter` first."
             )
         unknown = sorted({name for name in adapter_names if name != BASE and name not in self.peft_config})
         if unknown:

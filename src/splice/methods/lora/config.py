@@ -152,6 +152,19 @@ class LoraConfig(Targeted):
         _check_fields_agree(self)
         _complete_init(self)
 
+    def _register_custom_module(self, mapping: dict[type, type]) -> None:
+        """Refused: a layer of one's own that wraps others has no place where layers keep their class.
+
+        Raises:
+            UnsupportedFeatureError: always, with the way to adapt such layers.
+        """
+        names = ", ".join(cls.__name__ for cls in mapping)
+        raise UnsupportedFeatureError(
+            f"layers of {names} cannot be given to an adapter layer of your own: such layers wrap others, and here layers "
+            "keep their class. Subclasses of the supported layers are adapted as they are; for other layers add a method "
+            "(CONTRIBUTING.md)."
+        )
+
     def layer_ranges(self) -> list[list[int]] | None:
         return self.layer_replication or None
 

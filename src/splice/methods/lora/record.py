@@ -10,11 +10,13 @@ from torch import nn
 from splice.base.layers import LayerKind
 from splice.checkpoint.types import PeftType
 from splice.errors import UnsupportedFeatureError, UnsupportedLayerError
+from splice.kinds.dropout import dropout_of
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.registry import Method, register
 from splice.methods.default_targets import LORA_TARGETS
 from splice.methods.lora.alora import AloraLinear
 from splice.methods.lora.attention import LoraAttention
+from splice.methods.lora.attributes import CONTAINERS, LAYER_VIEWS, reset_lora_parameters
 from splice.methods.lora.bdlora import BdLoraLinear
 from splice.methods.lora.combining import CombinedFactors
 from splice.methods.lora.config import TENSOR_NAMES, LoraConfig, LoraRuntimeConfig, active_variants, check, with_rank
@@ -124,6 +126,10 @@ METHOD = register(
         divided_layers=MappingProxyType({LoraLinear: DividedLinear, LoraEmbedding: DividedEmbedding}),
         parameters_layer=LoraParameters,
         tuner_methods=MappingProxyType({"_get_kasa_loss": kasa_loss, "_get_monteclora_loss": monteclora_loss}),
+        containers=CONTAINERS,
+        call_arguments=frozenset({"alora_offsets"}),
+        layer_views=MappingProxyType({"lora_dropout": dropout_of, **LAYER_VIEWS}),
+        layer_methods=MappingProxyType({"reset_lora_parameters": reset_lora_parameters}),
         default_targets=LORA_TARGETS,
         combine=CombinedFactors(),
         swapping=RankSwapping(),

@@ -208,6 +208,9 @@ def parsed(name: str, value: object) -> object:
     cls = SUBCONFIGS[name]
     if value is None or isinstance(value, cls):
         return value
+    # Of the class of this name from another import of the package: it has the same fields.
+    if type(value).__name__ == cls.__name__ and dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
     if not isinstance(value, dict):
         raise TypeError(f"`{name}` must be None, a {cls.__name__} or a dict, got {type(value).__name__}")
     known = {f.name for f in dataclasses.fields(cls)}

@@ -1,0 +1,62 @@
+"""What programs read on a tuner (`model.base_model`) beyond what it does, in the reference's words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from splice.base.foreign_models import config_as_dict
+from splice.config import PeftConfig
+from splice.kinds.layer import AdapterLayer
+from splice.kinds.matching import TargetMatcher, matching_parameters
+from splice.kinds.registry import Method, method_of
+from splice.surgery.layer_classes import layer_classes
+
+
+class TunerViews:
+    """Attributes that the reference's tuners have, on ours; those of a method are those of the first adapter's."""
+
+    peft_config: dict[str, PeftConfig]
+    placed: dict[str, dict[str, AdapterLayer]]
+
+    @property
+    def _first_method(self) -> Method:
+        return method_of(next(iter(self.peft_config.values())))
+
+    @property
+    def target_module_mapping(self) -> Mapping[str, list[str] | str]:
+        """The modules that the method adapts where a config names none, by `model_type`."""
+        return self._first_method.default_targets
+
+    @property
+    def tuner_layer_cls(self) -> type:
+        """The class by which layers with an adapter of the method are recognised."""
+        return next(iter(layer_classes(self._first_method.name).values()))
+
+    @property
+    def uses_shared_state(self) -> bool:
+        """Whether all layers of an adapter share tensors."""
+        return self._first_method.shared is not None
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """Paths of parameters that some adapter changes without a layer of their own."""
+        found: dict[str, None] = {}
+        for name, config in self.peft_config.items():
+            entries, method = config.target_rule().target_parameters or (), method_of(config)
+            for path, layer in self.placed[name].items():
+                if type(layer) is method.parameters_layer:
+                    found.update((f"{path}.{p}", None) for p in matching_parameters(layer.base, path, entries))
+        return list(found)
+
+    @staticmethod
+    def get_model_config(model: nn.Module) -> dict[str, Any]:
+        """The config of a network as a dict."""
+        return config_as_dict(model) or {"model_type": "custom"}
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool:
+        """Whether a config selects the module at the path `key`."""
+        return TargetMatcher(peft_config.target_rule())(key)
