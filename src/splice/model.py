@@ -12,10 +12,10 @@ from typing import Any, ClassVar, TypeVar, cast
 import torch
 from torch import nn
 
-from splice.base.foreign_models import full_numel, key_renaming
+from splice.base.foreign_models import key_renaming
 from splice.checkpoint.card import write_card
 from splice.checkpoint.publishing import Publication, publish
-from splice.checkpoint.types import PeftType, TaskType
+from splice.checkpoint.types import TaskType
 from splice.config import PeftConfig
 from splice.errors import PeftWarning, warn
 from splice.fleet.slots import SlotsReport, slots
@@ -27,7 +27,6 @@ from splice.loading.remaking import remake
 from splice.loading.report import LoadReport
 from splice.loading.saving import facts_of, save
 from splice.model_attributes import ModelViews
-from splice.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from splice.surgery.calls import call_network
 from splice.surgery.tuner import Tuner
 from splice.surgery.undo import Undo
@@ -44,7 +43,7 @@ def classes_by_task() -> dict[TaskType, type[PeftModel]]:
     return _CLASSES
 
 
-class PeftModel(ModelViews, nn.Module):
+class PeftModel(ModelViews):
     """A base model with adapters.
 
     The base model is changed in place and reversibly: its layers stay the same objects with the same parameters, and
@@ -403,38 +402,6 @@ class PeftModel(ModelViews, nn.Module):
 
     # -- what is active
 
-    @property
-    def peft_config(self) -> dict[str, PeftConfig]:
-        """The configs of the adapters, by name, in the order in which they came."""
-        return self.base_model.peft_config
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """Names of the adapters that take effect."""
-        return self.base_model.active_adapters
-
-    @property
-    def active_adapter(self) -> str:
-        """The name of the active adapter; of the first, where several are."""
-        names = self.base_model.selection.active
-        return names[0] if names else ""
-
-    @property
-    def active_peft_config(self) -> PeftConfig:
-        """The config of `active_adapter`."""
-        return self.peft_config[self.active_adapter]
-
-    @property
-    def peft_type(self) -> PeftType | str | None:
-        """The method of the first adapter."""
-        return next(iter(self.peft_config.values())).peft_type
-
-    @property
-    def modules_to_save(self) -> set[str] | None:
-        """Names of the modules that some adapter keeps a copy of."""
-        names = {name for config in self.peft_config.values() for name in config.target_rule().modules_to_save or ()}
-        return names or None
-
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Make this adapter the only active one, and the only trainable one unless `inference_mode`.
 
@@ -591,28 +558,6 @@ class PeftModel(ModelViews, nn.Module):
     def get_base_model(self) -> nn.Module:
         """The base model itself."""
         return self.base_model.model
-
-    # -- reporting
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trainable, all) parameters; shared ones count once."""
-        parameters = [(p.requires_grad, full_numel(p)) for p in self.parameters()]
-        return sum(n for trainable, n in parameters if trainable), sum(n for _, n in parameters)
-
-    def print_trainable_parameters(self) -> None:
-        """Print how many parameters are trained."""
-        trainable, total = self.get_nb_trainable_parameters()
-        print(
-            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
-        )
-
-    def get_layer_status(self) -> list[LayerStatus]:
-        """One entry for every adapted layer; see `splice.get_layer_status`."""
-        return get_layer_status(self)
-
-    def get_model_status(self) -> ModelStatus:
-        """The status of the whole model; see `splice.get_model_status`."""
-        return get_model_status(self)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -1,4 +1,4 @@
-"""What programs read and call on a PeftModel beyond its own methods, in the reference's words."""
+"""What programs read on a PeftModel, in the reference's words."""
 
 from __future__ import annotations
 
@@ -9,16 +9,51 @@ import torch
 from torch import nn
 
 from splice.base.bare import original_class
-from splice.base.foreign_models import dtype_said
+from splice.base.foreign_models import dtype_said, full_numel
+from splice.checkpoint.types import PeftType
+from splice.config import PeftConfig
 from splice.kinds.registry import all_methods, method_of
+from splice.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from splice.surgery.base_changes import let_inputs_require_grad
 from splice.surgery.tuner import Tuner
 
 
-class ModelViews:
-    """Attributes and methods that the reference's PeftModel has, on ours."""
+class ModelViews(nn.Module):
+    """What is read on a PeftModel: which adapters there are, its size and status, and what else the reference's tells."""
 
     base_model: Tuner
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """The configs of the adapters, by name, in the order in which they came."""
+        return self.base_model.peft_config
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the adapters that take effect."""
+        return self.base_model.active_adapters
+
+    @property
+    def active_adapter(self) -> str:
+        """The name of the active adapter; of the first, where several are."""
+        names = self.base_model.selection.active
+        return names[0] if names else ""
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        """The config of `active_adapter`."""
+        return self.peft_config[self.active_adapter]
+
+    @property
+    def peft_type(self) -> PeftType | str | None:
+        """The method of the first adapter."""
+        return next(iter(self.peft_config.values())).peft_type
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """Names of the modules that some adapter keeps a copy of."""
+        names = {name for config in self.peft_config.values() for name in config.target_rule().modules_to_save or ()}
+        return names or None
 
     @property
     def base_model_torch_dtype(self) -> torch.dtype | None:
@@ -56,3 +91,23 @@ class ModelViews:
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
         """Let the inputs of the network's blocks require gradients: blocks that are recomputed pass them on only then."""
         let_inputs_require_grad(model)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) parameters; shared ones count once."""
+        parameters = [(p.requires_grad, full_numel(p)) for p in self.parameters()]
+        return sum(n for trainable, n in parameters if trainable), sum(n for _, n in parameters)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trained."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
+
+    def get_layer_status(self) -> list[LayerStatus]:
+        """One entry for every adapted layer; see `splice.get_layer_status`."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> ModelStatus:
+        """The status of the whole model; see `splice.get_model_status`."""
+        return get_model_status(self)

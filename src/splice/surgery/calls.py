@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from splice.base.sharding import is_managed, is_sharded
 from splice.errors import PeftWarning, counted, warn
 from splice.kinds.call import Call
-from splice.selection import Choice, Rows, Selection
+from splice.selection import BASE, Choice, Rows, Selection
 from splice.surgery.tuner import Tuner
 
 T = TypeVar("T")
@@ -43,7 +43,8 @@ def call_network(
         training: whether the PeftModel is in training mode.
 
     Raises:
-        ValueError: rows cannot have these adapters now; see `Tuner.rows`.
+        ValueError: rows cannot have these adapters: a name is unknown, adapters are merged, the model is in training mode,
+            or an adapter is in experts.
     """
     if torch.compiler.is_compiling():  # there is one thread, and a lock would break the graph
         return _call(tuner, function, args, options, adapter_names, generates, training)
@@ -93,10 +94,29 @@ def _chosen(
     # Where adapters are switched off, all rows are the base's, whatever their names.
     if adapter_names is None or not tuner.selection.enabled:
         return nullcontext()
-    rows = tuner.rows(adapter_names, generates, training)
+    _check_rows(tuner, adapter_names, training)
+    rows = tuner.rows(adapter_names, generates)
     rows.note_sizes(given)
     chosen = tuner.selection.for_this_call(Choice(rows=rows))
     return _measured(tuner, rows, chosen) if generates else chosen
+
+
+def _check_rows(tuner: Tuner, adapter_names: Sequence[str], training: bool) -> None:
+    """Raise where rows of a batch cannot have these adapters now."""
+    if not isinstance(adapter_names, (list, tuple)):
+        raise TypeError(f"adapter_names must be a list or a tuple of names, got {type(adapter_names).__name__}")
+    if training:
+        raise ValueError("Cannot pass `adapter_names` when the model is in training mode; call `model.eval()` first.")
+    if tuner.merged:
+        raise ValueError(
+            f"Cannot pass `adapter_names` when there are merged adapters ({tuner.merged}), please call "
+            "`unmerge_adapter` first."
+        )
+    unknown = sorted({name for name in adapter_names if name != BASE and name not in tuner.peft_config})
+    if unknown:
+        raise ValueError(
+            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; there are {list(tuner.peft_config)}."
+        )
 
 
 @contextmanager

@@ -547,29 +547,12 @@ class Tuner(TunerViews, nn.Module):
         active = self.selection.active
         return [p for p, layer in self.adapted.items() if any(name in layer.splice_host.layers for name in active)]
 
-    def rows(self, adapter_names: Sequence[str], may_repeat: bool, training: bool) -> Rows:
-        """One adapter for each row of a batch, checked.
+    def rows(self, adapter_names: Sequence[str], may_repeat: bool) -> Rows:
+        """One adapter for each row of a batch.
 
         Raises:
-            ValueError: a name is unknown, adapters are merged, the model is in training mode, or an adapter is in experts.
+            ValueError: an adapter is in experts.
         """
-        if not isinstance(adapter_names, (list, tuple)):
-            raise TypeError(f"adapter_names must be a list or a tuple of names, got {type(adapter_names).__name__}")
-        if training:
-            raise ValueError(
-                "Cannot pass `adapter_names` when the model is in training mode; call `model.eval()` first."
-            )
-        if self.merged:
-            raise ValueError(
-                f"Cannot pass `adapter_names` when there are merged adapters ({self.merged}), please call "
-                "`unmerge_adapter` first."
-            )
-        unknown = sorted({name for name in adapter_names if name != BASE and name not in self.peft_config})
-        if unknown:
-            raise ValueError(
-                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; "
-                f"there are {list(self.peft_config)}."
-            )
         rows = Rows(tuple(adapter_names), may_repeat)
         if not rows.alike:
             self._check_in_order(adapter_names)
