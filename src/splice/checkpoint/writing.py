@@ -55,7 +55,9 @@ def _put(folder: Path, weights: Path, tensors: Mapping[str, torch.Tensor], confi
             save_file(_independent(tensors), new_weights, metadata=metadata)
             _sort_metadata(new_weights)
         else:
-            torch.save({name: tensor.detach() for name, tensor in tensors.items()}, new_weights)
+            # Into an open file: to a path torch writes the path's name too, which is another one each time.
+            with open(new_weights, "wb") as file:
+                torch.save({name: tensor.detach() for name, tensor in tensors.items()}, file)
             write_text(folder / INCOMING_DIGEST, digest_of(new_weights))
         flush(new_weights)
         write_text(folder / INCOMING_CONFIG, config)
