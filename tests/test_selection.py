@@ -238,9 +238,9 @@ def test_a_name_that_does_not_exist(mixed_model: Any) -> None:
 
 
 def test_another_number_of_rows(mixed_model: Any) -> None:
-    assert "2 rows" in _message(mixed_model, ["default", "second"])
-    assert "has 3" in _message(mixed_model, ["default"] * 4)
-    assert "0 rows" in _message(mixed_model, [])
+    assert "the number of inputs, but got 2 and 3" in _message(mixed_model, ["default", "second"])
+    assert "got 4 and 3" in _message(mixed_model, ["default"] * 4)
+    assert "got 0 and 3" in _message(mixed_model, [])
 
 
 def test_names_that_are_no_list(mixed_model: Any) -> None:
