@@ -24,8 +24,12 @@ def finished_config(config: Path) -> bytes:
     """The bytes of the config that belongs to the weights beside it: the incoming one, where a save was cut off."""
     # Reading only, never renaming: the folder may be read-only, or another process may be in the middle of its save.
     first = preferred_weights(config.parent)
-    incoming = first is not None and is_incoming_of(first)
-    return (config.parent / INCOMING_CONFIG if incoming else config).read_bytes()
+    try:
+        if first is not None and is_incoming_of(first):
+            return (config.parent / INCOMING_CONFIG).read_bytes()
+    except FileNotFoundError:
+        pass  # that other process has come to its end meanwhile, and the incoming config has its name
+    return config.read_bytes()
 
 
 def preferred_weights(folder: Path) -> Path | None:

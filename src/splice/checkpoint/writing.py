@@ -71,8 +71,8 @@ def _put(folder: Path, weights: Path, tensors: Mapping[str, torch.Tensor], confi
 def _finish(folder: Path) -> None:
     """Finish a save that put its weights in place and not yet its config."""
     first = preferred_weights(folder)
-    if first is not None and is_incoming_of(first):
-        with suppress(FileNotFoundError):  # another process that saves the same has just done it
+    with suppress(FileNotFoundError):  # another process that saves the same has just done it
+        if first is not None and is_incoming_of(first):
             os.replace(folder / INCOMING_CONFIG, folder / CONFIG_NAME)
 
 

@@ -47,8 +47,6 @@ class AdapterLayer(OwnTensors, Effect, WeightEffect):
     base: nn.Module
     # What of its tensors a checkpoint holds.
     file_form: ClassVar[FileForm] = FileForm()
-    # Own suffix -> suffix of the tensor it is the transpose of, where it shares those of a layer of another class.
-    transposes: ClassVar[Mapping[str, str]] = MappingProxyType({})
     # Numbers that scripts read and set on an adapted layer, by the reference's names -> the attribute of this layer.
     numbers: ClassVar[Mapping[str, str]] = MappingProxyType({"scaling": "scale", "r": "r"})
     # Whether it uses tensors that all layers of its adapter share.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, TypeAlias, overload
 
 import torch
@@ -69,6 +70,8 @@ class OwnTensors:
 
     # Whether it is for layers whose tensors tensor parallelism divides: its own tensors are divided then, as `template` says.
     divides: ClassVar[bool] = False
+    # Own suffix -> suffix of the tensor it is the transpose of, where it shares those of a layer of another class.
+    transposes: ClassVar[Mapping[str, str]] = MappingProxyType({})
     # How they are called.
     names: Names = LayerNames()
     # Where they stand in the tree; None until the layer is attached.

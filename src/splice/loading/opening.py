@@ -54,9 +54,10 @@ def _own_folder(
     # transformers' Trainer asks for the best checkpoint of the active adapter so, whatever its name. What lies in the folder
     # itself is the adapter called "default", and on the same layers it would be taken for the other.
     name = options.adapter_name
+    if present is None or options.extra.get("subfolder") or name == "default" or Path(name).name != name:
+        return model_id
     own = Path(model_id) / name
-    is_name = Path(name).name == name and name != "default"
-    if present is None or not is_name or options.extra.get("subfolder") or not (own / CONFIG_NAME).is_file():
+    if not (own / CONFIG_NAME).is_file():
         return model_id
     warn(
         f"{model_id} holds several adapters, and the one called {name!r} is in {name!r} below it: that one is loaded, and "

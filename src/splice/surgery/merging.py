@@ -205,15 +205,16 @@ def _as_leader(host: Host, leader: Host, names: Iterable[str]) -> Merged:
 def merged_tensors(host: Host, names: Iterable[str], safe: bool) -> Merged:
     """The base tensors of a layer with the adapters in them, one after the other; whole, also where they are divided."""
     # One layer at a time is gathered: methods compute with weights as a whole (norms of rows, products of blocks).
-    with whole_tensors(_places(host)):
+    names = list(names)
+    with whole_tensors(_places(host, {*names, *host.merged})):
         return _merged_tensors(host, names, safe)
 
 
-def _places(host: Host) -> Iterator[tuple[Registry, str]]:
-    """Where the tensors stand that a merge on this layer computes with."""
+def _places(host: Host, adapters: Iterable[str]) -> Iterator[tuple[Registry, str]]:
+    """Where the tensors stand that a merge of these adapters on this layer computes with."""
     for name in host.base._parameters:
         yield host.base._parameters, name
-    for adapter in host.layers.values():
+    for adapter in (host.layers[name] for name in adapters if name in host.layers):
         for layer in (adapter, *adapter.shared):
             for registry, name, _ in layer.registered.values():
                 yield registry, name

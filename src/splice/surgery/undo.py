@@ -19,7 +19,8 @@ class Undo:
         self.tuner = tuner
         self.names = set(tuner.placed)
         self.active, self.enabled = tuner.selection.active, tuner.selection.enabled
-        self.awaits_call, self.tuner_training = tuner.awaits_call, tuner.training
+        self.awaits = (tuner.awaits_call, tuner.awaits_training)
+        self.tuner_training = tuner.training
         # Also for the operation itself, which would otherwise walk the network again.
         self.modules = walk_bare(tuner.model)
         # Module by module, since users put parts of a network into eval mode.
@@ -44,7 +45,8 @@ class Undo:
         if (selection.active, selection.enabled) != (self.active, self.enabled):
             selection.enabled = self.enabled
             selection.set(self.active)
-        self.tuner.awaits_call, self.tuner.training = self.awaits_call, self.tuner_training
+        self.tuner.awaits_call, self.tuner.awaits_training = self.awaits
+        self.tuner.training = self.tuner_training
         for module in self.modules.values():
             module.training = False
         for module in self.training:
