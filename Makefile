@@ -17,13 +17,14 @@ OLDEST_TESTS ?= tests
 demo: $(INSTALLED)
 	$(BIN)/python examples/skills/demo.py
 
+# Of the tests of other libraries a file goes to one process: what the reference did is asked once for each file.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow"
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.ecosystem -n $(JOBS) --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.ecosystem -n $(JOBS) --dist loadfile -m "not slow"
 
 test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.ecosystem -n $(JOBS) --dist worksteal -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.ecosystem -n $(JOBS) --dist loadfile -m slow
 
 test-oldest: $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" -W ignore $(OLDEST_TESTS)
