@@ -129,44 +129,29 @@ def _cut_at_last_layer(model: Any, monkeypatch: pytest.MonkeyPatch, name: str = 
     monkeypatch.setattr(layer, "deltas", cut)
 
 
-@kinds
-def test_a_merge_that_is_cut_short_changes_nothing(
-    case: Case, shared_checkpoint: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    network = case.base.build()
-    model = mergeable_model(case, shared_checkpoint, network)
-    for merge in (model.merge_adapter, *(layer.merge for layer in model.base_model.adapted.values())):
-        before, output = Snapshot.of(network), run(model, case.base.inputs(3))
-        with monkeypatch.context() as patch:
-            _cut_at_last_layer(model, patch)
-            try:
-                merge()
-            except Cut:
-                before.assert_same(network)
-                assert not model.base_model.merged
-                assert torch.equal(run(model, case.base.inputs(3)), output)
-            else:
-                model.unmerge_adapter()
-
-
-@kinds
-def test_a_merge_that_is_cut_short_while_values_are_put_in_place_changes_nothing(
-    case: Case, shared_checkpoint: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of the whole model, and of one layer told alone."""
-    network = case.base.build()
-    model = mergeable_model(case, shared_checkpoint, network)
+def _cut_at_first_exchange(_: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it has been made; those that put the values back are not cut."""
 
     def cut(parameter: nn.Parameter, values: torch.Tensor) -> torch.Tensor:
         exchange(parameter, values)
         raise Cut
 
+    calls = iter([cut])
+    monkeypatch.setattr(putting, "exchange", lambda *given: next(calls, exchange)(*given))
+
+
+@pytest.mark.parametrize("cut", [_cut_at_last_layer, _cut_at_first_exchange])
+@kinds
+def test_a_merge_that_is_cut_short_changes_nothing(
+    case: Case, cut: Callable[..., None], shared_checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the whole model, and of one layer told alone."""
+    network = case.base.build()
+    model = mergeable_model(case, shared_checkpoint, network)
     for merge in (model.merge_adapter, *(layer.merge for layer in model.base_model.adapted.values())):
         before, output = Snapshot.of(network), run(model, case.base.inputs(3))
         with monkeypatch.context() as patch:
-            # The first exchange is cut when it has been made; those that put back are not.
-            calls = iter([cut])
-            patch.setattr(putting, "exchange", lambda *given, calls=calls: next(calls, exchange)(*given))
+            cut(model, patch)
             try:
                 merge()
             except Cut:

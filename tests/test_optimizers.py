@@ -93,21 +93,27 @@ def in_reference(groups: list[Any]) -> list[Any]:
     return [(options, [name.replace(".base_layer.bias", ".bias") for name in names]) for options, names in groups]
 
 
-@pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.SGD])
-@pytest.mark.parametrize("case", LORA)
-def test_loraplus(case: str, cls: Any) -> None:
+def trains_alike(case: str, make: Callable[[Any, Any], Any], cls: type) -> None:
+    """The optimizer that `make(library, model)` gives, of the class `cls`, has the same groups in both and trains alike."""
     found = []
     for library in (splice, peft):
         model = adapted(library, case)
-        options = {"lr": 1e-2, "loraplus_lr_ratio": 4.0, "loraplus_lr_embedding": 1e-3, "loraplus_weight_decay": 0.1}
-        optimizer = _of(library).create_loraplus_optimizer(model, cls, **options)
-        assert type(optimizer) is cls
+        optimizer = make(_of(library), model)
+        assert isinstance(optimizer, cls)
         told = in_reference(groups(model, optimizer))
         found.append((told, train(model, optimizer)))
     (ours, our_tensors), (theirs, their_tensors) = found
     assert ours == theirs
     for mine, reference in zip(sorted(our_tensors), sorted(their_tensors)):
         assert_close(our_tensors[mine], their_tensors[reference])
+
+
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("case", LORA)
+def test_loraplus(case: str, cls: Any) -> None:
+    options = {"lr": 1e-2, "loraplus_lr_ratio": 4.0, "loraplus_lr_embedding": 1e-3, "loraplus_weight_decay": 0.1}
+    trains_alike(case, lambda library, model: library.create_loraplus_optimizer(model, cls, **options), cls)
+    assert type(splice.create_loraplus_optimizer(adapted(splice, case), cls, **options)) is cls
 
 
 def test_loraplus_has_the_references_defaults() -> None:
@@ -231,17 +237,8 @@ def test_lorafa_refuses_what_it_cannot_do() -> None:
 @pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.SGD])
 @pytest.mark.parametrize("case", LORA)
 def test_riemannian(case: str, cls: Any) -> None:
-    found = []
-    for library in (splice, peft):
-        model = adapted(library, case)
-        optimizer = _of(library).create_riemannian_optimizer(model, cls, lr=1e-2, reg=0.05, weight_decay=0.1)
-        assert isinstance(optimizer, cls)
-        told = in_reference(groups(model, optimizer))
-        found.append((told, train(model, optimizer)))
-    (ours, our_tensors), (theirs, their_tensors) = found
-    assert ours == theirs
-    for mine, reference in zip(sorted(our_tensors), sorted(their_tensors)):
-        assert_close(our_tensors[mine], their_tensors[reference])
+    options = {"lr": 1e-2, "reg": 0.05, "weight_decay": 0.1}
+    trains_alike(case, lambda library, model: library.create_riemannian_optimizer(model, cls, **options), cls)
 
 
 def test_riemannian_in_half_precision() -> None:

@@ -40,6 +40,8 @@ _OF_THE_ADAPTER = (
     "subfolder",
     "torch_device",
 )
+# What a tokenizer is loaded with, of the options of the adapter that it lies beside.
+_OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 class _AutoPeftModel:
@@ -162,10 +164,6 @@ def _grow_vocabulary(base: nn.Module, source: Source, options: dict[str, Any]) -
     tokenizer = import_module("transformers").AutoTokenizer.from_pretrained(source.location, **of_hub)
     if len(tokenizer) > len(weight):
         cast("Any", base).resize_token_embeddings(len(tokenizer))
-
-
-# What a tokenizer is loaded with, of the options of the adapter that it lies beside.
-_OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 class AutoPeftModel(_AutoPeftModel):

@@ -24,7 +24,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
 from transformers.integrations import peft as mixin
 
-from tests.ecosystem.both import reference, seed_of
+from tests.ecosystem.both import seed_of
 from tests.ecosystem.comparing import same
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -130,22 +130,6 @@ def all_of_it(folder: str) -> dict[str, Any]:
         logging.getLogger(library).setLevel(logging.ERROR)
     bases(Path(folder))
     return {scenario.__name__: scenario(folder) for scenario in (encoding, comparing, training)}
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("sentences")
-
-
-@pytest.fixture(scope="module")
-def there(place: Path) -> dict[str, Any]:
-    found: dict[str, Any] = reference(all_of_it, str(place / "reference"))
-    return found
-
-
-@pytest.fixture(scope="module")
-def here(place: Path) -> dict[str, Any]:
-    return all_of_it(str(place / "here"))
 
 
 @shows("sentence-transformers", "SentenceTransformer: `add_adapter`, `load_adapter`, save, load again, `encode`")

@@ -21,7 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from tests.ecosystem.both import reference, seed_of
+from tests.ecosystem.both import seed_of
 from tests.ecosystem.comparing import same
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -252,22 +252,6 @@ def all_of_it(folder: str) -> dict[str, Any]:
         "modes": each_mode(folder, list(MODES)),
         **{scenario.__name__: scenario(folder) for scenario in (best, cards, sequences)},
     }
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("trainer")
-
-
-@pytest.fixture(scope="module")
-def there(place: Path) -> dict[str, Any]:
-    found: dict[str, Any] = reference(all_of_it, str(place / "reference"))
-    return found
-
-
-@pytest.fixture(scope="module")
-def here(place: Path) -> dict[str, Any]:
-    return all_of_it(str(place / "here"))
 
 
 @shows("transformers", "Trainer in every mode: losses, weights, files")

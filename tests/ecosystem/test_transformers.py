@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.integrations import peft as mixin
 
-from tests.ecosystem.both import reference, seed_of
+from tests.ecosystem.both import seed_of
 from tests.ecosystem.comparing import same
 from tests.test_stacked_experts import MIXTRAL, QWEN, Old, adapter, close
 
@@ -294,23 +294,6 @@ def all_of_it(folder: str) -> dict[str, Any]:
     place = Path(folder)
     scenarios = (every_method, several, other_ways, training)
     return {scenario.__name__: scenario(str(place / scenario.__name__)) for scenario in scenarios}
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("transformers")
-
-
-@pytest.fixture(scope="module")
-def there(place: Path) -> dict[str, Any]:
-    """The figures of the reference."""
-    found: dict[str, Any] = reference(all_of_it, str(place / "reference"))
-    return found
-
-
-@pytest.fixture(scope="module")
-def here(place: Path) -> dict[str, Any]:
-    return all_of_it(str(place / "here"))
 
 
 @shows("transformers", "`add_adapter`, `save_pretrained`, `load_adapter`, `disable_adapters`, `enable_adapters`")

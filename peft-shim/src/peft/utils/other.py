@@ -3,6 +3,7 @@
 from splice import prepare_model_for_kbit_training as prepare_model_for_kbit_training
 from splice.constants import *  # noqa: F403
 from splice.default_tables import *  # noqa: F403
+from splice.fsdp import fsdp_auto_wrap_policy as fsdp_auto_wrap_policy
 from splice.surgery.isinstance_classes import AuxiliaryTrainingWrapper as AuxiliaryTrainingWrapper
 from splice.surgery.isinstance_classes import ModulesToSaveWrapper as ModulesToSaveWrapper
 from splice.surgery.isinstance_classes import TrainableTokensWrapper as TrainableTokensWrapper
@@ -21,4 +22,3 @@ from splice.utilities import set_auxiliary_adapter as _set_adapter  # noqa: F401
 from splice.utilities import shift_tokens_right as shift_tokens_right
 from splice.utilities import str_to_bool as str_to_bool
 from splice.utilities import transpose as transpose
-from splice.wrapping import fsdp_auto_wrap_policy as fsdp_auto_wrap_policy
