@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
+from packaging.version import Version
 
 import splice
 from tests.broken import BIN, CONFIG, SAFETENSORS, Parts, by_reference, llama, load, output, parts, unchanged
@@ -147,6 +149,7 @@ def test_a_process_that_is_offline(hub: Hub, tmp_path: Path) -> None:
 # -- what goes wrong on the way
 
 
+@pytest.mark.skipif(Version(huggingface_hub.__version__) < Version("1"), reason="huggingface_hub resumes it from 1 on")
 def test_a_connection_that_breaks_is_resumed(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 100)
     hub.repository(LORA).commit(files(parts(seed=1), tmp_path))
@@ -207,7 +210,7 @@ def test_an_adapter_is_pushed_and_loaded_again(hub: Hub, tmp_path: Path) -> None
     url = model.push_to_hub(LORA, private=True, token=TOKEN, tags=["mine"], commit_message="Begin")
     repository = hub.repositories[LORA]
     assert repository.private and len(repository.commits) == 2  # the empty one of a new repository, and ours
-    assert url == f"{hub.url}/{LORA}/commit/{repository.branches['main']}"
+    assert url.commit_url == f"{hub.url}/{LORA}/commit/{repository.branches['main']}"
     assert set(repository.files()) == {".gitattributes", CONFIG, SAFETENSORS, CARD}
     assert b"- mine\n" in repository.files()[CARD] and b"library_name: peft" in repository.files()[CARD]
     assert torch.equal(output(load(LORA, token=TOKEN)), plain(1, tmp_path))
@@ -278,7 +281,7 @@ def test_pushed_as_a_pull_request(revision: str | None, hub: Hub, tmp_path: Path
         assert repository.branches == before
         return
     pull = repository.branches.pop("refs/pr/1")
-    assert repository.branches == before and url.endswith(f"/commit/{pull}")
+    assert repository.branches == before and url.commit_url.endswith(f"/commit/{pull}")
     assert url.pr_url == f"{hub.url}/{LORA}/discussions/1"
     assert (b"# Dev" if revision else b"# Main") in repository.commits[pull][CARD]
     assert torch.equal(output(load(LORA, revision=pull)), plain(1, tmp_path))

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import splice
+from splice.surgery.adapted_layer import Adapted
 from tests import bases
 from tests.bases import run
 from tests.comparing import (
@@ -70,6 +71,27 @@ def test_taken_off_the_base_is_what_it_was(case: Case, take_off: Callable[..., A
     assert take_off(model) is network
     before.assert_same(network)
     assert torch.equal(run(network, case.base.inputs(3)), output)
+
+
+def test_a_class_that_was_put_in_front_since_stays_in_front(shared_checkpoint: Any) -> None:
+    """As FSDP puts one there; with the last adapter only what stands behind it goes."""
+
+    class Divided:
+        def mark(self) -> str:
+            return self.said
+
+    network = bases.LINEAR.build()
+    before = run(network, bases.LINEAR.inputs(3))
+    model = loaded(plain_cases(bases.LINEAR)[0], shared_checkpoint, network)
+    layers = [m for m in network.modules() if isinstance(m, Adapted)]
+    own = [layer.splice_host.original for layer in layers]
+    for layer in layers:
+        layer.__class__ = type(f"Divided{type(layer).__name__}", (Divided, type(layer)), {"said": "kept"})
+    model.unload()
+    assert torch.equal(run(network, bases.LINEAR.inputs(3)), before)
+    for layer, original in zip(layers, own, strict=True):
+        assert type(layer).__bases__ == (Divided, original) and type(layer).__name__ == f"Divided{original.__name__}"
+        assert layer.mark() == "kept" and not isinstance(layer, Adapted)
 
 
 @few

@@ -56,6 +56,9 @@ def test_one_layer_told_alone(case: Case, shared_checkpoint: Any) -> None:
     assert torch.equal(pair.assert_equal(), first)
     trained = [{n for n, p in named(m) if p.requires_grad} for m in (pair.ours, pair.reference)]
     assert trained[0] == trained[1]
+    assert not pair.ours.base_model.selection.flags_changed  # the next switch looks at no flags of others
+    pair.each(lambda model: layers(model)[0].set_adapter("second"))
+    assert not torch.equal(pair.assert_equal(), first)
 
 
 @pytest.mark.parametrize("case", plain_cases(BASE), ids=str)
@@ -82,9 +85,17 @@ def test_deleting_from_each_layer(case: Case, shared_checkpoint: Any) -> None:
     """As libraries clean up after a load of theirs that failed; the name is free afterwards."""
     pair = both(case, shared_checkpoint)
     first = pair.assert_equal()
-    for layer in layers(pair.ours):
+    tuner = pair.ours.base_model
+    tuner.set_adapter("second")
+    tuner.set_adapter("default")
+    for number, layer in enumerate(layers(pair.ours)):
         layer.delete_adapter("second")
         layer.delete_adapter("second")
+        if number == 0:  # it is there on the others, and can be switched to as ever
+            assert not layer.splice_host.layers.keys() - {"default"} and list(tuner.placed) == ["default", "second"]
+            tuner.set_adapter("second")
+            tuner.set_adapter("default")
+    assert list(tuner.placed) == ["default"]
     pair.ours.peft_config.pop("second")
     assert torch.equal(run(pair.ours, BASE.inputs(3)), first)
     pair.ours.load_adapter(shared_checkpoint(BASE, case.config(), seed=1), "second")
@@ -104,3 +115,17 @@ def test_flags_of_one_layer(case: Case, shared_checkpoint: Any) -> None:
     placed = pair.ours.base_model.placed["default"]["first"]
     fixed = {suffix for suffix, item in placed.registered.items() if item.slot.role is not Role.TRAINED}
     assert set(layers(pair.ours)[0].adapter_layer_names) <= {*names, "trained_bias", *fixed}
+
+
+@pytest.mark.parametrize("case", plain_cases(BASE)[:1], ids=str)
+def test_disabled_for_a_while_where_layers_differ(case: Case, shared_checkpoint: Any) -> None:
+    """Afterwards all are enabled, as the reference has it, and it is said so."""
+    pair = both(case, shared_checkpoint)
+    first = pair.assert_equal()
+    pair.each(lambda model: layers(model)[0].enable_adapters(enabled=False))
+    assert not torch.equal(pair.assert_equal(), first)
+    for model in (pair.ours, pair.reference):
+        with pytest.warns(UserWarning, match="some adapter layers that are enabled and others that are disabled"):
+            with model.disable_adapter():
+                assert torch.equal(run(model, BASE.inputs(3)), run(BASE.build(), BASE.inputs(3)))
+    assert torch.equal(pair.assert_equal(), first)

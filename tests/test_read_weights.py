@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import subprocess
 import sys
@@ -56,8 +57,11 @@ class FromAbove(nn.Module):
 class AsksForDtypes(bases.WeightReader):
     """Calls both layers, and asks one for its dtype before."""
 
+    asked: torch.Tensor
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.first(self.second(x).to(self.first.weight.dtype))
+        self.asked = self.first.weight
+        return self.first(self.second(x).to(self.asked.dtype))
 
 
 def _base(make: Callable[[], nn.Module]) -> Base:
@@ -139,8 +143,10 @@ def test_a_weight_that_is_asked_for_its_dtype_is_not_made(method: Any, checkpoin
     base = _base(AsksForDtypes)
     model = adapted(base, method, checkpoint)
     inputs = base.inputs(3)
-    output = run(model, inputs)
-    assert_close(output, run(copy.deepcopy(model).merge_and_unload(), inputs), factor=3)
+    merged = run(copy.deepcopy(model).merge_and_unload(), inputs)
+    output, asked = run(model, inputs), model.get_base_model().asked
+    assert isinstance(asked, Unmade) and asked._made is None
+    assert_close(output, merged, factor=3)
     mixed = run(model, inputs, adapter_names=["default", "__base__", "default"])
     assert_close(mixed[::2], output[::2], factor=3)
     assert_close(mixed[1], run(base.build(), inputs)[1], factor=3)
@@ -161,6 +167,20 @@ def test_what_is_no_change_of_the_weight_is_refused(checkpoint: Any) -> None:
     model = splice.PeftModel.from_pretrained(base.build(), checkpoint(base, config))
     with pytest.raises(NotImplementedError, match=r"first: adapter 'default' .* only read"):
         run(model, base.inputs(2))
+
+
+def test_what_cannot_be_applied_to_a_weight_is_refused_where_somebody_computes_with_it_alone(checkpoint: Any) -> None:
+    """Also while there are gradients, which code in C++ would not find: for those it is worked out as soon as it is read."""
+    base = _base(AsksForDtypes)
+    config = {"peft_type": "LORA", "r": 2, "target_modules": ["first"], "alora_invocation_tokens": [1]}
+    model = splice.PeftModel.from_pretrained(base.build(), checkpoint(base, config), is_trainable=True)
+    model(**base.inputs(2))
+    with pytest.raises(NotImplementedError, match=r"first: adapter 'default' .* only read"):
+        model.get_base_model().asked + 1
+    # Who looks through the class finds the attribute, as of any other class.
+    assert "weight" in {
+        name for name, value in inspect.getmembers(type(model.get_base_model().first)) if value is not None
+    }
 
 
 def test_an_unmade_tensor_is_made_once_and_by_use_alone() -> None:

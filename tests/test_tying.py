@@ -188,6 +188,23 @@ def test_tied_layers_learn_as_one(tmp_path: Path) -> None:
     assert_close(found[1], found[0], factor=10)
 
 
+@pytest.mark.parametrize("at_the_head", [False, True], ids=["embeddings", "head"])
+def test_what_is_put_in_the_place_of_a_parameter_at_one_end_stands_at_both(at_the_head: bool, tmp_path: Path) -> None:
+    """transformers' loader exchanges the parameters of one layer after the other, and knows of no ties."""
+    model = equal(bases.TIED, tmp_path, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    embeddings, head = model.get_base_model().get_input_embeddings(), model.get_base_model().lm_head
+    new = torch.randn(2, bases.VOCABULARY)
+    if at_the_head:
+        head.lora_B["default"].weight = nn.Parameter(new.T.contiguous())
+    else:
+        embeddings.lora_embedding_A.default = nn.Parameter(new)
+    assert torch.equal(embeddings.lora_embedding_A["default"], new) and torch.equal(
+        head.lora_B["default"].weight, new.T
+    )
+    hidden, rows = torch.eye(16), embeddings(torch.arange(bases.VOCABULARY))
+    assert_close(head(hidden).T, rows)
+
+
 # -- what is warned of
 
 _HEAD = {"modules_to_save": ["lm_head"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,8 @@ def test_gradient_checkpointing_that_was_on_before(reentrant: bool) -> None:
     """Recomputed blocks pass gradients on only if their input requires them: the embeddings are told to."""
     base = bases.LLAMA.build()
     base.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    base.disable_input_require_grads()  # what newer releases do of their own accord
+    with suppress(AttributeError):  # transformers before 5 has done nothing of its own accord that could be taken back
+        base.disable_input_require_grads()
     model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).train()
     model(**INPUTS, labels=INPUTS["input_ids"]).loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}

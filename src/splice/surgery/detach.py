@@ -44,8 +44,8 @@ def _without_adapters(adapted: type[nn.Module], original: type[nn.Module]) -> ty
         _without_adapters(cast("type[nn.Module]", base), original) if issubclass(base, Generated) else base
         for base in adapted.__bases__
     )
-    own = {name: value for name, value in adapted.__dict__.items() if name not in ("__dict__", "__weakref__")}
-    return cast("type[nn.Module]", type(adapted.__name__.replace("Adapted", "", 1), below, own))
+    # No class that could be put on a layer has a `__dict__` or `__weakref__` of its own in there: its layout would differ.
+    return cast("type[nn.Module]", type(adapted.__name__.replace("Adapted", "", 1), below, dict(adapted.__dict__)))
 
 
 def _swap_back(layer: nn.Module, host: Host) -> None:
