@@ -443,3 +443,10 @@ def test_an_adapter_that_cannot_be_made_anew_stays(monkeypatch: pytest.MonkeyPat
     assert model.peft_config["default"].target_modules == targets
     with pytest.raises(ValueError, match="left over"):
         model.remake_adapter("default", model.peft_config["default"], {"x": torch.zeros(1)})
+    plain, several = (
+        splice.LoraConfig(target_modules=["q_proj"], layer_replication=ranges) for ranges in (None, [[0, 1], [0, 2]])
+    )
+    for config, other in ((plain, several), (several, plain)):
+        model = splice.get_peft_model(base.build(), config)
+        with pytest.raises(splice.UnsupportedFeatureError, match="uses layers several times"):
+            model.remake_adapter("default", other, {})

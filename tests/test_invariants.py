@@ -88,6 +88,7 @@ def test_a_class_that_was_put_in_front_since_stays_in_front(shared_checkpoint: A
     for layer in layers:
         layer.__class__ = type(f"Divided{type(layer).__name__}", (Divided, type(layer)), {"said": "kept"})
     model.unload()
+    assert model.base_model.targeted_module_names == [] and model.unused_layers() == []
     assert torch.equal(run(network, bases.LINEAR.inputs(3)), before)
     for layer, original in zip(layers, own, strict=True):
         assert type(layer).__bases__ == (Divided, original) and type(layer).__name__ == f"Divided{original.__name__}"

@@ -106,3 +106,15 @@ def test_a_config_that_contradicts_itself_is_refused() -> None:
         splice.PromptTuningConfig(num_virtual_tokens=3, prompt_tuning_init="TEXT")
     with pytest.raises(ValueError, match="tokenizer_kwargs"):
         splice.PromptTuningConfig(num_virtual_tokens=3, tokenizer_kwargs={"use_fast": True})
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["for training", "for inference"])
+def test_what_makes_the_prefix_is_there_for_training_alone(inference: bool) -> None:
+    fields = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 8}
+    names = []
+    for library in (peft, splice):
+        config = library.PrefixTuningConfig(**fields, inference_mode=inference)
+        model = library.get_peft_model(llama(), config)
+        names.append({name for name, _ in model.named_parameters() if "prompt_encoder" in name})
+    assert names[0] == names[1]
+    assert any("transform" in name for name in names[1]) is not inference

@@ -82,3 +82,19 @@ def test_a_base_that_cannot_be_resized(tmp_path: Path) -> None:
     base = Around(llama())
     with unchanged(base), pytest.raises(splice.AdapterMismatchError, match="no `resize_token_embeddings`; resize its"):
         load(folder, base, resize_vocabulary=True)
+
+
+def test_an_adapter_elsewhere_does_not_stand_in_the_way(tmp_path: Path) -> None:
+    network = llama()
+    network.resize_token_embeddings(48, mean_resizing=False)
+    folder = parts(network=network, target_modules=["embed_tokens"]).write(tmp_path / "second")
+    model = load(parts(target_modules=["q_proj"]).write(tmp_path / "first"))
+    model.load_adapter(folder, "second", resize_vocabulary=True)
+    assert output(model).shape[-1] == 48
+
+
+def test_embeddings_that_cannot_be_found_are_not_saved_and_that_is_said(tmp_path: Path) -> None:
+    model = splice.get_peft_model(bases.LINEAR.build(), splice.LoraConfig(target_modules=["first"]))
+    with pytest.warns(UserWarning, match="Could not identify the embedding layers of the base model; none are saved"):
+        model.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert all("lora_" in name for name in tensors_in(tmp_path))
