@@ -129,3 +129,5 @@ def test_disabled_for_a_while_where_layers_differ(case: Case, shared_checkpoint:
             with model.disable_adapter():
                 assert torch.equal(run(model, BASE.inputs(3)), run(BASE.build(), BASE.inputs(3)))
     assert torch.equal(pair.assert_equal(), first)
+    pair.each(lambda model: layers(model)[0].enable_adapters(enabled=False))
+    assert not torch.equal(pair.assert_equal(), first)
