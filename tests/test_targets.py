@@ -25,7 +25,7 @@ from splice.kinds.registry import Method, all_methods
 from tests import bases
 from tests.bases import Base, run
 from tests.comparing import assert_close, load_both
-from tests.samples import SAMPLES, Case, plain_cases, everywhere
+from tests.samples import SAMPLES, Case, everywhere, plain_cases
 from tests.task_bases import LLAMA_LABEL
 
 # The example that failed is printed; nothing is written to disk, and every run tries the same examples.
