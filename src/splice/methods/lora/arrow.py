@@ -155,8 +155,9 @@ def check_beside_router(config: LoraConfig, others: Mapping[str, PeftConfig]) ->
         missing = [name for name in named if name not in others]
         if missing:
             raise ValueError(
-                f"this adapter is an Arrow router: it mixes the adapters {named}, of which {missing} are not "
-                "there. Load them first, under these names (`load_adapter(path, adapter_name)`), or build the model with `create_arrow_model`."
+                f"this adapter is an Arrow router: it mixes the adapters {named}, of which {missing} are not there. "
+                "Load them first, under these names (`load_adapter(path, adapter_name)`), or build the model with "
+                "`create_arrow_model`."
             )
         for name, other in loras.items():
             check_expert(other, repr(name))
