@@ -85,6 +85,7 @@ SAMPLES: dict[PeftType, Sample] = {
     PeftType.PREFIX_TUNING: Sample(
         config={"num_virtual_tokens": 4},
         small={"num_virtual_tokens": 2},
+        options={"projected": {"prefix_projection": True, "encoder_hidden_size": 6}},
         reference_generates=False,
         # It looks for the argument `past_key_values`, which transformers 5.24 calls `cache`.
         not_on={"": frozenset({"bert_label", "llama_label", "bert_tokens", "bert_spans"})},
@@ -159,6 +160,11 @@ SAMPLES: dict[PeftType, Sample] = {
         not_on={"": frozenset({"conv2d_groups"}), "uninitialised": frozenset({"gpt2", "t5", "bert", "llama"})},
     ),
     PeftType.PROMPT_TUNING: Sample(config={"num_virtual_tokens": 4}, small={"num_virtual_tokens": 2}),
+    PeftType.P_TUNING: Sample(
+        config={"num_virtual_tokens": 4, "encoder_hidden_size": 6},
+        small={"num_virtual_tokens": 2},
+        options={"lstm": {"encoder_reparameterization_type": "LSTM"}},
+    ),
 }
 
 
@@ -221,9 +227,18 @@ def supports(method: Method, base: Base) -> bool:
     return able and base.name not in SAMPLES[method.name].not_on.get("", ())
 
 
-def network_cases(*chosen: Base) -> list[Case]:
-    """Every method that acts on the call of the network as a whole, on each of the base models."""
-    return [Case(m, b) for m in all_methods().values() if m.network_layer is not None for b in chosen]
+def network_cases(*chosen: Base, options: bool = False) -> list[Case]:
+    """Every method that acts on the call of the network as a whole, on each of the base models that it takes.
+
+    With `options` with each of its options too.
+    """
+    methods = [m for m in all_methods().values() if m.network_layer is not None]
+    return [
+        Case(m, b, option)
+        for m in methods
+        for b in chosen
+        for option in ("", *(SAMPLES[m.name].options if options else ()))
+    ]
 
 
 def parameter_cases(*chosen: Base) -> list[Case]:
