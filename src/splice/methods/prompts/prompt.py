@@ -139,7 +139,7 @@ class PromptLayer(NetworkLayer):
         # In float32 whatever the base is in: so the reference trains and writes them.
         return {"embedding.weight": Slot((rows, sizes["token_dim"]), dtype=torch.float32)}
 
-    def prepare(self, base: nn.Module, config: PromptLearningConfig, path: str) -> None:
+    def prepare(self, base: nn.Module, config: Config, path: str) -> None:
         self.count = token_count(config)
         self.task = config.task_type
         self.arguments = named_arguments(base)

@@ -12,9 +12,9 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
-from splice.config import PromptLearningConfig
 from splice.kinds.container import Holder
 from splice.kinds.file_form import FileForm, Stored
+from splice.kinds.layer import Config
 from splice.kinds.slot import Slot
 from splice.methods.prompts.prompt import PROMPT_KEY, Encoder, PromptLayer, PromptNames, token_count
 
@@ -39,7 +39,7 @@ class Reparameterised(TrainedBehind):
     """The table is what modules make of an embedding; they stand in the tree, beside it."""
 
     @classmethod
-    def behind(cls, base: nn.Module, config: PromptLearningConfig) -> Mapping[str, nn.Module]:
+    def behind(cls, base: nn.Module, config: Config) -> Mapping[str, nn.Module]:
         """These modules, by name, with the values that torch draws for them.
 
         Raises:
@@ -48,19 +48,19 @@ class Reparameterised(TrainedBehind):
         raise NotImplementedError
 
     @classmethod
-    def width(cls, base: nn.Module, config: PromptLearningConfig) -> tuple[int, int]:
+    def width(cls, base: nn.Module, config: Config) -> tuple[int, int]:
         """The shape of the embedding."""
         raise NotImplementedError
 
     @classmethod
-    def slots(cls, base: nn.Module, config: PromptLearningConfig, path: str) -> dict[str, Slot]:
+    def slots(cls, base: nn.Module, config: Config, path: str) -> dict[str, Slot]:
         with torch.device("meta"):
             tensors = _tensors_of(cls.behind(base, config))
         shapes = {"embedding.weight": cls.width(base, config), **{s: tuple(t.shape) for s, t in tensors.items()}}
         return {suffix: Slot(shape, dtype=torch.float32) for suffix, shape in shapes.items()}
 
     @classmethod
-    def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: PromptLearningConfig) -> None:
+    def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: Config) -> None:
         nn.init.normal_(tensors["embedding.weight"])
         # Drawn by the modules themselves, so that the same seed gives what it gives in the reference.
         for suffix, tensor in _tensors_of(cls.behind(base, config)).items():
