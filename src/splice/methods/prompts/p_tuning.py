@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from itertools import pairwise
 from types import MappingProxyType
 from typing import ClassVar, cast
 
@@ -106,7 +107,9 @@ class ReparameterisedPTuning(Reparameterised, Encoded):
         if config.encoder_reparameterization_type != PromptEncoderReparameterizationType.LSTM:
             default = type(config).encoder_num_layers
             if config.encoder_num_layers != default:
-                warn(f"P-tuning with an MLP has three layers: `encoder_num_layers={config.encoder_num_layers}` is ignored.")
+                warn(
+                    f"P-tuning with an MLP has three layers: `encoder_num_layers={config.encoder_num_layers}` is ignored."
+                )
         super().initialise(tensors, base, config)
 
     def prepare(self, base: nn.Module, config: PromptEncoderConfig, path: str) -> None:
@@ -143,7 +146,7 @@ class ReparameterisedPTuning(Reparameterised, Encoded):
 def _linears(*sizes: int) -> nn.Sequential:
     """Linear layers of these sizes, one after the other, with ReLU between them."""
     layers: list[nn.Module] = []
-    for size_in, size_out in zip(sizes, sizes[1:]):
+    for size_in, size_out in pairwise(sizes):
         layers += [nn.Linear(size_in, size_out), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 

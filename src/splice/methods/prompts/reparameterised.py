@@ -16,7 +16,7 @@ from splice.kinds.container import Holder
 from splice.kinds.file_form import FileForm, Stored
 from splice.kinds.layer import Config
 from splice.kinds.slot import Slot
-from splice.methods.prompts.prompt import PROMPT_KEY, Encoder, PromptLayer, PromptNames, token_count
+from splice.methods.prompts.prompt import PROMPT_KEY, Encoder, PromptLayer, PromptNames
 
 
 class TableAndTensors(FileForm):
