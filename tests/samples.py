@@ -90,6 +90,7 @@ SAMPLES: dict[PeftType, Sample] = {
         on_every_base=True,
         config={"num_virtual_tokens": 4},
         small={"num_virtual_tokens": 2},
+        options={"projected": {"prefix_projection": True, "encoder_hidden_size": 6}},
         reference_generates=False,
         # It looks for the argument `past_key_values`, which transformers 5.24 calls `cache`.
         not_on={"": frozenset({"bert_label", "llama_label", "bert_tokens", "bert_spans"})},
@@ -171,6 +172,11 @@ SAMPLES: dict[PeftType, Sample] = {
     PeftType.PROMPT_TUNING: Sample(
         config={"num_virtual_tokens": 4}, small={"num_virtual_tokens": 2}, on_every_base=True
     ),
+    PeftType.P_TUNING: Sample(
+        config={"num_virtual_tokens": 4, "encoder_hidden_size": 6},
+        small={"num_virtual_tokens": 2},
+        options={"lstm": {"encoder_reparameterization_type": "LSTM"}},
+    ),
 }
 
 
@@ -233,9 +239,23 @@ def supports(method: Method, base: Base) -> bool:
     return able and base.name not in SAMPLES[method.name].not_on.get("", ())
 
 
-def network_cases(*chosen: Base) -> list[Case]:
-    """Every method that acts on the call of the network as a whole, on each of the base models."""
-    return [Case(m, b) for m in all_methods().values() if m.network_layer is not None for b in chosen]
+# The networks that methods are tested on which act on the call of a network, but for those that stand for all.
+_CORE_NETWORKS = ("llama", "t5")
+
+
+def network_cases(*chosen: Base, options: bool = False) -> list[Case]:
+    """Every method that acts on the call of the network as a whole, on each of the base models that it is tested on.
+
+    With `options` with each of its options too.
+    """
+    methods = [m for m in all_methods().values() if m.network_layer is not None]
+    return [
+        Case(m, b, option)
+        for m in methods
+        for b in chosen
+        if b.name in _CORE_NETWORKS or SAMPLES[m.name].on_every_base
+        for option in ("", *(SAMPLES[m.name].options if options else ()))
+    ]
 
 
 def parameter_cases(*chosen: Base) -> list[Case]:

@@ -56,6 +56,7 @@ from splice.methods.lora.subconfigs import LoraGAConfig as LoraGAConfig
 from splice.methods.lora.subconfigs import MontecloraConfig as MontecloraConfig
 from splice.methods.lora.subconfigs import VeloraConfig as VeloraConfig
 from splice.methods.oft import OFTConfig as OFTConfig
+from splice.methods.prompts.p_tuning import PromptEncoderConfig as PromptEncoderConfig
 from splice.methods.prompts.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
 from splice.methods.prompts.prompt_tuning import PromptTuningConfig as PromptTuningConfig
 from splice.methods.prompts.prompt_tuning import PromptTuningInit as PromptTuningInit

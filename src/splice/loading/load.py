@@ -103,7 +103,12 @@ def load_new(
         undo.modules = walk_bare(tuner.model)
     method = method_of(config)
     found = _planned(
-        tuner, lambda: NewAdapter(tuner.model, undo.modules, method, heads), checkpoint, config, options, undo
+        tuner,
+        lambda: NewAdapter(tuner.model, undo.modules, method, heads, checkpoint.names),
+        checkpoint,
+        config,
+        options,
+        undo,
     )
     found = found._replace(warnings=(*found.warnings, *_lost_patterns(found, method)))
     plan, config = found.plan, found.config
