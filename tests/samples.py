@@ -157,6 +157,29 @@ SAMPLES: dict[PeftType, Sample] = {
         },
         same_targets=True,
     ),
+    # With a seed, since otherwise every step of training is another one.
+    PeftType.PVERA: Sample(
+        config={"r": 4, "d_initial": 0.3, "generator_seed": 3},
+        small={"r": 4, "d_initial": 0.2, "generator_seed": 4},
+        options={
+            "regenerated": {"save_projection": False, "projection_prng_key": 5},
+            "bias_of_targets": {"bias": "pvera_only"},
+            "uninitialised": {"init_weights": False},
+        },
+        same_targets=True,
+    ),
+    PeftType.RANDLORA: Sample(
+        config={"r": 4, "randlora_alpha": 6},
+        small={"r": 4, "randlora_alpha": 5},
+        options={
+            "regenerated": {"save_projection": False, "projection_prng_key": 5},
+            "sparse": {"sparse": True},
+            "very_sparse": {"very_sparse": True, "save_projection": False},
+            "bias_of_targets": {"bias": "randlora_only"},
+            "uninitialised": {"init_weights": False},
+        },
+        same_targets=True,
+    ),
     PeftType.ADALORA: Sample(
         config={"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10},
         one_trained=True,
