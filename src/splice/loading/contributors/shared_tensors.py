@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from splice.kinds.layout import LaidOut
 from splice.kinds.shared import SHARED_PATH
 from splice.loading.contributors.draft import Draft
 from splice.surgery.placement import Placement
@@ -14,4 +15,5 @@ def shared_tensors(draft: Draft) -> None:
         return
     slots = shared.shared_slots([(p.path, p.base) for p in draft.placements], draft.config)
     # On the device of one of the layers, and in its precision: the last one's, as in the reference.
-    draft.placements.insert(0, Placement(SHARED_PATH, draft.placements[-1].base, shared, slots))
+    layout = draft.layout if issubclass(shared, LaidOut) else None
+    draft.placements.insert(0, Placement(SHARED_PATH, draft.placements[-1].base, shared, slots, layout=layout))
