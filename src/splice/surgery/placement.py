@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, cast
 
@@ -17,7 +17,7 @@ from splice.config import PeftConfig
 from splice.errors import UnsupportedLayerError
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.layout import LaidOut, Layout
-from splice.kinds.slot import Slot
+from splice.kinds.slot import Leader, Slot
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Placement:
         layer_class: the adapter layer to be built.
         slots: every tensor it needs, by suffix.
         own_config: the config of this layer, where it is not the adapter's.
-        leader: the path of the layer of the same adapter whose tensors it shares; empty for all but followers.
+        leaders: suffix -> whose tensor stands there, of those that it shares with another layer of the same adapter.
         layout: all targets of the adapter, where the adapter layer asks for them; None of all others.
     """
 
@@ -39,7 +39,7 @@ class Placement:
     layer_class: type[AdapterLayer]
     slots: Mapping[str, Slot]
     own_config: PeftConfig | None = None
-    leader: str = ""
+    leaders: Mapping[str, Leader] = field(default_factory=dict)
     layout: Layout | None = None
 
     @classmethod
@@ -74,6 +74,13 @@ class Placement:
             self.layer_class.initialise(tensors, self.base, self.own_config or config)
         else:
             cast(type[LaidOut], self.layer_class).initialise_in(self.layout, self.path, tensors, self.base, config)
+
+    @property
+    def leader(self) -> str:
+        """The path of the layer all of whose tensors it shares; empty for all but followers."""
+        if not self.leaders or len(self.leaders) < len(self.slots):
+            return ""
+        return next(iter(self.leaders.values())).path
 
     @cached_property
     def keys(self) -> dict[str, str]:

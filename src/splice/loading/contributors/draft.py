@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -27,6 +27,7 @@ class Draft:
         modules: all modules of `network`, by path.
         heads: names of task heads, which are saved whole beside what the config names.
         is_new: whether the adapter is made and not loaded.
+        held: the keys of a checkpoint that it is loaded from.
         rule: what the config selects, as far as it has been worked out.
         tied: what follows the input embeddings.
         layout: all targets, of methods whose adapter layers ask for them; None of all others.
@@ -44,6 +45,7 @@ class Draft:
     modules: Mapping[str, nn.Module]
     heads: Sequence[str] = ()
     is_new: bool = False
+    held: Collection[str] = ()
     rule: TargetRule = field(default_factory=TargetRule)
     tied: Tying = field(default_factory=Tying)
     layout: Layout | None = None
