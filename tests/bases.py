@@ -367,6 +367,8 @@ BERT = Base("bert", _bert, _decoder_inputs, frozenset({LayerKind.LINEAR}), ("que
 T5 = Base("t5", _t5, _t5_inputs, frozenset({LayerKind.LINEAR}), ("q", "v"), "lm_head", "SEQ_2_SEQ_LM", True)
 
 TRANSFORMERS = (LLAMA, GPT2, BERT, T5)
+# One for each kind of layer, one of several kinds and one of transformers.
+CORE = (*BY_KIND.values(), MIXED, LLAMA)
 # ENCODER is left out: there the reference has no effect in eval mode.
 ALL = (*BY_KIND.values(), *SPECIAL, MIXED, *TRANSFORMERS, TIED)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,8 @@ class Sample:
         trained_in: the dtype of its tensors on a bfloat16 base.
         reference_generates: whether the reference's `generate` gives what its forwards do, one after the other.
         in_any_order: whether several of its adapters at once give the same in any order.
+        on_every_base: whether it is tested on every base model, and beside every method, in the place of all of its kind:
+            what a base asks of an adapter is hosted by the kind, once. The others are tested on `bases.CORE`.
     """
 
     config: Mapping[str, Any]
@@ -45,10 +47,12 @@ class Sample:
     one_trained: bool = False
     reference_generates: bool = True
     trained_in: torch.dtype = torch.float32
+    on_every_base: bool = False
 
 
 SAMPLES: dict[PeftType, Sample] = {
     PeftType.LORA: Sample(
+        on_every_base=True,
         config={"r": 4, "lora_alpha": 6},
         small={"r": 4, "lora_alpha": 8, "use_rslora": True},
         options={
@@ -81,82 +85,6 @@ SAMPLES: dict[PeftType, Sample] = {
             "pattern": {"n_frequency_pattern": {"first|q_proj": 8, "first": 7}, "random_loc_seed": 1},
             "bias_of_targets": {"bias": "fourier_only"},
         },
-    ),
-    PeftType.PREFIX_TUNING: Sample(
-        config={"num_virtual_tokens": 4},
-        small={"num_virtual_tokens": 2},
-        reference_generates=False,
-        # It looks for the argument `past_key_values`, which transformers 5.24 calls `cache`.
-        not_on={"": frozenset({"bert_label", "llama_label", "bert_tokens", "bert_spans"})},
-    ),
-    PeftType.IA3: Sample(
-        config={"feedforward_modules": r".*(second|c_fc|\bv|v_proj|down|value)"},
-        small={"feedforward_modules": []},
-        options={"outputs_alone": {"feedforward_modules": []}},
-    ),
-    PeftType.LOHA: Sample(
-        config={"r": 4, "alpha": 6},
-        small={"r": 2, "alpha": 3},
-        options={
-            "patterns": {
-                "rank_pattern": {"first|q_proj": 2},
-                "alpha_pattern": {"second|v_proj|value|v|embed|embed_tokens|c_attn": 3},
-            },
-            "effective": {"use_effective_conv2d": True},
-        },
-        reference_scales=True,
-    ),
-    PeftType.LOKR: Sample(
-        config={"r": 2, "alpha": 6, "init_weights": False},
-        small={"r": 8, "alpha": 3, "init_weights": False},
-        options={
-            "effective": {"use_effective_conv2d": True},
-            "both": {"decompose_both": True, "decompose_factor": 2, "r": 1},
-        },
-        reference_scales=True,
-    ),
-    # The reference drops the bias of linear targets, and fails with two adapters on tied layers.
-    PeftType.TRAINABLE_TOKENS: Sample(
-        config={"token_indices": [4, 2]},
-        small={"token_indices": [5, 3, 1]},
-        options={"random": {"init_weights": False}},
-        not_on={"": frozenset({"linear", "linear_no_bias", "mixed", "bert", "llama_tied"})},
-        same_targets=True,
-    ),
-    PeftType.LN_TUNING: Sample(config={}, same_targets=True, trained_in=torch.bfloat16),
-    PeftType.OFT: Sample(
-        config={"oft_block_size": 4},
-        small={"oft_block_size": 0, "r": 1, "use_cayley_neumann": False},
-        options={
-            "exact": {"use_cayley_neumann": False, "block_share": True},
-            "three_terms": {"num_cayley_neumann_terms": 3, "bias": "oft_only"},
-            "constrained": {"coft": True, "eps": 0.5},
-        },
-        in_any_order=False,
-        # Grouped channels, a kernel that is no square, and one with holes.
-        not_on={"": frozenset({"conv2d_groups", "conv2d_same", "conv2d_dilation"})},
-    ),
-    PeftType.VERA: Sample(
-        config={"r": 4, "d_initial": 0.3},
-        small={"r": 4, "d_initial": 0.2},
-        options={
-            "regenerated": {"save_projection": False, "projection_prng_key": 5},
-            "bias_of_targets": {"bias": "vera_only"},
-            "uninitialised": {"init_weights": False},
-        },
-        same_targets=True,
-    ),
-    PeftType.ADALORA: Sample(
-        config={"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10},
-        one_trained=True,
-        small={"init_r": 3, "lora_alpha": 5, "total_step": 10},
-        options={
-            "bias_of_targets": {"bias": "lora_only"},
-            "no_alpha": {"lora_alpha": 0},
-            "uninitialised": {"init_lora_weights": False},
-        },
-        # Without an init the values are so large that rounding shows after several layers.
-        not_on={"": frozenset({"conv2d_groups"}), "uninitialised": frozenset({"gpt2", "t5", "bert", "llama"})},
     ),
     PeftType.HIRA: Sample(
         config={"r": 4},
@@ -196,7 +124,97 @@ SAMPLES: dict[PeftType, Sample] = {
             "uninitialised": {"init_weights": False},
         },
     ),
-    PeftType.PROMPT_TUNING: Sample(config={"num_virtual_tokens": 4}, small={"num_virtual_tokens": 2}),
+    PeftType.PREFIX_TUNING: Sample(
+        on_every_base=True,
+        config={"num_virtual_tokens": 4},
+        small={"num_virtual_tokens": 2},
+        options={"projected": {"prefix_projection": True, "encoder_hidden_size": 6}},
+        reference_generates=False,
+        # It looks for the argument `past_key_values`, which transformers 5.24 calls `cache`.
+        not_on={"": frozenset({"bert_label", "llama_label", "bert_tokens", "bert_spans"})},
+    ),
+    PeftType.IA3: Sample(
+        on_every_base=True,
+        config={"feedforward_modules": r".*(second|c_fc|\bv|v_proj|down|value)"},
+        small={"feedforward_modules": []},
+        options={"outputs_alone": {"feedforward_modules": []}},
+    ),
+    PeftType.LOHA: Sample(
+        on_every_base=True,
+        config={"r": 4, "alpha": 6},
+        small={"r": 2, "alpha": 3},
+        options={
+            "patterns": {
+                "rank_pattern": {"first|q_proj": 2},
+                "alpha_pattern": {"second|v_proj|value|v|embed|embed_tokens|c_attn": 3},
+            },
+            "effective": {"use_effective_conv2d": True},
+        },
+        reference_scales=True,
+    ),
+    PeftType.LOKR: Sample(
+        config={"r": 2, "alpha": 6, "init_weights": False},
+        small={"r": 8, "alpha": 3, "init_weights": False},
+        options={
+            "effective": {"use_effective_conv2d": True},
+            "both": {"decompose_both": True, "decompose_factor": 2, "r": 1},
+        },
+        reference_scales=True,
+    ),
+    # The reference drops the bias of linear targets, and fails with two adapters on tied layers.
+    PeftType.TRAINABLE_TOKENS: Sample(
+        on_every_base=True,
+        config={"token_indices": [4, 2]},
+        small={"token_indices": [5, 3, 1]},
+        options={"random": {"init_weights": False}},
+        not_on={"": frozenset({"linear", "linear_no_bias", "mixed", "bert", "llama_tied"})},
+        same_targets=True,
+    ),
+    PeftType.LN_TUNING: Sample(config={}, same_targets=True, trained_in=torch.bfloat16, on_every_base=True),
+    PeftType.OFT: Sample(
+        on_every_base=True,
+        config={"oft_block_size": 4},
+        small={"oft_block_size": 0, "r": 1, "use_cayley_neumann": False},
+        options={
+            "exact": {"use_cayley_neumann": False, "block_share": True},
+            "three_terms": {"num_cayley_neumann_terms": 3, "bias": "oft_only"},
+            "constrained": {"coft": True, "eps": 0.5},
+        },
+        in_any_order=False,
+        # Grouped channels, a kernel that is no square, and one with holes.
+        not_on={"": frozenset({"conv2d_groups", "conv2d_same", "conv2d_dilation"})},
+    ),
+    PeftType.VERA: Sample(
+        on_every_base=True,
+        config={"r": 4, "d_initial": 0.3},
+        small={"r": 4, "d_initial": 0.2},
+        options={
+            "regenerated": {"save_projection": False, "projection_prng_key": 5},
+            "bias_of_targets": {"bias": "vera_only"},
+            "uninitialised": {"init_weights": False},
+        },
+        same_targets=True,
+    ),
+    PeftType.ADALORA: Sample(
+        config={"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10},
+        one_trained=True,
+        small={"init_r": 3, "lora_alpha": 5, "total_step": 10},
+        options={
+            "bias_of_targets": {"bias": "lora_only"},
+            "no_alpha": {"lora_alpha": 0},
+            "uninitialised": {"init_lora_weights": False},
+        },
+        # Without an init the values are so large that rounding shows after several layers.
+        not_on={"": frozenset({"conv2d_groups"}), "uninitialised": frozenset({"gpt2", "t5", "bert", "llama"})},
+    ),
+    PeftType.PROMPT_TUNING: Sample(
+        config={"num_virtual_tokens": 4}, small={"num_virtual_tokens": 2}, on_every_base=True
+    ),
+    PeftType.P_TUNING: Sample(
+        config={"num_virtual_tokens": 4, "encoder_hidden_size": 6},
+        small={"num_virtual_tokens": 2},
+        options={"lstm": {"encoder_reparameterization_type": "LSTM"}},
+    ),
 }
 
 
@@ -259,9 +277,23 @@ def supports(method: Method, base: Base) -> bool:
     return able and base.name not in SAMPLES[method.name].not_on.get("", ())
 
 
-def network_cases(*chosen: Base) -> list[Case]:
-    """Every method that acts on the call of the network as a whole, on each of the base models."""
-    return [Case(m, b) for m in all_methods().values() if m.network_layer is not None for b in chosen]
+# The networks that methods are tested on which act on the call of a network, but for those that stand for all.
+_CORE_NETWORKS = ("llama", "t5")
+
+
+def network_cases(*chosen: Base, options: bool = False) -> list[Case]:
+    """Every method that acts on the call of the network as a whole, on each of the base models that it is tested on.
+
+    With `options` with each of its options too.
+    """
+    methods = [m for m in all_methods().values() if m.network_layer is not None]
+    return [
+        Case(m, b, option)
+        for m in methods
+        for b in chosen
+        if b.name in _CORE_NETWORKS or SAMPLES[m.name].on_every_base
+        for option in ("", *(SAMPLES[m.name].options if options else ()))
+    ]
 
 
 def parameter_cases(*chosen: Base) -> list[Case]:
@@ -270,8 +302,18 @@ def parameter_cases(*chosen: Base) -> list[Case]:
 
 
 def plain_cases(*chosen: Base) -> list[Case]:
-    """Every method on each of the base models (all of them, if none are named) that it can be put on."""
-    return [Case(m, b) for m in all_methods().values() for b in chosen or bases.ALL if supports(m, b)]
+    """Every method on each of the base models (all of them, if none are named) that it can be put on and is tested on."""
+    return [
+        Case(m, b)
+        for m in all_methods().values()
+        for b in chosen or bases.ALL
+        if supports(m, b) and (b in bases.CORE or SAMPLES[m.name].on_every_base)
+    ]
+
+
+def everywhere(methods: Iterable[Method]) -> list[Method]:
+    """Those of the methods that stand for all of their kind where a test has many base models of its own."""
+    return [method for method in methods if SAMPLES[method.name].on_every_base]
 
 
 def kind_cases() -> list[Case]:
