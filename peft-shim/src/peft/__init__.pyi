@@ -16,8 +16,11 @@ from splice import AutoPeftModelForTokenClassification as AutoPeftModelForTokenC
 from splice import BdLoraConfig as BdLoraConfig
 from splice import CheckpointError as CheckpointError
 from splice import CordaConfig as CordaConfig
+from splice import DeftConfig as DeftConfig
+from splice import DeloraConfig as DeloraConfig
 from splice import EvaConfig as EvaConfig
 from splice import FourierFTConfig as FourierFTConfig
+from splice import HiraConfig as HiraConfig
 from splice import IA3Config as IA3Config
 from splice import KasaConfig as KasaConfig
 from splice import LNTuningConfig as LNTuningConfig
@@ -31,6 +34,7 @@ from splice import LoraRuntimeConfig as LoraRuntimeConfig
 from splice import MontecloraConfig as MontecloraConfig
 from splice import NoMatchingPeftModuleError as NoMatchingPeftModuleError
 from splice import OFTConfig as OFTConfig
+from splice import PeanutConfig as PeanutConfig
 from splice import PeftConfig as PeftConfig
 from splice import PeftError as PeftError
 from splice import PeftMixedModel as PeftMixedModel

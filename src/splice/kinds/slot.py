@@ -29,6 +29,17 @@ class Slot(NamedTuple):
     dtype: torch.dtype | None = None
 
 
+class Leader(NamedTuple):
+    """Whose tensor stands in a slot, where it is that of another layer of the same adapter: the two share it."""
+
+    # The path of that layer.
+    path: str
+    # The suffix of the tensor there.
+    suffix: str
+    # Whether it is the transpose of the one there.
+    transposed: bool = False
+
+
 def shapes_of(slots: dict[str, Slot]) -> dict[str, tuple[int, ...]]:
     """The shapes of those that a checkpoint holds, by suffix."""
     return {suffix: slot.shape for suffix, slot in slots.items() if slot.stored}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from splice.base.sharding import is_tensor_parallel
 from splice.config import PeftConfig
 from splice.errors import UnsupportedLayerError
 from splice.kinds.layer import AdapterLayer
-from splice.kinds.slot import Slot
+from splice.kinds.slot import Leader, Slot
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Placement:
         layer_class: the adapter layer to be built.
         slots: every tensor it needs, by suffix.
         own_config: the config of this layer, where it is not the adapter's.
-        leader: the path of the layer of the same adapter whose tensors it shares; empty for all but followers.
+        leaders: suffix -> whose tensor stands there, of those that it shares with another layer of the same adapter.
     """
 
     path: str
@@ -37,7 +37,7 @@ class Placement:
     layer_class: type[AdapterLayer]
     slots: Mapping[str, Slot]
     own_config: PeftConfig | None = None
-    leader: str = ""
+    leaders: Mapping[str, Leader] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -60,6 +60,13 @@ class Placement:
                 "of a layer. Few can. Leave the layer out of the targets, or load the base without a `tp_plan`."
             )
         return cls(path, base, layer_class, layer_class.slots(base, own or config, path), own_config=own)
+
+    @property
+    def leader(self) -> str:
+        """The path of the layer all of whose tensors it shares; empty for all but followers."""
+        if not self.leaders or len(self.leaders) < len(self.slots):
+            return ""
+        return next(iter(self.leaders.values())).path
 
     @cached_property
     def keys(self) -> dict[str, str]:

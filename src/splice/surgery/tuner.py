@@ -206,8 +206,8 @@ class Tuner(TunerViews, nn.Module):
                 home = Home(above.base._modules, above.added, above.base)
             attach(base, path, name, item.layer, self.selection, readers, home, self.model)
             self.adapted[path] = cast(Adapted, base)
-            if item.layer.leader:  # which is attached by now
-                tie(self.placed[name][item.layer.leader], item.layer, name)
+            if item.layer.leaders:  # which are attached by now
+                tie(self.placed[name], item.layer, name)
         self.take_slot(name)
         guard_parents(modules, self.adapted, self._base_changes.looking_ahead)
         if freeze_base:
