@@ -30,7 +30,10 @@ from splice.loading.saving import get_peft_model_state_dict as get_peft_model_st
 from splice.loading.state import load_peft_weights as load_peft_weights
 from splice.loading.state import set_peft_model_state_dict as set_peft_model_state_dict
 from splice.methods.adalora.layers import AdaLoraConfig as AdaLoraConfig
+from splice.methods.deft import DeftConfig as DeftConfig
+from splice.methods.delora import DeloraConfig as DeloraConfig
 from splice.methods.fourierft import FourierFTConfig as FourierFTConfig
+from splice.methods.hira import HiraConfig as HiraConfig
 from splice.methods.ia3 import IA3Config as IA3Config
 from splice.methods.ln_tuning import LNTuningConfig as LNTuningConfig
 from splice.methods.loha import LoHaConfig as LoHaConfig
@@ -57,6 +60,7 @@ from splice.methods.lora.subconfigs import LoraGAConfig as LoraGAConfig
 from splice.methods.lora.subconfigs import MontecloraConfig as MontecloraConfig
 from splice.methods.lora.subconfigs import VeloraConfig as VeloraConfig
 from splice.methods.oft import OFTConfig as OFTConfig
+from splice.methods.peanut import PeanutConfig as PeanutConfig
 from splice.methods.prompts.p_tuning import PromptEncoderConfig as PromptEncoderConfig
 from splice.methods.prompts.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
 from splice.methods.prompts.prompt_tuning import PromptTuningConfig as PromptTuningConfig
