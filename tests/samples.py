@@ -32,6 +32,8 @@ class Sample:
         trained_in: the dtype of its tensors on a bfloat16 base.
         reference_generates: whether the reference's `generate` gives what its forwards do, one after the other.
         in_any_order: whether several of its adapters at once give the same in any order.
+        draws_in_training: whether what it computes in training is drawn at random. The reference does so on every layer that was
+            just adapted, splice on those of a base that is in training.
         on_every_base: whether it is tested on every base model, and beside every method, in the place of all of its kind:
             what a base asks of an adapter is hosted by the kind, once. The others are tested on `bases.CORE`.
     """
@@ -47,6 +49,7 @@ class Sample:
     one_trained: bool = False
     reference_generates: bool = True
     trained_in: torch.dtype = torch.float32
+    draws_in_training: bool = False
     on_every_base: bool = False
 
 
@@ -195,16 +198,21 @@ SAMPLES: dict[PeftType, Sample] = {
         },
         same_targets=True,
     ),
-    # With a seed, since otherwise every step of training is another one.
     PeftType.PVERA: Sample(
-        config={"r": 4, "d_initial": 0.3, "generator_seed": 3},
-        small={"r": 4, "d_initial": 0.2, "generator_seed": 4},
+        config={"r": 4, "d_initial": 0.3},
+        small={"r": 4, "d_initial": 0.2},
+        draws_in_training=True,
         options={
             "regenerated": {"save_projection": False, "projection_prng_key": 5},
             "bias_of_targets": {"bias": "pvera_only"},
             "uninitialised": {"init_weights": False},
         },
         same_targets=True,
+    ),
+    PeftType.VBLORA: Sample(
+        config={"r": 3, "num_vectors": 10, "vector_length": 2, "topk": 3, "init_vector_bank_bound": 0.8},
+        small={"r": 2, "num_vectors": 300, "vector_length": 1, "topk": 2, "init_vector_bank_bound": 0.5},
+        options={"bias_of_targets": {"bias": "vblora_only"}},
     ),
     PeftType.RANDLORA: Sample(
         config={"r": 4, "randlora_alpha": 6},

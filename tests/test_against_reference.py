@@ -119,6 +119,9 @@ def test_gradients(case: Case, shared_checkpoint: Any) -> None:
 
 
 def _gradients(model: Any, case: Case) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    if case.sample.draws_in_training:
+        model.train()
     output = bases.tensors_of(model(**case.base.inputs(3)))[0]
     output.square().sum().backward()
     return {name: p.grad for name, p in named(model) if p.grad is not None}

@@ -150,6 +150,7 @@ def test_views_hold_nothing(case: Case, shared_checkpoint: Any) -> None:
 # Attributes of the reference's layers that nobody reads: options of the run, state of its wrappers, copies of the base's.
 NOT_SHOWN = {
     *("kwargs", "lora_variants", "frozen_peft_weight_names", "is_target_conv_1d_layer", "ephemeral_gpu_offload"),
+    *("pvera_generator", "num_bases"),
     *("input_fns", "output_fns", "device_mesh", "tp_layer", "conv_fn", "quantization_backend", "is_feedforward"),
     *(
         "bias",

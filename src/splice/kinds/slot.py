@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
 from typing import NamedTuple
 
@@ -45,6 +46,6 @@ class Leader(NamedTuple):
     transposed: bool = False
 
 
-def shapes_of(slots: dict[str, Slot]) -> dict[str, tuple[int, ...]]:
+def shapes_of(slots: Mapping[str, Slot]) -> dict[str, tuple[int, ...]]:
     """The shapes of those that a checkpoint holds, by suffix."""
     return {suffix: slot.shape for suffix, slot in slots.items() if slot.stored}

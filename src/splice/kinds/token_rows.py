@@ -160,9 +160,9 @@ class TokenRows(AdapterLayer):
 class OfLeader(FileForm):
     """Only the layer whose rows others share is in a checkpoint."""
 
-    def to_file(self, layer: Stored) -> Iterator[tuple[str, torch.Tensor]]:
+    def to_file(self, layer: Stored, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         assert isinstance(layer, TokenRows)
-        yield from () if layer.leaders else layer.named_slots()
+        yield from () if layer.leaders else tensors.items()
 
 
 class TrainedRows(TokenRows):

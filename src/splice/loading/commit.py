@@ -21,6 +21,7 @@ from splice.kinds.layout import LaidOut
 from splice.kinds.module_copy import WholeModule
 from splice.kinds.names import BIAS
 from splice.kinds.trained_bias import copy_bias
+from splice.loading.converting import cast_whole, from_file
 from splice.loading.plan import Plan
 from splice.loading.tying import tensors_for
 from splice.surgery.placement import Built, Placement
@@ -104,12 +105,16 @@ def _build_loaded(
 ) -> Built:
     """Build one layer; `tensors` are those that it shares with layers before it."""
     device = device_of(placement.base)
-    for suffix, key in placement.keys.items():
+    if placement.in_file is not None:
+        found = {suffix: read[sources[key]] for suffix, key in placement.keys.items() if key in sources}
+        for suffix, given in from_file(placement, found).items():
+            tensors[suffix] = _moved(given, device, placement.dtype(suffix, autocast), placement, suffix)
+    for suffix, key in placement.keys.items() if placement.in_file is None else ():
         name = sources.get(key)
         if name is not None:
             given, own = read.pop(name), room.get((placement.path, suffix)) if room else None
             if own is None:
-                tensors[suffix] = _moved(given, device, placement.dtype(suffix, autocast))
+                tensors[suffix] = _moved(given, device, placement.dtype(suffix, autocast), placement, suffix)
             else:
                 tensors[suffix] = own if given is own else own.copy_(given)
     if BIAS in placement.slots and BIAS not in tensors:
@@ -120,8 +125,13 @@ def _build_loaded(
     return _build(placement, config, tensors)
 
 
-def _moved(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    return tensor if tensor.dtype is dtype and tensor.device == device else tensor.to(device=device, dtype=dtype)
+def _moved(
+    tensor: torch.Tensor, device: torch.device, dtype: torch.dtype, placement: Placement, suffix: str
+) -> torch.Tensor:
+    if tensor.dtype is dtype and tensor.device == device:
+        return tensor
+    whole = tensor if dtype.is_floating_point else cast_whole(tensor, dtype, placement.key(suffix))
+    return whole.to(device=device, dtype=dtype)
 
 
 def build_new(plan: Plan, config: PeftConfig, autocast: bool, on_meta: bool = False) -> list[Built]:
@@ -169,6 +179,7 @@ def new_tensors(placement: Placement, config: PeftConfig, autocast: bool) -> dic
     drawn = {
         suffix: torch.empty(slot.shape, dtype=placement.dtype(suffix, autocast) if whole else slot.drawn_in)
         for suffix, slot in placement.slots.items()
+        if slot.stored or suffix not in placement.leaders
     }
     if placement.layer_class.starts_from_weight or placement.layer_class.reads_weight:
         check_readable(placement.base, placement.path, "the adapter")

@@ -26,6 +26,7 @@ from splice.kinds.shared import SharedTensors
 from splice.loading.checking import check_base_copies, check_repeated, refuse_or_warn
 from splice.loading.commit import build_loaded
 from splice.loading.config_fields import field_names, field_value
+from splice.loading.converting import cast_whole, from_file
 from splice.loading.fingerprint import Match
 from splice.loading.kept_config import other_values
 from splice.loading.options import LoadOptions as LoadOptions  # where callers look for it
@@ -37,7 +38,7 @@ from splice.loading.published.vocabulary import fitted_resized
 from splice.loading.report import LoadReport
 from splice.loading.wanted import NewAdapter, PresentAdapter, Wanted
 from splice.surgery.coexistence import check_together
-from splice.surgery.placement import Built
+from splice.surgery.placement import Built, Placement
 from splice.surgery.stacks import Where
 from splice.surgery.tuner import Tuner
 from splice.surgery.undo import Undo
@@ -257,9 +258,13 @@ def _overwrite(tuner: Tuner, found: Fitted, options: LoadOptions, undo: Undo) ->
     # Built layers would be thrown away again, and would draw values for slots that the checkpoint has nothing for.
     # All are read before the first one is written: a file that is cut off leaves the adapter as it was.
     values = read_for(found.checkpoint.weights, [(found.plan.sources[key], tensor) for key, tensor in live.items()])
-    for key, (tensor, own) in _biases_of_base(found.plan, layers).items():
+    for key, (tensor, own) in (*_biases_of_base(found.plan, layers).items(), *_converted(found, layers).items()):
         live[key] = tensor
         values.append(own)
+    values = [
+        value if tensor.is_floating_point() else cast_whole(value, tensor.dtype, key)
+        for (key, tensor), value in zip(live.items(), values)
+    ]
     # For a moment the adapter takes twice its memory; without the copies what fails later could not be undone.
     before = [tensor.clone() for tensor in live.values()]
     undo.also(lambda: _copy(zip(live.values(), before)))
@@ -275,7 +280,7 @@ def _give_memory(plan: Plan, layers: dict[str, AdapterLayer]) -> Callable[[], No
     empty = {
         id(layers[p.path].tensor(suffix)): device_of(p.base)
         for p in plan.placements
-        for suffix, key in p.keys.items()
+        for suffix, key in _in_memory(p)
         if (key in plan.sources or key in plan.from_base) and layers[p.path].tensor(suffix).is_meta
     }
     made: dict[int, torch.Tensor] = {}
@@ -299,10 +304,32 @@ def _give_memory(plan: Plan, layers: dict[str, AdapterLayer]) -> Callable[[], No
     return take_back
 
 
+def _in_memory(placement: Placement) -> Iterable[tuple[str, str]]:
+    """(suffix in memory, a key in the checkpoint) of the tensors of a layer."""
+    if placement.in_file is None:
+        return placement.keys.items()
+    keys = list(placement.keys.values())
+    return [(suffix, key) for suffix, slot in placement.slots.items() if slot.stored for key in keys]
+
+
+def _converted(found: Fitted, layers: dict[str, AdapterLayer]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """A key -> the adapter's tensor and its new value, of layers whose tensors have another form in a checkpoint."""
+    plan, result = found.plan, {}
+    for placement in plan.placements:
+        if placement.in_file is None:
+            continue
+        wanted = {suffix: plan.sources[key] for suffix, key in placement.keys.items() if key in plan.sources}
+        read = dict(zip(wanted, found.checkpoint.weights.read(list(wanted.values()))))
+        layer = layers[placement.path]
+        for suffix, value in from_file(placement, read).items():
+            result[layer.names.key(placement.path, suffix)] = layer.tensor(suffix).detach(), value
+    return result
+
+
 def _live_tensors(plan: Plan, layers: dict[str, AdapterLayer]) -> dict[str, torch.Tensor]:
     """Key -> the adapter's own tensor, for all that the checkpoint has a tensor for."""
     live = {}
-    for placement in plan.placements:
+    for placement in (p for p in plan.placements if p.in_file is None):
         # Detached, as autograd refuses to write into a leaf that is trained. What is worked out of the values (a router's
         # directions) is told by their version, so that `.data`, which has one of its own, would not do.
         own = dict(layers[placement.path].named_slots())
@@ -340,6 +367,11 @@ def _finished(tuner: Tuner, found: Fitted, options: LoadOptions) -> Loaded:
     return report(found, tuner.placed[name].values(), options, base.match)
 
 
+def _more_in_file(placement: Placement) -> int:
+    """How many tensors more than in memory a checkpoint has for a layer."""
+    return 0 if placement.in_file is None else len(placement.in_file) - len(placement.slots)
+
+
 def report(found: Fitted, layers: Iterable[AdapterLayer], options: LoadOptions, base: Match) -> Loaded:
     """What was done to these layers of the adapter."""
     layers = list(layers)
@@ -348,7 +380,7 @@ def report(found: Fitted, layers: Iterable[AdapterLayer], options: LoadOptions, 
     line = LoadReport(
         adapter_name=options.adapter_name,
         placed=len(found.plan.sources),
-        expected=len(tensors) - len(found.plan.from_base),
+        expected=len(tensors) - len(found.plan.from_base) + sum(map(_more_in_file, found.plan.placements)),
         layers=sum(not isinstance(layer, SharedTensors) for layer in layers),
         nbytes=sum(t.numel() * t.element_size() for t in tensors),
         seconds=time.perf_counter() - options.started,

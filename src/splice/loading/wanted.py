@@ -93,7 +93,8 @@ class NewAdapter(NamedTuple):
     def takes(self, shapes: Shapes, path: str, module: str, config: PeftConfig) -> bool:
         base = self.modules[module]
         try:
-            needed = self.method.layer_for(base, path, config).slots(base, config, path)
+            cls = self.method.layer_for(base, path, config)
+            needed = cls.file_form.slots(cls.slots(base, config, path), config)
         except (ValueError, TypeError):
             # No layer of the method can be put on it; its parameters may be targets one by one.
             owned = self.method.parameters_layer
@@ -137,7 +138,7 @@ class PresentAdapter(NamedTuple):
         # A bias of the base is no tensor of the method's, and has another name.
         return any(
             p.path == module
-            and shapes == shapes_of({suffix: slot for suffix, slot in p.slots.items() if suffix != BIAS})
+            and shapes == shapes_of({suffix: slot for suffix, slot in p.stored.items() if suffix != BIAS})
             for p in self.kept.placements
         )
 

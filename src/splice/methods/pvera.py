@@ -81,6 +81,7 @@ class PveraProjections(Projections):
 class PveraLayer(Projected):
     """PVeRA on a linear layer, stored either way round."""
 
+    numbers = MappingProxyType({"r": "r", "sample_at_inference": "samples"})
     b, d = Held("pvera_lambda_b"), Held("pvera_lambda_d")
     projections = PveraProjections
 

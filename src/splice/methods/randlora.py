@@ -86,7 +86,7 @@ class RandLoraBases(SharedTensors):
     """A (r, 1, m) and B (M, n, r), as large as the largest of the targets."""
 
     randlora_A, randlora_B = Held(), Held()
-    written_on_layers = True
+    written_on_layers = frozenset({"randlora_A", "randlora_B"})
 
     @classmethod
     def shared_slots(cls, targets: Sequence[tuple[str, nn.Module]], config: RandLoraConfig) -> dict[str, Slot]:
@@ -182,7 +182,7 @@ class RandLoraLayer(Additive):
 METHOD = register(
     Method(
         name=PeftType.RANDLORA,
-        summary="Adds to each layer an update of full rank: many random matrices that all layers share, scaled by trained numbers.",
+        summary="Adds to each layer an update of full rank: random matrices that all layers share, scaled by trained numbers.",
         config=RandLoraConfig,
         prefix="randlora_",
         tensor_names=frozenset({"randlora_lambda", "randlora_gamma", "randlora_A", "randlora_B"}),

@@ -32,6 +32,7 @@ class Placement:
         own_config: the config of this layer, where it is not the adapter's.
         leaders: suffix -> whose tensor stands there, of those that it shares with another layer of the same adapter.
         layout: all targets of the adapter, where the adapter layer asks for them; None of all others.
+        in_file: what a checkpoint holds of it, by suffix, where that is in another form than its slots; None of all others.
     """
 
     path: str
@@ -41,6 +42,7 @@ class Placement:
     own_config: PeftConfig | None = None
     leaders: Mapping[str, Leader] = field(default_factory=dict)
     layout: Layout | None = None
+    in_file: Mapping[str, Slot] | None = None
 
     @classmethod
     def of(
@@ -66,7 +68,13 @@ class Placement:
         if layout is not None:
             slots = cast(type[LaidOut], layer_class).slots_in(layout, base, config, path)
             return cls(path, base, layer_class, slots, layout=layout)
-        return cls(path, base, layer_class, layer_class.slots(base, own or config, path), own_config=own)
+        slots, form = layer_class.slots(base, own or config, path), layer_class.file_form
+        return cls(path, base, layer_class, slots, own, in_file=form.slots(slots, config) if form.converts else None)
+
+    @property
+    def stored(self) -> Mapping[str, Slot]:
+        """What a checkpoint holds of it and loads read, by suffix; those among them that are not stored are not read."""
+        return self.slots if self.in_file is None else self.in_file
 
     def initialise(self, tensors: dict[str, torch.Tensor], config: PeftConfig) -> None:
         """Fill the `tensors` of a new adapter in place, by suffix; `config` is the adapter's."""
@@ -87,7 +95,7 @@ class Placement:
         """Suffix -> name in the checkpoint."""
         # Kept: planning, checking and reading ask for the same names.
         key = self.layer_class.names.key
-        return {suffix: key(self.path, suffix) for suffix in self.slots}
+        return {suffix: key(self.path, suffix) for suffix in self.stored}
 
     def key(self, suffix: str) -> str:
         """The name of a tensor in the checkpoint."""

@@ -244,6 +244,9 @@ def called_through(adapter: AdapterLayer, run: Forward) -> Forward:
     home = adapter.home
     assert home is not None
     roots = [home.added[path.partition(".")[0]] for path in _containers(adapter)]
+    for leader in adapter.shared:
+        assert leader.home is not None
+        roots += [leader.home.added[path.partition(".")[0]] for path in _containers(leader)]
     holders = [module for entry in adapter.entries.values() for module in entry.modules() if isinstance(module, Holder)]
     containers = [module for root in roots for module in root.modules() if isinstance(module, Container)]
 

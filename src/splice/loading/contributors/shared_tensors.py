@@ -19,7 +19,8 @@ def shared_tensors(draft: Draft) -> None:
     # On the device of one of the layers, and in its precision: the last one's, as in the reference.
     layout = draft.layout if issubclass(shared, LaidOut) else None
     held = Placement(SHARED_PATH, draft.placements[-1].base, shared, slots, layout=layout)
-    for placement in draft.placements if shared.written_on_layers else ():
+    again = shared.written_on_layers.intersection(shapes_of(slots))
+    for placement in draft.placements if again else ():
         key = placement.layer_class.names.key
-        draft.repeated.update({key(placement.path, s): Repeated(held.key(s), False) for s in shapes_of(slots)})
+        draft.repeated.update({key(placement.path, suffix): Repeated(held.key(suffix), False) for suffix in again})
     draft.placements.insert(0, held)

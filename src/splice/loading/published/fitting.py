@@ -181,9 +181,10 @@ class _Mender:
 def _layers(names: Mapping[str, str], entries: Mapping[str, Entry], method: Method) -> dict[str, dict[str, Entry]]:
     """The layers that these names speak of: path -> suffix -> entry."""
     layers: dict[str, dict[str, Entry]] = {}
+    again = frozenset[str]() if method.shared is None else method.shared.written_on_layers
     for name, own in names.items():
         key = parse_key(name, method.tensor_names)
-        if key is not None:
+        if key is not None and key.suffix not in again:
             layers.setdefault(key.path, {})[key.suffix] = entries[own]
     return layers
 

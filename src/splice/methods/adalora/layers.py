@@ -115,13 +115,13 @@ def check_beside(config: AdaLoraConfig, others: Mapping[str, PeftConfig]) -> Non
 class WithoutPruned(FileForm):
     """A checkpoint holds the ranks that are left, once the budget has been allocated."""
 
-    def to_file(self, layer: Stored) -> Iterator[tuple[str, torch.Tensor]]:
+    def to_file(self, layer: Stored, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         assert isinstance(layer, AdaLora)
-        kept = None if layer.kept is None else torch.tensor(layer.kept, device=layer.lora_E.device)
-        for name, tensor in layer.named_slots():
-            if kept is None or not name.startswith("lora_"):
+        for name, tensor in tensors.items():
+            if layer.kept is None or not name.startswith("lora_"):
                 yield name, tensor
             else:
+                kept = torch.tensor(layer.kept, device=tensor.device)
                 yield name, tensor.detach()[:, kept] if name == "lora_B" else tensor.detach()[kept]
 
 

@@ -91,7 +91,8 @@ def convert_to_lora(
     tensors: dict[str, torch.Tensor] = {}
     for path, layer in _with_progress(layers, progressbar):
         if isinstance(layer, WholeModule):
-            own = {layer.names.key(path, suffix): tensor for suffix, tensor in layer.file_form.to_file(layer)}
+            stored = layer.file_form.to_file(layer, dict(layer.named_slots()))
+            own = {layer.names.key(path, suffix): tensor for suffix, tensor in stored}
             tensors.update({front + key.removeprefix(PREFIX): tensor.detach().clone() for key, tensor in own.items()})
             continue
         update = _update(layer, path)

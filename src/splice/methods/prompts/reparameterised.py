@@ -22,10 +22,10 @@ from splice.methods.prompts.prompt import PROMPT_KEY, Encoder, PromptLayer, Prom
 class TableAndTensors(FileForm):
     """A checkpoint holds the table, which is what the reference reads, and what it is made of."""
 
-    def to_file(self, layer: Stored) -> Iterator[tuple[str, torch.Tensor]]:
+    def to_file(self, layer: Stored, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         assert isinstance(layer, PromptLayer)
         yield PROMPT_KEY, layer.table_to_save()
-        yield from layer.named_slots()
+        yield from tensors.items()
 
 
 class TrainedBehind(PromptLayer):
