@@ -27,6 +27,7 @@ class Sample:
             under "" those where the method cannot.
         same_targets: whether the reference needs all adapters of a model to be on the same layers.
         reference_mixes: whether the reference supports `adapter_names` for it.
+        mixing_lacks: what of that the reference lacks: "heads" that each row has of its own, "beams".
         reference_scales: whether the reference's layers have `set_scale` and its like.
         one_trained: whether only one adapter of a model can be in training.
         trained_in: the dtype of its tensors on a bfloat16 base.
@@ -40,6 +41,7 @@ class Sample:
     not_on: Mapping[str, frozenset[str]] = field(default_factory=dict)
     same_targets: bool = False
     reference_mixes: bool = False
+    mixing_lacks: frozenset[str] = frozenset()
     reference_scales: bool = False
     in_any_order: bool = True
     one_trained: bool = False
@@ -159,6 +161,52 @@ SAMPLES: dict[PeftType, Sample] = {
         not_on={"": frozenset({"conv2d_groups"}), "uninitialised": frozenset({"gpt2", "t5", "bert", "llama"})},
     ),
     PeftType.PROMPT_TUNING: Sample(config={"num_virtual_tokens": 4}, small={"num_virtual_tokens": 2}),
+    # It cannot be merged into a layer without bias, here as in the reference.
+    PeftType.BEFT: Sample(
+        config={},
+        options={"uninitialised": {"init_weights": False}},
+        not_on={"": frozenset({"linear_no_bias", "llama", "t5"})},
+    ),
+    PeftType.HRA: Sample(
+        config={"r": 2},
+        small={"r": 4, "init_weights": False},
+        options={
+            "orthogonal": {"apply_GS": True, "init_weights": False},
+            "odd": {"r": 3, "bias": "hra_only"},
+        },
+        in_any_order=False,
+        not_on={"": frozenset({"conv2d", "conv2d_groups", "conv2d_same", "conv2d_circular", "conv2d_dilation"})},
+    ),
+    PeftType.C3A: Sample(
+        config={"block_size": 2},
+        small={"block_size": 1, "init_weights": "gaussian"},
+        options={
+            "pattern": {"block_size": 1, "block_size_pattern": {"first|q_proj|query|q": 2, "second": 4}},
+            "kaiming": {"init_weights": "kaiming_uniform", "bias": "c3a_only"},
+            "zero": {"init_weights": True},
+        },
+    ),
+    PeftType.GRALORA: Sample(
+        config={"r": 4, "alpha": 6},
+        small={"r": 2, "alpha": 3, "hybrid_r": 1},
+        options={
+            "hybrid": {"hybrid_r": 2},
+            "one_block": {"gralora_k": 1, "bias": "gralora_only"},
+            "uninitialised": {"init_weights": False, "hybrid_r": 2},
+        },
+        reference_scales=True,
+    ),
+    PeftType.ROAD: Sample(
+        config={"group_size": 4},
+        small={"group_size": 2, "variant": "road_4"},
+        options={
+            "two": {"variant": "road_2"},
+            "four": {"variant": "road_4", "init_weights": False},
+        },
+        in_any_order=False,
+        reference_mixes=True,
+        mixing_lacks=frozenset({"heads", "beams"}),
+    ),
 }
 
 

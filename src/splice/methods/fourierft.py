@@ -7,7 +7,6 @@ it follows from the seed in the config and the shape of the weight.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from functools import lru_cache
 from types import MappingProxyType
@@ -18,6 +17,7 @@ from torch import nn
 
 from splice.base.layers import LayerKind, features, kind_of
 from splice.checkpoint.types import PeftType
+from splice.kinds.matching import value_behind_dot
 from splice.kinds.registry import Method, register
 from splice.kinds.slot import Slot
 from splice.kinds.tensors import Held
@@ -87,10 +87,8 @@ class FourierFTLayer(WeightDelta):
 
     @classmethod
     def slots(cls, base: nn.Module, config: FourierFTConfig, path: str) -> dict[str, Slot]:
-        # Not `value_for`: here the reference takes a key that matches the whole path as it stands.
-        patterns = config.n_frequency_pattern
-        key = next((k for k in patterns if re.match(rf".*\.{k}$", path)), path)
-        count, (size_in, size_out) = patterns.get(key, config.n_frequency), features(base)
+        count = value_behind_dot(config.n_frequency_pattern, path, config.n_frequency)
+        size_in, size_out = features(base)
         if count > size_in * size_out:
             raise ValueError(
                 f"{path}: `n_frequency` is {count}, and the weight has {size_out} x {size_in} = {size_out * size_in} places. "
