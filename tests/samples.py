@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,8 +31,11 @@ class Sample:
         reference_scales: whether the reference's layers have `set_scale` and its like.
         one_trained: whether only one adapter of a model can be in training.
         trained_in: the dtype of its tensors on a bfloat16 base.
+        reference_adds: whether the reference gets several of its adapters at once right.
         reference_generates: whether the reference's `generate` gives what its forwards do, one after the other.
         in_any_order: whether several of its adapters at once give the same in any order.
+        on_every_base: whether it is tested on every base model, and beside every method, in the place of all of its kind:
+            what a base asks of an adapter is hosted by the kind, once. The others are tested on `bases.CORE`.
     """
 
     config: Mapping[str, Any]
@@ -47,10 +50,17 @@ class Sample:
     one_trained: bool = False
     reference_generates: bool = True
     trained_in: torch.dtype = torch.float32
+    reference_adds: bool = True
+    on_every_base: bool = False
 
+
+# Convolutions on which the reference computes something else than the base does: it takes the first size of a kernel, a
+# padding and a stride for all, and neither dilation nor padding with anything but zeros.
+_NOT_SQUARE = frozenset({"conv2d_uneven", "conv2d_groups", "conv2d_same", "conv2d_circular", "conv2d_dilation"})
 
 SAMPLES: dict[PeftType, Sample] = {
     PeftType.LORA: Sample(
+        on_every_base=True,
         config={"r": 4, "lora_alpha": 6},
         small={"r": 4, "lora_alpha": 8, "use_rslora": True},
         options={
@@ -85,18 +95,22 @@ SAMPLES: dict[PeftType, Sample] = {
         },
     ),
     PeftType.PREFIX_TUNING: Sample(
+        on_every_base=True,
         config={"num_virtual_tokens": 4},
         small={"num_virtual_tokens": 2},
+        options={"projected": {"prefix_projection": True, "encoder_hidden_size": 6}},
         reference_generates=False,
         # It looks for the argument `past_key_values`, which transformers 5.24 calls `cache`.
         not_on={"": frozenset({"bert_label", "llama_label", "bert_tokens", "bert_spans"})},
     ),
     PeftType.IA3: Sample(
+        on_every_base=True,
         config={"feedforward_modules": r".*(second|c_fc|\bv|v_proj|down|value)"},
         small={"feedforward_modules": []},
         options={"outputs_alone": {"feedforward_modules": []}},
     ),
     PeftType.LOHA: Sample(
+        on_every_base=True,
         config={"r": 4, "alpha": 6},
         small={"r": 2, "alpha": 3},
         options={
@@ -119,14 +133,16 @@ SAMPLES: dict[PeftType, Sample] = {
     ),
     # The reference drops the bias of linear targets, and fails with two adapters on tied layers.
     PeftType.TRAINABLE_TOKENS: Sample(
+        on_every_base=True,
         config={"token_indices": [4, 2]},
         small={"token_indices": [5, 3, 1]},
         options={"random": {"init_weights": False}},
         not_on={"": frozenset({"linear", "linear_no_bias", "mixed", "bert", "llama_tied"})},
         same_targets=True,
     ),
-    PeftType.LN_TUNING: Sample(config={}, same_targets=True, trained_in=torch.bfloat16),
+    PeftType.LN_TUNING: Sample(config={}, same_targets=True, trained_in=torch.bfloat16, on_every_base=True),
     PeftType.OFT: Sample(
+        on_every_base=True,
         config={"oft_block_size": 4},
         small={"oft_block_size": 0, "r": 1, "use_cayley_neumann": False},
         options={
@@ -138,29 +154,6 @@ SAMPLES: dict[PeftType, Sample] = {
         # Grouped channels, a kernel that is no square, and one with holes.
         not_on={"": frozenset({"conv2d_groups", "conv2d_same", "conv2d_dilation"})},
     ),
-    PeftType.VERA: Sample(
-        config={"r": 4, "d_initial": 0.3},
-        small={"r": 4, "d_initial": 0.2},
-        options={
-            "regenerated": {"save_projection": False, "projection_prng_key": 5},
-            "bias_of_targets": {"bias": "vera_only"},
-            "uninitialised": {"init_weights": False},
-        },
-        same_targets=True,
-    ),
-    PeftType.ADALORA: Sample(
-        config={"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10},
-        one_trained=True,
-        small={"init_r": 3, "lora_alpha": 5, "total_step": 10},
-        options={
-            "bias_of_targets": {"bias": "lora_only"},
-            "no_alpha": {"lora_alpha": 0},
-            "uninitialised": {"init_lora_weights": False},
-        },
-        # Without an init the values are so large that rounding shows after several layers.
-        not_on={"": frozenset({"conv2d_groups"}), "uninitialised": frozenset({"gpt2", "t5", "bert", "llama"})},
-    ),
-    PeftType.PROMPT_TUNING: Sample(config={"num_virtual_tokens": 4}, small={"num_virtual_tokens": 2}),
     # It cannot be merged into a layer without bias, here as in the reference.
     PeftType.BEFT: Sample(
         config={},
@@ -175,7 +168,7 @@ SAMPLES: dict[PeftType, Sample] = {
             "odd": {"r": 3, "bias": "hra_only"},
         },
         in_any_order=False,
-        not_on={"": frozenset({"conv2d", "conv2d_groups", "conv2d_same", "conv2d_circular", "conv2d_dilation"})},
+        not_on={"": _NOT_SQUARE},
     ),
     PeftType.C3A: Sample(
         config={"block_size": 2},
@@ -185,6 +178,8 @@ SAMPLES: dict[PeftType, Sample] = {
             "kaiming": {"init_weights": "kaiming_uniform", "bias": "c3a_only"},
             "zero": {"init_weights": True},
         },
+        # It gives the second adapter what the first one gave.
+        reference_adds=False,
     ),
     PeftType.GRALORA: Sample(
         config={"r": 4, "alpha": 6},
@@ -206,6 +201,66 @@ SAMPLES: dict[PeftType, Sample] = {
         in_any_order=False,
         reference_mixes=True,
         mixing_lacks=frozenset({"heads", "beams"}),
+    ),
+    PeftType.MISS: Sample(
+        config={"r": 2},
+        small={"r": 4},
+        options={
+            "odd_shard": {"r": 4, "bias": "MiSS_only"},
+            "mini": {"init_weights": "mini", "mini_r": 2},
+            "block_by_block": {"init_weights": "bat"},
+            "uninitialised": {"init_weights": False},
+        },
+    ),
+    PeftType.BOFT: Sample(
+        config={"boft_block_size": 2},
+        small={"boft_block_size": 0, "boft_block_num": 1},
+        options={"uninitialised": {"init_weights": False, "bias": "boft_only"}},
+        in_any_order=False,
+        not_on={"": _NOT_SQUARE},
+    ),
+    PeftType.GLORA: Sample(
+        config={"r": 2},
+        small={"r": 1, "config_A_B": "vector", "config_D_E": "vector"},
+        options={
+            "vectors": {"config_A_B": "vector", "config_C": "vector", "config_D_E": "none", "bias": "glora_only"},
+            "numbers": {"config_A_B": "constant", "config_C": "none"},
+            "nothing": {"config_A_B": "none", "config_D_E": "vector"},
+            "uninitialised": {"init_weights": False},
+        },
+        reference_mixes=True,
+        mixing_lacks=frozenset({"heads", "beams"}),
+    ),
+    PeftType.VERA: Sample(
+        on_every_base=True,
+        config={"r": 4, "d_initial": 0.3},
+        small={"r": 4, "d_initial": 0.2},
+        options={
+            "regenerated": {"save_projection": False, "projection_prng_key": 5},
+            "bias_of_targets": {"bias": "vera_only"},
+            "uninitialised": {"init_weights": False},
+        },
+        same_targets=True,
+    ),
+    PeftType.ADALORA: Sample(
+        config={"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10},
+        one_trained=True,
+        small={"init_r": 3, "lora_alpha": 5, "total_step": 10},
+        options={
+            "bias_of_targets": {"bias": "lora_only"},
+            "no_alpha": {"lora_alpha": 0},
+            "uninitialised": {"init_lora_weights": False},
+        },
+        # Without an init the values are so large that rounding shows after several layers.
+        not_on={"": frozenset({"conv2d_groups"}), "uninitialised": frozenset({"gpt2", "t5", "bert", "llama"})},
+    ),
+    PeftType.PROMPT_TUNING: Sample(
+        config={"num_virtual_tokens": 4}, small={"num_virtual_tokens": 2}, on_every_base=True
+    ),
+    PeftType.P_TUNING: Sample(
+        config={"num_virtual_tokens": 4, "encoder_hidden_size": 6},
+        small={"num_virtual_tokens": 2},
+        options={"lstm": {"encoder_reparameterization_type": "LSTM"}},
     ),
 }
 
@@ -269,9 +324,23 @@ def supports(method: Method, base: Base) -> bool:
     return able and base.name not in SAMPLES[method.name].not_on.get("", ())
 
 
-def network_cases(*chosen: Base) -> list[Case]:
-    """Every method that acts on the call of the network as a whole, on each of the base models."""
-    return [Case(m, b) for m in all_methods().values() if m.network_layer is not None for b in chosen]
+# The networks that methods are tested on which act on the call of a network, but for those that stand for all.
+_CORE_NETWORKS = ("llama", "t5")
+
+
+def network_cases(*chosen: Base, options: bool = False) -> list[Case]:
+    """Every method that acts on the call of the network as a whole, on each of the base models that it is tested on.
+
+    With `options` with each of its options too.
+    """
+    methods = [m for m in all_methods().values() if m.network_layer is not None]
+    return [
+        Case(m, b, option)
+        for m in methods
+        for b in chosen
+        if b.name in _CORE_NETWORKS or SAMPLES[m.name].on_every_base
+        for option in ("", *(SAMPLES[m.name].options if options else ()))
+    ]
 
 
 def parameter_cases(*chosen: Base) -> list[Case]:
@@ -280,8 +349,18 @@ def parameter_cases(*chosen: Base) -> list[Case]:
 
 
 def plain_cases(*chosen: Base) -> list[Case]:
-    """Every method on each of the base models (all of them, if none are named) that it can be put on."""
-    return [Case(m, b) for m in all_methods().values() for b in chosen or bases.ALL if supports(m, b)]
+    """Every method on each of the base models (all of them, if none are named) that it can be put on and is tested on."""
+    return [
+        Case(m, b)
+        for m in all_methods().values()
+        for b in chosen or bases.ALL
+        if supports(m, b) and (b in bases.CORE or SAMPLES[m.name].on_every_base)
+    ]
+
+
+def everywhere(methods: Iterable[Method]) -> list[Method]:
+    """Those of the methods that stand for all of their kind where a test has many base models of its own."""
+    return [method for method in methods if SAMPLES[method.name].on_every_base]
 
 
 def kind_cases() -> list[Case]:

@@ -34,6 +34,7 @@ from splice.methods.ia3 import IA3Config as IA3Config
 from splice.methods.ln_tuning import LNTuningConfig as LNTuningConfig
 from splice.methods.loha import LoHaConfig as LoHaConfig
 from splice.methods.lokr import LoKrConfig as LoKrConfig
+from splice.methods.lora.arrow_building import create_arrow_model as create_arrow_model
 from splice.methods.lora.config import LoraConfig as LoraConfig
 from splice.methods.lora.config import LoraRuntimeConfig as LoraRuntimeConfig
 from splice.methods.lora.conversion import convert_to_lora as convert_to_lora
@@ -45,6 +46,7 @@ from splice.methods.lora.lorafa import create_lorafa_optimizer as create_lorafa_
 from splice.methods.lora.loraga import preprocess_loraga as preprocess_loraga
 from splice.methods.lora.loraplus import create_loraplus_optimizer as create_loraplus_optimizer
 from splice.methods.lora.riemannian import create_riemannian_optimizer as create_riemannian_optimizer
+from splice.methods.lora.subconfigs import ArrowConfig as ArrowConfig
 from splice.methods.lora.subconfigs import BdLoraConfig as BdLoraConfig
 from splice.methods.lora.subconfigs import CordaConfig as CordaConfig
 from splice.methods.lora.subconfigs import EvaConfig as EvaConfig
@@ -54,6 +56,7 @@ from splice.methods.lora.subconfigs import LoraGAConfig as LoraGAConfig
 from splice.methods.lora.subconfigs import MontecloraConfig as MontecloraConfig
 from splice.methods.lora.subconfigs import VeloraConfig as VeloraConfig
 from splice.methods.oft import OFTConfig as OFTConfig
+from splice.methods.prompts.p_tuning import PromptEncoderConfig as PromptEncoderConfig
 from splice.methods.prompts.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
 from splice.methods.prompts.prompt_tuning import PromptTuningConfig as PromptTuningConfig
 from splice.methods.prompts.prompt_tuning import PromptTuningInit as PromptTuningInit

@@ -5,6 +5,7 @@ from typing import Any
 
 from splice import AdaLoraConfig as AdaLoraConfig
 from splice import AdapterMismatchError as AdapterMismatchError
+from splice import ArrowConfig as ArrowConfig
 from splice import AutoPeftModel as AutoPeftModel
 from splice import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
 from splice import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
@@ -43,6 +44,7 @@ from splice import PeftModelForTokenClassification as PeftModelForTokenClassific
 from splice import PeftType as PeftType
 from splice import PeftWarning as PeftWarning
 from splice import PrefixTuningConfig as PrefixTuningConfig
+from splice import PromptEncoderConfig as PromptEncoderConfig
 from splice import PromptLearningConfig as PromptLearningConfig
 from splice import PromptTuningConfig as PromptTuningConfig
 from splice import PromptTuningInit as PromptTuningInit
@@ -54,6 +56,7 @@ from splice import VeloraConfig as VeloraConfig
 from splice import VeraConfig as VeraConfig
 from splice import cast_mixed_precision_params as cast_mixed_precision_params
 from splice import convert_to_lora as convert_to_lora
+from splice import create_arrow_model as create_arrow_model
 from splice import create_lorafa_optimizer as create_lorafa_optimizer
 from splice import create_loraplus_optimizer as create_loraplus_optimizer
 from splice import create_riemannian_optimizer as create_riemannian_optimizer

@@ -5,6 +5,8 @@ They are looked up at every use: they may have been moved, replaced, or merged i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -48,3 +50,14 @@ def tensor_in_use(layer: nn.Module, name: str) -> torch.Tensor | None:
             if name in shown:
                 return shown[name]
     return original_tensor(layer, name)
+
+
+def scaled_bias(layer: nn.Module, tensors: Mapping[str, torch.Tensor], factors: torch.Tensor) -> torch.Tensor | None:
+    """What merging adds to the bias among `tensors` where outputs are scaled with `factors` (out), but for the base's bias.
+
+    What others have added to it is scaled like all else that they add. None where they have added nothing, or there is none.
+    """
+    below = tensor_in_use(layer, "bias")
+    if below is None or tensors["bias"] is below:
+        return None
+    return (factors - 1) * (tensors["bias"] - below.detach())

@@ -174,7 +174,7 @@ class Method(NamedTuple):
             )
         variant = None if self.variant is None else self.variant(config, kind, base)
         chosen = self.layers[kind] if variant is None else variant
-        return self.divided_layers.get(chosen, chosen) if is_tensor_parallel(base) else chosen
+        return self.divided_layers[chosen] if chosen in self.divided_layers and is_tensor_parallel(base) else chosen
 
 
 def register(method: Method) -> Method:

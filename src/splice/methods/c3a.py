@@ -108,11 +108,21 @@ class C3ALayer(Additive):
         return cast_to(x, self.c3a_kernel)
 
     def delta(self, x: torch.Tensor) -> torch.Tensor:
-        kernel, b = self.kernel(), self.block_size
+        kernel = self.kernel()
+        x = x.to(kernel.dtype)
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return self._correlated(x, kernel)
+        # The gradient that the reference gives an input is, in each block, that of the outputs in reverse. Trajectories of
+        # training, and so what is resumed, depend on it; values, and the gradient of the kernels, do not.
+        passed = self._correlated(x, kernel.detach(), reverse=True)
+        return self._correlated(x.detach(), kernel) + (passed - passed.detach())
+
+    def _correlated(self, x: torch.Tensor, kernel: torch.Tensor, reverse: bool = False) -> torch.Tensor:
+        """The update for `x` (..., in); with `reverse` number i of each block stands at -i, counted around."""
         # (..., in / b, frequencies) and (out / b, in / b, frequencies): real numbers need half of the frequencies alone.
-        inputs = torch.fft.rfft(x.to(kernel.dtype).unflatten(-1, (-1, b)))
+        inputs = torch.fft.rfft(x.unflatten(-1, (-1, self.block_size)))
         products = torch.einsum("...qf,pqf->...pf", inputs, torch.fft.rfft(kernel).conj())
-        update: torch.Tensor = torch.fft.irfft(products, n=b)
+        update: torch.Tensor = torch.fft.irfft(products.conj() if reverse else products, n=self.block_size)
         return update.flatten(-2)
 
     def delta_weight(self, weight: torch.Tensor) -> torch.Tensor:

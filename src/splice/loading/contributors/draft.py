@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -26,6 +26,7 @@ class Draft:
         modules: all modules of `network`, by path.
         heads: names of task heads, which are saved whole beside what the config names.
         is_new: whether the adapter is made and not loaded.
+        held: the keys of a checkpoint that it is loaded from.
         rule: what the config selects, as far as it has been worked out.
         tied: what follows the input embeddings.
         placements: the adapter layers so far, in their final order.
@@ -42,6 +43,7 @@ class Draft:
     modules: Mapping[str, nn.Module]
     heads: Sequence[str] = ()
     is_new: bool = False
+    held: Collection[str] = ()
     rule: TargetRule = field(default_factory=TargetRule)
     tied: Tying = field(default_factory=Tying)
     placements: list[Placement] = field(default_factory=list)

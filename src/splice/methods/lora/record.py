@@ -15,6 +15,7 @@ from splice.kinds.layer import AdapterLayer
 from splice.kinds.registry import Method, register
 from splice.methods.default_targets import LORA_TARGETS
 from splice.methods.lora.alora import AloraLinear
+from splice.methods.lora.arrow import ArrowLinear, check_beside_router
 from splice.methods.lora.attention import LoraAttention
 from splice.methods.lora.attributes import CONTAINERS, LAYER_VIEWS, reset_lora_parameters
 from splice.methods.lora.bdlora import BdLoraLinear
@@ -61,6 +62,7 @@ _VARIANTS: Mapping[str, Mapping[LayerKind, type[AdapterLayer]]] = MappingProxyTy
         },
         "alora_invocation_tokens": dict.fromkeys(_LINEAR, AloraLinear),
         "use_bdlora": dict.fromkeys(_LINEAR, BdLoraLinear),
+        "arrow_config": dict.fromkeys(_LINEAR, ArrowLinear),
         "kasa_config": {LayerKind.LINEAR: KasaLinear},
         "monteclora_config": dict.fromkeys(_LINEAR, MontecloraLinear),
         "velora_config": dict.fromkeys(_LINEAR, VeloraLinear),
@@ -139,6 +141,7 @@ METHOD = register(
         for_unchanged_base=for_unchanged_base,
         tags=("lora",),
         check=check,
+        check_beside=check_beside_router,
         loading_notes=lambda config: notes_about(config.init_lora_weights),
         paper="arXiv 2106.09685",
     )
