@@ -228,6 +228,8 @@ SAMPLES: dict[PeftType, Sample] = {
             "nothing": {"config_A_B": "none", "config_D_E": "vector"},
             "uninitialised": {"init_weights": False},
         },
+        # Of layers without bias nothing is left of it.
+        not_on={"nothing": frozenset({"linear_no_bias", "llama", "t5"})},
         reference_mixes=True,
         mixing_lacks=frozenset({"heads", "beams"}),
     ),

@@ -1,7 +1,7 @@
 """BOFT: the input of a layer is rotated by a product of sparse rotations, as the butterflies of a Fourier transform.
 
-Liu et al., "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization", arXiv 2311.06243, section 4. Factor i of m
-is block-diagonal but for a permutation P_i, with blocks of s that are rotations: `B_i = P_i O_i P_i^T`, and each block the
+Liu et al., "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization", arXiv 2311.06243, section 4. Factor i of
+m is block-diagonal but for a permutation P_i, with blocks of s that are rotations: `B_i = P_i O_i P_i^T`, and each block the
 Cayley transform of a skew-symmetric matrix. With R = B_(m-1) ... B_0 and a trained factor c for each output: `W' = c W R^T`.
 """
 
@@ -18,7 +18,7 @@ from torch import nn
 from splice.base.layers import LayerKind, features
 from splice.checkpoint.types import PeftType
 from splice.config import copy_config
-from splice.kinds.casting import cast_to
+from splice.kinds.casting import check_values
 from splice.kinds.input_transform import InputTransform
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.original import scaled_bias, tensor_in_use
@@ -94,16 +94,20 @@ def _blocks(size: int, config: BOFTConfig, path: str) -> tuple[int, int]:
         ValueError: the input cannot be cut so, or not for so many factors.
     """
     given, field = (
-        (config.boft_block_size, "boft_block_size") if config.boft_block_size else (config.boft_block_num, "boft_block_num")
+        (config.boft_block_size, "boft_block_size")
+        if config.boft_block_size
+        else (config.boft_block_num, "boft_block_num")
     )
     if size % given:
-        raise ValueError(f"{path}: the input has {size} values, which `{field}` ({given}) divides not. Choose another one.")
+        raise ValueError(
+            f"{path}: the input has {size} values, which `{field}` ({given}) divides not. Choose another one."
+        )
     count, side = (size // given, given) if config.boft_block_size else (given, size // given)
     wide = 2 ** (config.boft_n_butterfly_factor - 1)
     if wide > 1 and (side % 2 or count % wide):
         raise ValueError(
-            f"{path}: {config.boft_n_butterfly_factor} butterfly factors need an even block size and a number of blocks that "
-            f"{wide} divides; here are {count} blocks of {side}. Lower `boft_n_butterfly_factor`, or choose another `{field}`."
+            f"{path}: {config.boft_n_butterfly_factor} butterfly factors need an even block size and a multiple of {wide} "
+            f"blocks; here are {count} blocks of {side}. Lower `boft_n_butterfly_factor`, or choose another `{field}`."
         )
     return count, side
 
@@ -169,7 +173,7 @@ class BOFT(AdapterLayer):
         for number in order:
             blocks = factors[number].mT if back else factors[number]
             cut = _permuted(x, s // 2, 2, 2**number) if number else x
-            turned = (cut.unflatten(-1, (-1, 1, s)) @ blocks).flatten(-3)
+            turned = (cut.reshape(*cut.shape[:-1], self.boft_block_num, 1, s) @ blocks).flatten(-3)
             x = _permuted(turned, s // 2, 2**number, 2) if number else turned
         return x
 
@@ -184,7 +188,11 @@ def _permuted(x: torch.Tensor, chunk: int, rows: int, columns: int) -> torch.Ten
 
     A butterfly puts those with an even number before those with an odd one: two columns; back again: two rows.
     """
-    return x.unflatten(-1, (-1, rows, columns, chunk)).transpose(-3, -2).flatten(-4)
+    return (
+        x.reshape(*x.shape[:-1], x.shape[-1] // (rows * columns * chunk), rows, columns, chunk)
+        .transpose(-3, -2)
+        .flatten(-4)
+    )
 
 
 class BOFTLayer(BOFT, InputTransform, OutputTransform):
@@ -205,7 +213,8 @@ class BOFTLayer(BOFT, InputTransform, OutputTransform):
         self.has_bias = base._parameters.get("bias") is not None
 
     def transform(self, x: torch.Tensor) -> torch.Tensor:
-        return self.rotated(cast_to(x, self.boft_R)).to(x.dtype)
+        check_values(self.boft_R, x)
+        return self.rotated(x)  # in the dtype of `x`, as the reference does
 
     def transform_output(self, y: torch.Tensor) -> torch.Tensor:
         scale, bias = self.boft_s.flatten(), tensor_in_use(self.base, "bias") if self.has_bias else None

@@ -74,7 +74,10 @@ class C3ALayer(Additive):
 
     @classmethod
     def slots(cls, base: nn.Module, config: C3AConfig, path: str) -> dict[str, Slot]:
-        (size_in, size_out), block = features(base), value_behind_dot(config.block_size_pattern, path, config.block_size)
+        (size_in, size_out), block = (
+            features(base),
+            value_behind_dot(config.block_size_pattern, path, config.block_size),
+        )
         for size, what in ((size_in, "inputs"), (size_out, "outputs")):
             if size % block:
                 raise ValueError(
@@ -120,7 +123,7 @@ class C3ALayer(Additive):
     def _correlated(self, x: torch.Tensor, kernel: torch.Tensor, reverse: bool = False) -> torch.Tensor:
         """The update for `x` (..., in); with `reverse` number i of each block stands at -i, counted around."""
         # (..., in / b, frequencies) and (out / b, in / b, frequencies): real numbers need half of the frequencies alone.
-        inputs = torch.fft.rfft(x.unflatten(-1, (-1, self.block_size)))
+        inputs = torch.fft.rfft(x.reshape(*x.shape[:-1], kernel.shape[1], self.block_size))
         products = torch.einsum("...qf,pqf->...pf", inputs, torch.fft.rfft(kernel).conj())
         update: torch.Tensor = torch.fft.irfft(products.conj() if reverse else products, n=self.block_size)
         return update.flatten(-2)

@@ -153,15 +153,17 @@ class GraloraLayer(Additive):
     def _of_blocks(self, x: torch.Tensor) -> torch.Tensor:
         a, b, k = self.gralora_A, self.gralora_B, self.gralora_k
         # (k, rows, in / k), then (block of inputs, rows, block of outputs, q) of what A gives.
-        cut = x.reshape(-1, k, a.shape[1]).transpose(0, 1)
-        hidden = (cut @ a).unflatten(-1, (k, -1))
-        met = hidden.permute(2, 1, 0, 3).flatten(2)  # each block of outputs takes its q columns of every block of inputs
-        return (met @ b).transpose(0, 1).reshape(*x.shape[:-1], -1)
+        cut = x.reshape(math.prod(x.shape[:-1]), k, a.shape[1]).transpose(0, 1)
+        hidden = (cut @ a).view(*cut.shape[:2], k, a.shape[2] // k)
+        met = hidden.permute(2, 1, 0, 3).flatten(
+            2
+        )  # each block of outputs takes its q columns of every block of inputs
+        return (met @ b).transpose(0, 1).reshape(*x.shape[:-1], k * b.shape[2])
 
     def delta_weight(self, weight: torch.Tensor) -> torch.Tensor:
         a, b = _wide(self.gralora_A), _wide(self.gralora_B)
         k = self.gralora_k
-        blocks = torch.einsum("nijq,jnqo->joni", a.unflatten(-1, (k, -1)), b.unflatten(1, (k, -1)))
+        blocks = torch.einsum("nijq,jnqo->joni", a.view(k, a.shape[1], k, -1), b.view(k, k, -1, b.shape[2]))
         update = blocks.reshape(k * b.shape[2], k * a.shape[1])
         a_general, b_general = self.find("gralora_A_general.weight"), self.find("gralora_B_general.weight")
         if a_general is not None and b_general is not None:

@@ -95,7 +95,9 @@ class HRA(AdapterLayer):
                 "Gram-Schmidt leaves zeros: the output would be NaN. Set init_weights=False."
             )
         if config.init_weights and not paired:
-            warn(f"The symmetric initialization can only be performed when r is even, and r is {config.r}: HRA starts at random.")
+            warn(
+                f"The symmetric initialization can only be performed when r is even, and r is {config.r}: it starts random."
+            )
         drawn = vectors.new_empty(len(vectors), config.r // 2) if paired else vectors
         nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
         if paired:

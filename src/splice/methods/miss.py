@@ -101,8 +101,8 @@ class MissLayer(Additive):
             columns = config.mini_r
             if size_out % columns:
                 raise ValueError(
-                    f"{path}: `mini_r` is {columns}, which divides not the layer's {size_out} outputs. Choose another one, or "
-                    "leave the layer out of the targets."
+                    f"{path}: `mini_r` is {columns}, which divides not the layer's {size_out} outputs. Choose another one, "
+                    "or leave the layer out of the targets."
                 )
         return {"miss_block": Slot((config.r, columns))}
 
@@ -122,7 +122,8 @@ class MissLayer(Additive):
     def around(self, x: torch.Tensor, inner: Forward) -> torch.Tensor:
         y: torch.Tensor = inner(x)
         block, shards = self.miss_block, -(-self.size_in // self.r)
-        h = F.pad(cast_to(x, block), (0, shards * self.r - self.size_in)).unflatten(-1, (shards, self.r))
+        h = F.pad(cast_to(x, block), (0, shards * self.r - self.size_in))
+        h = h.reshape(*h.shape[:-1], shards, self.r)
         if self.dropout and self.training:  # of the shards, so that what is filled up draws numbers as well
             h = F.dropout(h, self.dropout)
         out = y + self._all_columns(h.sum(-2) @ block)

@@ -107,7 +107,7 @@ class RoadLayer(OutputTransform):
     def rotated(self, y: torch.Tensor) -> torch.Tensor:
         """`y` (..., out), in its dtype or that of the adapter's tensors, whichever is wider."""
         cosine, sine = self.coefficients()
-        paired = y.unflatten(-1, (-1, 2, self.group_size // 2))
+        paired = y.reshape(*y.shape[:-1], y.shape[-1] // self.group_size, 2, self.group_size // 2)
         first, second = paired.unbind(-2)
         return (cosine * paired + sine * torch.stack((-second, first), -2)).flatten(-3)
 

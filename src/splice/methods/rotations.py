@@ -24,8 +24,8 @@ def flat_inputs(base: nn.Module, path: str, method: str) -> int:
     kernel = conv.kernel_size
     if conv.groups > 1 or kernel[0] != kernel[1]:
         raise ValueError(
-            f"{path}: {method} is not defined on a Conv2d with groups (here {conv.groups}) or with a kernel that is no square "
-            f"(here {kernel}); exclude it with `exclude_modules`."
+            f"{path}: {method} is not defined on a Conv2d with groups (here {conv.groups}) or with a kernel that is no "
+            f"square (here {kernel}); exclude it with `exclude_modules`."
         )
     return conv.in_channels * kernel[0] ** 2
 
