@@ -118,7 +118,7 @@ class LoraConfig(Targeted):
     velora_config: VeloraConfig | dict[str, object] | None = None
     # aLoRA: ids of the tokens that switch the adapter on, from their last occurrence in a row; None: it is always on.
     alora_invocation_tokens: list[int] | None = None
-    # Whether to train QA-LoRA, on weights quantised by GPTQ, which splice cannot adapt. No effect.
+    # Whether to train QA-LoRA, on weights whose codes were chosen with data, which splice cannot adapt. No effect.
     use_qalora: bool = False
     # How many inputs QA-LoRA averages. No effect.
     qalora_group_size: int = 16
@@ -215,7 +215,7 @@ def _complete_init(config: LoraConfig) -> None:
 # Relatives of LoRA, by the fields that ask for them. At most one can be asked for.
 VARIANTS = ("use_dora", "alora_invocation_tokens", "use_bdlora", "kasa_config", "velora_config", "monteclora_config")
 # Fields that change the output when they are set, and that nothing here honours yet. Not among them are those about layers
-# that no base can have here: Megatron's own (`megatron_config`) and GPTQ's (`use_qalora`) are refused as layers.
+# that no base can have here: Megatron's own (`megatron_config`) and those of `use_qalora` are refused as layers.
 NOT_HONOURED = ("arrow_config",)
 
 
