@@ -196,7 +196,9 @@ class ExpertsNet(nn.Module):
 def conv1d_of_transformers(size_in: int, size_out: int) -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
-    return Conv1D(size_out, size_in)
+    layer = Conv1D(size_out, size_in)
+    nn.init.normal_(layer.weight, std=0.3)  # its own are so small that a change in proportion to them cannot be seen
+    return layer
 
 
 def _floats(*shape: int) -> Callable[[int], Inputs]:
@@ -365,6 +367,8 @@ BERT = Base("bert", _bert, _decoder_inputs, frozenset({LayerKind.LINEAR}), ("que
 T5 = Base("t5", _t5, _t5_inputs, frozenset({LayerKind.LINEAR}), ("q", "v"), "lm_head", "SEQ_2_SEQ_LM", True)
 
 TRANSFORMERS = (LLAMA, GPT2, BERT, T5)
+# One for each kind of layer, one of several kinds and one of transformers.
+CORE = (*BY_KIND.values(), MIXED, LLAMA)
 # ENCODER is left out: there the reference has no effect in eval mode.
 ALL = (*BY_KIND.values(), *SPECIAL, MIXED, *TRANSFORMERS, TIED)
 

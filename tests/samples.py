@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,8 @@ class Sample:
         trained_in: the dtype of its tensors on a bfloat16 base.
         reference_generates: whether the reference's `generate` gives what its forwards do, one after the other.
         in_any_order: whether several of its adapters at once give the same in any order.
+        on_every_base: whether it is tested on every base model, and beside every method, in the place of all of its kind:
+            what a base asks of an adapter is hosted by the kind, once. The others are tested on `bases.CORE`.
     """
 
     config: Mapping[str, Any]
@@ -45,10 +47,12 @@ class Sample:
     one_trained: bool = False
     reference_generates: bool = True
     trained_in: torch.dtype = torch.float32
+    on_every_base: bool = False
 
 
 SAMPLES: dict[PeftType, Sample] = {
     PeftType.LORA: Sample(
+        on_every_base=True,
         config={"r": 4, "lora_alpha": 6},
         small={"r": 4, "lora_alpha": 8, "use_rslora": True},
         options={
@@ -82,19 +86,61 @@ SAMPLES: dict[PeftType, Sample] = {
             "bias_of_targets": {"bias": "fourier_only"},
         },
     ),
+    PeftType.HIRA: Sample(
+        config={"r": 4},
+        small={"r": 2},
+        options={"gaussian": {"init_weights": "gaussian"}, "uninitialised": {"init_weights": False}},
+        not_on={"": frozenset({"conv2d_groups"})},
+    ),
+    PeftType.DELORA: Sample(
+        config={"r": 4, "delora_lambda": 5},
+        small={"r": 2, "delora_lambda": 3},
+        options={
+            "patterns": {
+                "rank_pattern": {"first|q_proj": 3},
+                "lambda_pattern": {"second|v_proj|value|v|q_proj|layers.1.up": 7},
+            },
+            "bias_of_targets": {"bias": "delora_only"},
+            "uninitialised": {"init_weights": False},
+        },
+    ),
+    PeftType.DEFT: Sample(
+        config={"r": 4, "alpha": 6},
+        small={"r": 2},
+        options={
+            "rotated": {"decomposition_method": "qr"},
+            "removal_alone": {"para": True},
+            "both": {"decomposition_method": "qr", "para": True},
+            "bias_of_targets": {"bias": "deft_only"},
+            "drawn": {"init_weights": False, "init_scale": 3.0},
+        },
+    ),
+    PeftType.PEANUT: Sample(
+        config={"r": 4, "depth": 1, "scaling": 0.5},
+        small={"r": 2, "act_fn": "gelu_new"},
+        options={
+            "plain": {"depth": 0},
+            "deep": {"depth": 2, "act_fn": "tanh"},
+            "uninitialised": {"init_weights": False},
+        },
+    ),
     PeftType.PREFIX_TUNING: Sample(
+        on_every_base=True,
         config={"num_virtual_tokens": 4},
         small={"num_virtual_tokens": 2},
+        options={"projected": {"prefix_projection": True, "encoder_hidden_size": 6}},
         reference_generates=False,
         # It looks for the argument `past_key_values`, which transformers 5.24 calls `cache`.
         not_on={"": frozenset({"bert_label", "llama_label", "bert_tokens", "bert_spans"})},
     ),
     PeftType.IA3: Sample(
+        on_every_base=True,
         config={"feedforward_modules": r".*(second|c_fc|\bv|v_proj|down|value)"},
         small={"feedforward_modules": []},
         options={"outputs_alone": {"feedforward_modules": []}},
     ),
     PeftType.LOHA: Sample(
+        on_every_base=True,
         config={"r": 4, "alpha": 6},
         small={"r": 2, "alpha": 3},
         options={
@@ -117,14 +163,16 @@ SAMPLES: dict[PeftType, Sample] = {
     ),
     # The reference drops the bias of linear targets, and fails with two adapters on tied layers.
     PeftType.TRAINABLE_TOKENS: Sample(
+        on_every_base=True,
         config={"token_indices": [4, 2]},
         small={"token_indices": [5, 3, 1]},
         options={"random": {"init_weights": False}},
         not_on={"": frozenset({"linear", "linear_no_bias", "mixed", "bert", "llama_tied"})},
         same_targets=True,
     ),
-    PeftType.LN_TUNING: Sample(config={}, same_targets=True, trained_in=torch.bfloat16),
+    PeftType.LN_TUNING: Sample(config={}, same_targets=True, trained_in=torch.bfloat16, on_every_base=True),
     PeftType.OFT: Sample(
+        on_every_base=True,
         config={"oft_block_size": 4},
         small={"oft_block_size": 0, "r": 1, "use_cayley_neumann": False},
         options={
@@ -137,6 +185,7 @@ SAMPLES: dict[PeftType, Sample] = {
         not_on={"": frozenset({"conv2d_groups", "conv2d_same", "conv2d_dilation"})},
     ),
     PeftType.VERA: Sample(
+        on_every_base=True,
         config={"r": 4, "d_initial": 0.3},
         small={"r": 4, "d_initial": 0.2},
         options={
@@ -145,6 +194,17 @@ SAMPLES: dict[PeftType, Sample] = {
             "uninitialised": {"init_weights": False},
         },
         same_targets=True,
+    ),
+    PeftType.WAVEFT: Sample(
+        config={"n_frequency": 12, "scaling": 3.0, "init_weights": False},
+        small={"n_frequency": 5, "random_loc_seed": 3},
+        options={
+            "longer": {"wavelet_family": "db3"},
+            "least_symmetric": {"wavelet_family": "sym4", "n_frequency_pattern": {"first|q_proj": 8}},
+            "no_transform": {"use_idwt": False},
+            "dealt_out": {"proportional_parameters": True, "wavelet_family": "coif1"},
+            "bias_of_targets": {"bias": "waveft_only"},
+        },
     ),
     PeftType.ADALORA: Sample(
         config={"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10},
@@ -158,7 +218,14 @@ SAMPLES: dict[PeftType, Sample] = {
         # Without an init the values are so large that rounding shows after several layers.
         not_on={"": frozenset({"conv2d_groups"}), "uninitialised": frozenset({"gpt2", "t5", "bert", "llama"})},
     ),
-    PeftType.PROMPT_TUNING: Sample(config={"num_virtual_tokens": 4}, small={"num_virtual_tokens": 2}),
+    PeftType.PROMPT_TUNING: Sample(
+        config={"num_virtual_tokens": 4}, small={"num_virtual_tokens": 2}, on_every_base=True
+    ),
+    PeftType.P_TUNING: Sample(
+        config={"num_virtual_tokens": 4, "encoder_hidden_size": 6},
+        small={"num_virtual_tokens": 2},
+        options={"lstm": {"encoder_reparameterization_type": "LSTM"}},
+    ),
 }
 
 
@@ -221,9 +288,23 @@ def supports(method: Method, base: Base) -> bool:
     return able and base.name not in SAMPLES[method.name].not_on.get("", ())
 
 
-def network_cases(*chosen: Base) -> list[Case]:
-    """Every method that acts on the call of the network as a whole, on each of the base models."""
-    return [Case(m, b) for m in all_methods().values() if m.network_layer is not None for b in chosen]
+# The networks that methods are tested on which act on the call of a network, but for those that stand for all.
+_CORE_NETWORKS = ("llama", "t5")
+
+
+def network_cases(*chosen: Base, options: bool = False) -> list[Case]:
+    """Every method that acts on the call of the network as a whole, on each of the base models that it is tested on.
+
+    With `options` with each of its options too.
+    """
+    methods = [m for m in all_methods().values() if m.network_layer is not None]
+    return [
+        Case(m, b, option)
+        for m in methods
+        for b in chosen
+        if b.name in _CORE_NETWORKS or SAMPLES[m.name].on_every_base
+        for option in ("", *(SAMPLES[m.name].options if options else ()))
+    ]
 
 
 def parameter_cases(*chosen: Base) -> list[Case]:
@@ -232,8 +313,18 @@ def parameter_cases(*chosen: Base) -> list[Case]:
 
 
 def plain_cases(*chosen: Base) -> list[Case]:
-    """Every method on each of the base models (all of them, if none are named) that it can be put on."""
-    return [Case(m, b) for m in all_methods().values() for b in chosen or bases.ALL if supports(m, b)]
+    """Every method on each of the base models (all of them, if none are named) that it can be put on and is tested on."""
+    return [
+        Case(m, b)
+        for m in all_methods().values()
+        for b in chosen or bases.ALL
+        if supports(m, b) and (b in bases.CORE or SAMPLES[m.name].on_every_base)
+    ]
+
+
+def everywhere(methods: Iterable[Method]) -> list[Method]:
+    """Those of the methods that stand for all of their kind where a test has many base models of its own."""
+    return [method for method in methods if SAMPLES[method.name].on_every_base]
 
 
 def kind_cases() -> list[Case]:

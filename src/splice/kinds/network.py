@@ -31,7 +31,10 @@ class NetworkLayer(AdapterLayer):
 
     @classmethod
     def for_training(cls, config: Config) -> type[NetworkLayer]:
-        """The class of a new adapter that is to be trained, where more is trained than a checkpoint holds."""
+        """The class of an adapter in training, where it has other tensors than are needed to use it.
+
+        Where a checkpoint lacks them, as those of the reference do, what it holds is trained.
+        """
         return cls
 
     @classmethod

@@ -12,7 +12,8 @@ from torch import nn
 
 from splice.base.dense import as_now, in_linear_layout
 from splice.base.weight_access import bias_of, check_readable, computed_weight, dense_from, dense_weight, is_plain
-from splice.kinds.host import host_of
+from splice.kinds.host import host_of, in_order
+from splice.kinds.layer import AdapterLayer
 
 
 def original_tensor(layer: nn.Module, name: str) -> torch.Tensor | None:
@@ -65,3 +66,16 @@ def tensor_in_use(layer: nn.Module, name: str) -> torch.Tensor | None:
             if name in shown:
                 return shown[name]
     return original_tensor(layer, name)
+
+
+def gets_base_output(adapter: AdapterLayer) -> bool:
+    """Whether what this adapter layer is put around now is the base alone: nothing is merged, no other adapter is below."""
+    host = host_of(adapter.base)
+    if host is None:
+        return True
+    if host.merged:
+        return False
+    choice = host.selection.current()
+    if choice.rows is not None or len(choice.names) < 2:  # a row has one adapter
+        return True
+    return host.layers[in_order(host.layers, choice.names)[0]] is adapter

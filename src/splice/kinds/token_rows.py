@@ -162,7 +162,7 @@ class OfLeader(FileForm):
 
     def to_file(self, layer: Stored) -> Iterator[tuple[str, torch.Tensor]]:
         assert isinstance(layer, TokenRows)
-        yield from () if layer.leader else layer.named_slots()
+        yield from () if layer.leaders else layer.named_slots()
 
 
 class TrainedRows(TokenRows):

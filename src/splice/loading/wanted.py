@@ -7,7 +7,7 @@ it was put on the model, and only the names of the checkpoint are still open. Al
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from torch import nn
@@ -80,13 +80,15 @@ class NewAdapter(NamedTuple):
     method: Method
     # Names of task heads, which are saved whole beside what a config names.
     heads: Sequence[str]
+    # The keys of the checkpoint.
+    held: Collection[str] = ()
 
     @property
     def follows_config(self) -> bool:
         return True
 
     def plan(self, config: PeftConfig) -> Plan:
-        return lay_out(self.network, config, self.method, self.heads, self.modules)
+        return lay_out(self.network, config, self.method, self.heads, self.modules, held=self.held)
 
     def takes(self, shapes: Shapes, path: str, module: str, config: PeftConfig) -> bool:
         base = self.modules[module]

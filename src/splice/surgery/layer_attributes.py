@@ -20,6 +20,7 @@ from splice.base.layers import LayerKind, features, kind_of
 from splice.base.weight_access import dense_weight, is_plain
 from splice.kinds.additive import Additive
 from splice.kinds.container import Container
+from splice.kinds.effect import Action
 from splice.kinds.host import Host
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.registry import method_of_layer
@@ -199,7 +200,10 @@ def delta_weight(host: Host, adapter_name: str) -> torch.Tensor:
     """See `AdaptedViews.get_delta_weight`."""
     adapter = host.layers[adapter_name]
     weight = host.base._parameters.get("weight") if is_plain(host.base) else dense_weight(host.base)
-    if isinstance(adapter, Additive) and not adapter.reads_weight and weight is not None:
+    adds = (
+        isinstance(adapter, Additive) and adapter.action is Action.ADDS and not (adapter.reads_weight and adapter.shows)
+    )
+    if adds and weight is not None:
         delta = adapter.delta_weight(weight)
         if delta is not None:
             return in_linear_layout(host.base, delta)

@@ -210,14 +210,18 @@ def _ties(hosts: Mapping[str, Host], concerned: Iterable[Host], names: Iterable[
     found: dict[str, Host] = {}
     for host in concerned:
         present = [host.layers[name] for name in names if name in host.layers]
-        paths = {adapter.leader for adapter in present}
-        leader = hosts.get(paths.pop()) if len(paths) == 1 else None
+        paths = {leader.path for adapter in present for leader in adapter.leaders.values()}
+        leader = hosts.get(paths.pop()) if len(paths) == 1 and all(map(_shares_all, present)) else None
         if leader is None or any(adapter.stays_merged for adapter in present):
             continue
         same = set(leader.layers).intersection(names) == set(host.layers).intersection(names)
         if same and _weight(leader) is _weight(host):
             found[host.path] = leader
     return found
+
+
+def _shares_all(adapter: AdapterLayer) -> bool:
+    return all(suffix in adapter.leaders for suffix, _ in adapter.named_slots())
 
 
 def _weight(host: Host) -> nn.Parameter | None:

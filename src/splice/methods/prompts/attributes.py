@@ -43,7 +43,7 @@ def word_embeddings(adapters: Adapters) -> nn.Module | None:
 
 def get_prompt_embedding_to_save(adapters: Adapters, adapter_name: str) -> torch.Tensor:
     """The table that a checkpoint of this adapter holds, on the CPU."""
-    return prompt_layer(adapters, adapter_name).table().detach().cpu()
+    return prompt_layer(adapters, adapter_name).table_to_save().cpu()
 
 
 def get_prompt(

@@ -64,7 +64,7 @@ class CachedPrompt(PromptLayer):
         shape = (token_count(config), sizes["num_layers"] * 2 * sizes["token_dim"])
         return {"embedding.weight": Slot(shape, dtype=torch.float32)}
 
-    def prepare(self, base: nn.Module, config: PromptLearningConfig, path: str) -> None:
+    def prepare(self, base: nn.Module, config: Config, path: str) -> None:
         super().prepare(base, config, path)
         sizes = cache_sizes_of(base, config)
         self.method = method_name(config)

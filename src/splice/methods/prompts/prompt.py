@@ -9,7 +9,7 @@ come about.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
@@ -24,7 +24,6 @@ from splice.config import PromptLearningConfig
 from splice.errors import UnsupportedFeatureError, warn
 from splice.kinds.container import Holder
 from splice.kinds.effect import Effect, Forward
-from splice.kinds.file_form import FileForm, Stored
 from splice.kinds.layer import Config
 from splice.kinds.module_copy import WholeModule
 from splice.kinds.names import CopyNames, Names, Place
@@ -102,6 +101,13 @@ class Encoder(Holder):
         layer: PromptLayer = self.__dict__["layer"]
         return layer.table() if indices is None else F.embedding(indices, layer.table())
 
+    def train(self, mode: bool = True) -> Encoder:
+        super().train(mode)
+        for module in self._modules.values():  # which may be layers of a network, with dropout
+            if module is not None:
+                module.train(mode)
+        return self
+
 
 class PromptLayer(NetworkLayer):
     """The virtual tokens of one adapter. The target is the network, or the part of it that takes a cache."""
@@ -133,7 +139,7 @@ class PromptLayer(NetworkLayer):
         # In float32 whatever the base is in: so the reference trains and writes them.
         return {"embedding.weight": Slot((rows, sizes["token_dim"]), dtype=torch.float32)}
 
-    def prepare(self, base: nn.Module, config: PromptLearningConfig, path: str) -> None:
+    def prepare(self, base: nn.Module, config: Config, path: str) -> None:
         self.count = token_count(config)
         self.task = config.task_type
         self.arguments = named_arguments(base)
@@ -144,6 +150,11 @@ class PromptLayer(NetworkLayer):
     def table(self) -> torch.Tensor:
         """Every virtual token, one a row, in float32: what a checkpoint holds."""
         return self.table_tensor
+
+    @torch.no_grad()
+    def table_to_save(self) -> torch.Tensor:
+        """The table for a checkpoint: without dropout, which would leave a part of it out."""
+        return self.table()
 
     def virtual_tokens(self, call: Call) -> torch.Tensor:
         """(rows, count, ...) for this call, in float32; one row where all are the same."""
@@ -308,21 +319,6 @@ def prompt_of_rows(layers: Mapping[str, Effect], rows: Rows, main: torch.Tensor)
             f"{first.task}. Choose adapters with the same `num_virtual_tokens` and no '__base__', or call them one by one."
         )
     return Prompt(tuple(parts), count, short)
-
-
-class TableAlone(FileForm):
-    """A checkpoint holds the table alone, as the reference writes it, so training cannot go on where it stopped."""
-
-    def to_file(self, layer: Stored) -> Iterator[tuple[str, torch.Tensor]]:
-        assert isinstance(layer, PromptLayer)
-        yield PROMPT_KEY, layer.table().detach()
-
-
-class Reparameterised(PromptLayer):
-    """Mixed into the layer of a new adapter whose table is worked out from other tensors while it is trained."""
-
-    names = PromptNames(keys=MappingProxyType({PROMPT_KEY: PROMPT_KEY}), front="prompt_encoder.")
-    file_form = TableAlone()
 
 
 def token_count(config: PromptLearningConfig) -> int:
