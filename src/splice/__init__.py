@@ -29,7 +29,7 @@ _PUBLIC = {
         "AutoPeftModelForSequenceClassification",
         "AutoPeftModelForTokenClassification",
     ],
-    "splice.base_gap": ["BaseGap", "base_gap"],
+    "splice.gap": ["BaseGap", "base_gap"],
     "splice.mixed": ["PeftMixedModel"],
     "splice.injecting": ["inject_adapter_in_model"],
     "splice.checkpoint.types": ["PeftType", "TaskType"],
