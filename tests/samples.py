@@ -12,7 +12,7 @@ import torch
 from splice.checkpoint.types import PeftType
 from splice.kinds.registry import Method, all_methods
 from tests import bases
-from tests.bases import Base
+from tests.bases import Base, Inputs
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Sample:
         trained_in: the dtype of its tensors on a bfloat16 base.
         reference_generates: whether the reference's `generate` gives what its forwards do, one after the other.
         in_any_order: whether several of its adapters at once give the same in any order.
+        call: arguments that every call of a model with such an adapter needs -> a value for each row.
         on_every_base: whether it is tested on every base model, and beside every method, in the place of all of its kind:
             what a base asks of an adapter is hosted by the kind, once. The others are tested on `bases.CORE`.
     """
@@ -47,6 +48,7 @@ class Sample:
     one_trained: bool = False
     reference_generates: bool = True
     trained_in: torch.dtype = torch.float32
+    call: Mapping[str, Any] = field(default_factory=dict)
     on_every_base: bool = False
 
 
@@ -172,6 +174,11 @@ SAMPLES: dict[PeftType, Sample] = {
     PeftType.PROMPT_TUNING: Sample(
         config={"num_virtual_tokens": 4}, small={"num_virtual_tokens": 2}, on_every_base=True
     ),
+    PeftType.MULTITASK_PROMPT_TUNING: Sample(
+        config={"num_virtual_tokens": 4, "num_tasks": 3, "num_ranks": 2},
+        small={"num_virtual_tokens": 2, "num_tasks": 3},
+        call={"task_ids": (2, 0, 1)},
+    ),
     PeftType.P_TUNING: Sample(
         config={"num_virtual_tokens": 4, "encoder_hidden_size": 6},
         small={"num_virtual_tokens": 2},
@@ -239,6 +246,18 @@ def supports(method: Method, base: Base) -> bool:
     return able and base.name not in SAMPLES[method.name].not_on.get("", ())
 
 
+def _called(base: Base, call: Mapping[str, Any]) -> Base:
+    """`base` with these arguments in every call."""
+    if not call:
+        return base
+
+    def inputs(rows: int) -> Inputs:
+        values = {name: torch.tensor(value)[torch.arange(rows) % len(value)] for name, value in call.items()}
+        return {**base.inputs(rows), **values}
+
+    return dataclasses.replace(base, inputs=inputs)
+
+
 # The networks that methods are tested on which act on the call of a network, but for those that stand for all.
 _CORE_NETWORKS = ("llama", "t5")
 
@@ -250,7 +269,7 @@ def network_cases(*chosen: Base, options: bool = False) -> list[Case]:
     """
     methods = [m for m in all_methods().values() if m.network_layer is not None]
     return [
-        Case(m, b, option)
+        Case(m, _called(b, SAMPLES[m.name].call), option)
         for m in methods
         for b in chosen
         if b.name in _CORE_NETWORKS or SAMPLES[m.name].on_every_base

@@ -76,11 +76,12 @@ class Telling(Generic[T]):
         self._running: ContextVar[_Told[T] | None] = ContextVar(f"splice_{what.replace(' ', '_')}", default=None)
 
     @contextmanager
-    def during(self, adapters: Adapters, what: T) -> Iterator[None]:
-        """Inside, the layers are told this."""
+    def during(self, adapters: Adapters | None, what: T) -> Iterator[None]:
+        """Inside, the layers are told this; without `adapters` for layers that no backward computes again."""
         # In training alone: the question walks through all modules.
-        again = adapters.training and torch.is_grad_enabled()
-        token = self._running.set(_Told(what, again and uses_checkpointing(adapters.model.modules())))
+        again = adapters is not None and adapters.training and torch.is_grad_enabled()
+        recomputed = again and adapters is not None and uses_checkpointing(adapters.model.modules())
+        token = self._running.set(_Told(what, recomputed))
         try:
             yield
         finally:
