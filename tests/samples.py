@@ -31,8 +31,8 @@ class Sample:
         one_trained: whether only one adapter of a model can be in training.
         trained_in: the dtype of its tensors on a bfloat16 base.
         reference_generates: whether the reference's `generate` gives what its forwards do, one after the other.
-        in_any_order: whether several of its adapters at once give the same in any order.
         call: arguments that every call of a model with such an adapter needs -> a value for each row.
+        in_any_order: whether several of its adapters at once give the same in any order.
         on_every_base: whether it is tested on every base model, and beside every method, in the place of all of its kind:
             what a base asks of an adapter is hosted by the kind, once. The others are tested on `bases.CORE`.
     """
@@ -178,6 +178,8 @@ SAMPLES: dict[PeftType, Sample] = {
         config={"num_virtual_tokens": 4, "num_tasks": 3, "num_ranks": 2},
         small={"num_virtual_tokens": 2, "num_tasks": 3},
         call={"task_ids": (2, 0, 1)},
+        # It cannot be called with `decoder_input_ids`.
+        not_on={"": frozenset({"t5"})},
     ),
     PeftType.P_TUNING: Sample(
         config={"num_virtual_tokens": 4, "encoder_hidden_size": 6},

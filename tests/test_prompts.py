@@ -69,7 +69,9 @@ def test_labels(case: Case, shared_checkpoint: Any) -> None:
 def test_embedded_input(case: Case, shared_checkpoint: Any) -> None:
     pair = load_both(case.base, shared_checkpoint(case.base, case.config()))
     embedded = case.base.build().get_input_embeddings()(case.base.inputs(3)["input_ids"]).detach()
-    ours, reference = (run(model, {**always(case, 3), "inputs_embeds": embedded}) for model in (pair.ours, pair.reference))
+    ours, reference = (
+        run(model, {**always(case, 3), "inputs_embeds": embedded}) for model in (pair.ours, pair.reference)
+    )
     assert_close(ours, reference)
 
 
@@ -103,7 +105,9 @@ def test_generated_tokens_are_those_of_one_forward_after_the_other(case: Case, s
     ids = inputs["input_ids"]
     mask = inputs.get("attention_mask", torch.ones_like(ids))
     for _ in range(5):
-        chosen = run(model, {**always(case, 3), "input_ids": ids, "attention_mask": mask})[:, -1].argmax(-1, keepdim=True)
+        chosen = run(model, {**always(case, 3), "input_ids": ids, "attention_mask": mask})[:, -1].argmax(
+            -1, keepdim=True
+        )
         ids, mask = torch.cat([ids, chosen], 1), torch.cat([mask, torch.ones_like(chosen)], 1)
     assert torch.equal(_generated(model, inputs), ids)
 

@@ -105,7 +105,9 @@ class Telling(Generic[T]):
                 told.ambiguous |= last is not None and not last.used
                 layer.last_told = told
             return told.what
-        if last is None or torch._C._current_graph_task_id() == -1:  # outside of any backward: the network is called alone
+        if (
+            last is None or torch._C._current_graph_task_id() == -1
+        ):  # outside of any backward: the network is called alone
             return None
         if last.ambiguous:
             raise ValueError(

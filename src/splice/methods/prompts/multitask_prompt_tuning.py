@@ -111,9 +111,7 @@ class MultitaskPromptTuning(ReadsCall, EmbeddedPrompt):
         return {**own, **shared}
 
     @classmethod
-    def initialise(
-        cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: MultitaskPromptTuningConfig
-    ) -> None:
+    def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: MultitaskPromptTuningConfig) -> None:
         start_tokens(tensors["embedding.weight"], base, config)
         for name in ("prefix_task_cols", "prefix_task_rows"):
             nn.init.normal_(tensors[name], std=0.02)
@@ -153,14 +151,15 @@ class MultitaskPromptTuning(ReadsCall, EmbeddedPrompt):
             return super().prompted(call, prompt, inner)
 
     def in_front_of_decoder(self, call: Call, prompt: Prompt) -> Call:
-        """`call` with the second half of the tokens in front of what the decoder gets. `generate` has the first half alone."""
+        """`call` with the second half of the tokens in front of what the decoder gets; `generate` has the first alone."""
         if self.task != TaskType.SEQ_2_SEQ_LM or len(self.table_tensor) == self.count:
             return call
         labels, ids = call.get("labels"), call.pop("decoder_input_ids", None)
         embeds = call.get("decoder_inputs_embeds")
         if embeds is None and ids is None:
             if labels is None:
-                raise ValueError("with virtual tokens the decoder needs `labels`, `decoder_input_ids` or `decoder_inputs_embeds`")
+                needs = "`labels`, `decoder_input_ids` or `decoder_inputs_embeds`"
+                raise ValueError(f"with virtual tokens in front of its input the decoder needs {needs}")
             pad, start = (cast(int, config_field(self.base, f"{name}_token_id")) for name in ("pad", "decoder_start"))
             ids = shift_tokens_right(labels, pad, start)
         embeds = embeddings_of(self.base)(ids) if embeds is None else embeds
