@@ -32,6 +32,7 @@ class Sample:
         trained_in: the dtype of its tensors on a bfloat16 base.
         reference_generates: whether the reference's `generate` gives what its forwards do, one after the other.
         call: arguments that every call of a model with such an adapter needs -> a value for each row.
+        task: the only task that its configs may have; None for any.
         in_any_order: whether several of its adapters at once give the same in any order.
         on_every_base: whether it is tested on every base model, and beside every method, in the place of all of its kind:
             what a base asks of an adapter is hosted by the kind, once. The others are tested on `bases.CORE`.
@@ -49,6 +50,7 @@ class Sample:
     reference_generates: bool = True
     trained_in: torch.dtype = torch.float32
     call: Mapping[str, Any] = field(default_factory=dict)
+    task: str | None = None
     on_every_base: bool = False
 
 
@@ -181,6 +183,12 @@ SAMPLES: dict[PeftType, Sample] = {
         # It cannot be called with `decoder_input_ids`.
         not_on={"": frozenset({"t5"})},
     ),
+    PeftType.CPT: Sample(
+        config={"cpt_token_ids": [4, 7, 5, 9, 6], "cpt_tokens_type_mask": [1, 2, 2, 3, 4], "cpt_mask": [1] * 5},
+        small={"cpt_token_ids": [3, 8], "cpt_tokens_type_mask": [1, 2], "cpt_mask": [1] * 2},
+        options={"decay": {"opt_weighted_loss_type": "decay", "opt_loss_decay_factor": 0.5}},
+        task="CAUSAL_LM",
+    ),
     PeftType.P_TUNING: Sample(
         config={"num_virtual_tokens": 4, "encoder_hidden_size": 6},
         small={"num_virtual_tokens": 2},
@@ -274,7 +282,7 @@ def network_cases(*chosen: Base, options: bool = False) -> list[Case]:
         Case(m, _called(b, SAMPLES[m.name].call), option)
         for m in methods
         for b in chosen
-        if b.name in _CORE_NETWORKS or SAMPLES[m.name].on_every_base
+        if (b.name in _CORE_NETWORKS or SAMPLES[m.name].on_every_base) and SAMPLES[m.name].task in (None, b.task)
         for option in ("", *(SAMPLES[m.name].options if options else ()))
     ]
 
