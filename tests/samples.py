@@ -90,6 +90,44 @@ SAMPLES: dict[PeftType, Sample] = {
             "bias_of_targets": {"bias": "fourier_only"},
         },
     ),
+    PeftType.HIRA: Sample(
+        config={"r": 4},
+        small={"r": 2},
+        options={"gaussian": {"init_weights": "gaussian"}, "uninitialised": {"init_weights": False}},
+        not_on={"": frozenset({"conv2d_groups"})},
+    ),
+    PeftType.DELORA: Sample(
+        config={"r": 4, "delora_lambda": 5},
+        small={"r": 2, "delora_lambda": 3},
+        options={
+            "patterns": {
+                "rank_pattern": {"first|q_proj": 3},
+                "lambda_pattern": {"second|v_proj|value|v|q_proj|layers.1.up": 7},
+            },
+            "bias_of_targets": {"bias": "delora_only"},
+            "uninitialised": {"init_weights": False},
+        },
+    ),
+    PeftType.DEFT: Sample(
+        config={"r": 4, "alpha": 6},
+        small={"r": 2},
+        options={
+            "rotated": {"decomposition_method": "qr"},
+            "removal_alone": {"para": True},
+            "both": {"decomposition_method": "qr", "para": True},
+            "bias_of_targets": {"bias": "deft_only"},
+            "drawn": {"init_weights": False, "init_scale": 3.0},
+        },
+    ),
+    PeftType.PEANUT: Sample(
+        config={"r": 4, "depth": 1, "scaling": 0.5},
+        small={"r": 2, "act_fn": "gelu_new"},
+        options={
+            "plain": {"depth": 0},
+            "deep": {"depth": 2, "act_fn": "tanh"},
+            "uninitialised": {"init_weights": False},
+        },
+    ),
     PeftType.PREFIX_TUNING: Sample(
         on_every_base=True,
         config={"num_virtual_tokens": 4},
@@ -160,6 +198,17 @@ SAMPLES: dict[PeftType, Sample] = {
             "uninitialised": {"init_weights": False},
         },
         same_targets=True,
+    ),
+    PeftType.WAVEFT: Sample(
+        config={"n_frequency": 12, "scaling": 3.0, "init_weights": False},
+        small={"n_frequency": 5, "random_loc_seed": 3},
+        options={
+            "longer": {"wavelet_family": "db3"},
+            "least_symmetric": {"wavelet_family": "sym4", "n_frequency_pattern": {"first|q_proj": 8}},
+            "no_transform": {"use_idwt": False},
+            "dealt_out": {"proportional_parameters": True, "wavelet_family": "coif1"},
+            "bias_of_targets": {"bias": "waveft_only"},
+        },
     ),
     PeftType.ADALORA: Sample(
         config={"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10},

@@ -21,6 +21,7 @@ from splice.errors import PeftWarning as PeftWarning
 from splice.errors import UnknownMethodError as UnknownMethodError
 from splice.errors import UnsupportedFeatureError as UnsupportedFeatureError
 from splice.injecting import inject_adapter_in_model as inject_adapter_in_model
+from splice.kappatune import find_kappa_target_modules as find_kappa_target_modules
 from splice.kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
 from splice.loading.base_state import get_base_model_state_dict as get_base_model_state_dict
 from splice.loading.base_state import set_base_model_state_dict as set_base_model_state_dict
@@ -28,12 +29,16 @@ from splice.loading.report import LoadReport as LoadReport
 from splice.loading.saving import get_peft_model_state_dict as get_peft_model_state_dict
 from splice.loading.state import load_peft_weights as load_peft_weights
 from splice.loading.state import set_peft_model_state_dict as set_peft_model_state_dict
-from splice.methods.adalora import AdaLoraConfig as AdaLoraConfig
+from splice.methods.adalora.layers import AdaLoraConfig as AdaLoraConfig
+from splice.methods.deft import DeftConfig as DeftConfig
+from splice.methods.delora import DeloraConfig as DeloraConfig
 from splice.methods.fourierft import FourierFTConfig as FourierFTConfig
+from splice.methods.hira import HiraConfig as HiraConfig
 from splice.methods.ia3 import IA3Config as IA3Config
 from splice.methods.ln_tuning import LNTuningConfig as LNTuningConfig
 from splice.methods.loha import LoHaConfig as LoHaConfig
 from splice.methods.lokr import LoKrConfig as LoKrConfig
+from splice.methods.lora.arrow_building import create_arrow_model as create_arrow_model
 from splice.methods.lora.config import LoraConfig as LoraConfig
 from splice.methods.lora.config import LoraRuntimeConfig as LoraRuntimeConfig
 from splice.methods.lora.conversion import convert_to_lora as convert_to_lora
@@ -45,6 +50,7 @@ from splice.methods.lora.lorafa import create_lorafa_optimizer as create_lorafa_
 from splice.methods.lora.loraga import preprocess_loraga as preprocess_loraga
 from splice.methods.lora.loraplus import create_loraplus_optimizer as create_loraplus_optimizer
 from splice.methods.lora.riemannian import create_riemannian_optimizer as create_riemannian_optimizer
+from splice.methods.lora.subconfigs import ArrowConfig as ArrowConfig
 from splice.methods.lora.subconfigs import BdLoraConfig as BdLoraConfig
 from splice.methods.lora.subconfigs import CordaConfig as CordaConfig
 from splice.methods.lora.subconfigs import EvaConfig as EvaConfig
@@ -54,12 +60,14 @@ from splice.methods.lora.subconfigs import LoraGAConfig as LoraGAConfig
 from splice.methods.lora.subconfigs import MontecloraConfig as MontecloraConfig
 from splice.methods.lora.subconfigs import VeloraConfig as VeloraConfig
 from splice.methods.oft import OFTConfig as OFTConfig
+from splice.methods.peanut import PeanutConfig as PeanutConfig
 from splice.methods.prompts.p_tuning import PromptEncoderConfig as PromptEncoderConfig
 from splice.methods.prompts.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
 from splice.methods.prompts.prompt_tuning import PromptTuningConfig as PromptTuningConfig
 from splice.methods.prompts.prompt_tuning import PromptTuningInit as PromptTuningInit
 from splice.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from splice.methods.vera import VeraConfig as VeraConfig
+from splice.methods.waveft.record import WaveFTConfig as WaveFTConfig
 from splice.mixed import PeftMixedModel as PeftMixedModel
 from splice.model import PeftModel as PeftModel
 from splice.status import get_layer_status as get_layer_status
@@ -104,6 +112,7 @@ __all__ = [
     "UnknownMethodError",
     "UnsupportedFeatureError",
     "cast_mixed_precision_params",
+    "find_kappa_target_modules",
     "get_base_model_state_dict",
     "get_layer_status",
     "get_model_status",

@@ -5,6 +5,7 @@ from typing import Any
 
 from splice import AdaLoraConfig as AdaLoraConfig
 from splice import AdapterMismatchError as AdapterMismatchError
+from splice import ArrowConfig as ArrowConfig
 from splice import AutoPeftModel as AutoPeftModel
 from splice import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
 from splice import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
@@ -15,8 +16,11 @@ from splice import AutoPeftModelForTokenClassification as AutoPeftModelForTokenC
 from splice import BdLoraConfig as BdLoraConfig
 from splice import CheckpointError as CheckpointError
 from splice import CordaConfig as CordaConfig
+from splice import DeftConfig as DeftConfig
+from splice import DeloraConfig as DeloraConfig
 from splice import EvaConfig as EvaConfig
 from splice import FourierFTConfig as FourierFTConfig
+from splice import HiraConfig as HiraConfig
 from splice import IA3Config as IA3Config
 from splice import KasaConfig as KasaConfig
 from splice import LNTuningConfig as LNTuningConfig
@@ -30,6 +34,7 @@ from splice import LoraRuntimeConfig as LoraRuntimeConfig
 from splice import MontecloraConfig as MontecloraConfig
 from splice import NoMatchingPeftModuleError as NoMatchingPeftModuleError
 from splice import OFTConfig as OFTConfig
+from splice import PeanutConfig as PeanutConfig
 from splice import PeftConfig as PeftConfig
 from splice import PeftError as PeftError
 from splice import PeftMixedModel as PeftMixedModel
@@ -53,11 +58,14 @@ from splice import UnknownMethodError as UnknownMethodError
 from splice import UnsupportedFeatureError as UnsupportedFeatureError
 from splice import VeloraConfig as VeloraConfig
 from splice import VeraConfig as VeraConfig
+from splice import WaveFTConfig as WaveFTConfig
 from splice import cast_mixed_precision_params as cast_mixed_precision_params
 from splice import convert_to_lora as convert_to_lora
+from splice import create_arrow_model as create_arrow_model
 from splice import create_lorafa_optimizer as create_lorafa_optimizer
 from splice import create_loraplus_optimizer as create_loraplus_optimizer
 from splice import create_riemannian_optimizer as create_riemannian_optimizer
+from splice import find_kappa_target_modules as find_kappa_target_modules
 from splice import get_base_model_state_dict as get_base_model_state_dict
 from splice import get_eva_state_dict as get_eva_state_dict
 from splice import get_layer_status as get_layer_status

@@ -303,9 +303,10 @@ def _live_tensors(plan: Plan, layers: dict[str, AdapterLayer]) -> dict[str, torc
     """Key -> the adapter's own tensor, for all that the checkpoint has a tensor for."""
     live = {}
     for placement in plan.placements:
-        # `.data`, as autograd refuses to write into a leaf that is trained.
+        # Detached, as autograd refuses to write into a leaf that is trained. What is worked out of the values (a router's
+        # directions) is told by their version, so that `.data`, which has one of its own, would not do.
         own = dict(layers[placement.path].named_slots())
-        live.update({key: own[suffix].data for suffix, key in placement.keys.items() if key in plan.sources})
+        live.update({key: own[suffix].detach() for suffix, key in placement.keys.items() if key in plan.sources})
     return live
 
 
@@ -342,8 +343,8 @@ def _finished(tuner: Tuner, found: Fitted, options: LoadOptions) -> Loaded:
 def report(found: Fitted, layers: Iterable[AdapterLayer], options: LoadOptions, base: Match) -> Loaded:
     """What was done to these layers of the adapter."""
     layers = list(layers)
-    # Followers share the tensors of their leaders: counted there.
-    tensors = [tensor for layer in layers if not layer.leader for _, tensor in layer.named_slots()]
+    # Those that a layer shares are counted where they stand first.
+    tensors = [tensor for layer in layers for suffix, tensor in layer.named_slots() if suffix not in layer.leaders]
     line = LoadReport(
         adapter_name=options.adapter_name,
         placed=len(found.plan.sources),

@@ -15,6 +15,7 @@ from splice.kinds.layer import AdapterLayer
 from splice.kinds.registry import Method, register
 from splice.methods.default_targets import LORA_TARGETS
 from splice.methods.lora.alora import AloraLinear
+from splice.methods.lora.arrow import ArrowLinear, check_beside_router
 from splice.methods.lora.attention import LoraAttention
 from splice.methods.lora.attributes import CONTAINERS, LAYER_VIEWS, reset_lora_parameters
 from splice.methods.lora.bdlora import BdLoraLinear
@@ -36,7 +37,7 @@ from splice.methods.lora.parameters import LoraParameters
 from splice.methods.lora.residual import TakenDoraLinear, TakenLinear
 from splice.methods.lora.stacked import JOINS, as_stacked
 from splice.methods.lora.swapping import RankSwapping
-from splice.methods.lora.unchanged_base import for_unchanged_base
+from splice.methods.lora.unchanged_base import for_unchanged_base, subtract_mutated_init
 from splice.methods.lora.velora import VeloraLinear
 
 __all__ = ["METHOD", "LoraConfig", "LowRank", "LoraRuntimeConfig", "with_rank"]
@@ -61,6 +62,7 @@ _VARIANTS: Mapping[str, Mapping[LayerKind, type[AdapterLayer]]] = MappingProxyTy
         },
         "alora_invocation_tokens": dict.fromkeys(_LINEAR, AloraLinear),
         "use_bdlora": dict.fromkeys(_LINEAR, BdLoraLinear),
+        "arrow_config": dict.fromkeys(_LINEAR, ArrowLinear),
         "kasa_config": {LayerKind.LINEAR: KasaLinear},
         "monteclora_config": dict.fromkeys(_LINEAR, MontecloraLinear),
         "velora_config": dict.fromkeys(_LINEAR, VeloraLinear),
@@ -125,7 +127,13 @@ METHOD = register(
         variant=variant,
         divided_layers=MappingProxyType({LoraLinear: DividedLinear, LoraEmbedding: DividedEmbedding}),
         parameters_layer=LoraParameters,
-        tuner_methods=MappingProxyType({"_get_kasa_loss": kasa_loss, "_get_monteclora_loss": monteclora_loss}),
+        tuner_methods=MappingProxyType(
+            {
+                "_get_kasa_loss": kasa_loss,
+                "_get_monteclora_loss": monteclora_loss,
+                "subtract_mutated_init": subtract_mutated_init,
+            }
+        ),
         containers=CONTAINERS,
         call_arguments=frozenset({"alora_offsets"}),
         layer_views=MappingProxyType({"lora_dropout": dropout_of, **LAYER_VIEWS}),
@@ -139,6 +147,7 @@ METHOD = register(
         for_unchanged_base=for_unchanged_base,
         tags=("lora",),
         check=check,
+        check_beside=check_beside_router,
         loading_notes=lambda config: notes_about(config.init_lora_weights),
         paper="arXiv 2106.09685",
     )
