@@ -1,8 +1,8 @@
 """Context-aware prompt tuning: the embedded tokens of examples in front of the input, each moved by a trained step.
 
-Blau et al., "Context-aware Prompt Tuning: Advancing In-Context Learning with Adversarial Methods", arXiv 2410.17222. A step is
-never longer than the radius that the type of its token has, and the labels of the examples stay as they are. The loss counts
-the answer and the labels of the examples.
+Blau et al., "Context-aware Prompt Tuning: Advancing In-Context Learning with Adversarial Methods", arXiv 2410.17222. No step
+is longer than the radius that the type of its token has, and the labels of the examples stay as they are. The loss counts the
+answer and the labels of the examples.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ class _Context(NamedTuple):
         if types is not None and types.shape != labels.shape:
             raise ValueError(f"`{_MASK}` {tuple(types.shape)} and `labels` {tuple(labels.shape)} must have one shape")
         given = torch.full_like(labels, _TYPES) if types is None else types.to(labels)
-        batch, length = labels.shape
+        batch = len(labels)
         # Rows without an adapter have no examples, and all of their tokens count but the first, which nothing tells.
         whole = cls(
             F.pad(labels, (prompt.count, 0), value=-100),
