@@ -233,7 +233,12 @@ SAMPLES: dict[PeftType, Sample] = {
         not_on={"": frozenset({"t5"})},
     ),
     PeftType.CPT: Sample(
-        config={"cpt_token_ids": [4, 7, 5, 9, 6], "cpt_tokens_type_mask": [1, 2, 2, 3, 4], "cpt_mask": [1] * 5},
+        config={
+            "task_type": "CAUSAL_LM",
+            "cpt_token_ids": [4, 7, 5, 9, 6],
+            "cpt_tokens_type_mask": [1, 2, 2, 3, 4],
+            "cpt_mask": [1] * 5,
+        },
         small={"cpt_token_ids": [3, 8], "cpt_tokens_type_mask": [1, 2], "cpt_mask": [1] * 2},
         options={"decay": {"opt_weighted_loss_type": "decay", "opt_loss_decay_factor": 0.5}},
         task="CAUSAL_LM",
