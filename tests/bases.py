@@ -196,7 +196,9 @@ class ExpertsNet(nn.Module):
 def conv1d_of_transformers(size_in: int, size_out: int) -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
-    return Conv1D(size_out, size_in)
+    layer = Conv1D(size_out, size_in)
+    nn.init.normal_(layer.weight, std=0.3)  # its own are so small that a change in proportion to them cannot be seen
+    return layer
 
 
 def _floats(*shape: int) -> Callable[[int], Inputs]:

@@ -12,7 +12,7 @@ import torch
 from splice.checkpoint.types import PeftType
 from splice.kinds.registry import Method, all_methods
 from tests import bases
-from tests.bases import Base
+from tests.bases import Base, Inputs
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,11 @@ class Sample:
         reference_scales: whether the reference's layers have `set_scale` and its like.
         one_trained: whether only one adapter of a model can be in training.
         trained_in: the dtype of its tensors on a bfloat16 base.
+        reference_tells: whether the reference says so where there is nothing to unmerge.
         reference_adds: whether the reference gets several of its adapters at once right.
         reference_generates: whether the reference's `generate` gives what its forwards do, one after the other.
+        call: arguments that every call of a model with such an adapter needs -> a value for each row.
+        task: the only task that its configs may have; None for any.
         in_any_order: whether several of its adapters at once give the same in any order.
         on_every_base: whether it is tested on every base model, and beside every method, in the place of all of its kind:
             what a base asks of an adapter is hosted by the kind, once. The others are tested on `bases.CORE`.
@@ -50,7 +53,10 @@ class Sample:
     one_trained: bool = False
     reference_generates: bool = True
     trained_in: torch.dtype = torch.float32
+    reference_tells: bool = True
     reference_adds: bool = True
+    call: Mapping[str, Any] = field(default_factory=dict)
+    task: str | None = None
     on_every_base: bool = False
 
 
@@ -92,6 +98,44 @@ SAMPLES: dict[PeftType, Sample] = {
         options={
             "pattern": {"n_frequency_pattern": {"first|q_proj": 8, "first": 7}, "random_loc_seed": 1},
             "bias_of_targets": {"bias": "fourier_only"},
+        },
+    ),
+    PeftType.HIRA: Sample(
+        config={"r": 4},
+        small={"r": 2},
+        options={"gaussian": {"init_weights": "gaussian"}, "uninitialised": {"init_weights": False}},
+        not_on={"": frozenset({"conv2d_groups"})},
+    ),
+    PeftType.DELORA: Sample(
+        config={"r": 4, "delora_lambda": 5},
+        small={"r": 2, "delora_lambda": 3},
+        options={
+            "patterns": {
+                "rank_pattern": {"first|q_proj": 3},
+                "lambda_pattern": {"second|v_proj|value|v|q_proj|layers.1.up": 7},
+            },
+            "bias_of_targets": {"bias": "delora_only"},
+            "uninitialised": {"init_weights": False},
+        },
+    ),
+    PeftType.DEFT: Sample(
+        config={"r": 4, "alpha": 6},
+        small={"r": 2},
+        options={
+            "rotated": {"decomposition_method": "qr"},
+            "removal_alone": {"para": True},
+            "both": {"decomposition_method": "qr", "para": True},
+            "bias_of_targets": {"bias": "deft_only"},
+            "drawn": {"init_weights": False, "init_scale": 3.0},
+        },
+    ),
+    PeftType.PEANUT: Sample(
+        config={"r": 4, "depth": 1, "scaling": 0.5},
+        small={"r": 2, "act_fn": "gelu_new"},
+        options={
+            "plain": {"depth": 0},
+            "deep": {"depth": 2, "act_fn": "tanh"},
+            "uninitialised": {"init_weights": False},
         },
     ),
     PeftType.PREFIX_TUNING: Sample(
@@ -192,8 +236,8 @@ SAMPLES: dict[PeftType, Sample] = {
         reference_scales=True,
     ),
     PeftType.ROAD: Sample(
-        config={"group_size": 4},
-        small={"group_size": 2, "variant": "road_4"},
+        config={"group_size": 2},
+        small={"group_size": 4, "variant": "road_4"},
         options={
             "two": {"variant": "road_2"},
             "four": {"variant": "road_4", "init_weights": False},
@@ -228,6 +272,7 @@ SAMPLES: dict[PeftType, Sample] = {
             "nothing": {"config_A_B": "none", "config_D_E": "vector"},
             "uninitialised": {"init_weights": False},
         },
+        reference_tells=False,
         # Of layers without bias nothing is left of it.
         not_on={"nothing": frozenset({"linear_no_bias", "llama", "t5"})},
         reference_mixes=True,
@@ -244,6 +289,17 @@ SAMPLES: dict[PeftType, Sample] = {
         },
         same_targets=True,
     ),
+    PeftType.WAVEFT: Sample(
+        config={"n_frequency": 12, "scaling": 3.0, "init_weights": False},
+        small={"n_frequency": 5, "random_loc_seed": 3},
+        options={
+            "longer": {"wavelet_family": "db3"},
+            "least_symmetric": {"wavelet_family": "sym4", "n_frequency_pattern": {"first|q_proj": 8}},
+            "no_transform": {"use_idwt": False},
+            "dealt_out": {"proportional_parameters": True, "wavelet_family": "coif1"},
+            "bias_of_targets": {"bias": "waveft_only"},
+        },
+    ),
     PeftType.ADALORA: Sample(
         config={"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10},
         one_trained=True,
@@ -258,6 +314,24 @@ SAMPLES: dict[PeftType, Sample] = {
     ),
     PeftType.PROMPT_TUNING: Sample(
         config={"num_virtual_tokens": 4}, small={"num_virtual_tokens": 2}, on_every_base=True
+    ),
+    PeftType.MULTITASK_PROMPT_TUNING: Sample(
+        config={"num_virtual_tokens": 4, "num_tasks": 3, "num_ranks": 2},
+        small={"num_virtual_tokens": 2, "num_tasks": 3},
+        call={"task_ids": (2, 0, 1)},
+        # It cannot be called with `decoder_input_ids`.
+        not_on={"": frozenset({"t5"})},
+    ),
+    PeftType.CPT: Sample(
+        config={
+            "task_type": "CAUSAL_LM",
+            "cpt_token_ids": [4, 7, 5, 9, 6],
+            "cpt_tokens_type_mask": [1, 2, 2, 3, 4],
+            "cpt_mask": [1] * 5,
+        },
+        small={"cpt_token_ids": [3, 8], "cpt_tokens_type_mask": [1, 2], "cpt_mask": [1] * 2},
+        options={"decay": {"opt_weighted_loss_type": "decay", "opt_loss_decay_factor": 0.5}},
+        task="CAUSAL_LM",
     ),
     PeftType.P_TUNING: Sample(
         config={"num_virtual_tokens": 4, "encoder_hidden_size": 6},
@@ -326,6 +400,18 @@ def supports(method: Method, base: Base) -> bool:
     return able and base.name not in SAMPLES[method.name].not_on.get("", ())
 
 
+def _called(base: Base, call: Mapping[str, Any]) -> Base:
+    """`base` with these arguments in every call."""
+    if not call:
+        return base
+
+    def inputs(rows: int) -> Inputs:
+        values = {name: torch.tensor(value)[torch.arange(rows) % len(value)] for name, value in call.items()}
+        return {**base.inputs(rows), **values}
+
+    return dataclasses.replace(base, inputs=inputs)
+
+
 # The networks that methods are tested on which act on the call of a network, but for those that stand for all.
 _CORE_NETWORKS = ("llama", "t5")
 
@@ -337,10 +423,10 @@ def network_cases(*chosen: Base, options: bool = False) -> list[Case]:
     """
     methods = [m for m in all_methods().values() if m.network_layer is not None]
     return [
-        Case(m, b, option)
+        Case(m, _called(b, SAMPLES[m.name].call), option)
         for m in methods
         for b in chosen
-        if b.name in _CORE_NETWORKS or SAMPLES[m.name].on_every_base
+        if (b.name in _CORE_NETWORKS or SAMPLES[m.name].on_every_base) and SAMPLES[m.name].task in (None, b.task)
         for option in ("", *(SAMPLES[m.name].options if options else ()))
     ]
 

@@ -76,6 +76,8 @@ class Method(NamedTuple):
         parameters_layer: the adapter layer for bare parameters of a module; None where it cannot be put on them.
         network_layer: the adapter layer for the network as a whole, of methods that act on its call: prompt learning.
         shared: what holds the tensors that all layers of an adapter use; None where each layer has its own only.
+        groups: which tensors its layers share with one before them, given the targets in their order: path -> suffix -> path
+            of the layer that has it; None where no layer shares with another.
         tuner_methods: what training with it needs, by name: called with the adapters first, found on the model.
         tuner_views: what is read on a model with it, by name: worked out from the adapters.
         containers: tensors for which every layer with such an adapter has a place, also an empty one, by the first components
@@ -120,6 +122,7 @@ class Method(NamedTuple):
     parameters_layer: type[AdapterLayer] | None = None
     network_layer: type[NetworkLayer] | None = None
     shared: type[SharedTensors] | None = None
+    groups: Callable[[Sequence[tuple[str, nn.Module]], Config], Mapping[str, Mapping[str, str]]] | None = None
     tuner_methods: Mapping[str, Callable[..., object]] = MappingProxyType({})
     tuner_views: Mapping[str, Callable[[Adapters], object]] = MappingProxyType({})
     containers: tuple[str, ...] = ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import cast
 
 import torch
 from torch import nn
@@ -15,6 +16,8 @@ from splice.checkpoint.header import Entry
 from splice.checkpoint.parts import read_for
 from splice.checkpoint.tensors import Weights
 from splice.config import PeftConfig
+from splice.kinds.layer import AdapterLayer
+from splice.kinds.layout import LaidOut
 from splice.kinds.module_copy import WholeModule
 from splice.kinds.names import BIAS
 from splice.kinds.trained_bias import copy_bias
@@ -40,6 +43,8 @@ def build_loaded(
     """
     room = room or {}
     built: list[Built] = []
+    leading = _leading(plan)
+    led: dict[str, AdapterLayer] = {}
     for batch in _batches(plan.placements, weights.entries, plan.sources):
         where = {
             (p.path, suffix): plan.sources[key]
@@ -53,7 +58,12 @@ def build_loaded(
         read = dict(zip(names, weights.read(names, into)))
         for placement in (p for p in batch if p.layer_class.divides):
             read.update(_read_divided(placement, plan.sources, weights))
-        built += [_build_loaded(p, plan.sources, read, config, autocast, room) for p in batch]
+        for placement in batch:
+            tensors = tensors_for(placement, led) if placement.leaders else {}
+            item = _build_loaded(placement, plan.sources, read, config, autocast, room, tensors)
+            built.append(item)
+            if placement.path in leading:
+                led[placement.path] = item.layer
     return built + _followers(plan, built, config)
 
 
@@ -90,9 +100,10 @@ def _build_loaded(
     config: PeftConfig,
     autocast: bool,
     room: Mapping[Where, torch.Tensor],
+    tensors: dict[str, torch.Tensor],
 ) -> Built:
+    """Build one layer; `tensors` are those that it shares with layers before it."""
     device = device_of(placement.base)
-    tensors: dict[str, torch.Tensor] = {}
     for suffix, key in placement.keys.items():
         name = sources.get(key)
         if name is not None:
@@ -115,7 +126,16 @@ def _moved(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> to
 
 def build_new(plan: Plan, config: PeftConfig, autocast: bool, on_meta: bool = False) -> list[Built]:
     """Adapter layers with the initial values of the method, or (`on_meta`) without values."""
-    built = [_build(p, config, new_tensors(p, config, autocast)) for p in plan.placements]
+    built: list[Built] = []
+    leading = _leading(plan)
+    led: dict[str, AdapterLayer] = {}
+    for placement in plan.placements:
+        # What it shares it draws as well, like the reference: one seed, one adapter.
+        tensors = new_tensors(placement, config, autocast)
+        tensors.update(tensors_for(placement, led) if placement.leaders else {})
+        built.append(_build(placement, config, tensors))
+        if placement.path in leading:
+            led[placement.path] = built[-1].layer
     for item in built:
         with _whole(item.placement.base):
             item.layer.begin()
@@ -124,10 +144,15 @@ def build_new(plan: Plan, config: PeftConfig, autocast: bool, on_meta: bool = Fa
     return built + _followers(plan, built, config)
 
 
+def _leading(plan: Plan) -> set[str]:
+    """The paths of layers whose tensors others share, of those that the plan builds one after the other."""
+    return {leader.path for p in plan.placements if p.leaders for leader in p.leaders.values()}
+
+
 def _followers(plan: Plan, built: Sequence[Built], config: PeftConfig) -> list[Built]:
     """The layers that share the tensors of others."""
     layers = {item.placement.path: item.layer for item in built}
-    return [_build(p, config, tensors_for(p.layer_class, layers[p.leader])) for p in plan.followers]
+    return [_build(p, config, tensors_for(p, layers)) for p in plan.followers]
 
 
 def _whole(base: nn.Module) -> AbstractContextManager[None]:
@@ -142,14 +167,14 @@ def new_tensors(placement: Placement, config: PeftConfig, autocast: bool) -> dic
     """Tensors for one layer of a new adapter: drawn in float32, then brought to their dtype and device."""
     whole = issubclass(placement.layer_class, WholeModule)
     drawn = {
-        suffix: torch.empty(slot.shape, dtype=placement.dtype(suffix, autocast) if whole else torch.float32)
+        suffix: torch.empty(slot.shape, dtype=placement.dtype(suffix, autocast) if whole else slot.drawn_in)
         for suffix, slot in placement.slots.items()
     }
     if placement.layer_class.starts_from_weight or placement.layer_class.reads_weight:
         check_readable(placement.base, placement.path, "the adapter")
     own = {suffix: tensor for suffix, tensor in drawn.items() if suffix != BIAS}
     with _whole(placement.base):
-        placement.layer_class.initialise(own, placement.base, placement.own_config or config)
+        placement.initialise(own, config)
         if BIAS in drawn:
             drawn[BIAS] = _own_bias(placement)
     device, found = device_of(placement.base), {}
@@ -173,6 +198,8 @@ def _build(placement: Placement, config: PeftConfig, tensors: Mapping[str, torch
     layer = placement.layer_class(placement.base, config, placement.path, placement.slots, tensors)
     if placement.own_config is not None:
         layer.own_config = placement.own_config
-    if placement.leader:
-        layer.leader = placement.leader
+    if placement.leaders:
+        layer.leaders = placement.leaders
+    if placement.layout is not None:
+        cast(LaidOut, layer).prepare_in(placement.layout, placement.path)
     return Built(placement, layer)

@@ -18,6 +18,7 @@ from splice.loading.contributors.biases import biases
 from splice.loading.contributors.defaults import defaults
 from splice.loading.contributors.draft import Contributor, Draft
 from splice.loading.contributors.followers import followers
+from splice.loading.contributors.groups import groups
 from splice.loading.contributors.network_layer import network_layer
 from splice.loading.contributors.parameters import parameters
 from splice.loading.contributors.shared_tensors import shared_tensors
@@ -37,6 +38,7 @@ _LAYERS: tuple[Contributor, ...] = (
     ties,
     targets,
     shared_tensors,
+    groups,
     parameters,
     whole_modules,
     token_rows,

@@ -343,8 +343,8 @@ def _finished(tuner: Tuner, found: Fitted, options: LoadOptions) -> Loaded:
 def report(found: Fitted, layers: Iterable[AdapterLayer], options: LoadOptions, base: Match) -> Loaded:
     """What was done to these layers of the adapter."""
     layers = list(layers)
-    # Followers share the tensors of their leaders: counted there.
-    tensors = [tensor for layer in layers if not layer.leader for _, tensor in layer.named_slots()]
+    # Those that a layer shares are counted where they stand first.
+    tensors = [tensor for layer in layers for suffix, tensor in layer.named_slots() if suffix not in layer.leaders]
     line = LoadReport(
         adapter_name=options.adapter_name,
         placed=len(found.plan.sources),

@@ -18,6 +18,7 @@ from splice.config import PeftConfig
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.names import BIAS
 from splice.kinds.reading import Checkpoint
+from splice.kinds.slot import Slot
 from splice.kinds.trained_bias import BiasOnly
 from splice.loading.config_fields import field_names
 from splice.surgery.placement import Placement
@@ -25,7 +26,7 @@ from splice.surgery.tuner import Tuner
 
 
 class Repeated(NamedTuple):
-    """What another tensor of the checkpoint says once more: layers that are tied share their tensors."""
+    """What another tensor of the checkpoint says once more: some layers share their tensors."""
 
     # The key of the tensor that is repeated.
     key: str
@@ -98,7 +99,7 @@ def fit(plan: Plan, checkpoint: Checkpoint) -> Plan:
     for placement in plan.placements:
         keys = placement.keys
         known.update(keys.values())
-        for suffix, slot in placement.slots.items():
+        for suffix, slot in (_unshared(placement) if placement.leaders else placement.slots).items():
             if not slot.stored:  # made again from the config, and not read even if it is there
                 continue
             key = keys[suffix]
@@ -114,6 +115,17 @@ def fit(plan: Plan, checkpoint: Checkpoint) -> Plan:
     mismatched += [*_misshapen_base_copies(plan, entries), *_misshapen_repeats(plan, entries, sources)]
     unexpected = tuple(name for name in entries if name not in known)
     return plan._replace(sources=sources, missing=tuple(missing), unexpected=unexpected, mismatched=tuple(mismatched))
+
+
+def _unshared(placement: Placement) -> dict[str, Slot]:
+    """The slots of a layer but for those whose tensors are another layer's."""
+    return {suffix: slot for suffix, slot in placement.slots.items() if suffix not in placement.leaders}
+
+
+def repeats(placement: Placement, leading: Mapping[str, Placement]) -> dict[str, Repeated]:
+    """The keys under which a checkpoint may hold again what a layer shares; `leading` are the layers before it, by path."""
+    leaders = placement.leaders.items()
+    return {placement.key(s): Repeated(leading[path].key(of), transposed) for s, (path, of, transposed) in leaders}
 
 
 def with_biases_of_base(plan: Plan) -> Plan:

@@ -24,6 +24,7 @@ from splice.checkpoint.writing import write_checkpoint
 from splice.config import PeftConfig, copy_config
 from splice.errors import PeftWarning, counted, warn
 from splice.kinds.registry import method_of
+from splice.kinds.shared import SHARED_PATH, SharedTensors
 from splice.kinds.token_rows import TokenRows
 from splice.loading.fingerprint import fingerprint_of
 from splice.loading.tying import EMBEDDING_NAMES
@@ -194,6 +195,13 @@ def tensors_to_save(
             if layer.divides:  # savers of other libraries know nothing of parts
                 value = whole(value)
             result[key] = value.detach().clone() if stack is not None and stack.owns(value) else value
+        for shared in layer.shared:
+            for suffix, _ in (
+                shared.named_slots() if isinstance(shared, SharedTensors) and shared.written_on_layers else ()
+            ):
+                once = shared.names.key(SHARED_PATH, suffix)  # before the layers, since it stands before them
+                if once in result:
+                    result[layer.names.key(path, suffix)] = result[once]
     if save_embedding_layers == "auto":
         embeddings = _targeted_embeddings(tuner, adapter_name)
         if not embeddings and _is_resized(tuner, adapter_name):

@@ -217,7 +217,7 @@ class BOFTLayer(BOFT, InputTransform, OutputTransform):
         return self.rotated(x)  # in the dtype of `x`, as the reference does
 
     def transform_output(self, y: torch.Tensor) -> torch.Tensor:
-        scale, bias = self.boft_s.flatten(), tensor_in_use(self.base, "bias") if self.has_bias else None
+        scale, bias = self.boft_s.flatten(), tensor_in_use(self.base, "bias", self) if self.has_bias else None
         scaled = y * scale if bias is None else torch.addcmul(bias.to(scale.dtype), y - bias, scale)
         return scaled.to(y.dtype)
 
@@ -225,7 +225,7 @@ class BOFTLayer(BOFT, InputTransform, OutputTransform):
         return self.for_weight(weight) - weight
 
     def deltas(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        bias = scaled_bias(self.base, tensors, self.boft_s.flatten()) if self.has_bias else None
+        bias = scaled_bias(self, tensors, self.boft_s.flatten()) if self.has_bias else None
         found = super().deltas(tensors)
         return found if bias is None else {**found, "bias": bias}
 

@@ -9,7 +9,6 @@ base's own, so several adapters add up.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar
@@ -21,11 +20,11 @@ from torch.nn import functional as F
 from splice.base.dense import dtype_of
 from splice.base.layers import LayerKind, features
 from splice.checkpoint.types import PeftType
-from splice.kinds.additive import Additive
 from splice.kinds.casting import check_values
 from splice.kinds.original import original_weight, tensor_in_use
 from splice.kinds.registry import Method, register
 from splice.kinds.slot import Role, Slot
+from splice.kinds.weight_delta import WeightUpdate
 from splice.methods.default_targets import LORA_TARGETS
 from splice.methods.targeted import Targeted, check_positive
 
@@ -79,10 +78,9 @@ def _check(config: GloraConfig) -> None:
     check_positive(r=config.r)
 
 
-class GloraLayer(Additive):
+class GloraLayer(WeightUpdate):
     """GLoRA on a linear layer; a path that is nothing has a tensor of zeros, which checkpoints of the reference hold."""
 
-    reads_weight = True
     numbers = MappingProxyType({"r": "r"})
 
     @classmethod
@@ -122,6 +120,7 @@ class GloraLayer(Additive):
                 nn.init.kaiming_uniform_(tensor if tensor.dim() > 1 else tensor.unsqueeze(0), a=math.sqrt(5))
 
     def prepare(self, base: nn.Module, config: GloraConfig, path: str) -> None:
+        super().prepare(base, config, path)
         self.r = config.r
         self.has_bias = base._parameters.get("bias") is not None
 
@@ -133,42 +132,35 @@ class GloraLayer(Additive):
             return value.to(like.dtype)
         return None if up is None else self.tensor(f"{front}.Xd").to(like.dtype) @ up.to(like.dtype)
 
-    def update(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What is added to the base's own weight (out, in), and to its bias (out), if it has one."""
+    def update_of(self, weight: torch.Tensor) -> torch.Tensor:
         scale, shift = self.path("A", weight), self.path("B", weight)
-        more = torch.zeros_like(weight) if scale is None else weight * scale
-        more = more if shift is None else more + shift
+        found = torch.zeros_like(weight) if scale is None else weight * scale
+        return found if shift is None else found + shift
+
+    def update_of_bias(self) -> torch.Tensor | None:
+        """What is added to the base's bias, (out); None where it has none."""
+        bias = tensor_in_use(self.base, "bias", self) if self.has_bias else None
         if bias is None:
-            return more, None
-        found = torch.zeros_like(bias)
+            return None
+        weight, found = original_weight(self.base), torch.zeros_like(bias)
         through, scale, shift = self.path("C", weight), self.path("D", weight), self.path("E", weight)
         if scale is not None:
             found = found + bias * scale
         if shift is not None:
             found = found + shift
-        return more, found if through is None else found + (weight @ through)[:, 0]
-
-    def _update_now(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        own = self.trained_bias
-        bias = own if own is not None or not self.has_bias else tensor_in_use(self.base, "bias")
-        return self.update(original_weight(self.base), bias)
-
-    def cast_input(self, x: torch.Tensor) -> torch.Tensor:
-        for item in self.registered.values():
-            check_values(item.registry[item.name], x)
-            break
-        return x
+        return found if through is None else found + (weight @ through)[:, 0]
 
     def delta(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, *self._update_now())
+        update = self.update()
+        check_values(update, x)
+        return F.linear(x, update, self.update_of_bias())
 
     @property
     def changed_names(self) -> tuple[str, ...]:
         return ("weight", "bias") if self.has_bias else ("weight",)
 
-    def deltas(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        weight, bias = self._update_now()
-        return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    def delta_bias(self) -> torch.Tensor | None:
+        return self.update_of_bias()
 
 
 METHOD = register(

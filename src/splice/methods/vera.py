@@ -82,7 +82,6 @@ class VeraProjections(SharedTensors):
     """A and B, as large as the largest of the targets."""
 
     vera_A, vera_B = Held("vera_A"), Held("vera_B")
-    repeated_on_layers = True
 
     @classmethod
     def shared_slots(cls, targets: Sequence[tuple[str, nn.Module]], config: VeraConfig) -> dict[str, Slot]:

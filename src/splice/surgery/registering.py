@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -49,25 +49,32 @@ def register(adapter: AdapterLayer, name: str, home: Home, owner: Owner | None =
     adapter.loose.clear()
 
 
-def tie(leader: AdapterLayer, follower: AdapterLayer, name: str) -> None:
-    """Have whoever exchanges a parameter that two registered adapter layers called `name` share exchange it in both."""
-    of = follower.transposes if type(follower) is not type(leader) else {}
-    for suffix, there in follower.registered.items():
-        here = leader.registered.get(of.get(suffix, suffix))
-        if here is not None and there.slot.role is not Role.BUFFER:
-            _exchange_together(leader, here, there, name, suffix in of)
-            _exchange_together(follower, there, here, name, suffix in of)
+def tie(layers: Mapping[str, AdapterLayer], follower: AdapterLayer, name: str) -> None:
+    """Have whoever exchanges a parameter that registered adapter layers called `name` share exchange it in all of them."""
+    for suffix, (path, of, transposed) in follower.leaders.items():
+        leader, there = layers[path], follower.registered[suffix]
+        here = leader.registered[of]
+        if there.slot.role is Role.BUFFER:
+            continue
+        first, also = _module_with(leader, here, name), _module_with(follower, there, name)
+        if first is None or also is None:
+            continue
+        places = first.ties.get(here.name) or [Tie(here.registry, here.name, False)]
+        places.append(Tie(there.registry, there.name, transposed))
+        for module, key in ((first, here.name), (also, there.name)):
+            module.__dict__["ties"] = {**module.ties, key: places}
 
 
-def _exchange_together(adapter: AdapterLayer, own: Registered, other: Registered, name: str, transposed: bool) -> None:
+def _module_with(adapter: AdapterLayer, own: Registered, name: str) -> Container | Holder | None:
+    """The module in the tree that holds a parameter of `adapter`, which is called `name`."""
     home = adapter.home
     for path in _containers(adapter) if home is not None else ():
         container = None if home is None else _module_at(home, path.split("."))
         entry = None if container is None else container._modules.get(name, container)
         for module in () if entry is None else entry.modules():
             if isinstance(module, (Container, Holder)) and module._parameters is own.registry:
-                ties = [*module.ties.get(own.name, ()), Tie(other.registry, other.name, transposed)]
-                module.__dict__["ties"] = {**module.ties, own.name: ties}
+                return module
+    return None
 
 
 def unregister(adapter: AdapterLayer, name: str) -> None:

@@ -181,7 +181,7 @@ def _why_not(layer: AdapterLayer) -> str:
         return "does more than to add something that the input alone decides"
     if not layer.mergeable or not layer.linear_layout or not layer.merges_exactly:
         return "changes no weight"
-    if layer.leader or layer.own_config is not None:
+    if layer.leaders or layer.own_config is not None:
         return "shares its tensors with another layer"
     if layer.delta_bias() is not None:
         return "adds to the bias as well"
