@@ -233,7 +233,6 @@ SAMPLES: dict[PeftType, Sample] = {
             "one_block": {"gralora_k": 1, "bias": "gralora_only"},
             "uninitialised": {"init_weights": False, "hybrid_r": 2},
         },
-        reference_scales=True,
     ),
     PeftType.ROAD: Sample(
         config={"group_size": 2},
