@@ -48,9 +48,9 @@ class WeightTransform(WeightDelta):
         if host is None:
             return weight
         choice = host.selection.current()
-        active = () if choice.rows is not None else in_order(host.layers, choice.names)
+        active = [] if choice.rows is not None else in_order(host.layers, choice.names)
         bias = host.base._parameters.get("bias")
-        for name in (*host.merged, *active):
+        for name in dict.fromkeys([*host.merged, *active]):
             adapter = host.layers[name]
             if adapter is self:
                 break

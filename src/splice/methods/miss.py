@@ -176,8 +176,12 @@ class MissBat(WeightTransform):
         return (cut @ own + own).transpose(1, 2).reshape(wide.shape)
 
 
+# By what `init_weights` says.
+_VARIANTS: Mapping[object, type[AdapterLayer]] = MappingProxyType({"bat": MissBat})
+
+
 def _variant(config: MissConfig, kind: LayerKind, base: nn.Module | None) -> type[AdapterLayer] | None:
-    return MissBat if config.init_weights == "bat" else None
+    return _VARIANTS.get(config.init_weights)
 
 
 def as_miss(
