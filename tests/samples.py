@@ -34,6 +34,9 @@ class Sample:
         call: arguments that every call of a model with such an adapter needs -> a value for each row.
         task: the only task that its configs may have; None for any.
         in_any_order: whether several of its adapters at once give the same in any order.
+        merges: whether its adapters can be merged into weights; neither library merges those of the others.
+        row_by_row: whether an adapter gives the same for a row, whatever other rows of it are in the batch.
+        reference_shares: whether the reference lets layers of all adapters share tensors, not of the first one alone.
         on_every_base: whether it is tested on every base model, and beside every method, in the place of all of its kind:
             what a base asks of an adapter is hosted by the kind, once. The others are tested on `bases.CORE`.
     """
@@ -51,6 +54,9 @@ class Sample:
     trained_in: torch.dtype = torch.float32
     call: Mapping[str, Any] = field(default_factory=dict)
     task: str | None = None
+    merges: bool = True
+    row_by_row: bool = True
+    reference_shares: bool = True
     on_every_base: bool = False
 
 
@@ -220,6 +226,17 @@ SAMPLES: dict[PeftType, Sample] = {
         },
         # There every layer names the vectors of all adapters, also of those that are not on it.
         same_targets=True,
+    ),
+    PeftType.LILY: Sample(
+        config={"r": 3, "num_B": 3},
+        small={"r": 2, "scaling": 0.5},
+        options={
+            "strides": {"stride_A": 2},
+            "uninitialised": {"init_weights": False, "scaling": 1.5},
+        },
+        merges=False,
+        row_by_row=False,
+        reference_shares=False,
     ),
     PeftType.ADALORA: Sample(
         config={"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10},
