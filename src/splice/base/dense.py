@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from splice.base.bare import bare_children
-from splice.base.foreign_models import execution_device
 from splice.base.layers import LayerKind, kind_of
+from splice.base.offload import execution_device
 from splice.base.sharding import divided_like
 
 
