@@ -48,9 +48,14 @@ class Way:
     step: float
     tolerance: float = 2e-5
 
-    def base(self, base: Base = WIDE, but: tuple[str, ...] = ("head", "lm_head", "score")) -> Any:
+    def base(
+        self,
+        base: Base = WIDE,
+        but: tuple[str, ...] = ("head", "lm_head", "score"),
+        dtype: torch.dtype = torch.float32,
+    ) -> Any:
         """`base` with all linear layers quantised but those of these names."""
-        network = base.build()
+        network = base.build(dtype)
         for parent, name, layer in _linear(network, but):
             setattr(parent, name, self.quantised(layer))
         return network.eval()

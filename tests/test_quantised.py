@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
 
 import splice
 from splice.base.weight_access import dense_weight
+from splice.loading import other_base
+from tests import bases
 from tests.bases import run
 from tests.comparing import Snapshot, differ, same_bytes
 from tests.quantised import BACKENDS, WAYS, WIDE, Way
-from tests.samples import Case, option_cases, plain_cases
+from tests.samples import Case, network_cases, option_cases, plain_cases
 
 ways = pytest.mark.parametrize("way", WAYS, ids=str)
 backends = pytest.mark.parametrize("way", BACKENDS, ids=str)
@@ -126,8 +130,8 @@ def test_it_is_merged_into_a_dense_model(way: Way, case: Case, shared_checkpoint
     torch.testing.assert_close(run(network, INPUTS), run(expected, INPUTS), rtol=1e-4, atol=1e-5)
 
 
-def test_a_merge_says_what_it_has_rounded() -> None:
-    way = BACKENDS[0]
+@backends
+def test_a_merge_says_what_it_has_rounded(way: Way) -> None:
     model = splice.get_peft_model(way.base(), splice.LoraConfig(target_modules=["first"], init_lora_weights=False))
     with pytest.warns(
         splice.PeftWarning, match=rf"default: merged into 1 layer, 1 of them stored as {way.backend}"
@@ -135,3 +139,86 @@ def test_a_merge_says_what_it_has_rounded() -> None:
         model.merge_adapter()
     assert "dequantize=True" in str(said[0].message)
     assert "first" in str(model.base_model.merge_report)
+
+
+@pytest.mark.parametrize("case", network_cases(bases.LLAMA), ids=str)
+@backends
+def test_methods_on_the_call_of_the_network(way: Way, case: Case, shared_checkpoint: Any) -> None:
+    folder, inputs = shared_checkpoint(case.base, case.config()), case.base.inputs(2)
+    ours, dense = (
+        splice.PeftModel.from_pretrained(network, folder)
+        for network in (way.base(case.base), way.dense_base(case.base))
+    )
+    assert_near(run(ours, inputs), run(dense, inputs), way)
+    assert differ(run(ours, inputs), run(way.base(case.base), inputs))
+
+
+@ways
+def test_the_status_names_the_backend(way: Way) -> None:
+    model = splice.get_peft_model(way.base(), splice.LoraConfig(target_modules=["first", "head"]))
+    assert [layer.quantization_backend for layer in model.get_layer_status()] == [way.backend, None]
+    assert model.get_model_status().quantization_backend == way.backend
+
+
+@ways
+def test_the_values_are_counted_and_not_the_codes(way: Way) -> None:
+    config = {"peft_type": "LORA", "target_modules": ["first"]}
+    counts = [
+        library.get_peft_model(way.base(), library.get_peft_config(config)).get_nb_trainable_parameters()
+        for library in (splice, peft)
+    ]
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@ways
+def test_adapters_are_of_the_dtype_that_the_reference_gives_them(way: Way, dtype: torch.dtype, autocast: bool) -> None:
+    """In the dtype that the layer computes in, or float32."""
+    dtypes = []
+    for library in (splice, peft):
+        network = way.base(WIDE, dtype=dtype)
+        config = library.get_peft_config({"peft_type": "LORA", "target_modules": ["first"]})
+        model = library.get_peft_model(network, config, autocast_adapter_dtype=autocast)
+        dtypes.append(model.base_model.model.first.lora_A["default"].weight.dtype)
+        found = model.base_model.model.first(torch.randn(2, 64, dtype=dtype))
+        assert found.dtype is dtype
+    assert dtypes[0] is dtypes[1]
+
+
+@ways
+def test_another_form_of_the_base_is_told_once(way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which it was trained on and which it is given, where all else is the same; `base_gap` tells what comes of it."""
+    monkeypatch.setattr(other_base, "_said", set())
+    config = splice.LoraConfig(target_modules=["first", "second"], init_lora_weights=False)
+    trained = splice.get_peft_model(way.base(), config)
+    trained.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", splice.PeftWarning)
+        splice.PeftModel.from_pretrained(way.base(), tmp_path)
+    with pytest.warns(splice.PeftWarning) as said:
+        model = splice.PeftModel.from_pretrained(WIDE.build(), tmp_path)
+    (text,) = [str(each.message) for each in said]
+    assert f"trained on a base that is stored as {way.backend} (" in text
+    assert "and this one is not quantised" in text
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", splice.PeftWarning)
+        splice.PeftModel.from_pretrained(WIDE.build(), tmp_path)
+    other = way.base()
+    run(other, INPUTS)  # some put their codes in another order at the first call
+    before = Snapshot.of(other)
+    gap = splice.base_gap(model, INPUTS, other)
+    before.assert_same(other)
+    expected = run(trained.eval(), INPUTS)
+    difference = run(model, INPUTS) - expected
+    assert gap.largest == pytest.approx(difference.abs().max().item(), abs=way.tolerance)
+    assert gap.relative == pytest.approx((difference.norm() / expected.norm()).item(), abs=way.tolerance)
+    assert f"{gap.relative:.1%}" in str(gap)
+    assert splice.base_gap(model, INPUTS, WIDE.build()) == (0.0, 0.0, 1.0)
+
+
+def test_a_gap_is_of_outputs_with_an_adapter() -> None:
+    model = splice.get_peft_model(WIDE.build(), splice.LoraConfig(target_modules=["first"]))
+    model.base_model.set_adapter([])
+    with pytest.raises(ValueError, match="no active adapter"):
+        splice.base_gap(model, INPUTS, WIDE.build())
