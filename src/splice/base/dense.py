@@ -26,7 +26,13 @@ def device_of(layer: nn.Module) -> torch.device:
     # The weight before all others: it is what the layer computes with.
     weight = layer._parameters.get("weight")
     tensor = weight if weight is not None else next(_own_tensors(layer), None)
-    return torch.device("cpu") if tensor is None else tensor.device
+    if tensor is None:
+        return torch.device("cpu")
+    if not tensor.is_meta:
+        return tensor.device
+    # A network whose parts are offloaded has no hook of its own that says where: the first of its parts does.
+    below = (execution_device(module) for module in layer.modules())
+    return next((device for device in below if device is not None), tensor.device)
 
 
 def dtype_of(layer: nn.Module) -> torch.dtype:

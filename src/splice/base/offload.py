@@ -43,21 +43,23 @@ class OffloadingHook(Protocol):
 def execution_device(layer: nn.Module) -> torch.device | None:
     """Where accelerate's hook on `layer` computes; None without a hook, or where the hook does not say."""
     # The weights cannot tell: between calls an offloaded layer has them on `meta`.
-    hook = layer.__dict__.get("_hf_hook")
-    # Other hooks, and several in a sequence, have no device. By name: accelerate may not be installed.
-    if hook is None or all(cls.__name__ != "AlignDevicesHook" for cls in type(hook).__mro__):
-        return None
-    return None if hook.execution_device is None else torch.device(hook.execution_device)
+    for hook in _hooks(layer):
+        # Other hooks have no device. By name: accelerate may not be installed.
+        if any(cls.__name__ == "AlignDevicesHook" for cls in type(hook).__mro__) and hook.execution_device is not None:
+            return torch.device(hook.execution_device)
+    return None
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    hook: Any = module.__dict__.get("_hf_hook")
+    if hook is None:
+        return []
+    return list(hook.hooks) if type(hook).__name__ == "SequentialHook" else [hook]
 
 
 def offloading_hooks(module: nn.Module) -> list[OffloadingHook]:
     """The hooks by which accelerate offloads the weights of `module`; none where it does not."""
-    hook = module.__dict__.get("_hf_hook")
-    if hook is None:
-        return []
-    # By name: accelerate may not be installed.
-    hooks = hook.hooks if type(hook).__name__ == "SequentialHook" else [hook]
-    return [each for each in hooks if type(each).__name__ == "AlignDevicesHook" and each.offload]
+    return [hook for hook in _hooks(module) if type(hook).__name__ == "AlignDevicesHook" and hook.offload]
 
 
 def is_offloaded(module: nn.Module) -> bool:
