@@ -195,6 +195,17 @@ SAMPLES: dict[PeftType, Sample] = {
         },
         same_targets=True,
     ),
+    PeftType.WAVEFT: Sample(
+        config={"n_frequency": 12, "scaling": 3.0, "init_weights": False},
+        small={"n_frequency": 5, "random_loc_seed": 3},
+        options={
+            "longer": {"wavelet_family": "db3"},
+            "least_symmetric": {"wavelet_family": "sym4", "n_frequency_pattern": {"first|q_proj": 8}},
+            "no_transform": {"use_idwt": False},
+            "dealt_out": {"proportional_parameters": True, "wavelet_family": "coif1"},
+            "bias_of_targets": {"bias": "waveft_only"},
+        },
+    ),
     PeftType.ADALORA: Sample(
         config={"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10},
         one_trained=True,

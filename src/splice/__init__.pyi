@@ -67,6 +67,7 @@ from splice.methods.prompts.prompt_tuning import PromptTuningConfig as PromptTun
 from splice.methods.prompts.prompt_tuning import PromptTuningInit as PromptTuningInit
 from splice.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from splice.methods.vera import VeraConfig as VeraConfig
+from splice.methods.waveft.record import WaveFTConfig as WaveFTConfig
 from splice.mixed import PeftMixedModel as PeftMixedModel
 from splice.model import PeftModel as PeftModel
 from splice.status import get_layer_status as get_layer_status

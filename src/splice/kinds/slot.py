@@ -28,6 +28,11 @@ class Slot(NamedTuple):
     # In memory. None for that of the adapter: the base's, or float32 where the base is in half precision.
     dtype: torch.dtype | None = None
 
+    @property
+    def drawn_in(self) -> torch.dtype:
+        """The dtype that a new adapter's values are drawn in: float32, or that of the slot where it holds no floats."""
+        return torch.float32 if self.dtype is None or self.dtype.is_floating_point else self.dtype
+
 
 class Leader(NamedTuple):
     """Whose tensor stands in a slot, where it is that of another layer of the same adapter: the two share it."""

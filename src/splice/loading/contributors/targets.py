@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from splice.errors import UnsupportedLayerError
+from splice.kinds.layout import LaidOut, Layout
 from splice.loading.contributors.draft import Draft
 from splice.loading.targets import select
 
@@ -19,6 +20,8 @@ def targets(draft: Draft) -> None:
     selected = select(draft.rule, draft.modules)
     for path in draft.tied.left_out:
         selected.pop(path, None)
+    if any(issubclass(layer_class, LaidOut) for layer_class in draft.method.layers.values()):
+        draft.layout = Layout(selected)
     for path, base in selected.items():
         layer_class = draft.method.layer_for(base, path, draft.config)
         draft.place(path, base, layer_class)
