@@ -12,7 +12,7 @@ from splice.base.bare import original_class
 from splice.base.foreign_models import dtype_said, full_numel
 from splice.checkpoint.types import PeftType
 from splice.config import PeftConfig
-from splice.kinds.registry import all_methods, method_of
+from splice.kinds.registry import all_methods
 from splice.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from splice.surgery.base_changes import let_inputs_require_grad
 from splice.surgery.tuner import Tuner
@@ -73,7 +73,7 @@ class ModelViews(nn.Module):
     @property
     def _is_prompt_learning(self) -> bool:
         configs = self.base_model.peft_config.values()
-        return any(method_of(config).network_layer is not None for config in configs)
+        return any(config.is_prompt_learning for config in configs)
 
     @property
     def base_model_prepare_inputs_for_generation(self) -> Callable[..., object]:
