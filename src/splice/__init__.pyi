@@ -20,6 +20,8 @@ from splice.errors import PeftError as PeftError
 from splice.errors import PeftWarning as PeftWarning
 from splice.errors import UnknownMethodError as UnknownMethodError
 from splice.errors import UnsupportedFeatureError as UnsupportedFeatureError
+from splice.gap import BaseGap as BaseGap
+from splice.gap import base_gap as base_gap
 from splice.injecting import inject_adapter_in_model as inject_adapter_in_model
 from splice.kappatune import find_kappa_target_modules as find_kappa_target_modules
 from splice.kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
@@ -92,6 +94,7 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "BaseGap",
     "CheckpointError",
     "LoadReport",
     "NoMatchingPeftModuleError",
@@ -111,6 +114,7 @@ __all__ = [
     "TaskType",
     "UnknownMethodError",
     "UnsupportedFeatureError",
+    "base_gap",
     "cast_mixed_precision_params",
     "find_kappa_target_modules",
     "get_base_model_state_dict",

@@ -8,8 +8,9 @@ from typing import cast
 import torch
 from torch import nn
 
+from splice.base.backends.finding import numel_stood_for
 from splice.base.bare import original_class
-from splice.base.foreign_models import dtype_said, full_numel
+from splice.base.foreign_models import dtype_said
 from splice.checkpoint.types import PeftType
 from splice.config import PeftConfig
 from splice.kinds.registry import all_methods
@@ -94,7 +95,7 @@ class ModelViews(nn.Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters; shared ones count once."""
-        parameters = [(p.requires_grad, full_numel(p)) for p in self.parameters()]
+        parameters = [(p.requires_grad, numel_stood_for(p)) for p in self.parameters()]
         return sum(n for trainable, n in parameters if trainable), sum(n for _, n in parameters)
 
     def print_trainable_parameters(self) -> None:

@@ -13,6 +13,7 @@ from splice import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestion
 from splice import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
 from splice import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
 from splice import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+from splice import BaseGap as BaseGap
 from splice import BdLoraConfig as BdLoraConfig
 from splice import CheckpointError as CheckpointError
 from splice import CordaConfig as CordaConfig
@@ -59,6 +60,7 @@ from splice import UnsupportedFeatureError as UnsupportedFeatureError
 from splice import VeloraConfig as VeloraConfig
 from splice import VeraConfig as VeraConfig
 from splice import WaveFTConfig as WaveFTConfig
+from splice import base_gap as base_gap
 from splice import cast_mixed_precision_params as cast_mixed_precision_params
 from splice import convert_to_lora as convert_to_lora
 from splice import create_arrow_model as create_arrow_model

@@ -13,6 +13,7 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
+from splice.base.weight_access import bias_of
 from splice.errors import UnsupportedFeatureError
 from splice.kinds.effect import Action, Factors, Forward
 from splice.kinds.names import LayerNames, Place
@@ -43,7 +44,7 @@ class Dora(LowRank):
     def prepare(self, base: nn.Module, config: LoraConfig, path: str) -> None:
         super().prepare(base, config, path)
         self.operation = operation_of(base)
-        self.has_bias = base._parameters.get("bias") is not None
+        self.has_bias = bias_of(base) is not None
 
     @classmethod
     def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: LoraConfig) -> None:
