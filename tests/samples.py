@@ -78,6 +78,8 @@ SAMPLES: dict[PeftType, Sample] = {
         reference_mixes=True,
         reference_scales=True,
     ),
+    # On LoRA adapters alone: its tests are in test_xlora.py.
+    PeftType.XLORA: Sample(config={"hidden_size": 16, "adapters": {"0": "a folder"}}, on_every_base=False),
     PeftType.FOURIERFT: Sample(
         config={"n_frequency": 12, "scaling": 20.0},
         small={"n_frequency": 5, "random_loc_seed": 3},
@@ -297,7 +299,8 @@ def network_cases(*chosen: Base, options: bool = False) -> list[Case]:
 
     With `options` with each of its options too.
     """
-    methods = [m for m in all_methods().values() if m.network_layer is not None]
+    # What stands on adapters of another method cannot be made of a config alone, and has tests of its own.
+    methods = [m for m in all_methods().values() if m.network_layer is not None and m.experts is None]
     return [
         Case(m, b, option)
         for m in methods

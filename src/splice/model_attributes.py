@@ -13,7 +13,7 @@ from splice.base.bare import original_class
 from splice.base.foreign_models import dtype_said
 from splice.checkpoint.types import PeftType
 from splice.config import PeftConfig
-from splice.kinds.registry import all_methods
+from splice.kinds.registry import all_methods, method_of
 from splice.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from splice.surgery.base_changes import let_inputs_require_grad
 from splice.surgery.tuner import Tuner
@@ -47,8 +47,10 @@ class ModelViews(nn.Module):
 
     @property
     def peft_type(self) -> PeftType | str | None:
-        """The method of the first adapter."""
-        return next(iter(self.peft_config.values())).peft_type
+        """The method of the first adapter; of the first that stands on others, where one does."""
+        configs = list(self.peft_config.values())
+        on_others = (config for config in configs if method_of(config).experts is not None)
+        return next(on_others, configs[0]).peft_type
 
     @property
     def modules_to_save(self) -> set[str] | None:
