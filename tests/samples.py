@@ -12,7 +12,7 @@ import torch
 from splice.checkpoint.types import PeftType
 from splice.kinds.registry import Method, all_methods
 from tests import bases
-from tests.bases import Base
+from tests.bases import Base, Inputs
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Sample:
         one_trained: whether only one adapter of a model can be in training.
         trained_in: the dtype of its tensors on a bfloat16 base.
         reference_generates: whether the reference's `generate` gives what its forwards do, one after the other.
+        call: arguments that every call of a model with such an adapter needs -> a value for each row.
+        task: the only task that its configs may have; None for any.
         in_any_order: whether several of its adapters at once give the same in any order.
         on_every_base: whether it is tested on every base model, and beside every method, in the place of all of its kind:
             what a base asks of an adapter is hosted by the kind, once. The others are tested on `bases.CORE`.
@@ -47,6 +49,8 @@ class Sample:
     one_trained: bool = False
     reference_generates: bool = True
     trained_in: torch.dtype = torch.float32
+    call: Mapping[str, Any] = field(default_factory=dict)
+    task: str | None = None
     on_every_base: bool = False
 
 
@@ -223,6 +227,24 @@ SAMPLES: dict[PeftType, Sample] = {
     PeftType.PROMPT_TUNING: Sample(
         config={"num_virtual_tokens": 4}, small={"num_virtual_tokens": 2}, on_every_base=True
     ),
+    PeftType.MULTITASK_PROMPT_TUNING: Sample(
+        config={"num_virtual_tokens": 4, "num_tasks": 3, "num_ranks": 2},
+        small={"num_virtual_tokens": 2, "num_tasks": 3},
+        call={"task_ids": (2, 0, 1)},
+        # It cannot be called with `decoder_input_ids`.
+        not_on={"": frozenset({"t5"})},
+    ),
+    PeftType.CPT: Sample(
+        config={
+            "task_type": "CAUSAL_LM",
+            "cpt_token_ids": [4, 7, 5, 9, 6],
+            "cpt_tokens_type_mask": [1, 2, 2, 3, 4],
+            "cpt_mask": [1] * 5,
+        },
+        small={"cpt_token_ids": [3, 8], "cpt_tokens_type_mask": [1, 2], "cpt_mask": [1] * 2},
+        options={"decay": {"opt_weighted_loss_type": "decay", "opt_loss_decay_factor": 0.5}},
+        task="CAUSAL_LM",
+    ),
     PeftType.P_TUNING: Sample(
         config={"num_virtual_tokens": 4, "encoder_hidden_size": 6},
         small={"num_virtual_tokens": 2},
@@ -290,6 +312,18 @@ def supports(method: Method, base: Base) -> bool:
     return able and base.name not in SAMPLES[method.name].not_on.get("", ())
 
 
+def _called(base: Base, call: Mapping[str, Any]) -> Base:
+    """`base` with these arguments in every call."""
+    if not call:
+        return base
+
+    def inputs(rows: int) -> Inputs:
+        values = {name: torch.tensor(value)[torch.arange(rows) % len(value)] for name, value in call.items()}
+        return {**base.inputs(rows), **values}
+
+    return dataclasses.replace(base, inputs=inputs)
+
+
 # The networks that methods are tested on which act on the call of a network, but for those that stand for all.
 _CORE_NETWORKS = ("llama", "t5")
 
@@ -302,10 +336,10 @@ def network_cases(*chosen: Base, options: bool = False) -> list[Case]:
     # What stands on adapters of another method cannot be made of a config alone, and has tests of its own.
     methods = [m for m in all_methods().values() if m.network_layer is not None and m.experts is None]
     return [
-        Case(m, b, option)
+        Case(m, _called(b, SAMPLES[m.name].call), option)
         for m in methods
         for b in chosen
-        if b.name in _CORE_NETWORKS or SAMPLES[m.name].on_every_base
+        if (b.name in _CORE_NETWORKS or SAMPLES[m.name].on_every_base) and SAMPLES[m.name].task in (None, b.task)
         for option in ("", *(SAMPLES[m.name].options if options else ()))
     ]
 

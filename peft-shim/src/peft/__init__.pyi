@@ -15,6 +15,7 @@ from splice import AutoPeftModelForSequenceClassification as AutoPeftModelForSeq
 from splice import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
 from splice import BaseGap as BaseGap
 from splice import BdLoraConfig as BdLoraConfig
+from splice import CPTConfig as CPTConfig
 from splice import CheckpointError as CheckpointError
 from splice import CordaConfig as CordaConfig
 from splice import DeftConfig as DeftConfig
@@ -33,6 +34,8 @@ from splice import LoraConfig as LoraConfig
 from splice import LoraGAConfig as LoraGAConfig
 from splice import LoraRuntimeConfig as LoraRuntimeConfig
 from splice import MontecloraConfig as MontecloraConfig
+from splice import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
+from splice import MultitaskPromptTuningInit as MultitaskPromptTuningInit
 from splice import NoMatchingPeftModuleError as NoMatchingPeftModuleError
 from splice import OFTConfig as OFTConfig
 from splice import PeanutConfig as PeanutConfig
@@ -53,6 +56,7 @@ from splice import PromptEncoderConfig as PromptEncoderConfig
 from splice import PromptLearningConfig as PromptLearningConfig
 from splice import PromptTuningConfig as PromptTuningConfig
 from splice import PromptTuningInit as PromptTuningInit
+from splice import StartedConfig as StartedConfig
 from splice import TaskType as TaskType
 from splice import TrainableTokensConfig as TrainableTokensConfig
 from splice import UnknownMethodError as UnknownMethodError

@@ -23,6 +23,7 @@ from splice.selection import Choice, Group, Groups, Mixture, Rows
 from splice.surgery.generated import Generated
 from splice.surgery.layer_attributes import AdaptedViews, bare_layer
 from splice.surgery.layer_commands import LayerCommands
+from splice.surgery.own_state import state_members
 from splice.surgery.reading import publish_tensors
 from splice.surgery.registering import called_through
 from splice.surgery.replaced_forward import IN_REPLACED, around_replaced, running
@@ -163,7 +164,7 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
         own = Adapted.forward
         forward = FunctionType(own.__code__, own.__globals__, own.__name__, own.__defaults__, own.__closure__)
         forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
-        return {"forward": forward}
+        return {"forward": forward, **state_members(base)}
 
     def _load_from_state_dict(
         self, state_dict: dict[str, object], prefix: str, local_metadata: object, strict: bool, *lists: list[str]

@@ -40,7 +40,7 @@ class EmbeddedPrompt(PromptLayer):
 
     def virtual_tokens(self, call: Call) -> torch.Tensor:
         # Of two submodules the first half is the encoder's; nothing reads the other.
-        return self.table()[None, : self.count]
+        return self.every_token(None)[:, : self.count]
 
     def prompted(self, call: Call, prompt: Prompt, inner: Forward) -> object:
         if call.get("encoder_outputs") is not None:
@@ -59,7 +59,11 @@ class EmbeddedPrompt(PromptLayer):
         self.set_mask(call, "attention_mask", prompt, length, past)
         new = length if past else length + prompt.count
         self.set_positions(call, "position_ids", prompt, new, past)
-        return inner(**(call if past else self.in_front(call, prompt)))
+        return inner(**(call if past else self.in_front_of_decoder(self.in_front(call, prompt), prompt)))
+
+    def in_front_of_decoder(self, call: Call, prompt: Prompt) -> Call:
+        """`call` with virtual tokens in front of what the decoder gets, of methods that have such."""
+        return call
 
     def in_front(self, call: Call, prompt: Prompt) -> Call:
         """`call` with embedded inputs that begin with the virtual tokens; everything that goes by tokens grows."""
