@@ -212,6 +212,17 @@ SAMPLES: dict[PeftType, Sample] = {
             "bias_of_targets": {"bias": "waveft_only"},
         },
     ),
+    PeftType.UNILORA: Sample(
+        config={"r": 3, "theta_d_length": 37},
+        small={"r": 2, "theta_d_length": 23, "proj_seed": 5},
+        options={
+            "stored": {"save_indices": True, "proj_seed": 7},
+            "bias_of_targets": {"bias": "unilora_only"},
+            "uninitialised": {"init_weights": False},
+        },
+        # There every layer names the vectors of all adapters, also of those that are not on it.
+        same_targets=True,
+    ),
     PeftType.ADALORA: Sample(
         config={"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10},
         one_trained=True,

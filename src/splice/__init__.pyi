@@ -73,6 +73,7 @@ from splice.methods.prompts.prompt_tuning import PromptTuningConfig as PromptTun
 from splice.methods.prompts.prompt_tuning import PromptTuningInit as PromptTuningInit
 from splice.methods.prompts.starts import StartedConfig as StartedConfig
 from splice.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
+from splice.methods.unilora import UniLoraConfig as UniLoraConfig
 from splice.methods.vera import VeraConfig as VeraConfig
 from splice.methods.waveft.record import WaveFTConfig as WaveFTConfig
 from splice.mixed import PeftMixedModel as PeftMixedModel

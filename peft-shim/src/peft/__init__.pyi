@@ -59,6 +59,7 @@ from splice import PromptTuningInit as PromptTuningInit
 from splice import StartedConfig as StartedConfig
 from splice import TaskType as TaskType
 from splice import TrainableTokensConfig as TrainableTokensConfig
+from splice import UniLoraConfig as UniLoraConfig
 from splice import UnknownMethodError as UnknownMethodError
 from splice import UnsupportedFeatureError as UnsupportedFeatureError
 from splice import VeloraConfig as VeloraConfig
