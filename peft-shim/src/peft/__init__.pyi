@@ -65,6 +65,7 @@ from splice import UnsupportedFeatureError as UnsupportedFeatureError
 from splice import VeloraConfig as VeloraConfig
 from splice import VeraConfig as VeraConfig
 from splice import WaveFTConfig as WaveFTConfig
+from splice import XLoraConfig as XLoraConfig
 from splice import base_gap as base_gap
 from splice import cast_mixed_precision_params as cast_mixed_precision_params
 from splice import convert_to_lora as convert_to_lora
