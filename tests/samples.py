@@ -82,6 +82,8 @@ SAMPLES: dict[PeftType, Sample] = {
         reference_mixes=True,
         reference_scales=True,
     ),
+    # On LoRA adapters alone: its tests are in test_xlora.py.
+    PeftType.XLORA: Sample(config={"hidden_size": 16, "adapters": {"0": "a folder"}}, on_every_base=False),
     PeftType.FOURIERFT: Sample(
         config={"n_frequency": 12, "scaling": 20.0},
         small={"n_frequency": 5, "random_loc_seed": 3},
@@ -210,6 +212,17 @@ SAMPLES: dict[PeftType, Sample] = {
             "bias_of_targets": {"bias": "waveft_only"},
         },
     ),
+    PeftType.UNILORA: Sample(
+        config={"r": 3, "theta_d_length": 37},
+        small={"r": 2, "theta_d_length": 23, "proj_seed": 5},
+        options={
+            "stored": {"save_indices": True, "proj_seed": 7},
+            "bias_of_targets": {"bias": "unilora_only"},
+            "uninitialised": {"init_weights": False},
+        },
+        # There every layer names the vectors of all adapters, also of those that are not on it.
+        same_targets=True,
+    ),
     PeftType.ADALORA: Sample(
         config={"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10},
         one_trained=True,
@@ -331,7 +344,8 @@ def network_cases(*chosen: Base, options: bool = False) -> list[Case]:
 
     With `options` with each of its options too.
     """
-    methods = [m for m in all_methods().values() if m.network_layer is not None]
+    # What stands on adapters of another method cannot be made of a config alone, and has tests of its own.
+    methods = [m for m in all_methods().values() if m.network_layer is not None and m.experts is None]
     return [
         Case(m, _called(b, SAMPLES[m.name].call), option)
         for m in methods

@@ -73,8 +73,10 @@ from splice.methods.prompts.prompt_tuning import PromptTuningConfig as PromptTun
 from splice.methods.prompts.prompt_tuning import PromptTuningInit as PromptTuningInit
 from splice.methods.prompts.starts import StartedConfig as StartedConfig
 from splice.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
+from splice.methods.unilora import UniLoraConfig as UniLoraConfig
 from splice.methods.vera import VeraConfig as VeraConfig
 from splice.methods.waveft.record import WaveFTConfig as WaveFTConfig
+from splice.methods.xlora import XLoraConfig as XLoraConfig
 from splice.mixed import PeftMixedModel as PeftMixedModel
 from splice.model import PeftModel as PeftModel
 from splice.status import get_layer_status as get_layer_status

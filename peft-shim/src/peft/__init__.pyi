@@ -59,11 +59,13 @@ from splice import PromptTuningInit as PromptTuningInit
 from splice import StartedConfig as StartedConfig
 from splice import TaskType as TaskType
 from splice import TrainableTokensConfig as TrainableTokensConfig
+from splice import UniLoraConfig as UniLoraConfig
 from splice import UnknownMethodError as UnknownMethodError
 from splice import UnsupportedFeatureError as UnsupportedFeatureError
 from splice import VeloraConfig as VeloraConfig
 from splice import VeraConfig as VeraConfig
 from splice import WaveFTConfig as WaveFTConfig
+from splice import XLoraConfig as XLoraConfig
 from splice import base_gap as base_gap
 from splice import cast_mixed_precision_params as cast_mixed_precision_params
 from splice import convert_to_lora as convert_to_lora
