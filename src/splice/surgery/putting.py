@@ -49,8 +49,9 @@ class Before(NamedTuple):
     stored: Stored | None = None
     # What stood where `Merged.stored` goes.
     replaced: Stored = {}
-    # `host.shelved` as it was, and what is where those lie that change.
+    # `host.shelved` as it was.
     shelved: dict[str, tuple[Shelf, object]] = {}
+    # Where those tensors are kept that change, and what was there.
     shelves: tuple[tuple[Shelf, object], ...] = ()
 
     @classmethod
