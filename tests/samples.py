@@ -31,6 +31,7 @@ class Sample:
         one_trained: whether only one adapter of a model can be in training.
         trained_in: the dtype of its tensors on a bfloat16 base.
         reference_generates: whether the reference's `generate` gives what its forwards do, one after the other.
+        reference_unmerges: whether the reference can take what is merged out again, and merges an adapter only once.
         in_any_order: whether several of its adapters at once give the same in any order.
         on_every_base: whether it is tested on every base model, and beside every method, in the place of all of its kind:
             what a base asks of an adapter is hosted by the kind, once. The others are tested on `bases.CORE`.
@@ -43,6 +44,7 @@ class Sample:
     same_targets: bool = False
     reference_mixes: bool = False
     reference_scales: bool = False
+    reference_unmerges: bool = True
     in_any_order: bool = True
     one_trained: bool = False
     reference_generates: bool = True
@@ -121,6 +123,27 @@ SAMPLES: dict[PeftType, Sample] = {
         options={
             "plain": {"depth": 0},
             "deep": {"depth": 2, "act_fn": "tanh"},
+            "uninitialised": {"init_weights": False},
+        },
+    ),
+    PeftType.OSF: Sample(
+        config={"effective_rank": 2},
+        reference_unmerges=False,
+        small={"effective_rank": 0.75},
+        options={
+            "half": {"effective_rank": None},
+            "patterns": {"rank_pattern": {"first|q_proj|up": 3, "second": 0.3}},
+            "uninitialised": {"init_weights": False},
+        },
+    ),
+    PeftType.PSOFT: Sample(
+        config={"r": 3},
+        small={"r": 2, "ab_svd_init": "pissa_init"},
+        options={
+            "series": {"use_cayley_neumann": True, "num_cayley_neumann_terms": 3},
+            "limited": {"use_cayley_neumann": True, "cayley_neumann_eps": 0.3},
+            "free": {"psoft_orth": False, "psoft_mag_a": False},
+            "random_start": {"psoft_svd": "lowrank", "random_seed": 3, "psoft_mag_b": False},
             "uninitialised": {"init_weights": False},
         },
     ),
