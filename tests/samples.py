@@ -147,6 +147,15 @@ SAMPLES: dict[PeftType, Sample] = {
             "uninitialised": {"init_weights": False},
         },
     ),
+    PeftType.ADAMSS: Sample(
+        config={"r": 3, "num_subspaces": 2},
+        small={"r": 2, "num_subspaces": 3},
+        options={
+            "wide": {"subspace_rank": 2},
+            "dynamic": {"subspace_rank": 3, "use_dynamic_rank": True, "svd_threshold": 0.3, "random_seed": 2},
+            "uninitialised": {"init_weights": None},
+        },
+    ),
     PeftType.PREFIX_TUNING: Sample(
         on_every_base=True,
         config={"num_virtual_tokens": 4},
@@ -217,6 +226,17 @@ SAMPLES: dict[PeftType, Sample] = {
             "uninitialised": {"init_weights": False},
         },
         same_targets=True,
+    ),
+    PeftType.WAVEFT: Sample(
+        config={"n_frequency": 12, "scaling": 3.0, "init_weights": False},
+        small={"n_frequency": 5, "random_loc_seed": 3},
+        options={
+            "longer": {"wavelet_family": "db3"},
+            "least_symmetric": {"wavelet_family": "sym4", "n_frequency_pattern": {"first|q_proj": 8}},
+            "no_transform": {"use_idwt": False},
+            "dealt_out": {"proportional_parameters": True, "wavelet_family": "coif1"},
+            "bias_of_targets": {"bias": "waveft_only"},
+        },
     ),
     PeftType.ADALORA: Sample(
         config={"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10},

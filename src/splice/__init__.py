@@ -42,6 +42,7 @@ _PUBLIC = {
         "UnknownMethodError",
         "UnsupportedFeatureError",
     ],
+    "splice.kappatune": ["find_kappa_target_modules"],
     "splice.kbit": ["prepare_model_for_kbit_training"],
     "splice.loading.base_state": ["get_base_model_state_dict", "set_base_model_state_dict"],
     "splice.loading.report": ["LoadReport"],

@@ -21,6 +21,7 @@ from splice.errors import PeftWarning as PeftWarning
 from splice.errors import UnknownMethodError as UnknownMethodError
 from splice.errors import UnsupportedFeatureError as UnsupportedFeatureError
 from splice.injecting import inject_adapter_in_model as inject_adapter_in_model
+from splice.kappatune import find_kappa_target_modules as find_kappa_target_modules
 from splice.kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
 from splice.loading.base_state import get_base_model_state_dict as get_base_model_state_dict
 from splice.loading.base_state import set_base_model_state_dict as set_base_model_state_dict
@@ -28,7 +29,7 @@ from splice.loading.report import LoadReport as LoadReport
 from splice.loading.saving import get_peft_model_state_dict as get_peft_model_state_dict
 from splice.loading.state import load_peft_weights as load_peft_weights
 from splice.loading.state import set_peft_model_state_dict as set_peft_model_state_dict
-from splice.methods.adalora import AdaLoraConfig as AdaLoraConfig
+from splice.methods.adalora.layers import AdaLoraConfig as AdaLoraConfig
 from splice.methods.deft import DeftConfig as DeftConfig
 from splice.methods.delora import DeloraConfig as DeloraConfig
 from splice.methods.fourierft import FourierFTConfig as FourierFTConfig
@@ -66,6 +67,7 @@ from splice.methods.prompts.prompt_tuning import PromptTuningConfig as PromptTun
 from splice.methods.prompts.prompt_tuning import PromptTuningInit as PromptTuningInit
 from splice.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from splice.methods.vera import VeraConfig as VeraConfig
+from splice.methods.waveft.record import WaveFTConfig as WaveFTConfig
 from splice.mixed import PeftMixedModel as PeftMixedModel
 from splice.model import PeftModel as PeftModel
 from splice.status import get_layer_status as get_layer_status
@@ -110,6 +112,7 @@ __all__ = [
     "UnknownMethodError",
     "UnsupportedFeatureError",
     "cast_mixed_precision_params",
+    "find_kappa_target_modules",
     "get_base_model_state_dict",
     "get_layer_status",
     "get_model_status",

@@ -42,7 +42,7 @@ class ModelViews(nn.Module):
     @property
     def active_peft_config(self) -> PeftConfig:
         """The config of `active_adapter`."""
-        return self.peft_config[self.active_adapter]
+        return self.peft_config[next(iter(self.active_adapters), "")]
 
     @property
     def peft_type(self) -> PeftType | str | None:

@@ -10,10 +10,11 @@ from typing import Protocol, cast
 import torch
 from torch import nn
 
+from splice.base.backends.marks import quantisation
 from splice.base.bare import original_class, walk_bare
 from splice.base.embeddings import input_embeddings
-from splice.base.foreign_models import offloading_hooks, quantisation
-from splice.base.weight_access import check_readable, computed_weight
+from splice.base.foreign_models import offloading_hooks
+from splice.base.weight_access import check_readable, dense_weight, is_plain
 from splice.checkpoint.types import PeftType
 from splice.config import PeftConfig
 from splice.errors import UnsupportedFeatureError
@@ -171,10 +172,8 @@ def dequantize_module_weight(module: nn.Module) -> nn.Parameter:
         UnsupportedFeatureError: it is stored in a form that is not known here.
     """
     check_readable(module, original_class(module).__name__, "reading it")
-    computed = computed_weight(module)
-    weight = module._parameters["weight"] if computed is None else nn.Parameter(computed, requires_grad=False)
-    assert weight is not None
-    return weight
+    own = module._parameters.get("weight")
+    return own if own is not None and is_plain(module) else nn.Parameter(dense_weight(module), requires_grad=False)
 
 
 # -- models
@@ -199,7 +198,7 @@ def set_auxiliary_adapter(model: nn.Module, adapter_name: str | list[str], infer
 
 
 def get_quantization_config(model: nn.Module, method: str) -> object | None:
-    """The quantisation settings in the model's config, where its weights are quantised by `method` ("gptq")."""
+    """The quantisation settings in the model's config, where its weights are quantised by this method."""
     by, settings = quantisation(model)
     return settings if by == method else None
 

@@ -58,12 +58,14 @@ from splice import UnknownMethodError as UnknownMethodError
 from splice import UnsupportedFeatureError as UnsupportedFeatureError
 from splice import VeloraConfig as VeloraConfig
 from splice import VeraConfig as VeraConfig
+from splice import WaveFTConfig as WaveFTConfig
 from splice import cast_mixed_precision_params as cast_mixed_precision_params
 from splice import convert_to_lora as convert_to_lora
 from splice import create_arrow_model as create_arrow_model
 from splice import create_lorafa_optimizer as create_lorafa_optimizer
 from splice import create_loraplus_optimizer as create_loraplus_optimizer
 from splice import create_riemannian_optimizer as create_riemannian_optimizer
+from splice import find_kappa_target_modules as find_kappa_target_modules
 from splice import get_base_model_state_dict as get_base_model_state_dict
 from splice import get_eva_state_dict as get_eva_state_dict
 from splice import get_layer_status as get_layer_status

@@ -94,6 +94,14 @@ class Holder(_Hookable):
         super().__init__()
         self._parameters["bias"] = None
 
+    def __getitem__(self, index: int) -> Entry:
+        # Where the reference has a list: `layer.peanut_encoders["default"][0]`.
+        found: Entry | None = self._modules.get(str(index))
+        if found is None:
+            found = self._parameters[str(index)]
+        assert found is not None
+        return found
+
     def train(self, mode: bool = True) -> Holder:
         self.__dict__["training"] = mode  # nothing below has a mode
         return self

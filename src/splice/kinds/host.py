@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from splice.base.backends.backend import Stored
 from splice.base.bare import HOST, NetworkOf
 from splice.kinds.effect import Forward
 from splice.kinds.layer import AdapterLayer
@@ -51,6 +52,9 @@ class Host:
     # The base's tensors as they were before the first merge, by name; empty while nothing is merged. The parameter itself
     # where another one stands in its place, else the values that it had.
     originals: dict[str, torch.Tensor] = field(default_factory=dict)
+    # How the base stored its weight before the first merge, where that is no plain tensor; None of all others, and while
+    # nothing is merged.
+    stored: Stored | None = None
     # The network that it is in.
     network: NetworkOf = field(default_factory=lambda: NetworkOf(None))
     # A forward that stood on the object itself (accelerate's hooks, patches): it goes on being the base's. None for none.

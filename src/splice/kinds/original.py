@@ -5,11 +5,13 @@ They are looked up at every use: they may have been moved, replaced, or merged i
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 
 from splice.base.dense import as_now, in_linear_layout
-from splice.base.weight_access import check_readable, computed_weight
+from splice.base.weight_access import bias_of, check_readable, computed_weight, dense_from, dense_weight, is_plain
 from splice.kinds.host import host_of, in_order
 from splice.kinds.layer import AdapterLayer
 
@@ -17,8 +19,14 @@ from splice.kinds.layer import AdapterLayer
 def original_tensor(layer: nn.Module, name: str) -> torch.Tensor | None:
     """The tensor as the base stores it; the one before the first merge, while adapters are merged."""
     own, host = layer._parameters.get(name), host_of(layer)
+    if own is None and name == "bias":
+        own = cast("nn.Parameter | None", bias_of(layer))
     if host is None:
         return own
+    if host.stored is not None:
+        for place, before in host.stored.items():
+            if place.name == name:
+                return cast(torch.Tensor, before)
     if name in host.displaced:
         return host.displaced[name]
     return own if own is None or name not in host.originals else as_now(host.originals[name], own)
@@ -33,8 +41,17 @@ def original_weight(layer: nn.Module) -> torch.Tensor:
     weight = original_tensor(layer, "weight")
     if weight is None:
         weight = computed_weight(layer)
-    if weight is None or not weight.is_floating_point():
+    # First what nearly all weights are, since some methods ask at every call.
+    if (
+        weight is None
+        or type(weight) is not nn.Parameter
+        or not weight.is_floating_point()
+        or weight.element_size() == 1
+    ):
         check_readable(layer, "", "the method")
+        if not is_plain(layer):
+            host = host_of(layer)
+            return dense_weight(layer) if host is None or not host.stored else dense_from(layer, host.stored)
     assert weight is not None
     return in_linear_layout(layer, weight.detach())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import cast
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from splice.checkpoint.parts import read_for
 from splice.checkpoint.tensors import Weights
 from splice.config import PeftConfig
 from splice.kinds.layer import AdapterLayer
+from splice.kinds.layout import LaidOut
 from splice.kinds.module_copy import WholeModule
 from splice.kinds.names import BIAS
 from splice.kinds.trained_bias import copy_bias
@@ -165,14 +167,14 @@ def new_tensors(placement: Placement, config: PeftConfig, autocast: bool) -> dic
     """Tensors for one layer of a new adapter: drawn in float32, then brought to their dtype and device."""
     whole = issubclass(placement.layer_class, WholeModule)
     drawn = {
-        suffix: torch.empty(slot.shape, dtype=placement.dtype(suffix, autocast) if whole else torch.float32)
+        suffix: torch.empty(slot.shape, dtype=placement.dtype(suffix, autocast) if whole else slot.drawn_in)
         for suffix, slot in placement.slots.items()
     }
     if placement.layer_class.starts_from_weight or placement.layer_class.reads_weight:
         check_readable(placement.base, placement.path, "the adapter")
     own = {suffix: tensor for suffix, tensor in drawn.items() if suffix != BIAS}
     with _whole(placement.base):
-        placement.layer_class.initialise(own, placement.base, placement.own_config or config)
+        placement.initialise(own, config)
         if BIAS in drawn:
             drawn[BIAS] = _own_bias(placement)
     device, found = device_of(placement.base), {}
@@ -199,4 +201,6 @@ def _build(placement: Placement, config: PeftConfig, tensors: Mapping[str, torch
         layer.own_config = placement.own_config
     if placement.leaders:
         layer.leaders = placement.leaders
+    if placement.layout is not None:
+        cast(LaidOut, layer).prepare_in(placement.layout, placement.path)
     return Built(placement, layer)

@@ -24,7 +24,6 @@ from splice.checkpoint.types import PeftType
 from splice.kinds.casting import cast_to
 from splice.kinds.effect import Effect
 from splice.kinds.matching import ALL_LINEAR
-from splice.kinds.original import original_weight
 from splice.kinds.registry import Method, register
 from splice.kinds.slot import Slot
 from splice.kinds.tensors import Held

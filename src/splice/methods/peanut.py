@@ -112,7 +112,7 @@ class PeanutLayer(WeightUpdate):
     """PEANuT on a linear layer. The network is as wide as it is, whatever the number of tokens: it reads the weight."""
 
     a, b = Held("peanut_A.weight"), Held("peanut_B.weight")
-    numbers = MappingProxyType({**WeightUpdate.numbers, "depth": "depth"})
+    numbers = MappingProxyType({**WeightUpdate.numbers, "depth": "depth", "res_num": "depth"})
 
     @classmethod
     def slots(cls, base: nn.Module, config: PeanutConfig, path: str) -> dict[str, Slot]:
@@ -134,7 +134,8 @@ class PeanutLayer(WeightUpdate):
 
     def prepare(self, base: nn.Module, config: PeanutConfig, path: str) -> None:
         super().prepare(base, config, path)
-        self.r, self.depth, self.scale = config.r, config.depth, config.scaling
+        self.r, self.depth = config.r, config.depth
+        self.scale = self.initial_scale = config.scaling
         self.activation = _activation(config.act_fn)
 
     def _inner(self, side: str) -> Iterator[torch.Tensor]:
@@ -160,7 +161,7 @@ METHOD = register(
         tensor_names=frozenset({"peanut_A", "peanut_B", "peanut_encoders", "peanut_decoders"}),
         layers=MappingProxyType({LayerKind.LINEAR: PeanutLayer}),
         containers=("peanut_A", "peanut_B", "peanut_encoders", "peanut_decoders"),
-        layer_views=MappingProxyType({"act_fn": lambda layer: layer.activation}),
+        layer_views=MappingProxyType({"act_fn": lambda layer: layer.config.act_fn}),
         default_targets=LORA_TARGETS,
         check=_check,
         paper="arXiv 2410.01870",

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from splice.base.dense import dtype_of
 from splice.base.layers import LayerKind, features, kind_of
+from splice.base.weight_access import is_plain
 from splice.checkpoint.types import PeftType
 from splice.errors import UnsupportedLayerError, warn
 from splice.kinds.casting import cast_to
@@ -27,6 +28,7 @@ from splice.kinds.slot import Slot
 from splice.kinds.tensors import Held
 from splice.kinds.worked_out import WorkedOut
 from splice.methods.default_targets import LORA_TARGETS
+from splice.methods.random_svd import svd_from_seed
 from splice.methods.rotations import cayley, series, skew_places
 from splice.methods.targeted import Targeted, check_positive
 
@@ -137,10 +139,11 @@ class PsoftLayer(WorkedOut):
     @classmethod
     def slots(cls, base: nn.Module, config: PsoftConfig, path: str) -> dict[str, Slot]:
         sizes, r, own = features(base), config.r, dtype_of(base)
-        if own not in _DTYPES:
+        # Of a weight that was quantised since, the directions may come with other signs: R would mean something else.
+        if own not in _DTYPES or not is_plain(base):
             raise UnsupportedLayerError(
-                f"{path}: PSOFT requires a weight in float32, float16 or bfloat16, and this one is in {own}. Load the base "
-                "in one of these, or leave the layer out of the targets."
+                f"{path}: PSOFT requires a weight in float32, float16 or bfloat16, and this one is "
+                f"{f'in {own}' if is_plain(base) else 'quantised'}. Load the base in one of these, or leave the layer out."
             )
         if r > min(sizes):
             raise ValueError(
@@ -167,8 +170,7 @@ class PsoftLayer(WorkedOut):
 
     def prepare(self, base: nn.Module, config: PsoftConfig, path: str) -> None:
         self.r, self.psoft_alpha, self.dropout = config.r, config.psoft_alpha, config.psoft_dropout
-        self.scale = config.psoft_alpha / config.r
-        self.first_scale = self.scale
+        self.scale = self.initial_scale = config.psoft_alpha / config.r
         self.terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else None
         self.largest = config.cayley_neumann_eps if config.use_cayley_neumann else None
         self.places = skew_places(config.r)
@@ -176,7 +178,7 @@ class PsoftLayer(WorkedOut):
 
     def work_out(self, weight: torch.Tensor) -> None:
         u, s, v = _largest(weight.float(), self.config)
-        s = s / self.first_scale
+        s = s / (self.psoft_alpha / self.r)
         if self.config.ab_svd_init == "pissa_init":
             root = s.sqrt()
             a, b = root[:, None] * v, u * root
@@ -225,11 +227,7 @@ def _largest(weight: torch.Tensor, config: PsoftConfig) -> tuple[torch.Tensor, t
     if config.psoft_svd == "full":
         u, s, v = torch.linalg.svd(weight, full_matrices=False)
         return u[:, : config.r], s[: config.r], v[: config.r]
-    devices = [weight.device] if weight.device.type not in ("cpu", "meta") else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(config.random_seed)
-        u, s, right = torch.svd_lowrank(weight, q=config.r, niter=config.psoft_svd_lowrank_niter)
-    return u, s, right.T
+    return svd_from_seed(weight, config.r, config.psoft_svd_lowrank_niter, config.random_seed)
 
 
 METHOD = register(

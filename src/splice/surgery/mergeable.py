@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from splice.base.weight_access import why_unwritable
+from splice.base.weight_access import bias_of, dense_tensors, why_unwritable
 from splice.errors import PeftWarning, UnsupportedFeatureError, warn
 from splice.kinds.effect import Action
 from splice.kinds.host import Host, first_conflict, in_order
@@ -58,8 +58,7 @@ def _may_stay(host: Host, one: str, two: str, is_below: bool) -> bool:
 
 def _hidden(host: Host, adapter: AdapterLayer) -> set[str]:
     """Tensors of the base, with all that is merged into them, that are not seen while `adapter` shows its own."""
-    own = {name: tensor for name, tensor in host.base._parameters.items() if tensor is not None}
-    return {*adapter.replaced(own), *(("bias",) if adapter.trained_bias is not None else ())}
+    return {*adapter.replaced(dense_tensors(host.base)), *(("bias",) if adapter.trained_bias is not None else ())}
 
 
 def check_mergeable(hosts: Iterable[Host], names: Iterable[str]) -> None:
@@ -92,16 +91,18 @@ def check_mergeable(hosts: Iterable[Host], names: Iterable[str]) -> None:
             if any(p is not None and p.is_meta for p in host.base._parameters.values()):
                 raise NotImplementedError(f"{what} cannot be merged while the layer's weights are offloaded")
             _check_writable(host, adapter, what)
-            lacking = [n for n in adapter.changed_names if n != "weight" and host.base._parameters.get(n) is None]
+            lacking = [n for n in adapter.changed_names if n != "weight" and not _has(host, n)]
             if lacking:
                 raise RuntimeError(f"{what} changes the {lacking[0]}, and the base layer has none to merge it into")
 
 
+def _has(host: Host, name: str) -> bool:
+    return host.base._parameters.get(name) is not None or (name == "bias" and bias_of(host.base) is not None)
+
+
 def _check_writable(host: Host, adapter: AdapterLayer, what: str) -> None:
     for name in adapter.changed_names:
-        reason = (
-            why_unwritable(host.base, name) if name == "weight" or host.base._parameters.get(name) is not None else ""
-        )
+        reason = why_unwritable(host.base, name) if name == "weight" or _has(host, name) else ""
         if reason:
             raise UnsupportedFeatureError(
                 f"{what} cannot be merged into a {host.original.__name__}: {reason}. It works as it is, without merging."

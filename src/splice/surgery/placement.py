@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from splice.base.sharding import is_tensor_parallel
 from splice.config import PeftConfig
 from splice.errors import UnsupportedLayerError
 from splice.kinds.layer import AdapterLayer
+from splice.kinds.layout import LaidOut, Layout
 from splice.kinds.slot import Leader, Slot
 
 
@@ -30,6 +31,7 @@ class Placement:
         slots: every tensor it needs, by suffix.
         own_config: the config of this layer, where it is not the adapter's.
         leaders: suffix -> whose tensor stands there, of those that it shares with another layer of the same adapter.
+        layout: all targets of the adapter, where the adapter layer asks for them; None of all others.
     """
 
     path: str
@@ -38,6 +40,7 @@ class Placement:
     slots: Mapping[str, Slot]
     own_config: PeftConfig | None = None
     leaders: Mapping[str, Leader] = field(default_factory=dict)
+    layout: Layout | None = None
 
     @classmethod
     def of(
@@ -47,8 +50,12 @@ class Placement:
         layer_class: type[AdapterLayer],
         config: PeftConfig,
         own: PeftConfig | None = None,
+        layout: Layout | None = None,
+        new: bool = False,
     ) -> Placement:
         """With the slots that the config asks for; `own` takes the place of `config` where it is given.
+
+        With `new` the adapter is made and not loaded.
 
         Raises:
             UnsupportedLayerError: (a ValueError) each process has a part of the base layer alone, and this adapter layer
@@ -59,7 +66,18 @@ class Placement:
                 f"{path}: tensor parallelism divides its tensors among processes, and this adapter cannot be put on a part "
                 "of a layer. Few can. Leave the layer out of the targets, or load the base without a `tp_plan`."
             )
-        return cls(path, base, layer_class, layer_class.slots(base, own or config, path), own_config=own)
+        if layout is not None:
+            slots = cast(type[LaidOut], layer_class).slots_in(layout, base, config, path)
+            return cls(path, base, layer_class, slots, layout=layout)
+        slots_of = layer_class.new_slots if new else layer_class.slots
+        return cls(path, base, layer_class, slots_of(base, own or config, path), own_config=own)
+
+    def initialise(self, tensors: dict[str, torch.Tensor], config: PeftConfig) -> None:
+        """Fill the `tensors` of a new adapter in place, by suffix; `config` is the adapter's."""
+        if self.layout is None:
+            self.layer_class.initialise(tensors, self.base, self.own_config or config)
+        else:
+            cast(type[LaidOut], self.layer_class).initialise_in(self.layout, self.path, tensors, self.base, config)
 
     @property
     def leader(self) -> str:

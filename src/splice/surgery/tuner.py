@@ -446,7 +446,7 @@ class Tuner(TunerViews, nn.Module):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Add the adapters (the active ones, if none are named) to the base weights; see `surgery/merging.py`."""
         names = adapters_to_merge(self.hosts.values(), self.selection, self.peft_config, adapter_names)
-        merge(self.model, self.hosts, self.selection, names, safe_merge)
+        self.merge_report = merge(self.model, self.hosts, self.selection, names, safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Give every merged layer back the very parameters it had before."""
@@ -482,7 +482,7 @@ class Tuner(TunerViews, nn.Module):
     ) -> nn.Module:
         """The network with the adapters in its weights and nothing else left of them. This object is done with."""
         names = adapters_to_merge(self.hosts.values(), self.selection, self.peft_config, adapter_names)
-        merge_for_good(self.model, self.hosts, names, safe_merge, progressbar)
+        self.merge_report = merge_for_good(self.model, self.hosts, names, safe_merge, progressbar)
         network = self._take_off(names or self.active_adapters, keep_layers=True)
         note_untied(network)
         return network

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from splice.kinds.layout import LaidOut
 from splice.kinds.shared import SHARED_PATH
 from splice.kinds.slot import shapes_of
 from splice.loading.contributors.draft import Draft
@@ -16,7 +17,8 @@ def shared_tensors(draft: Draft) -> None:
         return
     slots = shared.shared_slots([(p.path, p.base) for p in draft.placements], draft.config)
     # On the device of one of the layers, and in its precision: the last one's, as in the reference.
-    held = Placement(SHARED_PATH, draft.placements[-1].base, shared, slots)
+    layout = draft.layout if issubclass(shared, LaidOut) else None
+    held = Placement(SHARED_PATH, draft.placements[-1].base, shared, slots, layout=layout)
     for placement in draft.placements if shared.written_on_layers else ():
         key = placement.layer_class.names.key
         draft.repeated.update({key(placement.path, s): Repeated(held.key(s), False) for s in shapes_of(slots)})

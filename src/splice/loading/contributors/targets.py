@@ -6,6 +6,7 @@ from torch import nn
 
 from splice.base.layers import kind_of
 from splice.errors import UnsupportedLayerError, counted, warn
+from splice.kinds.layout import LaidOut, Layout
 from splice.loading.contributors.draft import Draft
 from splice.loading.targets import select
 
@@ -24,6 +25,8 @@ def targets(draft: Draft) -> None:
         selected.pop(path, None)
     if draft.method.passes_over:
         selected = _able(draft, selected)
+    if any(issubclass(layer_class, LaidOut) for layer_class in draft.method.layers.values()):
+        draft.layout = Layout(selected)
     for path, base in selected.items():
         layer_class = draft.method.layer_for(base, path, draft.config)
         draft.place(path, base, layer_class)

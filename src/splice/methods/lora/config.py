@@ -119,7 +119,7 @@ class LoraConfig(Targeted):
     velora_config: VeloraConfig | dict[str, object] | None = None
     # aLoRA: ids of the tokens that switch the adapter on, from their last occurrence in a row; None: it is always on.
     alora_invocation_tokens: list[int] | None = None
-    # Whether to train QA-LoRA, on weights quantised by GPTQ, which splice cannot adapt. No effect.
+    # Whether to train QA-LoRA, on weights whose codes were chosen with data, which splice cannot adapt. No effect.
     use_qalora: bool = False
     # How many inputs QA-LoRA averages. No effect.
     qalora_group_size: int = 16

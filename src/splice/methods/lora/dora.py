@@ -13,6 +13,7 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
+from splice.base.weight_access import bias_of
 from splice.errors import UnsupportedFeatureError
 from splice.kinds.effect import Action, Factors, Forward
 from splice.kinds.names import LayerNames, Place
@@ -22,6 +23,7 @@ from splice.kinds.slot import Slot
 from splice.kinds.tensors import Held
 from splice.kinds.weight_delta import operation_of
 from splice.methods.lora.config import LoraConfig
+from splice.methods.lora.dora_caching import DoraCaching, Measured, state_of
 from splice.methods.lora.layers import LowRank, OnConvolution, OnEmbedding, OnLinear
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -36,11 +38,13 @@ class Dora(LowRank):
     magnitude = Held(MAGNITUDE)
     # Whether the base has a bias, which keeps its size.
     has_bias: bool = False
+    # Norms that are kept between calls; None while they are not.
+    measured: Measured | None = None
 
     def prepare(self, base: nn.Module, config: LoraConfig, path: str) -> None:
         super().prepare(base, config, path)
         self.operation = operation_of(base)
-        self.has_bias = base._parameters.get("bias") is not None
+        self.has_bias = bias_of(base) is not None
 
     @classmethod
     def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: LoraConfig) -> None:
@@ -73,7 +77,14 @@ class Dora(LowRank):
     @torch.no_grad()
     def norm(self, weight: torch.Tensor) -> torch.Tensor:
         """n(W + D), of as many dimensions as the weight."""
-        return self.sizes(self.total(weight))
+        if not DoraCaching.on or self.training:
+            self.measured = None
+            return self.sizes(self.total(weight))
+        # `weight` itself may have been worked out for this call.
+        of = (*state_of((self.a, self.b, self.base._parameters.get("weight"))), weight.dtype, self.scale)
+        if self.measured is None or self.measured.of != of:
+            self.measured = Measured(of, self.sizes(self.total(weight)))
+        return self.measured.norm
 
     def ratio(self, weight: torch.Tensor) -> torch.Tensor:
         """m / n(W + D), so shaped that it multiplies the weight."""

@@ -37,7 +37,7 @@ from splice.methods.lora.parameters import LoraParameters
 from splice.methods.lora.residual import TakenDoraLinear, TakenLinear
 from splice.methods.lora.stacked import JOINS, as_stacked
 from splice.methods.lora.swapping import RankSwapping
-from splice.methods.lora.unchanged_base import for_unchanged_base
+from splice.methods.lora.unchanged_base import for_unchanged_base, subtract_mutated_init
 from splice.methods.lora.velora import VeloraLinear
 
 __all__ = ["METHOD", "LoraConfig", "LowRank", "LoraRuntimeConfig", "with_rank"]
@@ -127,7 +127,13 @@ METHOD = register(
         variant=variant,
         divided_layers=MappingProxyType({LoraLinear: DividedLinear, LoraEmbedding: DividedEmbedding}),
         parameters_layer=LoraParameters,
-        tuner_methods=MappingProxyType({"_get_kasa_loss": kasa_loss, "_get_monteclora_loss": monteclora_loss}),
+        tuner_methods=MappingProxyType(
+            {
+                "_get_kasa_loss": kasa_loss,
+                "_get_monteclora_loss": monteclora_loss,
+                "subtract_mutated_init": subtract_mutated_init,
+            }
+        ),
         containers=CONTAINERS,
         call_arguments=frozenset({"alora_offsets"}),
         layer_views=MappingProxyType({"lora_dropout": dropout_of, **LAYER_VIEWS}),
