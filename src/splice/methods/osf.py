@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from splice.base.layers import LayerKind, features
 from splice.checkpoint.types import PeftType
 from splice.kinds.casting import cast_to
+from splice.kinds.container import Several
 from splice.kinds.effect import Effect
 from splice.kinds.matching import ALL_LINEAR
 from splice.kinds.registry import Method, register
@@ -117,6 +118,9 @@ class OSFLayer(WorkedOut):
             tensor = tensors[f"osf_svd_params.{name}"]
             # What they start as is worked out anyway: until then they have no values.
             nn.init.constant_(tensor, math.nan) if config.init_weights else nn.init.normal_(tensor)
+
+    def new_entry(self, container: str) -> nn.Module:
+        return Several()
 
     def prepare(self, base: nn.Module, config: OSFConfig, path: str) -> None:
         self.kept = _kept(base, config, path)

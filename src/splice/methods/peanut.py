@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from splice.base.layers import LayerKind, features
 from splice.checkpoint.types import PeftType
+from splice.kinds.container import Several
 from splice.kinds.registry import Method, register
 from splice.kinds.slot import Slot
 from splice.kinds.tensors import Held
@@ -131,6 +132,9 @@ class PeanutLayer(WeightUpdate):
                 nn.init.zeros_(tensor)
             else:
                 nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
+
+    def new_entry(self, container: str) -> nn.Module:
+        return Several() if container in ("peanut_encoders", "peanut_decoders") else super().new_entry(container)
 
     def prepare(self, base: nn.Module, config: PeanutConfig, path: str) -> None:
         super().prepare(base, config, path)

@@ -14,8 +14,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from splice.base.layers import features
+from splice.base.weight_access import check_readable
 from splice.errors import AdapterMismatchError, UnsupportedFeatureError
 from splice.kinds.casting import cast_to
+from splice.kinds.container import Several
 from splice.kinds.original import original_tensor, original_weight
 from splice.kinds.slot import ANY, Role, Slot
 from splice.kinds.tensors import Held
@@ -50,6 +52,7 @@ class AdamssLayer(WorkedOut):
 
     @classmethod
     def new_slots(cls, base: nn.Module, config: AdamssConfig, path: str) -> dict[str, Slot]:
+        check_readable(base, path, "the adapter")
         if original_weight(base).is_meta:
             raise UnsupportedFeatureError(
                 f"{path}: a new AdaMSS adapter is made for the values of the weight, and it is on the meta device. Load the "
@@ -71,6 +74,9 @@ class AdamssLayer(WorkedOut):
             # The directions in which the rows of the group differ most.
             a.copy_(torch.linalg.svd(found.left[rows], full_matrices=False).Vh[: len(a)])
             nn.init.zeros_(b) if config.init_weights else nn.init.normal_(b, std=0.01)
+
+    def new_entry(self, container: str) -> nn.Module:
+        return Several()
 
     def prepare(self, base: nn.Module, config: AdamssConfig, path: str) -> None:
         self.path, self.count = path, min(config.num_subspaces, features(base)[1])
