@@ -171,6 +171,7 @@ OTHERWISE = {
     (splice.PeftType.OFT, "in_features"),
     (splice.PeftType.OFT, "out_features"),
     (splice.PeftType.ADAMSS, "dtype"),  # one for all adapters of the layer, the base's
+    (splice.PeftType.OSF, "hook_handles"),  # of hooks, where gradients are projected in the graph here
 }
 
 
