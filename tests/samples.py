@@ -12,7 +12,7 @@ import torch
 from splice.checkpoint.types import PeftType
 from splice.kinds.registry import Method, all_methods
 from tests import bases
-from tests.bases import Base
+from tests.bases import Base, Inputs
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Sample:
         trained_in: the dtype of its tensors on a bfloat16 base.
         reference_generates: whether the reference's `generate` gives what its forwards do, one after the other.
         reference_unmerges: whether the reference can take what is merged out again, and merges an adapter only once.
+        call: arguments that every call of a model with such an adapter needs -> a value for each row.
+        task: the only task that its configs may have; None for any.
         in_any_order: whether several of its adapters at once give the same in any order.
         on_every_base: whether it is tested on every base model, and beside every method, in the place of all of its kind:
             what a base asks of an adapter is hosted by the kind, once. The others are tested on `bases.CORE`.
@@ -49,6 +51,8 @@ class Sample:
     one_trained: bool = False
     reference_generates: bool = True
     trained_in: torch.dtype = torch.float32
+    call: Mapping[str, Any] = field(default_factory=dict)
+    task: str | None = None
     on_every_base: bool = False
 
 
@@ -80,6 +84,8 @@ SAMPLES: dict[PeftType, Sample] = {
         reference_mixes=True,
         reference_scales=True,
     ),
+    # On LoRA adapters alone: its tests are in test_xlora.py.
+    PeftType.XLORA: Sample(config={"hidden_size": 16, "adapters": {"0": "a folder"}}, on_every_base=False),
     PeftType.FOURIERFT: Sample(
         config={"n_frequency": 12, "scaling": 20.0},
         small={"n_frequency": 5, "random_loc_seed": 3},
@@ -238,6 +244,17 @@ SAMPLES: dict[PeftType, Sample] = {
             "bias_of_targets": {"bias": "waveft_only"},
         },
     ),
+    PeftType.UNILORA: Sample(
+        config={"r": 3, "theta_d_length": 37},
+        small={"r": 2, "theta_d_length": 23, "proj_seed": 5},
+        options={
+            "stored": {"save_indices": True, "proj_seed": 7},
+            "bias_of_targets": {"bias": "unilora_only"},
+            "uninitialised": {"init_weights": False},
+        },
+        # There every layer names the vectors of all adapters, also of those that are not on it.
+        same_targets=True,
+    ),
     PeftType.ADALORA: Sample(
         config={"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10},
         one_trained=True,
@@ -252,6 +269,24 @@ SAMPLES: dict[PeftType, Sample] = {
     ),
     PeftType.PROMPT_TUNING: Sample(
         config={"num_virtual_tokens": 4}, small={"num_virtual_tokens": 2}, on_every_base=True
+    ),
+    PeftType.MULTITASK_PROMPT_TUNING: Sample(
+        config={"num_virtual_tokens": 4, "num_tasks": 3, "num_ranks": 2},
+        small={"num_virtual_tokens": 2, "num_tasks": 3},
+        call={"task_ids": (2, 0, 1)},
+        # It cannot be called with `decoder_input_ids`.
+        not_on={"": frozenset({"t5"})},
+    ),
+    PeftType.CPT: Sample(
+        config={
+            "task_type": "CAUSAL_LM",
+            "cpt_token_ids": [4, 7, 5, 9, 6],
+            "cpt_tokens_type_mask": [1, 2, 2, 3, 4],
+            "cpt_mask": [1] * 5,
+        },
+        small={"cpt_token_ids": [3, 8], "cpt_tokens_type_mask": [1, 2], "cpt_mask": [1] * 2},
+        options={"decay": {"opt_weighted_loss_type": "decay", "opt_loss_decay_factor": 0.5}},
+        task="CAUSAL_LM",
     ),
     PeftType.P_TUNING: Sample(
         config={"num_virtual_tokens": 4, "encoder_hidden_size": 6},
@@ -320,6 +355,18 @@ def supports(method: Method, base: Base) -> bool:
     return able and base.name not in SAMPLES[method.name].not_on.get("", ())
 
 
+def _called(base: Base, call: Mapping[str, Any]) -> Base:
+    """`base` with these arguments in every call."""
+    if not call:
+        return base
+
+    def inputs(rows: int) -> Inputs:
+        values = {name: torch.tensor(value)[torch.arange(rows) % len(value)] for name, value in call.items()}
+        return {**base.inputs(rows), **values}
+
+    return dataclasses.replace(base, inputs=inputs)
+
+
 # The networks that methods are tested on which act on the call of a network, but for those that stand for all.
 _CORE_NETWORKS = ("llama", "t5")
 
@@ -329,12 +376,13 @@ def network_cases(*chosen: Base, options: bool = False) -> list[Case]:
 
     With `options` with each of its options too.
     """
-    methods = [m for m in all_methods().values() if m.network_layer is not None]
+    # What stands on adapters of another method cannot be made of a config alone, and has tests of its own.
+    methods = [m for m in all_methods().values() if m.network_layer is not None and m.experts is None]
     return [
-        Case(m, b, option)
+        Case(m, _called(b, SAMPLES[m.name].call), option)
         for m in methods
         for b in chosen
-        if b.name in _CORE_NETWORKS or SAMPLES[m.name].on_every_base
+        if (b.name in _CORE_NETWORKS or SAMPLES[m.name].on_every_base) and SAMPLES[m.name].task in (None, b.task)
         for option in ("", *(SAMPLES[m.name].options if options else ()))
     ]
 

@@ -8,6 +8,7 @@ from splice.auto import AutoPeftModelForQuestionAnswering as AutoPeftModelForQue
 from splice.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
 from splice.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
 from splice.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+from splice.base.decoder_input import shift_tokens_right as shift_tokens_right
 from splice.checkpoint.types import PeftType as PeftType
 from splice.checkpoint.types import TaskType as TaskType
 from splice.config import PeftConfig as PeftConfig
@@ -20,6 +21,8 @@ from splice.errors import PeftError as PeftError
 from splice.errors import PeftWarning as PeftWarning
 from splice.errors import UnknownMethodError as UnknownMethodError
 from splice.errors import UnsupportedFeatureError as UnsupportedFeatureError
+from splice.gap import BaseGap as BaseGap
+from splice.gap import base_gap as base_gap
 from splice.injecting import inject_adapter_in_model as inject_adapter_in_model
 from splice.kappatune import find_kappa_target_modules as find_kappa_target_modules
 from splice.kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
@@ -61,13 +64,19 @@ from splice.methods.lora.subconfigs import MontecloraConfig as MontecloraConfig
 from splice.methods.lora.subconfigs import VeloraConfig as VeloraConfig
 from splice.methods.oft import OFTConfig as OFTConfig
 from splice.methods.peanut import PeanutConfig as PeanutConfig
+from splice.methods.prompts.cpt import CPTConfig as CPTConfig
+from splice.methods.prompts.multitask_prompt_tuning import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
+from splice.methods.prompts.multitask_prompt_tuning import MultitaskPromptTuningInit as MultitaskPromptTuningInit
 from splice.methods.prompts.p_tuning import PromptEncoderConfig as PromptEncoderConfig
 from splice.methods.prompts.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
 from splice.methods.prompts.prompt_tuning import PromptTuningConfig as PromptTuningConfig
 from splice.methods.prompts.prompt_tuning import PromptTuningInit as PromptTuningInit
+from splice.methods.prompts.starts import StartedConfig as StartedConfig
 from splice.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
+from splice.methods.unilora import UniLoraConfig as UniLoraConfig
 from splice.methods.vera import VeraConfig as VeraConfig
 from splice.methods.waveft.record import WaveFTConfig as WaveFTConfig
+from splice.methods.xlora import XLoraConfig as XLoraConfig
 from splice.mixed import PeftMixedModel as PeftMixedModel
 from splice.model import PeftModel as PeftModel
 from splice.status import get_layer_status as get_layer_status
@@ -80,7 +89,6 @@ from splice.tasks import PeftModelForSequenceClassification as PeftModelForSeque
 from splice.tasks import PeftModelForTokenClassification as PeftModelForTokenClassification
 from splice.tasks import get_peft_model as get_peft_model
 from splice.utilities import cast_mixed_precision_params as cast_mixed_precision_params
-from splice.utilities import shift_tokens_right as shift_tokens_right
 
 __version__: str
 __all__ = [
@@ -92,6 +100,7 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "BaseGap",
     "CheckpointError",
     "LoadReport",
     "NoMatchingPeftModuleError",
@@ -111,6 +120,7 @@ __all__ = [
     "TaskType",
     "UnknownMethodError",
     "UnsupportedFeatureError",
+    "base_gap",
     "cast_mixed_precision_params",
     "find_kappa_target_modules",
     "get_base_model_state_dict",

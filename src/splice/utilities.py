@@ -12,6 +12,7 @@ from torch import nn
 
 from splice.base.backends.marks import quantisation
 from splice.base.bare import original_class, walk_bare
+from splice.base.decoder_input import shift_tokens_right as shift_tokens_right
 from splice.base.embeddings import input_embeddings
 from splice.base.foreign_models import offloading_hooks
 from splice.base.weight_access import check_readable, dense_weight, is_plain
@@ -139,18 +140,6 @@ def id_tensor_storage(tensor: torch.Tensor) -> tuple[torch.device, int, int]:
     """What is the same for tensors of one memory alone: device, address and number of bytes."""
     storage = tensor.untyped_storage()
     return tensor.device, storage.data_ptr(), storage.nbytes()
-
-
-def shift_tokens_right(input_ids: torch.Tensor, pad_token_id: int, decoder_start_token_id: int) -> torch.Tensor:
-    """The input of a decoder for these labels (batch, tokens): one token later, with -100 as padding.
-
-    Raises:
-        ValueError: `pad_token_id` is None.
-    """
-    if pad_token_id is None:
-        raise ValueError("pad_token_id has to be defined: give the id by which this model pads.")
-    shifted = torch.cat([torch.full_like(input_ids[:, :1], decoder_start_token_id), input_ids[:, :-1]], dim=1)
-    return shifted.masked_fill(shifted == -100, pad_token_id)
 
 
 def get_batch_size(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> int:

@@ -13,7 +13,9 @@ from splice import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestion
 from splice import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
 from splice import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
 from splice import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+from splice import BaseGap as BaseGap
 from splice import BdLoraConfig as BdLoraConfig
+from splice import CPTConfig as CPTConfig
 from splice import CheckpointError as CheckpointError
 from splice import CordaConfig as CordaConfig
 from splice import DeftConfig as DeftConfig
@@ -32,6 +34,8 @@ from splice import LoraConfig as LoraConfig
 from splice import LoraGAConfig as LoraGAConfig
 from splice import LoraRuntimeConfig as LoraRuntimeConfig
 from splice import MontecloraConfig as MontecloraConfig
+from splice import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
+from splice import MultitaskPromptTuningInit as MultitaskPromptTuningInit
 from splice import NoMatchingPeftModuleError as NoMatchingPeftModuleError
 from splice import OFTConfig as OFTConfig
 from splice import PeanutConfig as PeanutConfig
@@ -52,13 +56,17 @@ from splice import PromptEncoderConfig as PromptEncoderConfig
 from splice import PromptLearningConfig as PromptLearningConfig
 from splice import PromptTuningConfig as PromptTuningConfig
 from splice import PromptTuningInit as PromptTuningInit
+from splice import StartedConfig as StartedConfig
 from splice import TaskType as TaskType
 from splice import TrainableTokensConfig as TrainableTokensConfig
+from splice import UniLoraConfig as UniLoraConfig
 from splice import UnknownMethodError as UnknownMethodError
 from splice import UnsupportedFeatureError as UnsupportedFeatureError
 from splice import VeloraConfig as VeloraConfig
 from splice import VeraConfig as VeraConfig
 from splice import WaveFTConfig as WaveFTConfig
+from splice import XLoraConfig as XLoraConfig
+from splice import base_gap as base_gap
 from splice import cast_mixed_precision_params as cast_mixed_precision_params
 from splice import convert_to_lora as convert_to_lora
 from splice import create_arrow_model as create_arrow_model

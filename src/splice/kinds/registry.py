@@ -60,6 +60,15 @@ class UnchangedBase(Protocol):
         ...
 
 
+class Experts(NamedTuple):
+    """Adapters of another method that those of this one stand on; they are loaded first."""
+
+    # Their method.
+    of: PeftType
+    # Their names on the model -> folders or Hub ids, by the config and the options of the load; it may complete the config.
+    places: Callable[[Config, Mapping[str, Any]], Mapping[str, str]]
+
+
 class Method(NamedTuple):
     """What the library has to know about a method.
 
@@ -75,6 +84,7 @@ class Method(NamedTuple):
         divided_layers: the adapter layer in the place of another one where tensor parallelism divides the base layer.
         parameters_layer: the adapter layer for bare parameters of a module; None where it cannot be put on them.
         network_layer: the adapter layer for the network as a whole, of methods that act on its call: prompt learning.
+        experts: adapters of another method that its own stand on; None for none.
         shared: what holds the tensors that all layers of an adapter use; None where each layer has its own only.
         groups: which tensors its layers share with one before them, given the targets in their order: path -> suffix -> path
             of the layer that has it; None where no layer shares with another.
@@ -122,6 +132,7 @@ class Method(NamedTuple):
     divided_layers: Mapping[type[AdapterLayer], type[AdapterLayer]] = MappingProxyType({})
     parameters_layer: type[AdapterLayer] | None = None
     network_layer: type[NetworkLayer] | None = None
+    experts: Experts | None = None
     shared: type[SharedTensors] | None = None
     groups: Callable[[Sequence[tuple[str, nn.Module]], Config], Mapping[str, Mapping[str, str]]] | None = None
     tuner_methods: Mapping[str, Callable[..., object]] = MappingProxyType({})

@@ -141,6 +141,8 @@ def build_new(plan: Plan, config: PeftConfig, autocast: bool, on_meta: bool = Fa
             item.layer.begin()
         if on_meta:
             item.layer.leave_empty()
+            for suffix, leader in item.layer.leaders.items():
+                item.layer.put(suffix, led[leader.path].tensor(leader.suffix))
     return built + _followers(plan, built, config)
 
 

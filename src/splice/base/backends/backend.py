@@ -108,10 +108,6 @@ def _no_bias(layer: Foreign) -> torch.Tensor | None:
     return None
 
 
-def _as_many(parameter: torch.Tensor) -> int:
-    return parameter.numel()
-
-
 def _never(layer: Foreign, weight: torch.Tensor) -> Stored:
     raise NotImplementedError("a layer that cannot be written is not written")
 
@@ -136,7 +132,6 @@ class Backend:
         dtype: the floating dtype that the layer computes in; None where it does not say.
         bias: the bias of a layer that does not keep it as a parameter, where `bias_place` says; None for none.
         bias_place: where it keeps that.
-        full_numel: how many values a parameter with codes stands for.
     """
 
     name: str
@@ -152,4 +147,3 @@ class Backend:
     dtype: Callable[[Foreign], torch.dtype | None] = _no_dtype
     bias: Callable[[Foreign], torch.Tensor | None] = _no_bias
     bias_place: Place | None = None
-    full_numel: Callable[[torch.Tensor], int] = _as_many

@@ -60,10 +60,12 @@ def _describe(layer: Foreign) -> str:
     return f"4 bit, {weight.quant_type}, blocks of {weight.blocksize}{double}"
 
 
-def _full_numel(parameter: Foreign) -> int:
+def codes_in(parameter: Foreign) -> int | None:
+    """How many values the codes in `parameter` stand for; None of one that holds no such codes."""
+    if not is_of(type(parameter), "bitsandbytes", "Params4bit") or parameter.quant_state is None:
+        return None
     # Two codes to a byte; the bytes may be stored as items of another dtype.
-    state = parameter.quant_state
-    return int(parameter.numel() if state is None else parameter.numel() * 2 * parameter.quant_storage.itemsize)
+    return int(parameter.numel()) * 2 * int(parameter.quant_storage.itemsize)
 
 
 def _dtype(layer: Foreign) -> torch.dtype | None:
@@ -80,5 +82,4 @@ BACKEND = Backend(
     encode=_encode,
     places=(WEIGHT, _STATE),
     dtype=_dtype,
-    full_numel=_full_numel,
 )

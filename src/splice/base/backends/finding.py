@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from splice.base.backends import aqlm, awq, bnb_4bit, bnb_8bit, eetq, fp8, gptq, hqq, inc, torchao
 from splice.base.backends.backend import Backend
+from splice.base.foreign_models import full_numel
 
 BACKENDS: tuple[Backend, ...] = tuple(
     module.BACKEND for module in (bnb_4bit, bnb_8bit, torchao, hqq, gptq, awq, aqlm, eetq, inc, fp8)
@@ -25,6 +27,13 @@ def backend_of(layer: nn.Module) -> Backend | None:
     if key not in _found:
         _found[key] = next((each for each in BACKENDS if any(each.owns(type(layer), cls) for cls in key[1:])), None)
     return _found[key]
+
+
+def numel_stood_for(parameter: torch.Tensor) -> int:
+    """The number of values that `parameter` is, or that the codes in it stand for; of all processes' parts of it."""
+    # Asked of parameters in great number: first what nearly all of them are.
+    codes = None if type(parameter) is nn.Parameter else bnb_4bit.codes_in(parameter)
+    return full_numel(parameter) if codes is None else codes
 
 
 def linear_backend(cls: type) -> Backend | None:
