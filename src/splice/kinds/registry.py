@@ -98,6 +98,7 @@ class Method(NamedTuple):
         loss_term: what a forward in training adds to the loss, given the adapters and an active adapter's name.
         default_targets: modules to target by `config.model_type`, where the config names none.
         find_targets: finds targets on a network, given its modules, where the config names none and there is no default.
+        passes_over: whether targets that it cannot be put on are left out, as long as there are others.
         default_modules: further fields of the config that name modules -> their defaults, by `config.model_type` too.
         follows_ties: whether layers that are tied to adapted input embeddings always share their adapter layer's tensors.
         exclusive: whether only one of its adapters can take effect at a time.
@@ -143,6 +144,7 @@ class Method(NamedTuple):
     loss_term: Callable[[Adapters, str], torch.Tensor] | None = None
     default_targets: Mapping[str, list[str] | str] = MappingProxyType({})
     find_targets: Callable[[nn.Module, Mapping[str, nn.Module]], str] | None = None
+    passes_over: bool = False
     default_modules: Mapping[str, Mapping[str, list[str]]] = MappingProxyType({})
     follows_ties: bool = False
     exclusive: bool = False
