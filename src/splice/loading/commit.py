@@ -201,7 +201,7 @@ def _own_bias(placement: Placement) -> torch.Tensor:
 
 def _build(placement: Placement, config: PeftConfig, tensors: Mapping[str, torch.Tensor]) -> Built:
     config = placement.own_config or config
-    with _whole(placement.base) if placement.layer_class.reads_weight else nullcontext():
+    with _values(placement) if placement.layer_class.reads_weight else nullcontext():
         layer = placement.layer_class(placement.base, config, placement.path, placement.slots, tensors)
     if placement.own_config is not None:
         layer.own_config = placement.own_config
