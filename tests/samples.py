@@ -31,6 +31,7 @@ class Sample:
         one_trained: whether only one adapter of a model can be in training.
         trained_in: the dtype of its tensors on a bfloat16 base.
         reference_generates: whether the reference's `generate` gives what its forwards do, one after the other.
+        reference_unmerges: whether the reference can take what is merged out again, and merges an adapter only once.
         call: arguments that every call of a model with such an adapter needs -> a value for each row.
         task: the only task that its configs may have; None for any.
         in_any_order: whether several of its adapters at once give the same in any order.
@@ -48,6 +49,7 @@ class Sample:
     same_targets: bool = False
     reference_mixes: bool = False
     reference_scales: bool = False
+    reference_unmerges: bool = True
     in_any_order: bool = True
     one_trained: bool = False
     reference_generates: bool = True
@@ -88,6 +90,8 @@ SAMPLES: dict[PeftType, Sample] = {
         reference_mixes=True,
         reference_scales=True,
     ),
+    # On LoRA adapters alone: its tests are in test_xlora.py.
+    PeftType.XLORA: Sample(config={"hidden_size": 16, "adapters": {"0": "a folder"}}, on_every_base=False),
     PeftType.FOURIERFT: Sample(
         config={"n_frequency": 12, "scaling": 20.0},
         small={"n_frequency": 5, "random_loc_seed": 3},
@@ -132,6 +136,36 @@ SAMPLES: dict[PeftType, Sample] = {
             "plain": {"depth": 0},
             "deep": {"depth": 2, "act_fn": "tanh"},
             "uninitialised": {"init_weights": False},
+        },
+    ),
+    PeftType.OSF: Sample(
+        config={"effective_rank": 2},
+        reference_unmerges=False,
+        small={"effective_rank": 0.75},
+        options={
+            "half": {"effective_rank": None},
+            "patterns": {"rank_pattern": {"first|q_proj|up": 3, "second": 0.3}},
+            "uninitialised": {"init_weights": False},
+        },
+    ),
+    PeftType.PSOFT: Sample(
+        config={"r": 3},
+        small={"r": 2, "ab_svd_init": "pissa_init"},
+        options={
+            "series": {"use_cayley_neumann": True, "num_cayley_neumann_terms": 3},
+            "limited": {"use_cayley_neumann": True, "cayley_neumann_eps": 0.3},
+            "free": {"psoft_orth": False, "psoft_mag_a": False},
+            "random_start": {"psoft_svd": "lowrank", "random_seed": 3, "psoft_mag_b": False},
+            "uninitialised": {"init_weights": False},
+        },
+    ),
+    PeftType.ADAMSS: Sample(
+        config={"r": 3, "num_subspaces": 2},
+        small={"r": 2, "num_subspaces": 3},
+        options={
+            "wide": {"subspace_rank": 2},
+            "dynamic": {"subspace_rank": 3, "use_dynamic_rank": True, "svd_threshold": 0.3, "random_seed": 2},
+            "uninitialised": {"init_weights": None},
         },
     ),
     PeftType.PREFIX_TUNING: Sample(
@@ -359,7 +393,8 @@ def network_cases(*chosen: Base, options: bool = False) -> list[Case]:
 
     With `options` with each of its options too.
     """
-    methods = [m for m in all_methods().values() if m.network_layer is not None]
+    # What stands on adapters of another method cannot be made of a config alone, and has tests of its own.
+    methods = [m for m in all_methods().values() if m.network_layer is not None and m.experts is None]
     return [
         Case(m, _called(b, SAMPLES[m.name].call), option)
         for m in methods

@@ -67,8 +67,11 @@ def test_tensors_by_attribute_and_adapter_name(case: Case, shared_checkpoint: An
             with pytest.raises(KeyError):
                 view["nobody"]
             value = view["default"]
-            tensor = value if isinstance(value, torch.Tensor) else value.weight
-            assert any(tensor is own for _, own in adapter.named_slots())
+            assert any(first_tensor(value) is own for _, own in adapter.named_slots())
+
+
+def first_tensor(value: Any) -> torch.Tensor:
+    return value if isinstance(value, torch.Tensor) else next(value.parameters())
 
 
 @kinds
@@ -79,7 +82,7 @@ def test_what_is_written_through_a_view_takes_effect(case: Case, shared_checkpoi
     for model in (pair.reference, pair.ours):
         value = getattr(model.get_base_model().first, suffix.partition(".")[0])["default"]
         with torch.no_grad():
-            (value if isinstance(value, torch.Tensor) else value.weight).mul_(2)
+            first_tensor(value).add_(0.3)
     assert differ(pair.assert_equal(), before)
 
 
@@ -109,6 +112,8 @@ def test_numbers(case: Case, shared_checkpoint: Any) -> None:
 @kinds
 def test_state(case: Case, shared_checkpoint: Any) -> None:
     """Which adapters are active, merged, disabled: after every change the same as in the reference."""
+    if not case.sample.reference_unmerges:
+        pytest.skip("the reference cannot unmerge")
     pair = two_of_each(case, shared_checkpoint)
     # The one that may be merged alone, also of methods whose order matters.
     innermost = in_order(pair.ours.get_base_model().first.splice_host.layers, ["second", "default"])[0]
@@ -162,7 +167,12 @@ NOT_SHOWN = {
 }
 
 # OFT on embeddings tells the size of the vectors as `in_features`; others, and we, the vocabulary.
-OTHERWISE = {(splice.PeftType.OFT, "in_features"), (splice.PeftType.OFT, "out_features")}
+OTHERWISE = {
+    (splice.PeftType.OFT, "in_features"),
+    (splice.PeftType.OFT, "out_features"),
+    (splice.PeftType.ADAMSS, "dtype"),  # one for all adapters of the layer, the base's
+    (splice.PeftType.OSF, "hook_handles"),  # of hooks, where gradients are projected in the graph here
+}
 
 
 def readable(layer: Any) -> dict[str, Any]:
@@ -223,6 +233,8 @@ def test_the_change_of_the_weight(case: Case, shared_checkpoint: Any) -> None:
             assert case.method.name == splice.PeftType.OFT  # there it is the rotation
             continue
         expected = theirs.get_delta_weight("default").detach()
+        if case.method.name == splice.PeftType.HIRA:  # there it is what the weight is multiplied with
+            expected = expected.reshape(weight.shape) * weight.detach()
         # The reference's FourierFT has it as (out, in) for every layer.
         as_stored = expected if expected.shape == weight.shape else expected.T
         assert_close(delta.detach(), as_stored.reshape(weight.shape))

@@ -4,6 +4,7 @@
 from typing import Any
 
 from splice import AdaLoraConfig as AdaLoraConfig
+from splice import AdamssConfig as AdamssConfig
 from splice import AdapterMismatchError as AdapterMismatchError
 from splice import ArrowConfig as ArrowConfig
 from splice import AutoPeftModel as AutoPeftModel
@@ -38,6 +39,7 @@ from splice import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
 from splice import MultitaskPromptTuningInit as MultitaskPromptTuningInit
 from splice import NoMatchingPeftModuleError as NoMatchingPeftModuleError
 from splice import OFTConfig as OFTConfig
+from splice import OSFConfig as OSFConfig
 from splice import PeanutConfig as PeanutConfig
 from splice import PeftConfig as PeftConfig
 from splice import PeftError as PeftError
@@ -56,6 +58,7 @@ from splice import PromptEncoderConfig as PromptEncoderConfig
 from splice import PromptLearningConfig as PromptLearningConfig
 from splice import PromptTuningConfig as PromptTuningConfig
 from splice import PromptTuningInit as PromptTuningInit
+from splice import PsoftConfig as PsoftConfig
 from splice import StartedConfig as StartedConfig
 from splice import TaskType as TaskType
 from splice import TrainableTokensConfig as TrainableTokensConfig
@@ -65,6 +68,7 @@ from splice import UnsupportedFeatureError as UnsupportedFeatureError
 from splice import VeloraConfig as VeloraConfig
 from splice import VeraConfig as VeraConfig
 from splice import WaveFTConfig as WaveFTConfig
+from splice import XLoraConfig as XLoraConfig
 from splice import base_gap as base_gap
 from splice import cast_mixed_precision_params as cast_mixed_precision_params
 from splice import convert_to_lora as convert_to_lora
