@@ -39,6 +39,7 @@ from splice.methods.delora import DeloraConfig as DeloraConfig
 from splice.methods.fourierft import FourierFTConfig as FourierFTConfig
 from splice.methods.hira import HiraConfig as HiraConfig
 from splice.methods.ia3 import IA3Config as IA3Config
+from splice.methods.lily import LilyConfig as LilyConfig
 from splice.methods.ln_tuning import LNTuningConfig as LNTuningConfig
 from splice.methods.loha import LoHaConfig as LoHaConfig
 from splice.methods.lokr import LoKrConfig as LoKrConfig

@@ -27,6 +27,7 @@ from splice import HiraConfig as HiraConfig
 from splice import IA3Config as IA3Config
 from splice import KasaConfig as KasaConfig
 from splice import LNTuningConfig as LNTuningConfig
+from splice import LilyConfig as LilyConfig
 from splice import LoHaConfig as LoHaConfig
 from splice import LoKrConfig as LoKrConfig
 from splice import LoadReport as LoadReport
