@@ -34,9 +34,13 @@ class Sample:
         reference_tells: whether the reference says so where there is nothing to unmerge.
         reference_adds: whether the reference gets several of its adapters at once right.
         reference_generates: whether the reference's `generate` gives what its forwards do, one after the other.
+        reference_unmerges: whether the reference can take what is merged out again, and merges an adapter only once.
         call: arguments that every call of a model with such an adapter needs -> a value for each row.
         task: the only task that its configs may have; None for any.
         in_any_order: whether several of its adapters at once give the same in any order.
+        merges: whether its adapters can be merged into weights; neither library merges those of the others.
+        row_by_row: whether an adapter gives the same for a row, whatever other rows of it are in the batch.
+        reference_shares: whether the reference lets layers of all adapters share tensors, not of the first one alone.
         on_every_base: whether it is tested on every base model, and beside every method, in the place of all of its kind:
             what a base asks of an adapter is hosted by the kind, once. The others are tested on `bases.CORE`.
     """
@@ -49,6 +53,7 @@ class Sample:
     reference_mixes: bool = False
     mixing_lacks: frozenset[str] = frozenset()
     reference_scales: bool = False
+    reference_unmerges: bool = True
     in_any_order: bool = True
     one_trained: bool = False
     reference_generates: bool = True
@@ -57,6 +62,9 @@ class Sample:
     reference_adds: bool = True
     call: Mapping[str, Any] = field(default_factory=dict)
     task: str | None = None
+    merges: bool = True
+    row_by_row: bool = True
+    reference_shares: bool = True
     on_every_base: bool = False
 
 
@@ -92,6 +100,8 @@ SAMPLES: dict[PeftType, Sample] = {
         reference_mixes=True,
         reference_scales=True,
     ),
+    # On LoRA adapters alone: its tests are in test_xlora.py.
+    PeftType.XLORA: Sample(config={"hidden_size": 16, "adapters": {"0": "a folder"}}, on_every_base=False),
     PeftType.FOURIERFT: Sample(
         config={"n_frequency": 12, "scaling": 20.0},
         small={"n_frequency": 5, "random_loc_seed": 3},
@@ -136,6 +146,36 @@ SAMPLES: dict[PeftType, Sample] = {
             "plain": {"depth": 0},
             "deep": {"depth": 2, "act_fn": "tanh"},
             "uninitialised": {"init_weights": False},
+        },
+    ),
+    PeftType.OSF: Sample(
+        config={"effective_rank": 2},
+        reference_unmerges=False,
+        small={"effective_rank": 0.75},
+        options={
+            "half": {"effective_rank": None},
+            "patterns": {"rank_pattern": {"first|q_proj|up": 3, "second": 0.3}},
+            "uninitialised": {"init_weights": False},
+        },
+    ),
+    PeftType.PSOFT: Sample(
+        config={"r": 3},
+        small={"r": 2, "ab_svd_init": "pissa_init"},
+        options={
+            "series": {"use_cayley_neumann": True, "num_cayley_neumann_terms": 3},
+            "limited": {"use_cayley_neumann": True, "cayley_neumann_eps": 0.3},
+            "free": {"psoft_orth": False, "psoft_mag_a": False},
+            "random_start": {"psoft_svd": "lowrank", "random_seed": 3, "psoft_mag_b": False},
+            "uninitialised": {"init_weights": False},
+        },
+    ),
+    PeftType.ADAMSS: Sample(
+        config={"r": 3, "num_subspaces": 2},
+        small={"r": 2, "num_subspaces": 3},
+        options={
+            "wide": {"subspace_rank": 2},
+            "dynamic": {"subspace_rank": 3, "use_dynamic_rank": True, "svd_threshold": 0.3, "random_seed": 2},
+            "uninitialised": {"init_weights": None},
         },
     ),
     PeftType.PREFIX_TUNING: Sample(
@@ -299,6 +339,28 @@ SAMPLES: dict[PeftType, Sample] = {
             "bias_of_targets": {"bias": "waveft_only"},
         },
     ),
+    PeftType.UNILORA: Sample(
+        config={"r": 3, "theta_d_length": 37},
+        small={"r": 2, "theta_d_length": 23, "proj_seed": 5},
+        options={
+            "stored": {"save_indices": True, "proj_seed": 7},
+            "bias_of_targets": {"bias": "unilora_only"},
+            "uninitialised": {"init_weights": False},
+        },
+        # There every layer names the vectors of all adapters, also of those that are not on it.
+        same_targets=True,
+    ),
+    PeftType.LILY: Sample(
+        config={"r": 3, "num_B": 3},
+        small={"r": 2, "scaling": 0.5},
+        options={
+            "strides": {"stride_A": 2},
+            "uninitialised": {"init_weights": False, "scaling": 1.5},
+        },
+        merges=False,
+        row_by_row=False,
+        reference_shares=False,
+    ),
     PeftType.ADALORA: Sample(
         config={"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10},
         one_trained=True,
@@ -420,7 +482,8 @@ def network_cases(*chosen: Base, options: bool = False) -> list[Case]:
 
     With `options` with each of its options too.
     """
-    methods = [m for m in all_methods().values() if m.network_layer is not None]
+    # What stands on adapters of another method cannot be made of a config alone, and has tests of its own.
+    methods = [m for m in all_methods().values() if m.network_layer is not None and m.experts is None]
     return [
         Case(m, _called(b, SAMPLES[m.name].call), option)
         for m in methods

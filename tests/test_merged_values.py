@@ -261,7 +261,7 @@ def test_parameters_exchanged_while_merged_get_the_values_back(case: Case, share
     assert all(torch.equal(now[name], value) for name, (_, value) in before.items())
 
 
-@pytest.mark.parametrize("case", plain_cases(bases.LLAMA), ids=str)
+@pytest.mark.parametrize("case", [case for case in plain_cases(bases.LLAMA) if case.sample.merges], ids=str)
 def test_flags_after_merging_for_good_are_the_bases_own(case: Case, shared_checkpoint: Any) -> None:
     network = case.base.build()
     flags = {name: p.requires_grad for name, p in network.named_parameters()}

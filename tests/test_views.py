@@ -69,20 +69,22 @@ def test_tensors_by_attribute_and_adapter_name(case: Case, shared_checkpoint: An
             with pytest.raises(KeyError):
                 view["nobody"]
             value = view["default"]
-            tensor = value if isinstance(value, torch.Tensor) else next(iter(value.state_dict(keep_vars=True).values()))
-            assert any(tensor is own for _, own in adapter.named_slots())
+            assert any(first_tensor(value) is own for _, own in adapter.named_slots())
+
+
+def first_tensor(value: Any) -> torch.Tensor:
+    return value if isinstance(value, torch.Tensor) else next(value.parameters())
 
 
 @kinds
 def test_what_is_written_through_a_view_takes_effect(case: Case, shared_checkpoint: Any) -> None:
     pair = two_of_each(case, shared_checkpoint)
     before = pair.assert_equal()
-    suffix, _ = next(pair.ours.base_model.placed["default"]["first"].named_slots())
+    suffix = next(iter(pair.ours.base_model.placed["default"]["first"].registered))
     for model in (pair.reference, pair.ours):
         value = getattr(model.get_base_model().first, suffix.partition(".")[0])["default"]
         with torch.no_grad():
-            # Not a product alone: of some tensors only the direction counts.
-            (value if isinstance(value, torch.Tensor) else getattr(value, suffix.partition(".")[2])).mul_(2).add_(0.1)
+            first_tensor(value).mul_(2).add_(0.3)  # neither alone changes each method: a direction, a skew part
     assert differ(pair.assert_equal(), before)
 
 
@@ -112,6 +114,8 @@ def test_numbers(case: Case, shared_checkpoint: Any) -> None:
 @kinds
 def test_state(case: Case, shared_checkpoint: Any) -> None:
     """Which adapters are active, merged, disabled: after every change the same as in the reference."""
+    if not case.sample.reference_unmerges:
+        pytest.skip("the reference cannot unmerge")
     pair = two_of_each(case, shared_checkpoint)
     # The one that may be merged alone, also of methods whose order matters.
     innermost = in_order(pair.ours.get_base_model().first.splice_host.layers, ["second", "default"])[0]
@@ -170,6 +174,8 @@ NOT_SHOWN = {
 OTHERWISE = {
     (splice.PeftType.OFT, "in_features"),
     (splice.PeftType.OFT, "out_features"),
+    (splice.PeftType.ADAMSS, "dtype"),  # one for all adapters of the layer, the base's
+    (splice.PeftType.OSF, "hook_handles"),  # of hooks, where gradients are projected in the graph here
     (splice.PeftType.BOFT, "fbd_cuda_available"),
     (splice.PeftType.BOFT, "boft_P"),
     (splice.PeftType.MISS, "miss_fn"),
@@ -244,6 +250,8 @@ def test_the_change_of_the_weight(case: Case, shared_checkpoint: Any) -> None:
             assert_close(delta, adapter.deltas(own)["weight"])
             continue
         expected = theirs.get_delta_weight("default").detach()
+        if case.method.name == splice.PeftType.HIRA:  # there it is what the weight is multiplied with
+            expected = expected.reshape(weight.shape) * weight.detach()
         # The reference's FourierFT has it as (out, in) for every layer.
         as_stored = expected if expected.shape == weight.shape else expected.T
         assert_close(delta.detach(), as_stored.reshape(weight.shape))

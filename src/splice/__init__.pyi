@@ -33,11 +33,13 @@ from splice.loading.saving import get_peft_model_state_dict as get_peft_model_st
 from splice.loading.state import load_peft_weights as load_peft_weights
 from splice.loading.state import set_peft_model_state_dict as set_peft_model_state_dict
 from splice.methods.adalora.layers import AdaLoraConfig as AdaLoraConfig
+from splice.methods.adamss.config import AdamssConfig as AdamssConfig
 from splice.methods.deft import DeftConfig as DeftConfig
 from splice.methods.delora import DeloraConfig as DeloraConfig
 from splice.methods.fourierft import FourierFTConfig as FourierFTConfig
 from splice.methods.hira import HiraConfig as HiraConfig
 from splice.methods.ia3 import IA3Config as IA3Config
+from splice.methods.lily import LilyConfig as LilyConfig
 from splice.methods.ln_tuning import LNTuningConfig as LNTuningConfig
 from splice.methods.loha import LoHaConfig as LoHaConfig
 from splice.methods.lokr import LoKrConfig as LoKrConfig
@@ -63,6 +65,7 @@ from splice.methods.lora.subconfigs import LoraGAConfig as LoraGAConfig
 from splice.methods.lora.subconfigs import MontecloraConfig as MontecloraConfig
 from splice.methods.lora.subconfigs import VeloraConfig as VeloraConfig
 from splice.methods.oft import OFTConfig as OFTConfig
+from splice.methods.osf import OSFConfig as OSFConfig
 from splice.methods.peanut import PeanutConfig as PeanutConfig
 from splice.methods.prompts.cpt import CPTConfig as CPTConfig
 from splice.methods.prompts.multitask_prompt_tuning import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
@@ -72,9 +75,12 @@ from splice.methods.prompts.prefix_tuning import PrefixTuningConfig as PrefixTun
 from splice.methods.prompts.prompt_tuning import PromptTuningConfig as PromptTuningConfig
 from splice.methods.prompts.prompt_tuning import PromptTuningInit as PromptTuningInit
 from splice.methods.prompts.starts import StartedConfig as StartedConfig
+from splice.methods.psoft import PsoftConfig as PsoftConfig
 from splice.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
+from splice.methods.unilora import UniLoraConfig as UniLoraConfig
 from splice.methods.vera import VeraConfig as VeraConfig
 from splice.methods.waveft.record import WaveFTConfig as WaveFTConfig
+from splice.methods.xlora import XLoraConfig as XLoraConfig
 from splice.mixed import PeftMixedModel as PeftMixedModel
 from splice.model import PeftModel as PeftModel
 from splice.status import get_layer_status as get_layer_status

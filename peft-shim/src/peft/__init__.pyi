@@ -4,6 +4,7 @@
 from typing import Any
 
 from splice import AdaLoraConfig as AdaLoraConfig
+from splice import AdamssConfig as AdamssConfig
 from splice import AdapterMismatchError as AdapterMismatchError
 from splice import ArrowConfig as ArrowConfig
 from splice import AutoPeftModel as AutoPeftModel
@@ -26,6 +27,7 @@ from splice import HiraConfig as HiraConfig
 from splice import IA3Config as IA3Config
 from splice import KasaConfig as KasaConfig
 from splice import LNTuningConfig as LNTuningConfig
+from splice import LilyConfig as LilyConfig
 from splice import LoHaConfig as LoHaConfig
 from splice import LoKrConfig as LoKrConfig
 from splice import LoadReport as LoadReport
@@ -38,6 +40,7 @@ from splice import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
 from splice import MultitaskPromptTuningInit as MultitaskPromptTuningInit
 from splice import NoMatchingPeftModuleError as NoMatchingPeftModuleError
 from splice import OFTConfig as OFTConfig
+from splice import OSFConfig as OSFConfig
 from splice import PeanutConfig as PeanutConfig
 from splice import PeftConfig as PeftConfig
 from splice import PeftError as PeftError
@@ -56,14 +59,17 @@ from splice import PromptEncoderConfig as PromptEncoderConfig
 from splice import PromptLearningConfig as PromptLearningConfig
 from splice import PromptTuningConfig as PromptTuningConfig
 from splice import PromptTuningInit as PromptTuningInit
+from splice import PsoftConfig as PsoftConfig
 from splice import StartedConfig as StartedConfig
 from splice import TaskType as TaskType
 from splice import TrainableTokensConfig as TrainableTokensConfig
+from splice import UniLoraConfig as UniLoraConfig
 from splice import UnknownMethodError as UnknownMethodError
 from splice import UnsupportedFeatureError as UnsupportedFeatureError
 from splice import VeloraConfig as VeloraConfig
 from splice import VeraConfig as VeraConfig
 from splice import WaveFTConfig as WaveFTConfig
+from splice import XLoraConfig as XLoraConfig
 from splice import base_gap as base_gap
 from splice import cast_mixed_precision_params as cast_mixed_precision_params
 from splice import convert_to_lora as convert_to_lora

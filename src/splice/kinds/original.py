@@ -30,6 +30,9 @@ def original_tensor(layer: nn.Module, name: str) -> torch.Tensor | None:
                 return cast(torch.Tensor, before)
     if name in host.displaced:
         return host.displaced[name]
+    if name in host.shelved and own is not None:
+        shelf, entry = host.shelved[name]
+        return as_now(shelf.read(entry), own)
     return own if own is None or name not in host.originals else as_now(host.originals[name], own)
 
 

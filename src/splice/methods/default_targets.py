@@ -120,3 +120,18 @@ ADALORA_TARGETS: Mapping[str, list[str] | str] = MappingProxyType(
         **{model_type: targets for names, targets in _ADALORA_GROUPS for model_type in names.split()},
     }
 )
+
+# Whole blocks: what is trained is a part of the weights themselves.
+_OSF_GROUPS: tuple[tuple[str, list[str]], ...] = (
+    (
+        "llama llama4 mistral mixtral gemma gemma2 gemma3_text qwen2 qwen3 phi",
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"],
+    ),
+    ("gpt2 gpt_bigcode", ["c_attn", "c_proj"]),
+    ("opt", ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]),
+    ("gptj", ["q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"]),
+    ("bloom falcon gpt_neox", ["query_key_value", "dense_4h_to_h"]),
+)
+OSF_TARGETS: Mapping[str, list[str]] = MappingProxyType(
+    {model_type: targets for model_types, targets in _OSF_GROUPS for model_type in model_types.split()}
+)

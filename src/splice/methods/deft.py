@@ -177,6 +177,7 @@ METHOD = register(
         ),
         default_targets=LORA_TARGETS,
         check=_check,
+        names=MappingProxyType({"DeftLinear": DeftLayer}),
         paper="NeurIPS 2025",
     )
 )

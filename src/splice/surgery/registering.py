@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from splice.base.offload import forget_elsewhere, is_offloaded, keep_elsewhere
 from splice.kinds.container import Container, Holder, Owner, Tie
 from splice.kinds.effect import Forward
 from splice.kinds.host import Host, host_of
@@ -45,6 +46,8 @@ def register(adapter: AdapterLayer, name: str, home: Home, owner: Owner | None =
         if is_buffer and not slot.stored:
             container._non_persistent_buffers_set.add(name)
         adapter.registered[suffix] = Registered(in_tree, name, slot)
+        if is_offloaded(container):
+            keep_elsewhere(container, name, adapter.tensor(suffix))
         container.__dict__["owner"] = owner
     adapter.loose.clear()
 
@@ -230,6 +233,7 @@ def _drop(home: Home, path: str, name: str) -> None:
     container = way[-1][0][last]
     if not isinstance(container, Container):
         return
+    forget_elsewhere(container, name)
     container.drop(name)
     if len(container):
         return
