@@ -32,7 +32,7 @@ def dispatched(model: Any, where: str, folder: Path) -> Any:
     front = "base_model.model." if isinstance(model, splice.PeftModel) else ""
     device_map = {front + name: "disk" if name in kept else "cpu" for name in names}
     # What all layers of an adapter share.
-    device_map.update({"base_model.vera_A": "cpu", "base_model.vera_B": "cpu"} if front else {})
+    device_map.update({f"base_model.{name}": "cpu" for name in model.base_model.added} if front else {})
     folder.mkdir(exist_ok=True)
     return dispatch_model(model, device_map, main_device="cpu", offload_dir=str(folder), force_hooks=True)
 
