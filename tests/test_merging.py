@@ -323,9 +323,10 @@ def test_an_unsafe_merge_takes_what_it_is_given(case: Case, shared_checkpoint: A
     model = mergeable_model(case, shared_checkpoint)
     _break(model, "second")
     model.merge_adapter()
-    assert model.get_base_model().second.weight.isnan().any()
+    layer = model.get_base_model().second
+    assert layer.weight.isnan().any() or layer.bias.isnan().any()
     model.unmerge_adapter()
-    assert model.get_base_model().second.weight.isfinite().all()
+    assert layer.weight.isfinite().all() and layer.bias.isfinite().all()
 
 
 @linear
@@ -348,6 +349,8 @@ def test_merging_twice_warns_and_adds_nothing(case: Case, library: Any, shared_c
 def test_unmerging_what_is_not_merged_warns(case: Case, library: Any, shared_checkpoint: Any) -> None:
     if library is peft and not case.sample.reference_unmerges:
         pytest.skip("the reference cannot unmerge, and merges twice")
+    if library is peft and not case.sample.reference_tells:
+        pytest.skip("the reference says nothing")
     folder = shared_checkpoint(case.base, case.config())
     model = library.PeftModel.from_pretrained(case.base.build(), str(folder))
     with pytest.warns(UserWarning, match="Already unmerged"):
