@@ -39,10 +39,8 @@ def dispatched(model: Any, where: str, folder: Path) -> Any:
     names = ["model.embed_tokens", *sorted(kept), "model.norm", "model.rotary_emb"]
     front = "base_model.model." if isinstance(model, splice.PeftModel) else ""
     device_map = {front + name: "disk" if name in kept else "cpu" for name in names}
-    if front:  # what all layers of an adapter share
-        device_map.update(
-            {f"base_model.{name}": "cpu" for name, _ in model.base_model.named_children() if name != "model"}
-        )
+    # What all layers of an adapter share.
+    device_map.update({f"base_model.{name}": "cpu" for name in model.base_model.added} if front else {})
     folder.mkdir(exist_ok=True)
     return dispatch_model(model, device_map, main_device="cpu", offload_dir=str(folder), force_hooks=True)
 

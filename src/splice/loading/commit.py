@@ -118,6 +118,8 @@ def _build_loaded(
     if len(tensors) < len(placement.slots):
         fresh = new_tensors(placement, config, autocast)
         tensors = {suffix: tensors.get(suffix, fresh[suffix]) for suffix in placement.slots}
+    elif placement.leaders:  # which came first, and a save has the order of the layer
+        tensors = {suffix: tensors[suffix] for suffix in placement.slots}
     return _build(placement, config, tensors)
 
 
