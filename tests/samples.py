@@ -361,6 +361,20 @@ SAMPLES: dict[PeftType, Sample] = {
         row_by_row=False,
         reference_shares=False,
     ),
+    PeftType.TINYLORA: Sample(
+        config={"r": 2, "u": 5, "init_weights": "uniform"},
+        small={"u": 3, "projection_seed": 7},
+        options={
+            "tied": {"weight_tying": 0.5},
+            "regenerated": {"save_projection": False, "projection_seed": 3, "weight_tying": 1.0},
+            "bias_of_targets": {"bias": "tinylora_only"},
+        },
+        # There embeddings hold projections as if they were saved.
+        not_on={"regenerated": frozenset({"embedding", "embedding_padding", "embedding_scale", "mixed", "llama_tied"})},
+        # There every layer names the vectors of all adapters, also of those that are not on it, and an adapter that comes
+        # later has the positions of the first one's layers.
+        same_targets=True,
+    ),
     PeftType.ADALORA: Sample(
         config={"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10},
         one_trained=True,

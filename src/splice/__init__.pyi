@@ -84,6 +84,7 @@ from splice.methods.prompts.prompt_tuning import PromptTuningInit as PromptTunin
 from splice.methods.prompts.starts import StartedConfig as StartedConfig
 from splice.methods.psoft import PsoftConfig as PsoftConfig
 from splice.methods.road import RoadConfig as RoadConfig
+from splice.methods.tinylora import TinyLoraConfig as TinyLoraConfig
 from splice.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from splice.methods.unilora import UniLoraConfig as UniLoraConfig
 from splice.methods.vera import VeraConfig as VeraConfig

@@ -70,6 +70,7 @@ from splice import PsoftConfig as PsoftConfig
 from splice import RoadConfig as RoadConfig
 from splice import StartedConfig as StartedConfig
 from splice import TaskType as TaskType
+from splice import TinyLoraConfig as TinyLoraConfig
 from splice import TrainableTokensConfig as TrainableTokensConfig
 from splice import UniLoraConfig as UniLoraConfig
 from splice import UnknownMethodError as UnknownMethodError
