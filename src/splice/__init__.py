@@ -29,6 +29,7 @@ _PUBLIC = {
         "AutoPeftModelForSequenceClassification",
         "AutoPeftModelForTokenClassification",
     ],
+    "splice.gap": ["BaseGap", "base_gap"],
     "splice.mixed": ["PeftMixedModel"],
     "splice.injecting": ["inject_adapter_in_model"],
     "splice.checkpoint.types": ["PeftType", "TaskType"],

@@ -134,6 +134,17 @@ def bare_copy(module: nn.Module, memo: dict[int, object]) -> nn.Module:
     return clone
 
 
+def without_adapters(layer: nn.Module) -> nn.Module:
+    """`layer` as its own class knows it: the same tensors, in an object whose registries may be changed."""
+    bare = empty_instance(original_class(layer))
+    state = {name: value for name, value in vars(layer).items() if name not in (HOST, GUARD, "forward")}
+    for name in ("_parameters", "_buffers"):
+        state[name] = dict(state[name])
+    state["_modules"] = dict(bare_children(layer))
+    vars(bare).update(state)
+    return bare
+
+
 def empty_instance(cls: type[nn.Module]) -> nn.Module:
     """An object of this class without anything in it, for a copy to fill."""
     # Not `cls.__new__`, which may want what the original was made from; all that it left on that is copied.

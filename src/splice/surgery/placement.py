@@ -53,8 +53,11 @@ class Placement:
         config: PeftConfig,
         own: PeftConfig | None = None,
         layout: Layout | None = None,
+        new: bool = False,
     ) -> Placement:
         """With the slots that the config asks for; `own` takes the place of `config` where it is given.
+
+        With `new` the adapter is made and not loaded.
 
         Raises:
             UnsupportedLayerError: (a ValueError) each process has a part of the base layer alone, and this adapter layer
@@ -68,7 +71,8 @@ class Placement:
         if layout is not None:
             slots = cast(type[LaidOut], layer_class).slots_in(layout, base, config, path)
             return cls(path, base, layer_class, slots, layout=layout)
-        slots, form = layer_class.slots(base, own or config, path), layer_class.file_form
+        slots_of, form = layer_class.new_slots if new else layer_class.slots, layer_class.file_form
+        slots = slots_of(base, own or config, path)
         return cls(path, base, layer_class, slots, own, in_file=form.slots(slots, config) if form.converts else None)
 
     @property

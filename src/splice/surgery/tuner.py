@@ -200,7 +200,9 @@ class Tuner(TunerViews, nn.Module):
             path, base = item.placement.path, item.placement.base
             if isinstance(item.layer, SharedTensors):
                 continue
-            home = self.around if isinstance(item.layer, NetworkLayer) else None
+            home = None
+            if isinstance(item.layer, NetworkLayer):
+                home = Home(self._modules, self.added, self.model) if item.layer.on_tuner else self.around
             if item.layer.names.above:
                 above = self.adapted[path.rpartition(".")[0]].splice_host
                 home = Home(above.base._modules, above.added, above.base)
@@ -446,7 +448,7 @@ class Tuner(TunerViews, nn.Module):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Add the adapters (the active ones, if none are named) to the base weights; see `surgery/merging.py`."""
         names = adapters_to_merge(self.hosts.values(), self.selection, self.peft_config, adapter_names)
-        merge(self.model, self.hosts, self.selection, names, safe_merge)
+        self.merge_report = merge(self.model, self.hosts, self.selection, names, safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Give every merged layer back the very parameters it had before."""
@@ -482,7 +484,7 @@ class Tuner(TunerViews, nn.Module):
     ) -> nn.Module:
         """The network with the adapters in its weights and nothing else left of them. This object is done with."""
         names = adapters_to_merge(self.hosts.values(), self.selection, self.peft_config, adapter_names)
-        merge_for_good(self.model, self.hosts, names, safe_merge, progressbar)
+        self.merge_report = merge_for_good(self.model, self.hosts, names, safe_merge, progressbar)
         network = self._take_off(names or self.active_adapters, keep_layers=True)
         note_untied(network)
         return network

@@ -57,11 +57,10 @@ def get_prompt(
     if max_cache_len is not None:
         raise ValueError("`max_cache_len`: a cache of a fixed length cannot hold virtual tokens; leave it out")
     layer = prompt_layer(adapters, adapters.selection.active[0])
-    call = {"task_ids": task_ids}
     if isinstance(layer, CachedPrompt):
-        values = layer.virtual_tokens(call)
+        values = layer.virtual_tokens({})
         return layer.filled(None, values.expand(batch_size, *values.shape[1:]))
-    tokens = layer.table()[None]
+    tokens = layer.every_token(task_ids)
     return tokens.expand(batch_size, *tokens.shape[1:])
 
 

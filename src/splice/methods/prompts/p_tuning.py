@@ -46,11 +46,6 @@ class PromptEncoderConfig(PromptLearningConfig):
     # Probability with which the LSTM drops what goes from one of its layers to the next in training, 0 to 1.
     encoder_dropout: float = 0.0
 
-    def computed(self) -> dict[str, object]:
-        # None of it changes what a checkpoint computes: that holds the virtual tokens themselves.
-        sizes = {"num_attention_heads": self.num_attention_heads, "num_layers": self.num_layers}
-        return {name: size for name, size in sizes.items() if size is not None}
-
 
 class PromptEncoder(Encoder):
     """The virtual tokens of P-tuning, in the tree, with the network that makes them while they are trained."""

@@ -9,7 +9,7 @@ come about.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
@@ -156,6 +156,13 @@ class PromptLayer(NetworkLayer):
         """The table for a checkpoint: without dropout, which would leave a part of it out."""
         return self.table()
 
+    def every_token(self, task_ids: torch.Tensor | None) -> torch.Tensor:
+        """(rows, all tokens, ...), those of every submodule, in float32; one row where all rows have the same.
+
+        `task_ids` (rows) are what methods with tasks ask for.
+        """
+        return self.table()[None]
+
     def virtual_tokens(self, call: Call) -> torch.Tensor:
         """(rows, count, ...) for this call, in float32; one row where all are the same."""
         raise NotImplementedError
@@ -271,17 +278,19 @@ class Prompt:
     count: int
     short: torch.Tensor | None = None
 
-    def values(self, call: Call, batch: int) -> torch.Tensor:
-        """(batch, count, ...) in float32; zeros where a row is padded."""
+    def values(
+        self, call: Call, batch: int, tokens_of: Callable[[PromptLayer, Call], torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """(batch, count, ...) in float32; zeros where a row is padded. `tokens_of` takes the place of `virtual_tokens`."""
         layer, rows = self.parts[0]
-        tokens = layer.virtual_tokens(call)
-        if rows is None:  # a view, where all rows have the same: no copy for each of them
-            return tokens.expand(batch, *tokens.shape[1:])
+        tokens = _for_rows(layer.virtual_tokens(call) if tokens_of is None else tokens_of(layer, call), batch)
+        if rows is None:
+            return tokens
         result = tokens.new_zeros(batch, self.count, *tokens.shape[2:])
         for layer, rows in self.parts:
-            tokens = layer.virtual_tokens(call)
+            tokens = _for_rows(layer.virtual_tokens(call) if tokens_of is None else tokens_of(layer, call), batch)
             assert rows is not None
-            result[rows, self.count - layer.count :] = tokens if len(tokens) == 1 else tokens[rows]
+            result[rows, self.count - layer.count :] = tokens[rows]
         return result
 
     def mask(self, like: torch.Tensor) -> torch.Tensor:
@@ -290,6 +299,15 @@ class Prompt:
         if self.short is None:
             return ones
         return (torch.arange(self.count, device=like.device) >= self.short).to(like.dtype)
+
+
+def _for_rows(tokens: torch.Tensor, batch: int) -> torch.Tensor:
+    """Virtual tokens for each row of a batch, which has several for each of those that the caller gave while it generates."""
+    if len(tokens) == 1:  # a view, where all rows have the same: no copy for each of them
+        return tokens.expand(batch, *tokens.shape[1:])
+    if batch % len(tokens):
+        raise ValueError(f"there are virtual tokens for {len(tokens)} rows, and the batch has {batch}")
+    return tokens if len(tokens) == batch else tokens.repeat_interleave(batch // len(tokens), 0)
 
 
 def prompt_of_rows(layers: Mapping[str, Effect], rows: Rows, main: torch.Tensor) -> Prompt | None:
