@@ -38,8 +38,8 @@ class Sample:
         call: arguments that every call of a model with such an adapter needs -> a value for each row.
         task: the only task that its configs may have; None for any.
         in_any_order: whether several of its adapters at once give the same in any order.
-        draws_in_training: whether what it computes in training is drawn at random. The reference does so on every layer that was
-            just adapted, splice on those of a base that is in training.
+        draws_in_training: whether what it computes in training is drawn at random. The reference does so on every layer that
+            was just adapted, splice on those of a base that is in training.
         merges: whether its adapters can be merged into weights; neither library merges those of the others.
         row_by_row: whether an adapter gives the same for a row, whatever other rows of it are in the batch.
         reference_shares: whether the reference lets layers of all adapters share tensors, not of the first one alone.

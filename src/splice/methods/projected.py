@@ -1,4 +1,4 @@
-"""What VeRA and PVeRA share: two random matrices for all layers of an adapter, frozen, and two trained vectors for each layer.
+"""What VeRA and PVeRA share: two random, frozen matrices for all layers of an adapter, and two trained vectors for each.
 
 With A (codes, max in) and B (max out, r) cut to the layer's size, a layer trains d (codes) and b (out). A checkpoint holds A
 and B, or the seed of the numbers they are made of.

@@ -41,7 +41,8 @@ class RandLoraConfig(Targeted):
     # Beside a regular expression as `target_modules`, `layers_to_transform` is no error here; it has no effect.
     index_needs_names: ClassVar[bool] = False
 
-    # Rank r of each of the random matrices, at least 1. The smaller it is, the more of them there are, and the more is trained.
+    # Rank r of each of the random matrices, at least 1. The smaller it is, the more of them there are, and the more is
+    # trained.
     r: int = 32
     # Layers to adapt: ends of paths, a regular expression for whole paths, or "all-linear"; None for those that are usual
     # for the base's `model_type`.
@@ -159,7 +160,7 @@ class RandLoraLayer(Additive):
         """The factors of the unscaled update, (n r, in) and (out, n r)."""
         (shared,) = self.shared
         assert isinstance(shared, RandLoraBases)
-        scales, gamma, (size_in, size_out) = self.randlora_lambda, self.randlora_gamma, self.sizes
+        scales, gamma, size_in = self.randlora_lambda, self.randlora_gamma, self.sizes[0]
         count, small = gamma.shape
         a = (scales[:, :, None] * shared.randlora_A[:, :, :small].to(gamma) * gamma).flatten(0, 1)
         # Rows of the one run through the ranks and columns of the other through the matrices first. They would pair in
@@ -182,7 +183,7 @@ class RandLoraLayer(Additive):
 METHOD = register(
     Method(
         name=PeftType.RANDLORA,
-        summary="Adds to each layer an update of full rank: random matrices that all layers share, scaled by trained numbers.",
+        summary="Adds to a layer an update of full rank: random matrices that all layers share, scaled by trained numbers.",
         config=RandLoraConfig,
         prefix="randlora_",
         tensor_names=frozenset({"randlora_lambda", "randlora_gamma", "randlora_A", "randlora_B"}),

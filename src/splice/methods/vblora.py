@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from splice.base.layers import LayerKind, features, kind_of
 from splice.checkpoint.types import PeftType
+from splice.errors import AdapterMismatchError
 from splice.kinds.additive import Additive
 from splice.kinds.casting import cast_to
 from splice.kinds.dropout import dropout_of
@@ -52,7 +53,8 @@ class VBLoRAConfig(Targeted):
     target_modules: list[str] | set[str] | str | None = None
     # Targets to leave out: ends of paths, or a regular expression for whole paths; None for none.
     exclude_modules: list[str] | set[str] | str | None = None
-    # Whether a checkpoint holds of the logits no more than inference needs: it is much smaller, and cannot be trained further.
+    # Whether a checkpoint holds of the logits no more than inference needs: it is much smaller, and training cannot go on
+    # from it.
     save_only_topk_weights: bool = False
     # Probability with which each input of A is set to zero in training, 0 to 1.
     vblora_dropout: float = 0.0
@@ -119,6 +121,7 @@ class Largest(FileForm):
         found = {}
         for suffix, slot in slots.items():
             if not slot.stored:
+                found[suffix] = slot
                 continue
             *pieces, count = slot.shape
             found[f"{suffix}_topk_indices"] = Slot((*pieces, config.topk), dtype=_index_dtype(count))
@@ -141,6 +144,12 @@ class Largest(FileForm):
             indices, weights = (tensors.get(f"{suffix}_topk_{part}") for part in ("indices", "weights"))
             if indices is None or weights is None:
                 continue
+            count = slot.shape[-1]
+            if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < count:
+                raise AdapterMismatchError(
+                    f"{suffix}_topk_indices holds indices up to {int(indices.max())}, and the bank has {count} vectors "
+                    "(`num_vectors`): the config or the checkpoint is damaged. The model is unchanged."
+                )
             # At least 0: rounded weights may add up to more than 1, and the logarithm of what is left would be no number.
             last = (1 - weights.sum(-1, keepdim=True)).clamp_min(0)
             logits = weights.new_full(slot.shape, -torch.inf)
@@ -160,8 +169,8 @@ class VBLoRA(Additive):
         for name, size in (("in", size_in), ("out", size_out)):
             if size % length:
                 raise ValueError(
-                    f"{path}: `{name}_features` {size} must be divisible by `vector_length` {length}. Leave the layer out of the "
-                    "targets, or choose another length."
+                    f"{path}: `{name}_features` {size} must be divisible by `vector_length` {length}. Leave the layer "
+                    "out of the targets, or choose another length."
                 )
         r, count = config.r, config.num_vectors
         return {
@@ -195,8 +204,8 @@ class VBLoRA(Additive):
         logits_a, logits_b = self.vblora_logits_A, self.vblora_logits_B
         if self.training and torch.is_grad_enabled() and bool(logits_a[0, 0].isinf().any()):
             raise RuntimeError(
-                "The adapter was saved with `save_only_topk_weights`: of its logits only the largest are there, so training cannot "
-                "go on from it. Train from a checkpoint that was saved without."
+                "The adapter was saved with `save_only_topk_weights`: of its logits only the largest are there, so training "
+                "cannot go on from it. Train from a checkpoint that was saved without."
             )
         return self._mixed(logits_a).flatten(1), self._mixed(logits_b).transpose(1, 2).flatten(0, 1)
 
