@@ -32,11 +32,13 @@ def check_together(tuner: Tuner, config: PeftConfig) -> None:
         check_mixed(config)
     beside = method_of(config).experts
     for name, other in tuner.peft_config.items():
-        stands_on = method_of(other).experts
-        if (beside is not None and other.peft_type == beside.of) or (
-            stands_on is not None and config.peft_type == stands_on.of
-        ):
-            continue
+        # Their methods are looked up for others alone: of its own there may be a thousand.
+        if other.peft_type != config.peft_type:
+            stands_on = method_of(other).experts
+            if (beside is not None and other.peft_type == beside.of) or (
+                stands_on is not None and config.peft_type == stands_on.of
+            ):
+                continue
         if other.peft_type != config.peft_type and not tuner.mixes_methods:
             raise ValueError(
                 f"Cannot combine adapters with different peft types: {name!r} is {other.peft_type} and the new one is "
