@@ -31,6 +31,7 @@ class Sample:
         one_trained: whether only one adapter of a model can be in training.
         trained_in: the dtype of its tensors on a bfloat16 base.
         reference_generates: whether the reference's `generate` gives what its forwards do, one after the other.
+        any_base: whether its adapters can be loaded on a base with other weights than those they were made for.
         reference_unmerges: whether the reference can take what is merged out again, and merges an adapter only once.
         call: arguments that every call of a model with such an adapter needs -> a value for each row.
         task: the only task that its configs may have; None for any.
@@ -46,6 +47,7 @@ class Sample:
     same_targets: bool = False
     reference_mixes: bool = False
     reference_scales: bool = False
+    any_base: bool = True
     reference_unmerges: bool = True
     in_any_order: bool = True
     one_trained: bool = False
@@ -155,6 +157,7 @@ SAMPLES: dict[PeftType, Sample] = {
     ),
     PeftType.ADAMSS: Sample(
         config={"r": 3, "num_subspaces": 2},
+        any_base=False,
         small={"r": 2, "num_subspaces": 3},
         options={
             "wide": {"subspace_rank": 2},
