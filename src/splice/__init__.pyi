@@ -34,11 +34,18 @@ from splice.loading.state import load_peft_weights as load_peft_weights
 from splice.loading.state import set_peft_model_state_dict as set_peft_model_state_dict
 from splice.methods.adalora.layers import AdaLoraConfig as AdaLoraConfig
 from splice.methods.adamss.config import AdamssConfig as AdamssConfig
+from splice.methods.beft import BeftConfig as BeftConfig
+from splice.methods.boft import BOFTConfig as BOFTConfig
+from splice.methods.c3a import C3AConfig as C3AConfig
 from splice.methods.deft import DeftConfig as DeftConfig
 from splice.methods.delora import DeloraConfig as DeloraConfig
 from splice.methods.fourierft import FourierFTConfig as FourierFTConfig
+from splice.methods.glora import GloraConfig as GloraConfig
+from splice.methods.gralora import GraloraConfig as GraloraConfig
 from splice.methods.hira import HiraConfig as HiraConfig
+from splice.methods.hra import HRAConfig as HRAConfig
 from splice.methods.ia3 import IA3Config as IA3Config
+from splice.methods.lily import LilyConfig as LilyConfig
 from splice.methods.ln_tuning import LNTuningConfig as LNTuningConfig
 from splice.methods.loha import LoHaConfig as LoHaConfig
 from splice.methods.lokr import LoKrConfig as LoKrConfig
@@ -63,6 +70,7 @@ from splice.methods.lora.subconfigs import LoftQConfig as LoftQConfig
 from splice.methods.lora.subconfigs import LoraGAConfig as LoraGAConfig
 from splice.methods.lora.subconfigs import MontecloraConfig as MontecloraConfig
 from splice.methods.lora.subconfigs import VeloraConfig as VeloraConfig
+from splice.methods.miss import MissConfig as MissConfig
 from splice.methods.oft import OFTConfig as OFTConfig
 from splice.methods.osf import OSFConfig as OSFConfig
 from splice.methods.peanut import PeanutConfig as PeanutConfig
@@ -75,6 +83,8 @@ from splice.methods.prompts.prompt_tuning import PromptTuningConfig as PromptTun
 from splice.methods.prompts.prompt_tuning import PromptTuningInit as PromptTuningInit
 from splice.methods.prompts.starts import StartedConfig as StartedConfig
 from splice.methods.psoft import PsoftConfig as PsoftConfig
+from splice.methods.road import RoadConfig as RoadConfig
+from splice.methods.tinylora import TinyLoraConfig as TinyLoraConfig
 from splice.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from splice.methods.unilora import UniLoraConfig as UniLoraConfig
 from splice.methods.vera import VeraConfig as VeraConfig

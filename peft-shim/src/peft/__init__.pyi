@@ -14,8 +14,11 @@ from splice import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestion
 from splice import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
 from splice import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
 from splice import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+from splice import BOFTConfig as BOFTConfig
 from splice import BaseGap as BaseGap
 from splice import BdLoraConfig as BdLoraConfig
+from splice import BeftConfig as BeftConfig
+from splice import C3AConfig as C3AConfig
 from splice import CPTConfig as CPTConfig
 from splice import CheckpointError as CheckpointError
 from splice import CordaConfig as CordaConfig
@@ -23,10 +26,14 @@ from splice import DeftConfig as DeftConfig
 from splice import DeloraConfig as DeloraConfig
 from splice import EvaConfig as EvaConfig
 from splice import FourierFTConfig as FourierFTConfig
+from splice import GloraConfig as GloraConfig
+from splice import GraloraConfig as GraloraConfig
+from splice import HRAConfig as HRAConfig
 from splice import HiraConfig as HiraConfig
 from splice import IA3Config as IA3Config
 from splice import KasaConfig as KasaConfig
 from splice import LNTuningConfig as LNTuningConfig
+from splice import LilyConfig as LilyConfig
 from splice import LoHaConfig as LoHaConfig
 from splice import LoKrConfig as LoKrConfig
 from splice import LoadReport as LoadReport
@@ -34,6 +41,7 @@ from splice import LoftQConfig as LoftQConfig
 from splice import LoraConfig as LoraConfig
 from splice import LoraGAConfig as LoraGAConfig
 from splice import LoraRuntimeConfig as LoraRuntimeConfig
+from splice import MissConfig as MissConfig
 from splice import MontecloraConfig as MontecloraConfig
 from splice import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
 from splice import MultitaskPromptTuningInit as MultitaskPromptTuningInit
@@ -59,8 +67,10 @@ from splice import PromptLearningConfig as PromptLearningConfig
 from splice import PromptTuningConfig as PromptTuningConfig
 from splice import PromptTuningInit as PromptTuningInit
 from splice import PsoftConfig as PsoftConfig
+from splice import RoadConfig as RoadConfig
 from splice import StartedConfig as StartedConfig
 from splice import TaskType as TaskType
+from splice import TinyLoraConfig as TinyLoraConfig
 from splice import TrainableTokensConfig as TrainableTokensConfig
 from splice import UniLoraConfig as UniLoraConfig
 from splice import UnknownMethodError as UnknownMethodError

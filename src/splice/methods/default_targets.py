@@ -31,6 +31,21 @@ LORA_TARGETS: Mapping[str, list[str] | str] = MappingProxyType(
     {model_type: targets for names, targets in _GROUPS for model_type in names.split()}
 )
 
+_VALUES: tuple[tuple[str, list[str]], ...] = (
+    ("t5 mt5", ["v"]),
+    (
+        "bart opt gptj gpt_neo llama llama4 mistral mixtral gemma gemma2 gemma3_text qwen2 qwen3 phi",
+        ["v_proj"],
+    ),
+    ("bert roberta", ["value"]),
+    ("deberta-v2", ["value_proj"]),
+)
+
+# The projections to values.
+BEFT_TARGETS: Mapping[str, list[str]] = MappingProxyType(
+    {model_type: targets for names, targets in _VALUES for model_type in names.split()}
+)
+
 # Beside its targets, those of them whose input (IA)³ scales: each group ends with these.
 _IA3_GROUPS: tuple[tuple[str, list[str], list[str]], ...] = (
     ("t5", ["k", "v"], ["wo"]),
