@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
 import torch
+from torch import nn
 
 from splice.base.dense import device_of
 from splice.base.offload import at_hand, is_offloaded
@@ -135,7 +136,8 @@ def build_new(plan: Plan, config: PeftConfig, autocast: bool, on_meta: bool = Fa
         # What it shares it draws as well, like the reference: one seed, one adapter.
         tensors = new_tensors(placement, config, autocast)
         tensors.update(tensors_for(placement, led) if placement.leaders else {})
-        built.append(_build(placement, config, tensors))
+        with _values(placement):
+            built.append(_build(placement, config, tensors))
         if placement.path in leading:
             led[placement.path] = built[-1].layer
     for item in built:
@@ -162,10 +164,15 @@ def _followers(plan: Plan, built: Sequence[Built], config: PeftConfig) -> list[B
 def _values(placement: Placement) -> AbstractContextManager[None]:
     """Inside, the parameters of the base layer have values, and are whole: a new adapter may take its start from them."""
     base, cls = placement.base, placement.layer_class
-    # Asked first, since hardly any are divided or kept elsewhere. What is on disk is read for those alone that look at it.
+    # Asked first, since hardly any are kept elsewhere. What is on disk is read for those alone that look at it.
     if any(map(is_offloaded, (base, *base.children()))):
         looks = cls.starts_from_weight or cls.reads_weight or BIAS in placement.slots or issubclass(cls, WholeModule)
         return at_hand(base.modules()) if looks else nullcontext()
+    return _whole(base)
+
+
+def _whole(base: nn.Module) -> AbstractContextManager[None]:
+    """Inside, the parameters of `base` are whole."""
     divided = [(base._parameters, name) for name, tensor in base._parameters.items() if is_divided(tensor)]
     return whole_tensors(divided) if divided else nullcontext()
 
@@ -203,8 +210,12 @@ def _own_bias(placement: Placement) -> torch.Tensor:
 
 def _build(placement: Placement, config: PeftConfig, tensors: Mapping[str, torch.Tensor]) -> Built:
     config = placement.own_config or config
-    with _values(placement) if placement.layer_class.reads_weight else nullcontext():
-        layer = placement.layer_class(placement.base, config, placement.path, placement.slots, tensors)
+    given = (placement.base, config, placement.path, placement.slots, tensors)
+    if placement.layer_class.reads_weight:
+        with _whole(placement.base):
+            layer = placement.layer_class(*given)
+    else:
+        layer = placement.layer_class(*given)
     if placement.own_config is not None:
         layer.own_config = placement.own_config
     if placement.leaders:
