@@ -238,7 +238,13 @@ CONV1D = _plain(
 )
 CONV2D = _plain(
     "conv2d",
-    lambda: Net(nn.Conv2d(4, 6, 3, padding=(1, 0)), nn.Conv2d(6, 4, 1), 4, channels=1),
+    lambda: Net(nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(6, 4, 1), 4, channels=1),
+    LayerKind.CONV2D,
+    _floats(4, 7, 6),
+)
+UNEVEN = _plain(
+    "conv2d_uneven",
+    lambda: Net(nn.Conv2d(4, 6, 3, padding=(1, 0)), nn.Conv2d(6, 4, 1, stride=(1, 2)), 4, channels=1),
     LayerKind.CONV2D,
     _floats(4, 7, 6),
 )
@@ -286,7 +292,7 @@ BY_KIND: dict[LayerKind, Base] = {
     LayerKind.CONV3D: CONV3D,
 }
 # The same kinds with options that change what the layer computes.
-SPECIAL = (NO_BIAS, PADDED, SCALED, SAME, CIRCULAR, GROUPED)
+SPECIAL = (NO_BIAS, PADDED, SCALED, SAME, UNEVEN, CIRCULAR, GROUPED)
 
 
 # -- transformers

@@ -151,8 +151,8 @@ def base_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
 
 def layer_parameters(model: splice.PeftModel, adapter_name: str, path: str) -> list[nn.Parameter]:
     """The parameters that an adapter has on the layer at `path`."""
-    stored = model.base_model.placed[adapter_name][path].named_slots()
-    return [tensor for _, tensor in stored if isinstance(tensor, nn.Parameter)]
+    held = model.base_model.placed[adapter_name][path].registered.values()
+    return [registry[name] for registry, name, _ in held if isinstance(registry[name], nn.Parameter)]
 
 
 def in_base_terms(name: str) -> str:

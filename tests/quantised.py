@@ -20,7 +20,7 @@ from tests.bases import Base, Net, _floats
 # Sizes that the blocks of all libraries divide.
 WIDE = Base(
     "wide",
-    lambda: Net(nn.Linear(64, 128), nn.Linear(128, 64, bias=False), 64),
+    lambda: Net(nn.Linear(64, 256), nn.Linear(256, 64, bias=False), 64),
     _floats(5, 64),
     frozenset({LayerKind.LINEAR}),
 )
@@ -146,13 +146,24 @@ def _intx(layer: nn.Linear) -> nn.Module:
     return _torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4, granularity=PerGroup(16))(layer)
 
 
+def _ao_nf4(layer: nn.Linear) -> nn.Module:
+    from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
+
+    new = copy.deepcopy(layer)
+    new.weight = nn.Parameter(to_nf4(layer.weight.detach()), requires_grad=False)
+    return new.requires_grad_(False)
+
+
+def _dense_ao_nf4(layer: Any) -> torch.Tensor:
+    return layer.weight.get_original_weight()
+
+
 def _hqq(layer: nn.Linear) -> nn.Module:
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
     settings = BaseQuantizeConfig(nbits=4, group_size=16)
-    return HQQLinear(copy.deepcopy(layer), settings, compute_dtype=layer.weight.dtype, device="cpu").requires_grad_(
-        False
-    )
+    own = copy.deepcopy(layer).requires_grad_(False)
+    return HQQLinear(own, settings, compute_dtype=layer.weight.dtype, device="cpu").requires_grad_(False)
 
 
 def _dequantized(layer: Any) -> torch.Tensor:
@@ -174,5 +185,8 @@ _ALL = (
     Way("hqq", "hqq", "hqq", _hqq, _dense_hqq, 0.12),
 )
 WAYS = tuple(way for way in _ALL if find_spec(way.library) is not None)
+_NF4 = Way("ao_nf4", "torchao", "torchao", _ao_nf4, _dense_ao_nf4, 0.12)
+# What a merge cannot be written into.
+UNWRITABLE = tuple(way for way in (_NF4,) if find_spec(way.library) is not None)
 # One for each backend, where a test of each would take too long.
 BACKENDS = tuple({way.backend: way for way in reversed(WAYS)}.values())[::-1]

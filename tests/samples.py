@@ -27,13 +27,21 @@ class Sample:
             under "" those where the method cannot.
         same_targets: whether the reference needs all adapters of a model to be on the same layers.
         reference_mixes: whether the reference supports `adapter_names` for it.
+        mixing_lacks: what of that the reference lacks: "heads" that each row has of its own, "beams".
         reference_scales: whether the reference's layers have `set_scale` and its like.
         one_trained: whether only one adapter of a model can be in training.
         trained_in: the dtype of its tensors on a bfloat16 base.
+        reference_tells: whether the reference says so where there is nothing to unmerge.
+        reference_adds: whether the reference gets several of its adapters at once right.
         reference_generates: whether the reference's `generate` gives what its forwards do, one after the other.
+        any_base: whether its adapters can be loaded on a base with other weights than those they were made for.
+        reference_unmerges: whether the reference can take what is merged out again, and merges an adapter only once.
         call: arguments that every call of a model with such an adapter needs -> a value for each row.
         task: the only task that its configs may have; None for any.
         in_any_order: whether several of its adapters at once give the same in any order.
+        merges: whether its adapters can be merged into weights; neither library merges those of the others.
+        row_by_row: whether an adapter gives the same for a row, whatever other rows of it are in the batch.
+        reference_shares: whether the reference lets layers of all adapters share tensors, not of the first one alone.
         on_every_base: whether it is tested on every base model, and beside every method, in the place of all of its kind:
             what a base asks of an adapter is hosted by the kind, once. The others are tested on `bases.CORE`.
     """
@@ -44,15 +52,27 @@ class Sample:
     not_on: Mapping[str, frozenset[str]] = field(default_factory=dict)
     same_targets: bool = False
     reference_mixes: bool = False
+    mixing_lacks: frozenset[str] = frozenset()
     reference_scales: bool = False
+    any_base: bool = True
+    reference_unmerges: bool = True
     in_any_order: bool = True
     one_trained: bool = False
     reference_generates: bool = True
     trained_in: torch.dtype = torch.float32
+    reference_tells: bool = True
+    reference_adds: bool = True
     call: Mapping[str, Any] = field(default_factory=dict)
     task: str | None = None
+    merges: bool = True
+    row_by_row: bool = True
+    reference_shares: bool = True
     on_every_base: bool = False
 
+
+# Convolutions on which the reference computes something else than the base does: it takes the first size of a kernel, a
+# padding and a stride for all, and neither dilation nor padding with anything but zeros.
+_NOT_SQUARE = frozenset({"conv2d_uneven", "conv2d_groups", "conv2d_same", "conv2d_circular", "conv2d_dilation"})
 
 SAMPLES: dict[PeftType, Sample] = {
     PeftType.LORA: Sample(
@@ -82,6 +102,8 @@ SAMPLES: dict[PeftType, Sample] = {
         reference_mixes=True,
         reference_scales=True,
     ),
+    # On LoRA adapters alone: its tests are in test_xlora.py.
+    PeftType.XLORA: Sample(config={"hidden_size": 16, "adapters": {"0": "a folder"}}, on_every_base=False),
     PeftType.FOURIERFT: Sample(
         config={"n_frequency": 12, "scaling": 20.0},
         small={"n_frequency": 5, "random_loc_seed": 3},
@@ -126,6 +148,37 @@ SAMPLES: dict[PeftType, Sample] = {
             "plain": {"depth": 0},
             "deep": {"depth": 2, "act_fn": "tanh"},
             "uninitialised": {"init_weights": False},
+        },
+    ),
+    PeftType.OSF: Sample(
+        config={"effective_rank": 2},
+        reference_unmerges=False,
+        small={"effective_rank": 0.75},
+        options={
+            "half": {"effective_rank": None},
+            "patterns": {"rank_pattern": {"first|q_proj|up": 3, "second": 0.3}},
+            "uninitialised": {"init_weights": False},
+        },
+    ),
+    PeftType.PSOFT: Sample(
+        config={"r": 3},
+        small={"r": 2, "ab_svd_init": "pissa_init"},
+        options={
+            "series": {"use_cayley_neumann": True, "num_cayley_neumann_terms": 3},
+            "limited": {"use_cayley_neumann": True, "cayley_neumann_eps": 0.3},
+            "free": {"psoft_orth": False, "psoft_mag_a": False},
+            "random_start": {"psoft_svd": "lowrank", "random_seed": 3, "psoft_mag_b": False},
+            "uninitialised": {"init_weights": False},
+        },
+    ),
+    PeftType.ADAMSS: Sample(
+        config={"r": 3, "num_subspaces": 2},
+        any_base=False,
+        small={"r": 2, "num_subspaces": 3},
+        options={
+            "wide": {"subspace_rank": 2},
+            "dynamic": {"subspace_rank": 3, "use_dynamic_rank": True, "svd_threshold": 0.3, "random_seed": 2},
+            "uninitialised": {"init_weights": None},
         },
     ),
     PeftType.PREFIX_TUNING: Sample(
@@ -188,6 +241,85 @@ SAMPLES: dict[PeftType, Sample] = {
         # Grouped channels, a kernel that is no square, and one with holes.
         not_on={"": frozenset({"conv2d_groups", "conv2d_same", "conv2d_dilation"})},
     ),
+    # It cannot be merged into a layer without bias, here as in the reference.
+    PeftType.BEFT: Sample(
+        config={},
+        options={"uninitialised": {"init_weights": False}},
+        not_on={"": frozenset({"linear_no_bias", "llama", "t5"})},
+    ),
+    PeftType.HRA: Sample(
+        config={"r": 2},
+        small={"r": 4, "init_weights": False},
+        options={
+            "orthogonal": {"apply_GS": True, "init_weights": False},
+            "odd": {"r": 3, "bias": "hra_only"},
+        },
+        in_any_order=False,
+        not_on={"": _NOT_SQUARE},
+    ),
+    PeftType.C3A: Sample(
+        config={"block_size": 2},
+        small={"block_size": 1, "init_weights": "gaussian"},
+        options={
+            "pattern": {"block_size": 1, "block_size_pattern": {"first|q_proj|query|q": 2, "second": 4}},
+            "kaiming": {"init_weights": "kaiming_uniform", "bias": "c3a_only"},
+            "zero": {"init_weights": True},
+        },
+        # It gives the second adapter what the first one gave.
+        reference_adds=False,
+    ),
+    PeftType.GRALORA: Sample(
+        config={"r": 4, "alpha": 6},
+        small={"r": 2, "alpha": 3, "hybrid_r": 1},
+        options={
+            "hybrid": {"hybrid_r": 2},
+            "one_block": {"gralora_k": 1, "bias": "gralora_only"},
+            "uninitialised": {"init_weights": False, "hybrid_r": 2},
+        },
+    ),
+    PeftType.ROAD: Sample(
+        config={"group_size": 2},
+        small={"group_size": 4, "variant": "road_4"},
+        options={
+            "two": {"variant": "road_2"},
+            "four": {"variant": "road_4", "init_weights": False},
+        },
+        in_any_order=False,
+        reference_mixes=True,
+        mixing_lacks=frozenset({"heads", "beams"}),
+    ),
+    PeftType.MISS: Sample(
+        config={"r": 2},
+        small={"r": 4},
+        options={
+            "odd_shard": {"r": 4, "bias": "MiSS_only"},
+            "mini": {"init_weights": "mini", "mini_r": 2},
+            "block_by_block": {"init_weights": "bat"},
+            "uninitialised": {"init_weights": False},
+        },
+    ),
+    PeftType.BOFT: Sample(
+        config={"boft_block_size": 2},
+        small={"boft_block_size": 0, "boft_block_num": 1},
+        options={"uninitialised": {"init_weights": False, "bias": "boft_only"}},
+        in_any_order=False,
+        not_on={"": _NOT_SQUARE},
+    ),
+    PeftType.GLORA: Sample(
+        config={"r": 2},
+        small={"r": 1, "config_A_B": "vector", "config_D_E": "vector"},
+        options={
+            "vectors": {"config_A_B": "vector", "config_C": "vector", "config_D_E": "none", "bias": "glora_only"},
+            "numbers": {"config_A_B": "constant", "config_C": "none"},
+            "nothing": {"config_A_B": "none", "config_D_E": "vector"},
+            "uninitialised": {"init_weights": False},
+        },
+        reference_tells=False,
+        # Of layers without bias nothing is left of it.
+        not_on={"nothing": frozenset({"linear_no_bias", "llama", "t5"})},
+        reference_mixes=True,
+        mixing_lacks=frozenset({"heads", "beams"}),
+    ),
     PeftType.VERA: Sample(
         on_every_base=True,
         config={"r": 4, "d_initial": 0.3},
@@ -209,6 +341,42 @@ SAMPLES: dict[PeftType, Sample] = {
             "dealt_out": {"proportional_parameters": True, "wavelet_family": "coif1"},
             "bias_of_targets": {"bias": "waveft_only"},
         },
+    ),
+    PeftType.UNILORA: Sample(
+        config={"r": 3, "theta_d_length": 37},
+        small={"r": 2, "theta_d_length": 23, "proj_seed": 5},
+        options={
+            "stored": {"save_indices": True, "proj_seed": 7},
+            "bias_of_targets": {"bias": "unilora_only"},
+            "uninitialised": {"init_weights": False},
+        },
+        # There every layer names the vectors of all adapters, also of those that are not on it.
+        same_targets=True,
+    ),
+    PeftType.LILY: Sample(
+        config={"r": 3, "num_B": 3},
+        small={"r": 2, "scaling": 0.5},
+        options={
+            "strides": {"stride_A": 2},
+            "uninitialised": {"init_weights": False, "scaling": 1.5},
+        },
+        merges=False,
+        row_by_row=False,
+        reference_shares=False,
+    ),
+    PeftType.TINYLORA: Sample(
+        config={"r": 2, "u": 5, "init_weights": "uniform"},
+        small={"u": 3, "projection_seed": 7},
+        options={
+            "tied": {"weight_tying": 0.5},
+            "regenerated": {"save_projection": False, "projection_seed": 3, "weight_tying": 1.0},
+            "bias_of_targets": {"bias": "tinylora_only"},
+        },
+        # There embeddings hold projections as if they were saved.
+        not_on={"regenerated": frozenset({"embedding", "embedding_padding", "embedding_scale", "mixed", "llama_tied"})},
+        # There every layer names the vectors of all adapters, also of those that are not on it, and an adapter that comes
+        # later has the positions of the first one's layers.
+        same_targets=True,
     ),
     PeftType.ADALORA: Sample(
         config={"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10},
@@ -334,7 +502,8 @@ def network_cases(*chosen: Base, options: bool = False) -> list[Case]:
 
     With `options` with each of its options too.
     """
-    methods = [m for m in all_methods().values() if m.network_layer is not None]
+    # What stands on adapters of another method cannot be made of a config alone, and has tests of its own.
+    methods = [m for m in all_methods().values() if m.network_layer is not None and m.experts is None]
     return [
         Case(m, _called(b, SAMPLES[m.name].call), option)
         for m in methods

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from splice.loading import other_base
 from tests import bases
 from tests.bases import run
 from tests.comparing import Snapshot, differ, same_bytes
-from tests.quantised import BACKENDS, WAYS, WIDE, Way
+from tests.quantised import BACKENDS, UNWRITABLE, WAYS, WIDE, Way
 from tests.samples import Case, network_cases, option_cases, plain_cases
 
 ways = pytest.mark.parametrize("way", WAYS, ids=str)
@@ -222,3 +223,106 @@ def test_a_gap_is_of_outputs_with_an_adapter() -> None:
     model.base_model.set_adapter([])
     with pytest.raises(ValueError, match="no active adapter"):
         splice.base_gap(model, INPUTS, WIDE.build())
+
+
+@backends
+def test_a_quantised_head_is_trained_as_a_dense_copy(way: Way, shared_checkpoint: Any, tmp_path: Path) -> None:
+    """Codes cannot be trained, so the copy of such a module is dense, as it is in the files of others."""
+    config = {"peft_type": "LORA", "target_modules": ["first"], "modules_to_save": ["head"]}
+    folder = shared_checkpoint(WIDE, config)
+    model = splice.PeftModel.from_pretrained(way.base(but=()), folder, is_trainable=True)
+    dense = splice.PeftModel.from_pretrained(way.dense_base(but=()), folder)
+    assert_near(run(model.eval(), INPUTS), run(dense, INPUTS), way)
+    model.train()(**INPUTS).square().sum().backward()
+    trained = model.get_base_model().head.modules_to_save["default"]
+    assert type(trained) is nn.Linear
+    assert trained.weight.grad.any()
+    model.save_pretrained(tmp_path)
+    again = splice.PeftModel.from_pretrained(WIDE.build(), tmp_path).get_base_model().head
+    torch.testing.assert_close(again(torch.ones(1, 64)), trained(torch.ones(1, 64)))
+    fresh = splice.get_peft_model(way.base(but=()), splice.get_peft_config(config))
+    head = fresh.get_base_model().head
+    torch.testing.assert_close(head.modules_to_save["default"].weight.detach(), dense_weight(head))
+    merged = model.eval().merge_and_unload()
+    assert type(merged.head) is nn.Linear
+
+
+@ways
+def test_the_state_dict_has_the_tensors_of_adapters(way: Way) -> None:
+    """Also of layers that write their own in a way of their own."""
+    model = splice.get_peft_model(way.base(), splice.LoraConfig(target_modules=["first"], init_lora_weights=False))
+    names = [name for name in model.state_dict() if "lora_" in name]
+    assert names == [f"base_model.model.first.lora_{x}.default.weight" for x in "AB"]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if name in names}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in names:
+                parameter.zero_()
+    found = model.load_state_dict(before, strict=False)
+    assert found.unexpected_keys == []
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in names)
+
+
+@ways
+def test_a_base_state_dict_is_that_from_before_a_merge(way: Way) -> None:
+    model = splice.get_peft_model(way.base(), splice.LoraConfig(target_modules=["first"], init_lora_weights=False))
+    before = {name: copy.deepcopy(tensor) for name, tensor in splice.get_base_model_state_dict(model).items()}
+    model.merge_adapter()
+    now = splice.get_base_model_state_dict(model)
+    assert now.keys() == before.keys() == way.base().state_dict().keys()
+    for name, tensor in before.items():
+        assert not isinstance(tensor, torch.Tensor) or same_bytes(now[name], tensor), name
+
+
+@ways
+def test_a_copy_and_a_pickle_of_an_adapted_model(way: Way) -> None:
+    model = splice.get_peft_model(way.base(), splice.LoraConfig(target_modules=["first"], init_lora_weights=False))
+    expected = run(model.eval(), INPUTS)
+    torch.testing.assert_close(run(copy.deepcopy(model), INPUTS), expected)
+    model.merge_adapter()
+    merged = run(model, INPUTS)
+    again = copy.deepcopy(model)
+    torch.testing.assert_close(run(again, INPUTS), merged)
+    again.unmerge_adapter()
+    assert_near(run(again, INPUTS), expected, way)
+    torch.testing.assert_close(run(model, INPUTS), merged)
+
+
+@ways
+def test_several_adapters_are_merged_one_after_the_other(way: Way) -> None:
+    """The second one is added to the weight that the base had, and not to what was left of it when the first was stored."""
+    config = splice.LoraConfig(target_modules=["first"], init_lora_weights=False)
+    models = [splice.get_peft_model(network, config) for network in (way.base(), way.base())]
+    for model in models:
+        torch.manual_seed(5)
+        model.add_adapter("second", config)
+        for seed, parameter in enumerate(p for n, p in model.named_parameters() if "lora_" in n):
+            parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)) * 0.1
+        model.base_model.set_adapter(["default", "second"])
+    one, other = models
+    one.merge_adapter()
+    other.merge_adapter(["default"])
+    other.merge_adapter(["second"])
+    first, second = (model.get_base_model().first for model in models)
+    torch.testing.assert_close(dense_weight(first), dense_weight(second))
+    other.unmerge_adapter()
+    torch.testing.assert_close(dense_weight(second), dense_weight(way.base().first))
+
+
+@pytest.mark.parametrize("way", UNWRITABLE, ids=str)
+def test_what_cannot_be_written_is_refused_before_anything_changes(way: Way) -> None:
+    """The way out is told, and works."""
+    network = way.base()
+    config = splice.LoraConfig(target_modules=["first", "second"], init_lora_weights=False)
+    model = splice.get_peft_model(network, config)
+    output = run(model.eval(), INPUTS)
+    before = Snapshot.of(network)
+    for merge in (model.merge_adapter, model.merge_and_unload, network.second.merge):
+        with pytest.raises(splice.UnsupportedFeatureError, match="its weight is a NF4Tensor") as raised:
+            merge()
+        assert "merge_and_unload(dequantize=True)" in str(raised.value)
+        before.assert_same(network)
+        assert torch.equal(run(model, INPUTS), output)
+    merged = model.merge_and_unload(dequantize=True)
+    assert type(merged.second) is nn.Linear
+    torch.testing.assert_close(run(merged, INPUTS), output, rtol=1e-4, atol=1e-5)

@@ -229,7 +229,7 @@ def test_compiled_in_one_graph(case: Case, backend: str, shared_checkpoint: Any)
     first = assert_same()
     with torch.no_grad():
         for parameter in layer_parameters(model, "default", "first"):
-            parameter.mul_(1.5)
+            parameter.mul_(1.5).add_(0.3)  # of some tensors only the direction counts
     changed = assert_same()
     assert differ(changed, first)
     model.set_adapter("second", inference_mode=True)

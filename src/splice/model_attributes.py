@@ -47,8 +47,10 @@ class ModelViews(nn.Module):
 
     @property
     def peft_type(self) -> PeftType | str | None:
-        """The method of the first adapter."""
-        return next(iter(self.peft_config.values())).peft_type
+        """The method of the first adapter; of the first that stands on others, where one does."""
+        configs = list(self.peft_config.values())
+        on_others = (config for config in configs if method_of(config).experts is not None)
+        return next(on_others, configs[0]).peft_type
 
     @property
     def modules_to_save(self) -> set[str] | None:
@@ -74,7 +76,7 @@ class ModelViews(nn.Module):
     @property
     def _is_prompt_learning(self) -> bool:
         configs = self.base_model.peft_config.values()
-        return any(method_of(config).network_layer is not None for config in configs)
+        return any(config.is_prompt_learning for config in configs)
 
     @property
     def base_model_prepare_inputs_for_generation(self) -> Callable[..., object]:

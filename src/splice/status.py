@@ -114,7 +114,7 @@ def _status_of(path: str, layer: Adapted) -> LayerStatus:
 
 
 def _devices(adapter: AdapterLayer) -> list[str]:
-    return sorted({tensor.device.type for _, tensor in adapter.named_slots()})
+    return sorted({registry[name].device.type for registry, name, _ in adapter.registered.values()})
 
 
 def _agreed(flags: Iterable[bool | Irregular]) -> bool | Irregular:

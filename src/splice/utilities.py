@@ -14,7 +14,7 @@ from splice.base.backends.marks import quantisation
 from splice.base.bare import original_class, walk_bare
 from splice.base.decoder_input import shift_tokens_right as shift_tokens_right
 from splice.base.embeddings import input_embeddings
-from splice.base.foreign_models import offloading_hooks
+from splice.base.offload import at_hand
 from splice.base.weight_access import check_readable, dense_weight, is_plain
 from splice.checkpoint.types import PeftType
 from splice.config import PeftConfig
@@ -195,14 +195,8 @@ def get_quantization_config(model: nn.Module, method: str) -> object | None:
 @contextmanager
 def onload_layer(layer: nn.Module) -> Iterator[None]:
     """Inside, the weights of a layer that accelerate offloads are where it computes, to be read; changes are lost."""
-    hooked = [(module, hook) for module in layer.modules() for hook in offloading_hooks(module)]
-    for module, hook in hooked:
-        hook.pre_forward(module)
-    try:
+    with at_hand(layer.modules()):
         yield
-    finally:
-        for module, hook in hooked:
-            hook.post_forward(module, None)
 
 
 def check_adapters_to_merge(module: nn.Module, adapter_names: list[str] | None = None) -> list[str]:

@@ -4,6 +4,7 @@
 from typing import Any
 
 from splice import AdaLoraConfig as AdaLoraConfig
+from splice import AdamssConfig as AdamssConfig
 from splice import AdapterMismatchError as AdapterMismatchError
 from splice import ArrowConfig as ArrowConfig
 from splice import AutoPeftModel as AutoPeftModel
@@ -13,8 +14,11 @@ from splice import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestion
 from splice import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
 from splice import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
 from splice import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+from splice import BOFTConfig as BOFTConfig
 from splice import BaseGap as BaseGap
 from splice import BdLoraConfig as BdLoraConfig
+from splice import BeftConfig as BeftConfig
+from splice import C3AConfig as C3AConfig
 from splice import CPTConfig as CPTConfig
 from splice import CheckpointError as CheckpointError
 from splice import CordaConfig as CordaConfig
@@ -22,10 +26,14 @@ from splice import DeftConfig as DeftConfig
 from splice import DeloraConfig as DeloraConfig
 from splice import EvaConfig as EvaConfig
 from splice import FourierFTConfig as FourierFTConfig
+from splice import GloraConfig as GloraConfig
+from splice import GraloraConfig as GraloraConfig
+from splice import HRAConfig as HRAConfig
 from splice import HiraConfig as HiraConfig
 from splice import IA3Config as IA3Config
 from splice import KasaConfig as KasaConfig
 from splice import LNTuningConfig as LNTuningConfig
+from splice import LilyConfig as LilyConfig
 from splice import LoHaConfig as LoHaConfig
 from splice import LoKrConfig as LoKrConfig
 from splice import LoadReport as LoadReport
@@ -33,11 +41,13 @@ from splice import LoftQConfig as LoftQConfig
 from splice import LoraConfig as LoraConfig
 from splice import LoraGAConfig as LoraGAConfig
 from splice import LoraRuntimeConfig as LoraRuntimeConfig
+from splice import MissConfig as MissConfig
 from splice import MontecloraConfig as MontecloraConfig
 from splice import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
 from splice import MultitaskPromptTuningInit as MultitaskPromptTuningInit
 from splice import NoMatchingPeftModuleError as NoMatchingPeftModuleError
 from splice import OFTConfig as OFTConfig
+from splice import OSFConfig as OSFConfig
 from splice import PeanutConfig as PeanutConfig
 from splice import PeftConfig as PeftConfig
 from splice import PeftError as PeftError
@@ -56,14 +66,19 @@ from splice import PromptEncoderConfig as PromptEncoderConfig
 from splice import PromptLearningConfig as PromptLearningConfig
 from splice import PromptTuningConfig as PromptTuningConfig
 from splice import PromptTuningInit as PromptTuningInit
+from splice import PsoftConfig as PsoftConfig
+from splice import RoadConfig as RoadConfig
 from splice import StartedConfig as StartedConfig
 from splice import TaskType as TaskType
+from splice import TinyLoraConfig as TinyLoraConfig
 from splice import TrainableTokensConfig as TrainableTokensConfig
+from splice import UniLoraConfig as UniLoraConfig
 from splice import UnknownMethodError as UnknownMethodError
 from splice import UnsupportedFeatureError as UnsupportedFeatureError
 from splice import VeloraConfig as VeloraConfig
 from splice import VeraConfig as VeraConfig
 from splice import WaveFTConfig as WaveFTConfig
+from splice import XLoraConfig as XLoraConfig
 from splice import base_gap as base_gap
 from splice import cast_mixed_precision_params as cast_mixed_precision_params
 from splice import convert_to_lora as convert_to_lora

@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from types import FrameType
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import nn
@@ -197,38 +197,6 @@ def is_transposed(experts: nn.Module) -> bool:
     """Whether a module of stacked experts stores (experts, in, out); all others store (experts, out, in)."""
     # Some classes of transformers say so. The shapes alone cannot: they may be square.
     return bool(getattr(experts, "is_transposed", False))
-
-
-def execution_device(layer: nn.Module) -> torch.device | None:
-    """Where accelerate's hook on `layer` computes; None without a hook, or where the hook does not say."""
-    # The weights cannot tell: between calls an offloaded layer has them on `meta`.
-    hook = layer.__dict__.get("_hf_hook")
-    # Other hooks, and several in a sequence, have no device. By name: accelerate may not be installed.
-    if hook is None or all(cls.__name__ != "AlignDevicesHook" for cls in type(hook).__mro__):
-        return None
-    return None if hook.execution_device is None else torch.device(hook.execution_device)
-
-
-class OffloadingHook(Protocol):
-    """accelerate's hook on a module whose weights it keeps elsewhere between calls."""
-
-    def pre_forward(self, module: nn.Module) -> object:
-        """Bring the weights where the module computes."""
-        ...
-
-    def post_forward(self, module: nn.Module, output: object) -> object:
-        """Take them away again."""
-        ...
-
-
-def offloading_hooks(module: nn.Module) -> list[OffloadingHook]:
-    """The hooks by which accelerate offloads the weights of `module`; none where it does not."""
-    if "_hf_hook" not in vars(module):
-        return []
-    hook = vars(module)["_hf_hook"]
-    # By name: accelerate may not be installed.
-    hooks = hook.hooks if type(hook).__name__ == "SequentialHook" else [hook]
-    return [each for each in hooks if type(each).__name__ == "AlignDevicesHook" and each.offload]
 
 
 class ForwardPlace(NamedTuple):

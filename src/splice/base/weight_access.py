@@ -116,14 +116,19 @@ def dense_weight(layer: nn.Module) -> torch.Tensor:
         return backend.dense(layer)
 
 
+def as_if_stored(layer: nn.Module, stored: Stored) -> nn.Module:
+    """`layer` without adapters, if its weight were `stored` so; the layer itself stays as it is."""
+    bare = without_adapters(layer)
+    place_all(bare, stored)
+    return bare
+
+
 def dense_from(layer: nn.Module, stored: Stored) -> torch.Tensor:
     """`dense_weight` of `layer` if its weight were `stored` so."""
     backend = backend_of(layer)
     assert backend is not None
-    bare = without_adapters(layer)
-    place_all(bare, stored)
     with torch.no_grad():
-        return backend.dense(bare)
+        return backend.dense(as_if_stored(layer, stored))
 
 
 def bias_of(layer: nn.Module) -> torch.Tensor | None:

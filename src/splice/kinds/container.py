@@ -99,6 +99,24 @@ class Holder(_Hookable):
         return self
 
 
+class Several(Holder):
+    """Where the reference has a list or a dict: `layer.peanut_encoders["default"][0]`, `layer.osf_svd_params["default"]`."""
+
+    def __getitem__(self, key: int | str) -> Entry:
+        found: Entry | None = self._modules.get(str(key))
+        if found is None:
+            found = self._parameters.get(str(key))
+        if found is None:
+            raise IndexError(key) if isinstance(key, int) else KeyError(key)
+        return found
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    def keys(self) -> list[str]:
+        return [*self._modules, *(name for name, p in self._parameters.items() if p is not None)]
+
+
 class Container(_Hookable):
     """Everything of one name on one layer, by adapter name.
 

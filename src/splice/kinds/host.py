@@ -10,6 +10,7 @@ from torch import nn
 
 from splice.base.backends.backend import Stored
 from splice.base.bare import HOST, NetworkOf
+from splice.base.offload import Shelf
 from splice.kinds.effect import Forward
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.stack import Stack
@@ -51,6 +52,8 @@ class Host:
     casts_input: bool = True
     # Adapters that are in its weights now, in the order they were merged.
     merged: list[str] = field(default_factory=list)
+    # Of tensors that are kept elsewhere between calls: where, and what was there before the first merge.
+    shelved: dict[str, tuple[Shelf, object]] = field(default_factory=dict)
     # The base's tensors as they were before the first merge, by name; empty while nothing is merged. The parameter itself
     # where another one stands in its place, else the values that it had.
     originals: dict[str, torch.Tensor] = field(default_factory=dict)

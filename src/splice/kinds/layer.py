@@ -90,6 +90,15 @@ class AdapterLayer(OwnTensors, Effect, WeightEffect):
         raise NotImplementedError
 
     @classmethod
+    def new_slots(cls, base: nn.Module, config: Config, path: str) -> dict[str, Slot]:
+        """`slots` of a new adapter, of layers whose dimensions a checkpoint tells: here all are known.
+
+        Raises:
+            ValueError: the config cannot be applied to this layer.
+        """
+        return cls.slots(base, config, path)
+
+    @classmethod
     def companions(cls, base: nn.Module, path: str) -> dict[str, type[AdapterLayer]]:
         """Further layers, by path below `base`, that get an adapter layer of their own wherever `base` gets this one."""
         return {}

@@ -17,6 +17,8 @@ class NetworkLayer(AdapterLayer):
 
     # The adapter layer for modules that such an adapter saves whole.
     head: ClassVar[type[WholeModule]] = SavedModule
+    # Whether its tensors stand on what holds the network, and not on the PeftModel around that.
+    on_tuner: ClassVar[bool] = False
     # Whether positions that the caller gives are worked out anew.
     drops_positions: ClassVar[bool] = False
 

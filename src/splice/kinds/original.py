@@ -5,6 +5,7 @@ They are looked up at every use: they may have been moved, replaced, or merged i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -29,6 +30,9 @@ def original_tensor(layer: nn.Module, name: str) -> torch.Tensor | None:
                 return cast(torch.Tensor, before)
     if name in host.displaced:
         return host.displaced[name]
+    if name in host.shelved and own is not None:
+        shelf, entry = host.shelved[name]
+        return as_now(shelf.read(entry), own)
     return own if own is None or name not in host.originals else as_now(host.originals[name], own)
 
 
@@ -56,16 +60,34 @@ def original_weight(layer: nn.Module) -> torch.Tensor:
     return in_linear_layout(layer, weight.detach())
 
 
-def tensor_in_use(layer: nn.Module, name: str) -> torch.Tensor | None:
-    """What stands below all adapters now: the tensor of the base, nothing merged into it, or one that an adapter brings."""
+def tensor_in_use(layer: nn.Module, name: str, asking: AdapterLayer) -> torch.Tensor | None:
+    """What stands below all adapters now: the tensor of the base, nothing merged into it, or one that an adapter brings.
+
+    Of a mixed batch the adapter layer that is `asking` has its rows for itself.
+    """
     host = host_of(layer)
     if host is not None and host.shows:
-        for active in (*host.selection.current().names, *host.merged):
-            adapter = host.layers.get(active)
-            shown = {} if adapter is None else adapter.shown(layer)
+        choice = host.selection.current()
+        names = (*choice.names, *host.merged)
+        others = [host.layers[active] for active in names if active in host.layers]
+        for adapter in others if choice.rows is None else [asking]:
+            shown = adapter.shown(layer)
             if name in shown:
                 return shown[name]
     return original_tensor(layer, name)
+
+
+def scaled_bias(
+    adapter: AdapterLayer, tensors: Mapping[str, torch.Tensor], factors: torch.Tensor
+) -> torch.Tensor | None:
+    """What merging an adapter that scales outputs with `factors` (out), but for the base's bias, adds to that of `tensors`.
+
+    What others have added to it is scaled like all else that they add. None where they have added nothing, or there is none.
+    """
+    below = tensor_in_use(adapter.base, "bias", adapter)
+    if below is None or tensors["bias"] is below:
+        return None
+    return (factors - 1) * (tensors["bias"] - below.detach())
 
 
 def gets_base_output(adapter: AdapterLayer) -> bool:

@@ -115,7 +115,7 @@ class TokenRows(AdapterLayer):
         rows = self.rows.to(y.dtype)
         if self.is_linear:
             chosen = rows[self.row_of]
-            bias = tensor_in_use(self.base, "bias")
+            bias = tensor_in_use(self.base, "bias", self)
             found = F.linear(x, chosen, None if bias is None else bias[self.sorted_tokens])
             return y.index_copy(-1, self.sorted_tokens, found.to(y.dtype))
         ids = x.long()
@@ -140,7 +140,7 @@ class TokenRows(AdapterLayer):
         rows = self.rows[self.row_of].to(device=weight.device, dtype=weight.dtype)
         places = self.sorted_tokens.to(weight.device)
         found = {"weight": weight.index_copy(0, places, rows)}
-        bias = tensor_in_use(self.base, "bias") if self.is_linear and "bias" in tensors else None
+        bias = tensor_in_use(self.base, "bias", self) if self.is_linear and "bias" in tensors else None
         if bias is not None:  # to these rows nothing is added that stands below, nor to their bias
             found["bias"] = tensors["bias"].index_copy(0, places, bias.detach()[places])
         return found

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from splice.base.dense import device_of
+from splice.base.offload import at_hand, is_offloaded
 from splice.base.sharding import divided_by_first, is_divided, whole_tensors
 from splice.base.weight_access import check_readable
 from splice.checkpoint.header import Entry
@@ -117,6 +118,8 @@ def _build_loaded(
     if len(tensors) < len(placement.slots):
         fresh = new_tensors(placement, config, autocast)
         tensors = {suffix: tensors.get(suffix, fresh[suffix]) for suffix in placement.slots}
+    elif placement.leaders:  # which came first, and a save has the order of the layer
+        tensors = {suffix: tensors[suffix] for suffix in placement.slots}
     return _build(placement, config, tensors)
 
 
@@ -133,14 +136,17 @@ def build_new(plan: Plan, config: PeftConfig, autocast: bool, on_meta: bool = Fa
         # What it shares it draws as well, like the reference: one seed, one adapter.
         tensors = new_tensors(placement, config, autocast)
         tensors.update(tensors_for(placement, led) if placement.leaders else {})
-        built.append(_build(placement, config, tensors))
+        with _values(placement):
+            built.append(_build(placement, config, tensors))
         if placement.path in leading:
             led[placement.path] = built[-1].layer
     for item in built:
-        with _whole(item.placement.base):
+        with _values(item.placement):
             item.layer.begin()
         if on_meta:
             item.layer.leave_empty()
+            for suffix, leader in item.layer.leaders.items():
+                item.layer.put(suffix, led[leader.path].tensor(leader.suffix))
     return built + _followers(plan, built, config)
 
 
@@ -155,9 +161,18 @@ def _followers(plan: Plan, built: Sequence[Built], config: PeftConfig) -> list[B
     return [_build(p, config, tensors_for(p, layers)) for p in plan.followers]
 
 
+def _values(placement: Placement) -> AbstractContextManager[None]:
+    """Inside, the parameters of the base layer have values, and are whole: a new adapter may take its start from them."""
+    base, cls = placement.base, placement.layer_class
+    # Asked first, since hardly any are kept elsewhere. What is on disk is read for those alone that look at it.
+    if any(map(is_offloaded, (base, *base.children()))):
+        looks = cls.starts_from_weight or cls.reads_weight or BIAS in placement.slots or issubclass(cls, WholeModule)
+        return at_hand(base.modules()) if looks else nullcontext()
+    return _whole(base)
+
+
 def _whole(base: nn.Module) -> AbstractContextManager[None]:
-    """Inside, the parameters of `base` are whole: a new adapter may take its start from them."""
-    # Asked first, since hardly any are divided.
+    """Inside, the parameters of `base` are whole."""
     divided = [(base._parameters, name) for name, tensor in base._parameters.items() if is_divided(tensor)]
     return whole_tensors(divided) if divided else nullcontext()
 
@@ -173,7 +188,7 @@ def new_tensors(placement: Placement, config: PeftConfig, autocast: bool) -> dic
     if placement.layer_class.starts_from_weight or placement.layer_class.reads_weight:
         check_readable(placement.base, placement.path, "the adapter")
     own = {suffix: tensor for suffix, tensor in drawn.items() if suffix != BIAS}
-    with _whole(placement.base):
+    with _values(placement):
         placement.initialise(own, config)
         if BIAS in drawn:
             drawn[BIAS] = _own_bias(placement)
@@ -195,7 +210,12 @@ def _own_bias(placement: Placement) -> torch.Tensor:
 
 def _build(placement: Placement, config: PeftConfig, tensors: Mapping[str, torch.Tensor]) -> Built:
     config = placement.own_config or config
-    layer = placement.layer_class(placement.base, config, placement.path, placement.slots, tensors)
+    given = (placement.base, config, placement.path, placement.slots, tensors)
+    if placement.layer_class.reads_weight:
+        with _whole(placement.base):
+            layer = placement.layer_class(*given)
+    else:
+        layer = placement.layer_class(*given)
     if placement.own_config is not None:
         layer.own_config = placement.own_config
     if placement.leaders:

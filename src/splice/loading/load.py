@@ -28,6 +28,7 @@ from splice.loading.commit import build_loaded
 from splice.loading.config_fields import field_names, field_value
 from splice.loading.fingerprint import Match
 from splice.loading.kept_config import other_values
+from splice.loading.opening import open_checkpoint
 from splice.loading.options import LoadOptions as LoadOptions  # where callers look for it
 from splice.loading.other_base import about_base, both_bases, compare_base
 from splice.loading.patterns import paths_for_patterns, unmatched
@@ -97,6 +98,7 @@ def load_new(
     # A copy: the caller's config is never changed, and several loads may be given the same one.
     config = copy_config(checkpoint.config, inference_mode=not options.is_trainable)
     _set_runtime(config, options)
+    load_experts(tuner, config, options, undo)
     # Before the plan is made: adapters that cannot stand beside one another are told by their configs alone.
     check_together(tuner, config)
     if tuner.stack_layers(config):
@@ -121,6 +123,26 @@ def load_new(
     elif config.trained_biases() != "none":
         _leave_biases_trainable(built)
     return _finished(tuner, found, options)
+
+
+def load_experts(tuner: Tuner, config: PeftConfig, options: LoadOptions, undo: Undo) -> None:
+    """Load the adapters that one with this config stands on; they are frozen, and none of them is active.
+
+    Raises:
+        ValueError: one cannot be loaded, is of another method, or a name of theirs is taken.
+    """
+    experts = method_of(config).experts
+    if experts is None:
+        return
+    extra = {name: value for name, value in options.extra.items() if name != "subfolder"}
+    for name, place in experts.places(config, options.extra).items():
+        own = options._replace(adapter_name=name, is_trainable=False, key_mapping=None, extra=extra)
+        checkpoint = open_checkpoint(place, None, own, None)
+        if checkpoint.config.peft_type != experts.of:
+            raise ValueError(
+                f"{place}: an expert of {config.peft_type} is {experts.of}, this is {checkpoint.config.peft_type}"
+            )
+        load_new(tuner, checkpoint, own, (), False, undo)
 
 
 @_without_collections()

@@ -106,7 +106,7 @@ def fit(plan: Plan, checkpoint: Checkpoint) -> Plan:
             entry = entries.get(key)
             if entry is None:
                 missing.append(key)
-            elif entry.shape != slot.shape:
+            elif entry.shape != slot.shape and not slot.takes(entry.shape):
                 mismatched.append(Mismatch(key, _shape_text(entry.shape), _shape_text(slot.shape)))
             elif not _is_floating(entry.dtype) and placement.dtype(suffix, False).is_floating_point:
                 mismatched.append(Mismatch(key, f"dtype {entry.dtype}", "a floating-point dtype"))

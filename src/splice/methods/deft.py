@@ -143,7 +143,7 @@ class DeftLayer(WeightUpdate):
             weight = original_weight(self.base)
             return F.linear(x.to(weight.dtype), weight)
         own = self.trained_bias
-        bias = tensor_in_use(self.base, "bias") if own is None else own
+        bias = tensor_in_use(self.base, "bias", self) if own is None else own
         return y if bias is None else y.to(torch.promote_types(y.dtype, torch.float32)) - bias
 
     def update_of(self, weight: torch.Tensor) -> torch.Tensor:
@@ -177,6 +177,7 @@ METHOD = register(
         ),
         default_targets=LORA_TARGETS,
         check=_check,
+        names=MappingProxyType({"DeftLinear": DeftLayer}),
         paper="NeurIPS 2025",
     )
 )

@@ -142,6 +142,7 @@ METHOD = register(
         layer_views=MappingProxyType({"delora_dropout": dropout_of}),
         default_targets=LORA_TARGETS,
         check=_check,
+        names=MappingProxyType({"DeloraLinear": DeloraLayer}),
         paper="arXiv 2503.18225",
     )
 )

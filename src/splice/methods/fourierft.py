@@ -7,7 +7,6 @@ it follows from the seed in the config and the shape of the weight.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import ClassVar
@@ -18,6 +17,7 @@ from torch import nn
 from splice.base.layers import LayerKind, kind_of
 from splice.base.weight_access import weight_shape
 from splice.checkpoint.types import PeftType
+from splice.kinds.matching import value_behind_dot
 from splice.kinds.registry import Method, register
 from splice.kinds.slot import Slot
 from splice.kinds.tensors import Held
@@ -81,10 +81,7 @@ class FourierFTLayer(Coefficients):
 
     @classmethod
     def slots(cls, base: nn.Module, config: FourierFTConfig, path: str) -> dict[str, Slot]:
-        # Not `value_for`: here the reference takes a key that matches the whole path as it stands.
-        patterns = config.n_frequency_pattern
-        key = next((k for k in patterns if re.match(rf".*\.{k}$", path)), path)
-        count = patterns.get(key, config.n_frequency)
+        count = value_behind_dot(config.n_frequency_pattern, path, config.n_frequency)
         check_count(count, "n_frequency", weight_shape(base), path)
         return {"fourierft_spectrum": Slot((count,))}
 

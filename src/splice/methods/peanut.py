@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from splice.base.layers import LayerKind, features
 from splice.checkpoint.types import PeftType
+from splice.kinds.container import Several
 from splice.kinds.registry import Method, register
 from splice.kinds.slot import Slot
 from splice.kinds.tensors import Held
@@ -112,7 +113,7 @@ class PeanutLayer(WeightUpdate):
     """PEANuT on a linear layer. The network is as wide as it is, whatever the number of tokens: it reads the weight."""
 
     a, b = Held("peanut_A.weight"), Held("peanut_B.weight")
-    numbers = MappingProxyType({**WeightUpdate.numbers, "depth": "depth"})
+    numbers = MappingProxyType({**WeightUpdate.numbers, "depth": "depth", "res_num": "depth"})
 
     @classmethod
     def slots(cls, base: nn.Module, config: PeanutConfig, path: str) -> dict[str, Slot]:
@@ -132,9 +133,13 @@ class PeanutLayer(WeightUpdate):
             else:
                 nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
 
+    def new_entry(self, container: str) -> nn.Module:
+        return Several() if container in ("peanut_encoders", "peanut_decoders") else super().new_entry(container)
+
     def prepare(self, base: nn.Module, config: PeanutConfig, path: str) -> None:
         super().prepare(base, config, path)
-        self.r, self.depth, self.scale = config.r, config.depth, config.scaling
+        self.r, self.depth = config.r, config.depth
+        self.scale = self.initial_scale = config.scaling
         self.activation = _activation(config.act_fn)
 
     def _inner(self, side: str) -> Iterator[torch.Tensor]:
@@ -160,7 +165,7 @@ METHOD = register(
         tensor_names=frozenset({"peanut_A", "peanut_B", "peanut_encoders", "peanut_decoders"}),
         layers=MappingProxyType({LayerKind.LINEAR: PeanutLayer}),
         containers=("peanut_A", "peanut_B", "peanut_encoders", "peanut_decoders"),
-        layer_views=MappingProxyType({"act_fn": lambda layer: layer.activation}),
+        layer_views=MappingProxyType({"act_fn": lambda layer: layer.config.act_fn}),
         default_targets=LORA_TARGETS,
         check=_check,
         paper="arXiv 2410.01870",

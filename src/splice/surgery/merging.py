@@ -20,6 +20,7 @@ from splice.base.foreign_models import (
     output_embedding_layer,
     set_config_field,
 )
+from splice.base.offload import at_hand
 from splice.base.sharding import divide_again, whole, whole_tensors
 from splice.base.weight_access import dense_tensors
 from splice.errors import PeftWarning, warn
@@ -110,6 +111,7 @@ def merge_for_good(
 
 def _forget(host: Host) -> None:
     host.originals.clear()
+    host.shelved.clear()
     host.stored = None
 
 
@@ -238,8 +240,17 @@ def merged_tensors(host: Host, names: Iterable[str], safe: bool) -> Merged:
     """The base tensors of a layer with the adapters in them, one after the other; whole, also where they are divided."""
     # One layer at a time is gathered: methods compute with weights as a whole (norms of rows, products of blocks).
     names = list(names)
-    with whole_tensors(_places(host, {*names, *host.merged})):
+    adapters = {*names, *host.merged}
+    with at_hand(_modules(host, adapters)), whole_tensors(_places(host, adapters)):
         return _merged_tensors(host, names, safe)
+
+
+def _modules(host: Host, adapters: Iterable[str]) -> Iterator[nn.Module]:
+    """The modules that have the tensors that a merge of these adapters on this layer computes with."""
+    yield host.base
+    for adapter in (host.layers[name] for name in adapters if name in host.layers):
+        for layer in (adapter, *adapter.shared):
+            yield from layer.holders()
 
 
 def _places(host: Host, adapters: Iterable[str]) -> Iterator[tuple[Registry, str]]:
@@ -264,6 +275,7 @@ def _merged_tensors(host: Host, names: Iterable[str], safe: bool) -> Merged:
         # the weight was rounded when it was stored, and would be a second time.
         present = [*host.merged, *present]
         tensors = {name: whole(tensor.detach()) for name, tensor in host.originals.items()}
+        tensors.update({name: shelf.read(entry) for name, (shelf, entry) in host.shelved.items()})
         tensors.update(before_merging(host))
     for name in present:
         if host.layers[name].shows:

@@ -51,8 +51,11 @@ class Placement:
         config: PeftConfig,
         own: PeftConfig | None = None,
         layout: Layout | None = None,
+        new: bool = False,
     ) -> Placement:
         """With the slots that the config asks for; `own` takes the place of `config` where it is given.
+
+        With `new` the adapter is made and not loaded.
 
         Raises:
             UnsupportedLayerError: (a ValueError) each process has a part of the base layer alone, and this adapter layer
@@ -66,7 +69,8 @@ class Placement:
         if layout is not None:
             slots = cast(type[LaidOut], layer_class).slots_in(layout, base, config, path)
             return cls(path, base, layer_class, slots, layout=layout)
-        return cls(path, base, layer_class, layer_class.slots(base, own or config, path), own_config=own)
+        slots_of = layer_class.new_slots if new else layer_class.slots
+        return cls(path, base, layer_class, slots_of(base, own or config, path), own_config=own)
 
     def initialise(self, tensors: dict[str, torch.Tensor], config: PeftConfig) -> None:
         """Fill the `tensors` of a new adapter in place, by suffix; `config` is the adapter's."""

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from splice.base.offload import forget_elsewhere, is_offloaded, keep_elsewhere
 from splice.kinds.container import Container, Holder, Owner, Tie
 from splice.kinds.effect import Forward
 from splice.kinds.host import Host, host_of
@@ -48,6 +49,8 @@ def register(adapter: AdapterLayer, name: str, home: Home, owner: Owner | None =
         if is_buffer and not slot.stored:
             container._non_persistent_buffers_set.add(name)
         adapter.registered[suffix] = Registered(in_tree, name, slot)
+        if is_offloaded(container):
+            keep_elsewhere(container, name, adapter.tensor(suffix))
         container.__dict__["owner"] = owner
     adapter.loose.clear()
 
@@ -59,24 +62,23 @@ def tie(layers: Mapping[str, AdapterLayer], follower: AdapterLayer, name: str) -
         here = leader.registered[of]
         if there.slot.role is Role.BUFFER:
             continue
-        first, also = _module_with(leader, here, name), _module_with(follower, there, name)
+        first, also = _module_with(leader, of, name), _module_with(follower, suffix, name)
         if first is None or also is None:
             continue
         places = first.ties.get(here.name) or [Tie(here.registry, here.name, False)]
         places.append(Tie(there.registry, there.name, transposed))
         for module, key in ((first, here.name), (also, there.name)):
-            module.__dict__["ties"] = {**module.ties, key: places}
+            module.__dict__.setdefault("ties", {})[key] = places
 
 
-def _module_with(adapter: AdapterLayer, own: Registered, name: str) -> Container | Holder | None:
-    """The module in the tree that holds a parameter of `adapter`, which is called `name`."""
-    home = adapter.home
-    for path in _containers(adapter) if home is not None else ():
-        container = None if home is None else _module_at(home, path.split("."))
-        entry = None if container is None else container._modules.get(name, container)
-        for module in () if entry is None else entry.modules():
-            if isinstance(module, (Container, Holder)) and module._parameters is own.registry:
-                return module
+def _module_with(adapter: AdapterLayer, suffix: str, name: str) -> Container | Holder | None:
+    """The module in the tree that holds the parameter `suffix` of `adapter`, which is called `name`."""
+    home, registry = adapter.home, adapter.registered[suffix].registry
+    container = None if home is None else _module_at(home, adapter.names.place(suffix).container.split("."))
+    entry = None if container is None else container._modules.get(name, container)
+    for module in () if entry is None else entry.modules():
+        if isinstance(module, (Container, Holder)) and module._parameters is registry:
+            return module
     return None
 
 
@@ -262,6 +264,7 @@ def _drop(home: Home, path: str, name: str) -> None:
     container = way[-1][0][last]
     if not isinstance(container, Container):
         return
+    forget_elsewhere(container, name)
     container.drop(name)
     if len(container):
         return

@@ -200,7 +200,9 @@ class Tuner(TunerViews, nn.Module):
             path, base = item.placement.path, item.placement.base
             if isinstance(item.layer, SharedTensors):
                 continue
-            home = self.around if isinstance(item.layer, NetworkLayer) else None
+            home = None
+            if isinstance(item.layer, NetworkLayer):
+                home = Home(self._modules, self.added, self.model) if item.layer.on_tuner else self.around
             if item.layer.names.above:
                 above = self.adapted[path.rpartition(".")[0]].splice_host
                 home = Home(above.base._modules, above.added, above.base)

@@ -64,7 +64,7 @@ class Draft:
     def place(self, path: str, base: nn.Module, layer_class: type[AdapterLayer]) -> None:
         """Add an adapter layer of `layer_class` on `base`, and what it says about fields that the config leaves open."""
         layout = self.layout if self.layout is None or issubclass(layer_class, LaidOut) else None
-        self.placements.append(Placement.of(path, base, layer_class, self.config, layout=layout))
+        self.placements.append(Placement.of(path, base, layer_class, self.config, layout=layout, new=self.is_new))
         self.resolved.update(layer_class.resolved(base, self.config))
 
     def by_path(self) -> dict[str, Placement]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from splice.config import copy_config
 from splice.kinds.slot import Leader
 from splice.loading.contributors.draft import Draft
 from splice.loading.plan import repeats
@@ -14,7 +15,9 @@ def groups(draft: Draft) -> None:
     if draft.method.groups is None:
         return
     own = [p for p in draft.placements if p.layer_class is not draft.method.shared]
-    found = draft.method.groups([(p.path, p.base) for p in own], draft.config)
+    # By the targets as they are spelled out now, and not by what stands for them in the config.
+    config = copy_config(draft.config, target_modules=draft.rule.target_modules)
+    found = draft.method.groups([(p.path, p.base) for p in own], config)
     by_path = draft.by_path()
     for index, placement in enumerate(draft.placements):
         leaders = {suffix: Leader(path, suffix) for suffix, path in found.get(placement.path, {}).items()}

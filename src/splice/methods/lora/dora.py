@@ -17,7 +17,7 @@ from splice.base.weight_access import bias_of
 from splice.errors import UnsupportedFeatureError
 from splice.kinds.effect import Action, Factors, Forward
 from splice.kinds.names import LayerNames, Place
-from splice.kinds.original import original_weight, tensor_in_use
+from splice.kinds.original import original_weight, scaled_bias, tensor_in_use
 from splice.kinds.scale import Scale, add_scaled
 from splice.kinds.slot import Slot
 from splice.kinds.tensors import Held
@@ -105,7 +105,7 @@ class Dora(LowRank):
             # The part of the base in the correction sees the dropped input too, the output of the base does not.
             out = y + (ratio - 1) * self.operation(h, weight) + ratio * (self.scale * self.delta(h))
             return out.to(y.dtype)
-        bias = tensor_in_use(self.base, "bias") if self.has_bias else None
+        bias = tensor_in_use(self.base, "bias", self) if self.has_bias else None
         if bias is None:
             out = add_scaled(y, self.delta(h), self.scale) * ratio
         else:
@@ -128,11 +128,12 @@ class Dora(LowRank):
 
     def deltas(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         found = super().deltas(tensors)
-        below = tensor_in_use(self.base, "bias") if self.has_bias else None
-        if below is not None:  # what others have added to the bias is scaled like all else that they add
+        if self.has_bias:
             ratio = self.on_output(self.ratio(self.base_weight(self.magnitude.dtype))).flatten()
-            added = tensors["bias"] - below.detach() + found.get("bias", 0.0)
-            found["bias"] = (ratio - 1) * added + found.get("bias", 0.0)
+            own, below = found.get("bias"), scaled_bias(self, tensors, ratio)
+            parts = [part for part in (below, None if own is None else ratio * own) if part is not None]
+            if parts:
+                found["bias"] = torch.stack(parts).sum(0)
         return found
 
 

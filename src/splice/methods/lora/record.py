@@ -34,6 +34,7 @@ from splice.methods.lora.merged_linear import as_plain
 from splice.methods.lora.mica import MicaEmbedding, MicaLinear
 from splice.methods.lora.monteclora import MontecloraLinear, monteclora_loss
 from splice.methods.lora.parameters import LoraParameters
+from splice.methods.lora.qalora import QaloraLinear, as_plain_elsewhere, is_for
 from splice.methods.lora.residual import TakenDoraLinear, TakenLinear
 from splice.methods.lora.stacked import JOINS, as_stacked
 from splice.methods.lora.swapping import RankSwapping
@@ -86,6 +87,17 @@ _FROM_GRADIENT: Mapping[str, type[AdapterLayer]] = MappingProxyType(
 )
 
 
+# What is used where the base is stored as QA-LoRA wants it.
+_QALORA: Mapping[LayerKind, type[AdapterLayer]] = MappingProxyType({LayerKind.LINEAR: QaloraLinear})
+
+
+def _on_codes(config: LoraConfig) -> type[AdapterLayer]:
+    others = active_variants(config)
+    if others:
+        raise UnsupportedFeatureError(f"`use_qalora` with `{others[0]}` is not supported: switch one of them off.")
+    return _QALORA[LayerKind.LINEAR]
+
+
 def variant(config: LoraConfig, kind: LayerKind, base: nn.Module | None) -> type[AdapterLayer] | None:
     """The adapter layer of the relative of LoRA that `config` asks for, on `base` if it is given; None for plain LoRA.
 
@@ -93,6 +105,8 @@ def variant(config: LoraConfig, kind: LayerKind, base: nn.Module | None) -> type
         UnsupportedLayerError: (a ValueError) it cannot be put on such a layer.
         UnsupportedFeatureError: the relative and the initialisation do not go together.
     """
+    if config.use_qalora and base is not None and is_for(base):
+        return _on_codes(config)
     asked, init = active_variants(config), config.init_lora_weights
     check_init_on(init, kind)
     # Without a gradient it is an adapter that was trained on the changed base: then nothing is left of how it started.
@@ -141,7 +155,7 @@ METHOD = register(
         default_targets=LORA_TARGETS,
         combine=CombinedFactors(),
         swapping=RankSwapping(),
-        readings=(as_plain, as_stacked),
+        readings=(as_plain, as_plain_elsewhere, as_stacked),
         restated=with_stacked_experts,
         joins=JOINS,
         for_unchanged_base=for_unchanged_base,

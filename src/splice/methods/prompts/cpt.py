@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from splice.base.dense import device_of
 from splice.base.foreign_models import loss_of
 from splice.checkpoint.types import PeftType, TaskType
 from splice.config import PromptLearningConfig
@@ -123,7 +124,7 @@ class ContextPrompt(EmbeddedPrompt):
     @classmethod
     def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: CPTConfig) -> None:
         embeddings = embeddings_of(base)
-        ids = torch.tensor(config.cpt_token_ids, device=embeddings.get_parameter("weight").device)
+        ids = torch.tensor(config.cpt_token_ids, device=device_of(embeddings))
         tensors["embedding.weight"].copy_(embeddings(ids))
         nn.init.zeros_(tensors["delta_embedding.weight"])
 

@@ -25,7 +25,7 @@ from splice.kinds.effect import Forward
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.network import network_layers
 from splice.methods.prompts.prompt import TYPED, Cache, Call, Prompt, PromptLayer, main_input, prompt_of_rows
-from splice.selection import Choice
+from splice.selection import Choice, Rows
 
 # The models that answer for every token: their labels grow with the input.
 _ONE_LABEL_A_TOKEN = (TaskType.CAUSAL_LM, TaskType.TOKEN_CLS)
@@ -140,7 +140,7 @@ def _generate(adapters: Adapters, *args: Any, **kwargs: Any) -> object:
 
 
 def _chosen(layers: Mapping[str, AdapterLayer], choice: Choice, main: torch.Tensor) -> Prompt | None:
-    if choice.rows is not None:
+    if isinstance(choice.rows, Rows):
         return prompt_of_rows(layers, choice.rows, main)
     layer = layers[choice.names[0]]
     assert isinstance(layer, EmbeddedPrompt)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from splice.base.dense import device_of
 from splice.config import PromptLearningConfig
 from splice.methods.prompts.embedded import embeddings_of
 
@@ -52,7 +53,7 @@ def start_tokens(rows: torch.Tensor, base: nn.Module, config: StartedConfig) -> 
     else:
         ids = _text_ids(config, len(rows))
     # Called, not indexed: some embeddings multiply what they look up, and the virtual tokens stand behind that.
-    rows.copy_(embeddings(ids.to(weight.device)))
+    rows.copy_(embeddings(ids.to(device_of(embeddings))))
 
 
 def _text_ids(config: StartedConfig, count: int) -> torch.Tensor:
