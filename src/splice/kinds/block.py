@@ -18,7 +18,7 @@ _HIDDEN = "hidden_states"
 
 
 class AddsToBlock(AdapterLayer):
-    """`y + added(x)`, where x are the hidden states that a block is given, (batch, T, hidden), and y what it makes of them."""
+    """`y + added(x)`, with the hidden states x that a block is given, (batch, T, hidden), and what it makes of them, y."""
 
     action = Action.ADDS
     # The parameters of the target's own forward.
