@@ -411,6 +411,9 @@ SAMPLES: dict[PeftType, Sample] = {
         options={"decay": {"opt_weighted_loss_type": "decay", "opt_loss_decay_factor": 0.5}},
         task="CAUSAL_LM",
     ),
+    PeftType.ADAPTION_PROMPT: Sample(
+        config={"adapter_len": 3, "adapter_layers": 1}, small={"adapter_len": 2, "adapter_layers": 2}
+    ),
     PeftType.P_TUNING: Sample(
         config={"num_virtual_tokens": 4, "encoder_hidden_size": 6},
         small={"num_virtual_tokens": 2},
