@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import splice
-from splice.base.bare import walk_bare
+from splice.base.bare import bare_parameters, walk_bare
 from splice.checkpoint.keys import PREFIX, SHORT_PREFIX, format_key
 from splice.kinds.network import NetworkLayer
 from tests.bases import Base, run
@@ -118,7 +118,7 @@ def names_in_reference(model: nn.Module) -> dict[str, str]:
 
 def _bare_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for path, below in walk_bare(module).items():
-        for name, tensor in (*below._parameters.items(), *below._buffers.items()):
+        for name, tensor in (*bare_parameters(below), *below._buffers.items()):
             if tensor is not None:
                 yield (f"{path}.{name}" if path else name), tensor
 

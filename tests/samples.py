@@ -34,6 +34,7 @@ class Sample:
         reference_tells: whether the reference says so where there is nothing to unmerge.
         reference_adds: whether the reference gets several of its adapters at once right.
         reference_generates: whether the reference's `generate` gives what its forwards do, one after the other.
+        any_base: whether its adapters can be loaded on a base with other weights than those they were made for.
         reference_unmerges: whether the reference can take what is merged out again, and merges an adapter only once.
         call: arguments that every call of a model with such an adapter needs -> a value for each row.
         task: the only task that its configs may have; None for any.
@@ -55,6 +56,7 @@ class Sample:
     reference_mixes: bool = False
     mixing_lacks: frozenset[str] = frozenset()
     reference_scales: bool = False
+    any_base: bool = True
     reference_unmerges: bool = True
     in_any_order: bool = True
     one_trained: bool = False
@@ -174,6 +176,7 @@ SAMPLES: dict[PeftType, Sample] = {
     ),
     PeftType.ADAMSS: Sample(
         config={"r": 3, "num_subspaces": 2},
+        any_base=False,
         small={"r": 2, "num_subspaces": 3},
         options={
             "wide": {"subspace_rank": 2},
@@ -440,6 +443,9 @@ SAMPLES: dict[PeftType, Sample] = {
         small={"cpt_token_ids": [3, 8], "cpt_tokens_type_mask": [1, 2], "cpt_mask": [1] * 2},
         options={"decay": {"opt_weighted_loss_type": "decay", "opt_loss_decay_factor": 0.5}},
         task="CAUSAL_LM",
+    ),
+    PeftType.ADAPTION_PROMPT: Sample(
+        config={"adapter_len": 3, "adapter_layers": 1}, small={"adapter_len": 2, "adapter_layers": 2}
     ),
     PeftType.P_TUNING: Sample(
         config={"num_virtual_tokens": 4, "encoder_hidden_size": 6},

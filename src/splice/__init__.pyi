@@ -34,6 +34,7 @@ from splice.loading.state import load_peft_weights as load_peft_weights
 from splice.loading.state import set_peft_model_state_dict as set_peft_model_state_dict
 from splice.methods.adalora.layers import AdaLoraConfig as AdaLoraConfig
 from splice.methods.adamss.config import AdamssConfig as AdamssConfig
+from splice.methods.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
 from splice.methods.beft import BeftConfig as BeftConfig
 from splice.methods.boft import BOFTConfig as BOFTConfig
 from splice.methods.c3a import C3AConfig as C3AConfig

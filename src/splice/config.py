@@ -38,6 +38,8 @@ class TargetRule(NamedTuple):
     modules_to_save: list[str] | None = None
     # Parameters that are adapted without a layer of their own, by names at the end of paths. None for none.
     target_parameters: list[str] | None = None
+    # How many of the targets are adapted, counted from the last one. None for all.
+    last: int | None = None
 
 
 C = TypeVar("C", bound="PeftConfig")

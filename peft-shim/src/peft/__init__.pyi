@@ -6,6 +6,7 @@ from typing import Any
 from splice import AdaLoraConfig as AdaLoraConfig
 from splice import AdamssConfig as AdamssConfig
 from splice import AdapterMismatchError as AdapterMismatchError
+from splice import AdaptionPromptConfig as AdaptionPromptConfig
 from splice import ArrowConfig as ArrowConfig
 from splice import AutoPeftModel as AutoPeftModel
 from splice import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM

@@ -33,6 +33,8 @@ class Host:
     layers: dict[str, AdapterLayer] = field(default_factory=dict)
     # Modules that adapters put below the layer, by their names there; all others are the base's.
     added: dict[str, nn.Module] = field(default_factory=dict)
+    # Names of parameters that adapters put on the layer itself, beside the base's own.
+    held: set[str] = field(default_factory=set)
     # The base's own parameters, by name, in whose places in the tree an adapter has put trained ones; shown while that
     # adapter is not selected.
     displaced: dict[str, nn.Parameter] = field(default_factory=dict)

@@ -57,3 +57,9 @@ class Leader(NamedTuple):
 def shapes_of(slots: Mapping[str, Slot]) -> dict[str, tuple[int, ...]]:
     """The shapes of those that a checkpoint holds, by suffix."""
     return {suffix: slot.shape for suffix, slot in slots.items() if slot.stored}
+
+
+def fit(slots: Mapping[str, Slot], shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether tensors of these shapes, by suffix, are all that a checkpoint holds for the slots."""
+    stored = {suffix: slot for suffix, slot in slots.items() if slot.stored}
+    return shapes.keys() == stored.keys() and all(slot.takes(shapes[suffix]) for suffix, slot in stored.items())

@@ -24,8 +24,11 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """
     tuner, _ = tuner_of(model)
     added = tuple(f"{_front(path)}{name}." for path, host in tuner.hosts.items() for name in host.added)
+    held = {_front(path) + name for path, host in tuner.hosts.items() for name in host.held}
     found: dict[str, torch.Tensor] = {
-        name: tensor for name, tensor in tuner.model.state_dict().items() if not name.startswith(added)
+        name: tensor
+        for name, tensor in tuner.model.state_dict().items()
+        if not name.startswith(added) and name not in held
     }
     for path, host in tuner.hosts.items():
         if host.stored is not None:

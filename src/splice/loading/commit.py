@@ -221,8 +221,12 @@ def _own_bias(placement: Placement) -> torch.Tensor:
 
 def _build(placement: Placement, config: PeftConfig, tensors: Mapping[str, torch.Tensor]) -> Built:
     config = placement.own_config or config
-    with _whole(placement.base) if placement.layer_class.reads_weight else nullcontext():
-        layer = placement.layer_class(placement.base, config, placement.path, placement.slots, tensors)
+    given = (placement.base, config, placement.path, placement.slots, tensors)
+    if placement.layer_class.reads_weight:
+        with _whole(placement.base):
+            layer = placement.layer_class(*given)
+    else:
+        layer = placement.layer_class(*given)
     if placement.own_config is not None:
         layer.own_config = placement.own_config
     if placement.leaders:

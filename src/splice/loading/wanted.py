@@ -15,7 +15,7 @@ from torch import nn
 from splice.config import PeftConfig
 from splice.kinds.names import BIAS
 from splice.kinds.registry import Method
-from splice.kinds.slot import shapes_of
+from splice.kinds.slot import fit
 from splice.loading.laying_out import lay_out
 from splice.loading.plan import Plan
 
@@ -104,7 +104,7 @@ class NewAdapter(NamedTuple):
                 needed = owned.slots(base, config, path)
             except (ValueError, TypeError):
                 return False
-        return shapes == shapes_of(needed)
+        return fit(needed, shapes)
 
     def is_served_by(self, plan: Plan) -> bool:
         return plan.fits
@@ -137,8 +137,7 @@ class PresentAdapter(NamedTuple):
         # By the plan and not by a config: of two modules that such tensors fit, the adapter may be on one alone.
         # A bias of the base is no tensor of the method's, and has another name.
         return any(
-            p.path == module
-            and shapes == shapes_of({suffix: slot for suffix, slot in p.stored.items() if suffix != BIAS})
+            p.path == module and fit({suffix: slot for suffix, slot in p.stored.items() if suffix != BIAS}, shapes)
             for p in self.kept.placements
         )
 

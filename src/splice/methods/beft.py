@@ -6,6 +6,7 @@ bias stays what it is, so without the adapter the base is exactly itself.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar
@@ -63,6 +64,9 @@ class BeftLayer(Additive):
     @property
     def changed_names(self) -> tuple[str, ...]:
         return ("bias",)
+
+    def deltas(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"bias": self.delta_bias()}  # of any layer with a bias, however it stores its weight
 
     def delta_bias(self) -> torch.Tensor:
         return self.beft_bias.flatten()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -38,6 +38,9 @@ def register(adapter: AdapterLayer, name: str, home: Home, owner: Owner | None =
         nameless = adapter.names.nameless(suffix)
         if nameless is not None:
             _register_nameless(adapter, name, suffix, home)
+            continue
+        if adapter.names.is_on_layer(suffix, name):
+            _register_on_layer(adapter, suffix)
             continue
         container = _container(home, path, adapter.training, adapter.base)
         is_buffer = slot.role is Role.BUFFER
@@ -90,6 +93,9 @@ def unregister(adapter: AdapterLayer, name: str) -> None:
             _unregister_nameless(adapter, suffix, home)
             continue
         path, leaf = adapter.names.place(suffix)
+        if adapter.names.is_on_layer(suffix, name):
+            _unregister_on_layer(adapter, suffix)
+            continue
         # The layer keeps its tensors: whoever still holds it can go on reading them.
         if not leaf and registry is not adapter.loose:
             adapter.loose[path] = registry[name]
@@ -150,6 +156,32 @@ def _unregister_nameless(adapter: AdapterLayer, suffix: str, home: Home) -> None
         if host.displaced_by not in host.merged:  # else it was merged for good, and what is there stays
             adapter.base._parameters[key] = own
     _drop_holders(home, parents)
+
+
+def _register_on_layer(adapter: AdapterLayer, suffix: str) -> None:
+    """Register a tensor as a parameter of the layer itself.
+
+    Raises:
+        ValueError: the layer has something of that name.
+    """
+    base, host = adapter.base, host_of(adapter.base)
+    _, path, slot = adapter.registered[suffix]
+    if host is None or suffix in base._parameters or suffix in base._modules:
+        raise ValueError(f"the base layer has a {suffix!r} of its own, where a tensor of an adapter stands. Rename it.")
+    host.held.add(suffix)  # first, so that what an interrupt cuts short is found
+    base._parameters[suffix] = adapter.loose[path]
+    adapter.registered[suffix] = Registered(cast("dict[str, Any]", base._parameters), suffix, slot)
+
+
+def _unregister_on_layer(adapter: AdapterLayer, suffix: str) -> None:
+    registry, key, slot = adapter.registered[suffix]
+    host, path = host_of(adapter.base), adapter.names.place(suffix).container
+    if registry is not adapter.loose:
+        adapter.loose[path] = registry[key]
+        adapter.registered[suffix] = Registered(adapter.loose, path, slot)
+    if host is not None and suffix in host.held:  # also what an interrupt came before it was noted
+        adapter.base._parameters.pop(suffix, None)
+        host.held.discard(suffix)
 
 
 def _holder(home: Home, parents: list[str], base: nn.Module) -> nn.Module:
@@ -288,5 +320,6 @@ def unshare(adapter: AdapterLayer, host: Host) -> None:
 
 def _containers(adapter: AdapterLayer) -> list[str]:
     # In their own order and not as a set: data-parallel processes send buffers to one another in the order of the tree.
-    named = (suffix for suffix in adapter.registered if adapter.names.nameless(suffix) is None)
-    return list(dict.fromkeys(adapter.names.place(suffix).container for suffix in named))
+    names, own = adapter.names, adapter.base._parameters
+    named = (suffix for suffix, item in adapter.registered.items() if item.registry is not own)
+    return list(dict.fromkeys(names.place(suffix).container for suffix in named if names.nameless(suffix) is None))

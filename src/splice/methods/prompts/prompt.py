@@ -8,7 +8,6 @@ come about.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from splice.base.signatures import named_arguments
 from splice.checkpoint.keys import SHORT_PREFIX
 from splice.checkpoint.types import TaskType
 from splice.config import PromptLearningConfig
@@ -241,12 +241,6 @@ class PromptLayer(NetworkLayer):
         if prompt.short is not None:
             positions = torch.arange(past, past + length, device=prompt.short.device) - prompt.short
             call[name] = positions.clamp(min=0)
-
-
-def named_arguments(module: nn.Module) -> tuple[str, ...]:
-    """The names of what a module's forward takes, in their order."""
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return tuple(n for n, p in inspect.signature(type(module).forward).parameters.items() if p.kind in named)[1:]
 
 
 _MAIN = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "labels")
