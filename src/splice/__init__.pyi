@@ -84,10 +84,13 @@ from splice.methods.prompts.prompt_tuning import PromptTuningConfig as PromptTun
 from splice.methods.prompts.prompt_tuning import PromptTuningInit as PromptTuningInit
 from splice.methods.prompts.starts import StartedConfig as StartedConfig
 from splice.methods.psoft import PsoftConfig as PsoftConfig
+from splice.methods.pvera import PveraConfig as PveraConfig
+from splice.methods.randlora import RandLoraConfig as RandLoraConfig
 from splice.methods.road import RoadConfig as RoadConfig
 from splice.methods.tinylora import TinyLoraConfig as TinyLoraConfig
 from splice.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from splice.methods.unilora import UniLoraConfig as UniLoraConfig
+from splice.methods.vblora import VBLoRAConfig as VBLoRAConfig
 from splice.methods.vera import VeraConfig as VeraConfig
 from splice.methods.waveft.record import WaveFTConfig as WaveFTConfig
 from splice.methods.xlora import XLoraConfig as XLoraConfig

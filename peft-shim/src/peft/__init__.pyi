@@ -68,6 +68,8 @@ from splice import PromptLearningConfig as PromptLearningConfig
 from splice import PromptTuningConfig as PromptTuningConfig
 from splice import PromptTuningInit as PromptTuningInit
 from splice import PsoftConfig as PsoftConfig
+from splice import PveraConfig as PveraConfig
+from splice import RandLoraConfig as RandLoraConfig
 from splice import RoadConfig as RoadConfig
 from splice import StartedConfig as StartedConfig
 from splice import TaskType as TaskType
@@ -76,6 +78,7 @@ from splice import TrainableTokensConfig as TrainableTokensConfig
 from splice import UniLoraConfig as UniLoraConfig
 from splice import UnknownMethodError as UnknownMethodError
 from splice import UnsupportedFeatureError as UnsupportedFeatureError
+from splice import VBLoRAConfig as VBLoRAConfig
 from splice import VeloraConfig as VeloraConfig
 from splice import VeraConfig as VeraConfig
 from splice import WaveFTConfig as WaveFTConfig
