@@ -13,7 +13,7 @@ from benchmarks.models import LIBRARIES, REFERENCE, SPLICE
 from benchmarks.report import Row, row
 
 # splice imports a public name when it is first asked for, so every one of them is asked for.
-# What importing torch leaves to the garbage collector is torch's: collected first, as it costs 60 ms wherever it happens to fall.
+# What importing torch leaves to the garbage collector is collected first: that costs 60 ms, wherever it happens to fall.
 _SCRIPT = """
 import gc, time, torch
 gc.collect()

@@ -196,7 +196,9 @@ class ExpertsNet(nn.Module):
 def conv1d_of_transformers(size_in: int, size_out: int) -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
-    return Conv1D(size_out, size_in)
+    layer = Conv1D(size_out, size_in)
+    nn.init.normal_(layer.weight, std=0.3)  # its own are so small that a change in proportion to them cannot be seen
+    return layer
 
 
 def _floats(*shape: int) -> Callable[[int], Inputs]:
@@ -236,7 +238,13 @@ CONV1D = _plain(
 )
 CONV2D = _plain(
     "conv2d",
-    lambda: Net(nn.Conv2d(4, 6, 3, padding=(1, 0)), nn.Conv2d(6, 4, 1), 4, channels=1),
+    lambda: Net(nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(6, 4, 1), 4, channels=1),
+    LayerKind.CONV2D,
+    _floats(4, 7, 6),
+)
+UNEVEN = _plain(
+    "conv2d_uneven",
+    lambda: Net(nn.Conv2d(4, 6, 3, padding=(1, 0)), nn.Conv2d(6, 4, 1, stride=(1, 2)), 4, channels=1),
     LayerKind.CONV2D,
     _floats(4, 7, 6),
 )
@@ -284,7 +292,7 @@ BY_KIND: dict[LayerKind, Base] = {
     LayerKind.CONV3D: CONV3D,
 }
 # The same kinds with options that change what the layer computes.
-SPECIAL = (NO_BIAS, PADDED, SCALED, SAME, CIRCULAR, GROUPED)
+SPECIAL = (NO_BIAS, PADDED, SCALED, SAME, UNEVEN, CIRCULAR, GROUPED)
 
 
 # -- transformers
@@ -365,6 +373,8 @@ BERT = Base("bert", _bert, _decoder_inputs, frozenset({LayerKind.LINEAR}), ("que
 T5 = Base("t5", _t5, _t5_inputs, frozenset({LayerKind.LINEAR}), ("q", "v"), "lm_head", "SEQ_2_SEQ_LM", True)
 
 TRANSFORMERS = (LLAMA, GPT2, BERT, T5)
+# One for each kind of layer, one of several kinds and one of transformers.
+CORE = (*BY_KIND.values(), MIXED, LLAMA)
 # ENCODER is left out: there the reference has no effect in eval mode.
 ALL = (*BY_KIND.values(), *SPECIAL, MIXED, *TRANSFORMERS, TIED)
 

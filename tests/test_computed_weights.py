@@ -31,7 +31,9 @@ WAYS: dict[str, Callable[[nn.Module], Any]] = {
     "of the user": lambda layer: nn.utils.parametrize.register_parametrization(layer, "weight", Doubled()),
 }
 BASES = (bases.LINEAR, bases.CONV1D, bases.CONV2D, bases.EMBEDDING)
-CASES = [case for case in plain_cases(*BASES) if not case.method.exclusive]
+CASES = [
+    case for case in plain_cases(*BASES) if case.sample.merges and case.sample.any_base and not case.method.exclusive
+]
 DORA = {"peft_type": "LORA", "r": 2, "use_dora": True, "target_modules": ["first", "second"]}
 
 

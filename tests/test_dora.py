@@ -178,6 +178,16 @@ def test_a_bias_that_another_adapter_brings_keeps_its_size(shared_checkpoint: An
     own.assert_equal()
 
 
+def test_a_row_is_scaled_around_its_own_bias_and_not_that_of_the_active_adapter(shared_checkpoint: Any) -> None:
+    base = bases.LINEAR
+    first = config(base, use_dora=False, bias="lora_only")
+    model: Any = splice.PeftModel.from_pretrained(base.build(), shared_checkpoint(base, first))
+    model.load_adapter(shared_checkpoint(base, config(base), seed=1), "second")
+    rows = run(model, base.inputs(2), adapter_names=["second", "default"])
+    model.set_adapter("second")
+    assert_close(rows[0], run(model, base.inputs(2))[0])
+
+
 def test_combinations_that_the_reference_refuses() -> None:
     with pytest.raises(ValueError, match="lora_bias"):
         splice.LoraConfig(use_dora=True, lora_bias=True)

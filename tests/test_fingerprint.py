@@ -17,6 +17,7 @@ from torch import nn
 
 import splice
 from splice.checkpoint.format import METADATA_KEY
+from splice.loading import other_base
 from splice.loading.fingerprint import Match
 from tests import bases
 from tests.broken import SAFETENSORS, Around, adapter_tensors, bert, by_reference, llama, load, output, parts, unchanged
@@ -129,14 +130,20 @@ def quantised() -> Any:
     return network
 
 
-def test_weights_that_cannot_be_compared(tmp_path: Path) -> None:
-    """A quantised base, on either side, and one on the meta device: nothing is claimed."""
+def test_weights_that_cannot_be_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quantised base, on either side, and one on the meta device: nothing is claimed of values, and the form is told."""
+    monkeypatch.setattr(other_base, "_said", set())
     folder = saved(tmp_path)
+    text = warned(lambda: splice.PeftModel.from_pretrained(quantised(), folder))
+    assert "trained on a base that is not quantised, and this one is stored as Int8Linear" in text
+    assert "splice.base_gap" in text
     assert match_of(folder, quantised()) is Match.UNKNOWN
     assert match_of(folder, llama().to("meta")) is Match.UNKNOWN
     load(folder, quantised()).save_pretrained(tmp_path / "of quantised")
     assert json.loads(metadata(tmp_path / "of quantised")[METADATA_KEY])["quantization"] == "Int8Linear"
-    assert match_of(tmp_path / "of quantised", llama()) is Match.UNKNOWN
+    text = warned(lambda: splice.PeftModel.from_pretrained(llama(), tmp_path / "of quantised"))
+    assert "stored as Int8Linear, and this one is not quantised" in text
+    assert match_of(tmp_path / "of quantised", llama()) is Match.UNKNOWN  # and once alone
     one = llama()
     one.model.layers[0].self_attn.q_proj = Int8Linear(one.model.layers[0].self_attn.q_proj)
     assert match_of(folder, one) is Match.SAME  # as far as it can be seen

@@ -24,9 +24,9 @@ from splice.kinds.registry import all_methods
 from tests import bases
 from tests.bases import Base, run
 from tests.comparing import Snapshot, assert_close, differ
-from tests.samples import SAMPLES, Case
+from tests.samples import SAMPLES, Case, everywhere
 
-METHODS = [method for method in all_methods().values() if LayerKind.LINEAR in method.layers]
+METHODS = [method for method in everywhere(all_methods().values()) if LayerKind.LINEAR in method.layers]
 methods = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name.value)
 TARGETS = (["linear1", "linear2"], ["linear1"], ["linear2"], ["out_proj"], ["linear1", "linear2", "out_proj"])
 targets_of_an_encoder = pytest.mark.parametrize("targets", TARGETS, ids=str)

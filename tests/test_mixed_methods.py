@@ -100,3 +100,23 @@ def test_what_a_mixed_model_does_not_do(tmp_path: Path) -> None:
         model.add_adapter("prompt", splice.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     with pytest.raises(ValueError, match="unknown (not found|does not exist)"):
         model.delete_adapter(["default", "unknown"])
+
+
+def test_it_tells_and_trains_what_is_active_as_the_reference_does(shared_checkpoint: Any) -> None:
+    base = bases.LINEAR
+    folder = shared_checkpoint(base, next(case for case in cases(base) if case.method.name == "LOHA").config())
+    trained = []
+    for library in (peft, splice):
+        config = library.LoraConfig(r=2, target_modules=["first"], modules_to_save=["head"])
+        model = library.get_peft_model(base.build(), config, mixed=True)
+        assert model.active_adapter == ["default"]
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        model.load_adapter(folder, "second")
+        names = {name.replace(".base_layer", "") for name, p in model.named_parameters() if p.requires_grad}
+        model.set_adapter(["default", "second"])
+        trained.append((names, model.active_adapter, model.modules_to_save))
+        assert model.set_modules_to_save(config, "default") is None
+    assert trained[1] == trained[0]
+    with pytest.raises(ValueError, match=r"has no copies of \['other'\].*with which it is added"):
+        model.set_modules_to_save(splice.LoraConfig(modules_to_save=["other"]), "default")

@@ -39,13 +39,18 @@ def padded(case: Case) -> Inputs:
     return {**inputs, "attention_mask": mask}
 
 
+def always(case: Case, rows: int) -> Inputs:
+    """What every call needs beside its input."""
+    return {name: value for name, value in case.base.inputs(rows).items() if name in case.sample.call}
+
+
 @every
 def test_the_output_is_that_of_the_reference(case: Case, shared_checkpoint: Any) -> None:
     pair = load_both(case.base, shared_checkpoint(case.base, case.config()))
     output = pair.assert_equal()
     bare = run(case.base.build(), case.base.inputs(3))
     assert differ(output[:, -bare.shape[1] :], bare)
-    for inputs in (padded(case), {"input_ids": case.base.inputs(2)["input_ids"]}):
+    for inputs in (padded(case), {**always(case, 2), "input_ids": case.base.inputs(2)["input_ids"]}):
         assert_close(run(pair.ours, inputs), run(pair.reference, inputs), factor=3)
 
 
@@ -64,7 +69,9 @@ def test_labels(case: Case, shared_checkpoint: Any) -> None:
 def test_embedded_input(case: Case, shared_checkpoint: Any) -> None:
     pair = load_both(case.base, shared_checkpoint(case.base, case.config()))
     embedded = case.base.build().get_input_embeddings()(case.base.inputs(3)["input_ids"]).detach()
-    ours, reference = (run(model, {"inputs_embeds": embedded}) for model in (pair.ours, pair.reference))
+    ours, reference = (
+        run(model, {**always(case, 3), "inputs_embeds": embedded}) for model in (pair.ours, pair.reference)
+    )
     assert_close(ours, reference)
 
 
@@ -98,7 +105,9 @@ def test_generated_tokens_are_those_of_one_forward_after_the_other(case: Case, s
     ids = inputs["input_ids"]
     mask = inputs.get("attention_mask", torch.ones_like(ids))
     for _ in range(5):
-        chosen = run(model, {"input_ids": ids, "attention_mask": mask})[:, -1].argmax(-1, keepdim=True)
+        chosen = run(model, {**always(case, 3), "input_ids": ids, "attention_mask": mask})[:, -1].argmax(
+            -1, keepdim=True
+        )
         ids, mask = torch.cat([ids, chosen], 1), torch.cat([mask, torch.ones_like(chosen)], 1)
     assert torch.equal(_generated(model, inputs), ids)
 
@@ -176,7 +185,7 @@ def test_taken_off(case: Case, shared_checkpoint: Any) -> None:
     adapted = run(model, case.base.inputs(3))
     for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(run(clone, case.base.inputs(3)), adapted)
-        assert torch.equal(bases.generate(clone, case.base), bases.generate(model, case.base))
+        assert torch.equal(*(bases.generate(m, case.base, **always(case, 3)) for m in (clone, model)))
     model.delete_adapter("second")
     assert torch.equal(run(model, case.base.inputs(3)), adapted)
     model.delete_adapter("default")

@@ -25,9 +25,9 @@ from splice.surgery.unmade import Unmade
 from tests import bases
 from tests.bases import Base, run
 from tests.comparing import assert_close, differ
-from tests.samples import Case
+from tests.samples import Case, everywhere
 
-METHODS = [method for method in all_methods().values() if LayerKind.LINEAR in method.layers]
+METHODS = [method for method in everywhere(all_methods().values()) if LayerKind.LINEAR in method.layers]
 methods = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name.value)
 
 

@@ -16,7 +16,6 @@ from torch import nn
 
 import splice
 from splice.errors import AdapterMismatchError, PeftWarning, UnsupportedFeatureError
-from splice.methods.lora.config import NOT_HONOURED
 from tests import broken
 from tests.broken import (
     Interrupted,
@@ -203,15 +202,6 @@ def test_the_proposed_key_mapping_works(tmp_path: Path) -> None:
     proposed = str(caught.value).partition("key_mapping=")[2].partition("}")[0] + "}"
     model = load(made.renamed(_in_a_wrapper).write(tmp_path / "all"), key_mapping=eval(proposed))
     assert torch.equal(output(model), output(load(made.write(tmp_path / "straight"))))
-
-
-@pytest.mark.parametrize("name", NOT_HONOURED)
-def test_what_is_not_supported_is_refused_by_name(name: str, tmp_path: Path) -> None:
-    value: Any = True if name.startswith(("use_dora", "ensure")) else [[0, 1]] if name == "layer_replication" else [1]
-    folder = _config(**{name: value})(parts()).write(tmp_path)
-    model = llama()
-    with unchanged(model), pytest.raises(UnsupportedFeatureError, match=name):
-        load(folder, model)
 
 
 def test_an_initialisation_that_no_checkpoint_determines_is_refused(tmp_path: Path) -> None:

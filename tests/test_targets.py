@@ -25,7 +25,7 @@ from splice.kinds.registry import Method, all_methods
 from tests import bases
 from tests.bases import Base, run
 from tests.comparing import assert_close, load_both
-from tests.samples import SAMPLES, Case, plain_cases
+from tests.samples import SAMPLES, Case, everywhere, plain_cases
 from tests.task_bases import LLAMA_LABEL
 
 # The example that failed is printed; nothing is written to disk, and every run tries the same examples.
@@ -34,7 +34,9 @@ quick = settings(
 )
 # Methods whose targets follow the rules of all; some take any module, or look for their own.
 TARGETING = [
-    m for m in all_methods().values() if LayerKind.LINEAR in m.layers and not (m.other_layer or m.find_targets)
+    m
+    for m in everywhere(all_methods().values())
+    if LayerKind.LINEAR in m.layers and not (m.other_layer or m.find_targets)
 ]
 targeting = pytest.mark.parametrize("method", TARGETING, ids=lambda method: method.name.value)
 

@@ -50,6 +50,7 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 def train(model: nn.Module, inputs: Inputs, steps: int = 10) -> list[float]:
     """The losses of a few steps."""
+    torch.manual_seed(0)
     optimizer = adamw(model)
     losses = []
     for _ in range(steps):
@@ -161,8 +162,9 @@ def test_an_optimizer_keeps_its_tensors_through_loads(case: Case, shared_checkpo
     model.set_adapter("default")
     with model.disable_adapter():
         pass
-    model.merge_adapter()
-    model.unmerge_adapter()
+    if case.sample.merges:
+        model.merge_adapter()
+        model.unmerge_adapter()
     model.load_state_dict(model.state_dict())
     assert {id(p) for p in model.parameters() if p.requires_grad} == trained
 
@@ -173,7 +175,7 @@ def test_half_precision_training(case: Case, shared_checkpoint: Any) -> None:
     folder = shared_checkpoint(case.base, case.config(), dtype=torch.bfloat16)
     pair = load_both(case.base, folder, dtype=torch.bfloat16, is_trainable=True)
     inputs = {k: v.bfloat16() if v.is_floating_point() else v for k, v in case.base.inputs(4).items()}
-    losses = [train(model, inputs, steps=3) for model in (pair.reference, pair.ours)]
+    losses = [train(model.train(), inputs, steps=3) for model in (pair.reference, pair.ours)]
     assert losses[1] == pytest.approx(losses[0], rel=2e-2)
     assert {p.dtype for p in pair.ours.parameters() if p.requires_grad} == {case.sample.trained_in}
 
@@ -188,6 +190,7 @@ def test_gradient_checkpointing(case: Case, before: bool, reentrant: bool, share
     """The same gradients as without, and as in the reference with the same switch."""
     folder = shared_checkpoint(case.base, case.config())
     expected = splice.PeftModel.from_pretrained(case.base.build(), folder, is_trainable=True).train()
+    torch.manual_seed(0)
     loss_of(expected, case.base.inputs(3)).backward()
     found = []
     for library in (peft, splice):
@@ -201,6 +204,7 @@ def test_gradient_checkpointing(case: Case, before: bool, reentrant: bool, share
             model.enable_input_require_grads()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            torch.manual_seed(0)
             loss_of(model.train(), case.base.inputs(3)).backward()
         found.append({name: p.grad for name, p in named(model) if p.requires_grad})
     for name, parameter in named(expected):
@@ -229,7 +233,7 @@ def test_compiled_in_one_graph(case: Case, backend: str, shared_checkpoint: Any)
     first = assert_same()
     with torch.no_grad():
         for parameter in layer_parameters(model, "default", "first"):
-            parameter.mul_(1.5)
+            parameter.mul_(1.5).add_(0.3)  # of some tensors only the direction counts
     changed = assert_same()
     assert differ(changed, first)
     model.set_adapter("second", inference_mode=True)
@@ -313,6 +317,8 @@ def test_a_functional_call(case: Case, shared_checkpoint: Any) -> None:
 @linear
 def test_gradients_by_functional_transforms(case: Case, shared_checkpoint: Any) -> None:
     """One gradient for each sample, with vmap over grad."""
+    if not case.sample.row_by_row:
+        pytest.skip("the samples of a batch have no gradients of their own")
     model = splice.PeftModel.from_pretrained(
         case.base.build(), shared_checkpoint(case.base, case.config()), is_trainable=True
     )
@@ -500,7 +506,7 @@ def test_the_base_layer_below_a_hook(
     assert differ(layer(x), fresh.first(x))
 
 
-@pytest.mark.parametrize("case", plain_cases(bases.LINEAR, bases.LLAMA), ids=str)
+@pytest.mark.parametrize("case", [c for c in plain_cases(bases.LINEAR, bases.LLAMA) if c.sample.merges], ids=str)
 def test_merging_offloaded_layers(case: Case, shared_checkpoint: Any) -> None:
     """Their weights are elsewhere between calls: merged right, or refused before anything has changed."""
     plain = splice.PeftModel.from_pretrained(case.base.build(), shared_checkpoint(case.base, case.config()))
@@ -565,12 +571,15 @@ _QUICK = ("LORA", "VERA")
 _CASES = [
     pytest.param(case, id=str(case), marks=() if str(case).startswith(_QUICK) else pytest.mark.slow)
     for case in plain_cases(bases.LINEAR)
+    if not case.sample.draws_in_training  # each process draws for itself
 ]
 
 
 @pytest.mark.parametrize("case", _CASES)
 def test_two_processes_train_as_one(case: Case, shared_checkpoint: Any, tmp_path: Path) -> None:
     """Data-parallel on half a batch each: the same weights on both, and those of one process on the whole batch."""
+    if not case.sample.row_by_row:
+        pytest.skip("half a batch gives something else than its rows in the whole")
     folder, result = str(shared_checkpoint(case.base, case.config())), str(tmp_path / "result")
     torch.multiprocessing.spawn(_worker, (_free_port(), case.method.name.value, folder, result), nprocs=2)
     single = splice.PeftModel.from_pretrained(case.base.build(), folder, is_trainable=True).train()

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import splice
+from splice.base.layers import LayerKind
 from tests import bases
 from tests.bases import run
 from tests.comparing import Snapshot, differ
@@ -85,7 +86,13 @@ class OthersLinear(Int8Linear):
 STORED = {cls.__name__: cls for cls in (Int8Linear, PackedLinear, BufferLinear, OthersLinear)}
 stored = pytest.mark.parametrize("cls", STORED.values(), ids=STORED)
 # Those that copy a layer whole copy its codes too.
-linear = pytest.mark.parametrize("case", [c for c in plain_cases(bases.LINEAR) if not c.method.exclusive], ids=str)
+LINEAR = [case for case in plain_cases(bases.LINEAR) if not case.method.exclusive]
+linear = pytest.mark.parametrize(
+    "case", [c for c in LINEAR if not c.method.layers[LayerKind.LINEAR].reads_weight], ids=str
+)
+reading = pytest.mark.parametrize(
+    "case", [c for c in LINEAR if c.method.layers[LayerKind.LINEAR].reads_weight], ids=str
+)
 
 
 def packed(cls: Callable[[nn.Linear], nn.Module]) -> Any:
@@ -113,10 +120,18 @@ def test_what_needs_no_weight_works(case: Case, cls: Any, shared_checkpoint: Any
 @linear
 def test_merging_is_refused_before_anything_changes(case: Case, cls: Any, shared_checkpoint: Any) -> None:
     """Also where the first layer could be merged, and for one layer alone."""
+    if not case.sample.merges:
+        pytest.skip("there is nothing to merge")
     network = packed(cls)
     network.first = bases.LINEAR.build().first
     model = splice.PeftModel.from_pretrained(network, shared_checkpoint(case.base, case.config()))
     before, output = Snapshot.of(network), run(model, case.base.inputs(3))
+    if "weight" not in model.base_model.placed["default"]["second"].changed_names:  # what it needs can be written
+        model.merge_adapter()
+        torch.testing.assert_close(run(model, case.base.inputs(3)), output)
+        model.unmerge_adapter()
+        before.assert_same(network)
+        return
     for merge in (model.merge_adapter, model.merge_and_unload, network.second.merge):
         with pytest.raises(NotImplementedError, match="second") as raised:
             merge()
@@ -156,6 +171,19 @@ def test_what_computes_with_the_weight_is_refused(cls: Any, fields: Any, checkpo
         model.load_adapter(folder, "other")
     now.assert_same(network)
     assert torch.equal(run(model, bases.LINEAR.inputs(3)), output)
+
+
+@stored
+@reading
+def test_a_method_that_computes_with_the_weight_is_refused(case: Case, cls: Any, shared_checkpoint: Any) -> None:
+    network = packed(cls)
+    before = Snapshot.of(network)
+    with pytest.raises(splice.UnsupportedFeatureError, match="first.*without quantisation") as raised:
+        splice.PeftModel.from_pretrained(network, shared_checkpoint(case.base, case.config()))
+    assert cls.__name__ in str(raised.value)
+    with pytest.raises(splice.UnsupportedFeatureError, match="first.*without quantisation"):
+        splice.get_peft_model(network, splice.get_peft_config(case.config()))
+    before.assert_same(network)
 
 
 def test_rows_of_tokens_need_the_weight_of_a_layer_with_a_forward_of_its_own(checkpoint: Any) -> None:

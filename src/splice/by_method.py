@@ -76,7 +76,7 @@ def tuner_class(name: PeftType) -> type[Tuner]:
 
 def _shown_as(method: Method) -> type:
     """What a PeftModel of this method has for it: a tuner, or the encoder of its virtual tokens."""
-    if method.layers:
+    if method.network_layer is None:
         return tuner_class(method.name)
     return next(what for what in method.names.values() if isinstance(what, type) and issubclass(what, nn.Module))
 

@@ -38,6 +38,8 @@ class TargetRule(NamedTuple):
     modules_to_save: list[str] | None = None
     # Parameters that are adapted without a layer of their own, by names at the end of paths. None for none.
     target_parameters: list[str] | None = None
+    # How many of the targets are adapted, counted from the last one. None for all.
+    last: int | None = None
 
 
 C = TypeVar("C", bound="PeftConfig")
@@ -45,6 +47,8 @@ C = TypeVar("C", bound="PeftConfig")
 # The config classes of the methods, by `peft_type`. Each enters itself when it is defined, so that a method is one file and
 # stands in no list.
 _CLASSES: dict[PeftType, type[PeftConfig]] = {}
+# The same by names of long ago.
+_FORMER: dict[str, type[PeftConfig]] = {}
 
 
 @dataclass
@@ -72,6 +76,8 @@ class PeftConfig:
 
     # The `peft_type` of its checkpoints; a class that says one is found by it. None where a class is only built upon.
     method: ClassVar[PeftType | None] = None
+    # Names that earlier versions wrote as `peft_type` of what are its checkpoints.
+    former_names: ClassVar[frozenset[str]] = frozenset()
     # Whether the method acts on the network's input or cache and not on its layers. Other libraries ask configs for it.
     is_prompt_learning: ClassVar[bool] = False
     # Whether it is the method of that name, which programs tell from all others.
@@ -91,6 +97,7 @@ class PeftConfig:
         # A module that is imported anew defines its class once more, under the same name: that is no second method.
         if name is not None and _CLASSES.setdefault(name, cls).__qualname__ != cls.__qualname__:
             raise KeyError(f"{cls.__qualname__}: {name} is taken, by {_CLASSES[name].__module__}")
+        _FORMER.update(dict.fromkeys(cls.former_names, cls))
 
     def __post_init__(self) -> None:
         if self.method is not None:
@@ -317,6 +324,8 @@ def class_of(peft_type: object, place: str) -> type[PeftConfig]:
         raise CheckpointError(f"{place}: peft_type is {peft_type!r}; it must be a string such as {some!r}")
     if peft_type in _CLASSES:
         return _CLASSES[PeftType(peft_type)]
+    if peft_type in _FORMER:
+        return _FORMER[peft_type]
     known = ", ".join(sorted(member.value for member in _CLASSES))
     if peft_type.upper() in list(PeftType) and peft_type.upper() not in _CLASSES:
         raise UnknownMethodError(

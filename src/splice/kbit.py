@@ -8,7 +8,9 @@ from typing import cast
 import torch
 from torch import nn
 
-from splice.base.foreign_models import accepted_by, holds_codes, needs_half_precision, quantised_by
+from splice.base.backends.marks import needs_half_precision, quantised_by
+from splice.base.backends.plain import holds_codes
+from splice.base.foreign_models import accepted_by
 from splice.errors import UnsupportedFeatureError
 
 # Tensors of these dtypes are not trained well: small steps round to none.
@@ -24,7 +26,7 @@ def prepare_model_for_kbit_training(
     """Freeze a base model, hold what is in half precision in float32, and let a quantised one recompute its blocks.
 
     It is changed in place. Its `Parameter` objects stay, with other values in them. Of a base whose layers compute in half
-    precision whatever comes (GPTQ, AQLM, EETQ, HQQ, torchao) nothing is cast.
+    precision whatever comes nothing is cast.
 
     Args:
         model: the base model, as transformers loads it.

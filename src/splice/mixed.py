@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from splice.config import PeftConfig
+from splice.loading.load import LoadResult
 from splice.model import PeftModel
 
 
@@ -28,6 +30,34 @@ class PeftMixedModel(PeftModel):
         self.base_model.check_known(names, "does not exist")
         for name in names:
             self.base_model.delete_adapter(name)
+
+    def load_adapter(  # type: ignore[override]
+        self, model_id: str | os.PathLike[str] | None, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> LoadResult:
+        """As of a PeftModel; the active adapters become trainable, as the reference has it here."""
+        result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
+        self.base_model.train_only(self.base_model.selection.active)
+        return result
+
+    def set_modules_to_save(self, peft_config: PeftConfig, adapter_name: str) -> None:
+        """Nothing is left to do: what a config saves whole is copied when its adapter comes.
+
+        Raises:
+            ValueError: the config names a module that the adapter has no copy of.
+        """
+        self.base_model.check_known([adapter_name])
+        copied = self.base_model.peft_config[adapter_name].target_rule().modules_to_save or ()
+        missing = [name for name in peft_config.target_rule().modules_to_save or () if name not in copied]
+        if missing:
+            raise ValueError(
+                f"adapter {adapter_name!r} has no copies of {missing}, and gets none later: name them in "
+                "`modules_to_save` of the config with which it is added."
+            )
+
+    @property
+    def active_adapter(self) -> list[str]:  # type: ignore[override]
+        """The names of the active adapters: with several methods one of them says little."""
+        return self.base_model.active_adapters
 
     # A report or a file would have to say for each layer which method it means; no format of the reference does. So these
     # raise, of the classes that the reference raises.

@@ -28,6 +28,7 @@ from splice.loading.report import LoadReport
 from splice.loading.saving import facts_of, save
 from splice.model_attributes import ModelViews
 from splice.surgery.calls import call_network
+from splice.surgery.dequantising import dequantised
 from splice.surgery.tuner import Tuner
 from splice.surgery.undo import Undo
 from splice.tuner_commands import combine
@@ -513,10 +514,18 @@ class PeftModel(ModelViews):
         self.base_model.unmerge_adapter()
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        dequantize: bool = False,
     ) -> nn.Module:
-        """The base model with these adapters in its weights (see `merge_adapter`) and no others. This object is done with."""
-        return self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)
+        """The base model with these adapters in its weights (see `merge_adapter`) and no others. This object is done with.
+
+        With `dequantize` its weights are dense ones afterwards, where they were quantised: nothing is rounded a second time.
+        """
+        with dequantised(self.base_model, dequantize):
+            return self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)
 
     def unload(self) -> nn.Module:
         """The base model as it was before the first adapter came. This object is done with."""

@@ -8,8 +8,9 @@ from typing import cast
 import torch
 from torch import nn
 
+from splice.base.backends.finding import numel_stood_for
 from splice.base.bare import original_class
-from splice.base.foreign_models import dtype_said, full_numel
+from splice.base.foreign_models import dtype_said
 from splice.checkpoint.types import PeftType
 from splice.config import PeftConfig
 from splice.kinds.registry import all_methods, method_of
@@ -42,12 +43,14 @@ class ModelViews(nn.Module):
     @property
     def active_peft_config(self) -> PeftConfig:
         """The config of `active_adapter`."""
-        return self.peft_config[self.active_adapter]
+        return self.peft_config[next(iter(self.active_adapters), "")]
 
     @property
     def peft_type(self) -> PeftType | str | None:
-        """The method of the first adapter."""
-        return next(iter(self.peft_config.values())).peft_type
+        """The method of the first adapter; of the first that stands on others, where one does."""
+        configs = list(self.peft_config.values())
+        on_others = (config for config in configs if method_of(config).experts is not None)
+        return next(on_others, configs[0]).peft_type
 
     @property
     def modules_to_save(self) -> set[str] | None:
@@ -73,7 +76,7 @@ class ModelViews(nn.Module):
     @property
     def _is_prompt_learning(self) -> bool:
         configs = self.base_model.peft_config.values()
-        return any(method_of(config).network_layer is not None for config in configs)
+        return any(config.is_prompt_learning for config in configs)
 
     @property
     def base_model_prepare_inputs_for_generation(self) -> Callable[..., object]:
@@ -94,7 +97,7 @@ class ModelViews(nn.Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters; shared ones count once."""
-        parameters = [(p.requires_grad, full_numel(p)) for p in self.parameters()]
+        parameters = [(p.requires_grad, numel_stood_for(p)) for p in self.parameters()]
         return sum(n for trainable, n in parameters if trainable), sum(n for _, n in parameters)
 
     def print_trainable_parameters(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -117,13 +117,25 @@ def _groups(names: tuple[str, ...], repeats: int, device: torch.device) -> Group
         return Groups(Group(name, rows, torch.tensor(rows, device=device)) for name, rows in found.items())
 
 
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """Several adapters for every row, and how much each token is given of each."""
+
+    # The adapters.
+    names: tuple[str, ...]
+    # Path of a layer -> (batch, T, adapters), the weights of the tokens there.
+    weights: Mapping[str, torch.Tensor]
+    # What the sum over the adapters is multiplied with.
+    scale: float = 1.0
+
+
 class Choice(NamedTuple):
     """What one call uses: the same adapters for the whole batch, in order, or one for each row."""
 
     # The adapters for the whole batch; empty for none.
     names: tuple[str, ...] = ()
-    # One adapter for each row; where it is given, `names` is empty.
-    rows: Rows | None = None
+    # One adapter for each row, or several for each token; where it is given, `names` is empty.
+    rows: Rows | Mixture | None = None
 
 
 NOTHING = Choice()

@@ -9,6 +9,7 @@ from typing import Literal, cast
 import torch
 from torch import nn
 
+from splice.base.backends.finding import backend_of
 from splice.base.bare import original_class
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.slot import Role
@@ -108,12 +109,12 @@ def _status_of(path: str, layer: Adapted) -> LayerStatus:
         },
         available_adapters=sorted(host.layers),
         devices={name: _devices(adapter) for name, adapter in host.layers.items()},
-        quantization_backend=None,
+        quantization_backend=None if (backend := backend_of(module)) is None else backend.name,
     )
 
 
 def _devices(adapter: AdapterLayer) -> list[str]:
-    return sorted({tensor.device.type for _, tensor in adapter.named_slots()})
+    return sorted({registry[name].device.type for registry, name, _ in adapter.registered.values()})
 
 
 def _agreed(flags: Iterable[bool | Irregular]) -> bool | Irregular:
@@ -145,8 +146,13 @@ def get_model_status(model: nn.Module) -> ModelStatus:
         requires_grad={n: _agreed(_flags(layers, n)) for n in names},
         available_adapters=names,
         devices={n: sorted({d for layer in layers for d in layer.devices.get(n, ())}) for n in names},
-        quantization_backend=None,
+        quantization_backend=_one_backend(layers),
     )
+
+
+def _one_backend(layers: Iterable[LayerStatus]) -> str | None:
+    names = sorted({layer.quantization_backend for layer in layers if layer.quantization_backend is not None})
+    return " and ".join(names) or None
 
 
 def _same(values: list[list[str]]) -> list[str] | Irregular:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from splice.checkpoint.types import TaskType
 from splice.config import PeftConfig
 from splice.errors import warn
+from splice.kinds.adapters import LoadsFirst, register_first_load
 from splice.kinds.network import network_layers
 from splice.loading.creating import adopt_base
 from splice.mixed import PeftMixedModel
@@ -241,3 +242,6 @@ def get_peft_model(
     adopt_base(peft_config, model, revision)
     cls = PeftMixedModel if mixed else PeftModel.class_for(peft_config)
     return cls(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+
+
+register_first_load(cast(LoadsFirst, PeftModel.from_pretrained))

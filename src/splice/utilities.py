@@ -10,10 +10,12 @@ from typing import Protocol, cast
 import torch
 from torch import nn
 
+from splice.base.backends.marks import quantisation
 from splice.base.bare import original_class, walk_bare
+from splice.base.decoder_input import shift_tokens_right as shift_tokens_right
 from splice.base.embeddings import input_embeddings
-from splice.base.foreign_models import offloading_hooks, quantisation
-from splice.base.weight_access import check_readable, computed_weight
+from splice.base.offload import at_hand
+from splice.base.weight_access import check_readable, dense_weight, is_plain
 from splice.checkpoint.types import PeftType
 from splice.config import PeftConfig
 from splice.errors import UnsupportedFeatureError
@@ -140,18 +142,6 @@ def id_tensor_storage(tensor: torch.Tensor) -> tuple[torch.device, int, int]:
     return tensor.device, storage.data_ptr(), storage.nbytes()
 
 
-def shift_tokens_right(input_ids: torch.Tensor, pad_token_id: int, decoder_start_token_id: int) -> torch.Tensor:
-    """The input of a decoder for these labels (batch, tokens): one token later, with -100 as padding.
-
-    Raises:
-        ValueError: `pad_token_id` is None.
-    """
-    if pad_token_id is None:
-        raise ValueError("pad_token_id has to be defined: give the id by which this model pads.")
-    shifted = torch.cat([torch.full_like(input_ids[:, :1], decoder_start_token_id), input_ids[:, :-1]], dim=1)
-    return shifted.masked_fill(shifted == -100, pad_token_id)
-
-
 def get_batch_size(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> int:
     """The number of rows of a call's input.
 
@@ -171,10 +161,8 @@ def dequantize_module_weight(module: nn.Module) -> nn.Parameter:
         UnsupportedFeatureError: it is stored in a form that is not known here.
     """
     check_readable(module, original_class(module).__name__, "reading it")
-    computed = computed_weight(module)
-    weight = module._parameters["weight"] if computed is None else nn.Parameter(computed, requires_grad=False)
-    assert weight is not None
-    return weight
+    own = module._parameters.get("weight")
+    return own if own is not None and is_plain(module) else nn.Parameter(dense_weight(module), requires_grad=False)
 
 
 # -- models
@@ -199,7 +187,7 @@ def set_auxiliary_adapter(model: nn.Module, adapter_name: str | list[str], infer
 
 
 def get_quantization_config(model: nn.Module, method: str) -> object | None:
-    """The quantisation settings in the model's config, where its weights are quantised by `method` ("gptq")."""
+    """The quantisation settings in the model's config, where its weights are quantised by this method."""
     by, settings = quantisation(model)
     return settings if by == method else None
 
@@ -207,14 +195,8 @@ def get_quantization_config(model: nn.Module, method: str) -> object | None:
 @contextmanager
 def onload_layer(layer: nn.Module) -> Iterator[None]:
     """Inside, the weights of a layer that accelerate offloads are where it computes, to be read; changes are lost."""
-    hooked = [(module, hook) for module in layer.modules() for hook in offloading_hooks(module)]
-    for module, hook in hooked:
-        hook.pre_forward(module)
-    try:
+    with at_hand(layer.modules()):
         yield
-    finally:
-        for module, hook in hooked:
-            hook.post_forward(module, None)
 
 
 def check_adapters_to_merge(module: nn.Module, adapter_names: list[str] | None = None) -> list[str]:

@@ -22,13 +22,13 @@ MODULES: dict[str, str] = {
 # Modules and names that are being built. They may be there already.
 TO_COME = (
     "peft.auto peft.helpers peft.optimizers peft.optimizers.lorafa peft.optimizers.loraplus peft.optimizers.riemannian "
-    "peft.tuners.lora.arrow peft.tuners.lora.conversion peft.tuners.lora.eva peft.tuners.lora.loraga peft.utils.hotswap "
+    "peft.tuners.lora.conversion peft.tuners.lora.eva peft.tuners.lora.loraga peft.utils.hotswap "
     "peft.utils.loftq_utils peft.utils.transformers_weight_conversion "
     "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction AutoPeftModelForQuestionAnswering "
-    "AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification ArrowConfig "
-    "create_arrow_model convert_to_lora save_as_lora get_eva_state_dict initialize_lora_eva_weights preprocess_loraga "
+    "AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification "
+    "convert_to_lora save_as_lora get_eva_state_dict initialize_lora_eva_weights preprocess_loraga "
     "get_base_model_state_dict set_base_model_state_dict prepare_model_for_kbit_training replace_lora_weights_loftq "
-    "DoraCaching KappaTuneSelector MontecloraTrainerMixin find_kappa_target_modules fsdp_auto_wrap_policy RankAllocator "
+    "fsdp_auto_wrap_policy "
     "gather_params_ctx check_deepspeed_zero3_enabled"
 )
 

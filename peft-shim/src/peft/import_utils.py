@@ -1,3 +1,3 @@
 """`peft.import_utils`."""
 
-from splice.installed import *  # noqa: F403
+from splice.base.backends.installed import *  # noqa: F403

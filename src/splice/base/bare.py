@@ -40,6 +40,11 @@ class CarriedHost(Carried, Protocol):
         ...
 
     @property
+    def held(self) -> Container[str]:
+        """Names of its parameters that are not its own."""
+        ...
+
+    @property
     def own_forward(self) -> Callable[..., object] | None:
         """The forward that stood on the object itself before it was adapted, where one did."""
         ...
@@ -75,7 +80,7 @@ def carried(module: nn.Module, mark: str) -> object | None:
 
 def own_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and persistent buffers of `module` and below, without what adapters added: its `state_dict`, live."""
-    for name, parameter in module._parameters.items():
+    for name, parameter in bare_parameters(module):
         if parameter is not None:
             yield prefix + name, parameter
     for name, buffer in module._buffers.items():
@@ -83,6 +88,13 @@ def own_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, torc
             yield prefix + name, buffer
     for name, child in bare_children(module):
         yield from own_tensors(child, f"{prefix}{name}.")
+
+
+def bare_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter | None]]:
+    """The parameters of `module` itself, without those that adapters added."""
+    host = cast("CarriedHost | None", carried(module, HOST))
+    held = () if host is None else host.held
+    return ((name, parameter) for name, parameter in module._parameters.items() if name not in held)
 
 
 def bare_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -127,11 +139,21 @@ def bare_copy(module: nn.Module, memo: dict[int, object]) -> nn.Module:
     patched = (standing[-1].forward if standing else None) if host is None else host.own_forward
     if patched is not None and not is_hooked(module):  # else it belongs to the hook
         state["forward"] = patched
-    state["_modules"] = dict(bare_children(module))
+    state["_modules"], state["_parameters"] = dict(bare_children(module)), dict(bare_parameters(module))
     state.update({name: OrderedDict() for name in state if name.endswith(("_hooks", "_hooks_with_kwargs"))})
     memo[id(module)] = clone  # a forward that was set on the object is then the clone's own
     clone.__dict__.update(copy.deepcopy(state, memo))
     return clone
+
+
+def without_adapters(layer: nn.Module) -> nn.Module:
+    """`layer` as its own class knows it: the same tensors, in an object whose registries may be changed."""
+    bare = empty_instance(original_class(layer))
+    state = {name: value for name, value in vars(layer).items() if name not in (HOST, GUARD, "forward")}
+    state["_parameters"], state["_buffers"] = dict(bare_parameters(layer)), dict(state["_buffers"])
+    state["_modules"] = dict(bare_children(layer))
+    vars(bare).update(state)
+    return bare
 
 
 def empty_instance(cls: type[nn.Module]) -> nn.Module:

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from splice.base.backends.finding import backend_of
 from splice.base.bare import bare_children
-from splice.base.foreign_models import execution_device
 from splice.base.layers import LayerKind, kind_of
+from splice.base.offload import execution_device
 from splice.base.sharding import divided_like
 
 
@@ -25,15 +26,25 @@ def device_of(layer: nn.Module) -> torch.device:
     # The weight before all others: it is what the layer computes with.
     weight = layer._parameters.get("weight")
     tensor = weight if weight is not None else next(_own_tensors(layer), None)
-    return torch.device("cpu") if tensor is None else tensor.device
+    if tensor is None:
+        return torch.device("cpu")
+    if not tensor.is_meta:
+        return tensor.device
+    # A network whose parts are offloaded has no hook of its own that says where: the first of its parts does.
+    below = (execution_device(module) for module in layer.modules())
+    return next((device for device in below if device is not None), tensor.device)
 
 
 def dtype_of(layer: nn.Module) -> torch.dtype:
-    """The floating dtype `layer` computes in; float32 where its weight is stored as integers."""
+    """The floating dtype `layer` computes in; float32 where its weight is stored as integers and nothing says more."""
     # `_parameters` and not `layer.weight`: while an adapter shows a tensor in its place, that is what the attribute reads.
     weight = layer._parameters.get("weight")
     if weight is not None and weight.is_floating_point():
         return weight.dtype
+    backend = backend_of(layer)
+    if backend is not None:
+        # Of one without a parameter of this name nothing is asked: the reference holds adapters beside it in float32.
+        return (None if weight is None else backend.dtype(layer)) or torch.float32
     for tensor in _own_tensors(layer):
         if tensor.is_floating_point():
             return tensor.dtype

@@ -12,10 +12,9 @@ Objects of our own are never asked so: what they can do stands in their class or
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from types import FrameType
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import nn
@@ -35,9 +34,6 @@ READ_THE_REGISTERED = frozenset(
         ("transformers.modeling_utils", "get_parameter_or_buffer"),
     }
 )
-
-# Linear layers of other libraries for which programs have classes of their own, by name -> the library.
-QUANTISED_LINEARS = {"Linear4bit": "bitsandbytes", "Linear8bitLt": "bitsandbytes"}
 
 # Functions, by module and name, that bring the weight of a layer into another dtype for a call, and back after it.
 CASTS_FOR_A_CALL = frozenset(
@@ -137,45 +133,9 @@ def key_renaming(network: nn.Module) -> Mapping[str, str] | None:
     return getattr(network, "_checkpoint_conversion_mapping", None)
 
 
-def quantisation(network: nn.Module) -> tuple[str, object]:
-    """How the weights of a model of transformers are quantised ("gptq"; empty for not at all), and with which settings."""
-    # transformers sets it on the object when it loads such weights: the name, as a member of an enum of strings.
-    own = vars(network)
-    if "quantization_method" not in own:
-        return "", None
-    return str(own["quantization_method"].value), own["config"].quantization_config
-
-
-# What quantisers leave on a network, beside the name of their method.
-_FLAGS = ("is_loaded_in_8bit", "is_loaded_in_4bit", "hqq_quantized")
-# Ways to quantise that need all else in half precision too, and by which alone a network is known to be quantised. Of
-# bitsandbytes the flags count: the method stays when a model is dequantised.
-_IN_HALF_PRECISION = frozenset({"gptq", "aqlm", "eetq", "hqq", "torchao", "hqq_quantized"})
-
-
-def quantised_by(network: nn.Module) -> frozenset[str]:
-    """The marks by which the weights of `network` are known to be stored in few bits; empty where they are not."""
-    found = {name: getattr(network, name, None) for name in ("quantization_method", *_FLAGS)}
-    return frozenset((*filter(found.get, _FLAGS), *(_IN_HALF_PRECISION & {found["quantization_method"]})))
-
-
-def needs_half_precision(network: nn.Module) -> bool:
-    """Whether the quantised layers of `network` want inputs, and all other parameters, in half precision."""
-    return not _IN_HALF_PRECISION.isdisjoint(quantised_by(network))
-
-
 def unsplit_classes(network: nn.Module) -> list[str]:
     """Names of the classes of blocks that a model of transformers keeps together; empty of any other model."""
     return list(getattr(network, "_no_split_modules", None) or ())
-
-
-def keep_full_states(optimizer_class: type, embeddings: Iterable[nn.Module]) -> None:
-    """Let an 8-bit optimizer of bitsandbytes keep its state of these layers in 32 bits, as it is best for embeddings."""
-    library, _, _ = optimizer_class.__module__.partition(".")
-    if library == "bitsandbytes" and optimizer_class.__name__.endswith("8bit"):
-        manager = sys.modules[library].optim.GlobalOptimManager.get_instance()
-        for layer in embeddings:
-            manager.register_module_override(layer, "weight", {"optim_bits": 32})
 
 
 # -- configs of networks
@@ -228,14 +188,6 @@ def text_config(network: nn.Module) -> object | None:
 # -- layers and parameters
 
 
-def quantised_linear(layer: nn.Module) -> str:
-    """The name of the class in `QUANTISED_LINEARS` that `layer` is of; empty for none."""
-    for cls in type(layer).__mro__:
-        if QUANTISED_LINEARS.get(cls.__name__) == cls.__module__.partition(".")[0]:
-            return cls.__name__
-    return ""
-
-
 def embed_scale(layer: nn.Module) -> float | torch.Tensor | None:
     """The factor by which embeddings multiply what they look up (Gemma, BART); None of those that do not."""
     return getattr(layer, "embed_scale", None)
@@ -245,38 +197,6 @@ def is_transposed(experts: nn.Module) -> bool:
     """Whether a module of stacked experts stores (experts, in, out); all others store (experts, out, in)."""
     # Some classes of transformers say so. The shapes alone cannot: they may be square.
     return bool(getattr(experts, "is_transposed", False))
-
-
-def execution_device(layer: nn.Module) -> torch.device | None:
-    """Where accelerate's hook on `layer` computes; None without a hook, or where the hook does not say."""
-    # The weights cannot tell: between calls an offloaded layer has them on `meta`.
-    hook = layer.__dict__.get("_hf_hook")
-    # Other hooks, and several in a sequence, have no device. By name: accelerate may not be installed.
-    if hook is None or all(cls.__name__ != "AlignDevicesHook" for cls in type(hook).__mro__):
-        return None
-    return None if hook.execution_device is None else torch.device(hook.execution_device)
-
-
-class OffloadingHook(Protocol):
-    """accelerate's hook on a module whose weights it keeps elsewhere between calls."""
-
-    def pre_forward(self, module: nn.Module) -> object:
-        """Bring the weights where the module computes."""
-        ...
-
-    def post_forward(self, module: nn.Module, output: object) -> object:
-        """Take them away again."""
-        ...
-
-
-def offloading_hooks(module: nn.Module) -> list[OffloadingHook]:
-    """The hooks by which accelerate offloads the weights of `module`; none where it does not."""
-    if "_hf_hook" not in vars(module):
-        return []
-    hook = vars(module)["_hf_hook"]
-    # By name: accelerate may not be installed.
-    hooks = hook.hooks if type(hook).__name__ == "SequentialHook" else [hook]
-    return [each for each in hooks if type(each).__name__ == "AlignDevicesHook" and each.offload]
 
 
 class ForwardPlace(NamedTuple):
@@ -336,16 +256,3 @@ def accepted_by(function: Callable[..., object], options: Mapping[str, T]) -> di
     """Those of `options` that `function` has parameters for."""
     parameters = inspect.signature(function).parameters
     return {name: value for name, value in options.items() if name in parameters}
-
-
-# -- parameters
-
-# Their parameters hold codes, now or as soon as they are moved, whatever dtype and shape these tell.
-_PACKING_LIBRARIES = frozenset({"bitsandbytes", "torchao"})
-
-
-def holds_codes(parameter: torch.Tensor) -> bool:
-    """Whether `parameter` is of a class of a library that packs weights."""
-    # The data too: some wrap a tensor of a class of their own in a plain parameter.
-    classes = (type(parameter), type(parameter.data))
-    return any(cls.__module__.partition(".")[0] in _PACKING_LIBRARIES for cls in classes)

@@ -6,6 +6,8 @@ from enum import Enum
 
 from torch import nn
 
+from splice.base.backends.finding import linear_backend
+
 
 class LayerKind(Enum):
     """The kinds of base layer that adapters can be put on."""
@@ -43,7 +45,7 @@ def _kind_of_class(cls: type) -> LayerKind | None:
     for base in cls.__mro__:
         if base.__name__ == "Conv1D" and base.__module__ == "transformers.pytorch_utils":
             return LayerKind.TRANSPOSED_LINEAR
-    return None
+    return None if linear_backend(cls) is None else LayerKind.LINEAR
 
 
 def kind_of(layer: nn.Module) -> LayerKind | None:
@@ -72,6 +74,9 @@ def features(layer: nn.Module) -> tuple[int, int]:
     weight = layer._parameters.get("weight")
     if kind_of(layer) is LayerKind.TRANSPOSED_LINEAR and weight is not None:
         return weight.shape[0], weight.shape[1]
+    backend = linear_backend(type(layer))
+    if backend is not None:
+        return backend.features(layer)
     raise TypeError(f"{type(layer).__name__} is no layer that an adapter can be put on")
 
 

@@ -115,7 +115,8 @@ def mesh_group(tensor: torch.Tensor) -> ProcessGroup:
 
 def is_tensor_parallel(layer: nn.Module) -> bool:
     """Whether each process computes with its part of the tensors of `layer`, and nobody makes them whole for a call."""
-    divided = [tensor for tensor in layer._parameters.values() if is_divided(tensor)]
+    # A divided parameter is of the class of divided tensors. Loads ask this of every target.
+    divided = [t for t in layer._parameters.values() if type(t) is not nn.Parameter and is_divided(t)]
     # What FSDP manages is whole in a call, unless it manages what tensor parallelism has divided before.
     return bool(divided) and (
         not is_managed(layer) or any("tp" in (t.device_mesh.mesh_dim_names or ()) for t in divided)

@@ -1,20 +1,23 @@
 """Whether a base layer's weight can be read and written as a dense tensor, and reading it.
 
-A weight may be codes that only its own layer understands (integers, packed bits, classes of other libraries), or worked out
-of other parameters at every use (weight normalisation). The first can be neither read nor written, the second only read.
+A weight may be stored in a form that a backend knows (`backends/`), be codes that only its own layer understands, or worked
+out of other parameters at every use (weight normalisation). The second can be neither read nor written, the third only read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from splice.base.bare import original_class
-from splice.base.foreign_models import holds_codes
+from splice.base.backends.backend import Stored, place_all
+from splice.base.backends.finding import backend_of
+from splice.base.backends.plain import why_not_plain
+from splice.base.bare import original_class, without_adapters
 from splice.base.layers import LayerKind, features, kernel_size, kind_of
 from splice.errors import UnsupportedFeatureError
 
@@ -51,28 +54,21 @@ def computed_weight(layer: nn.Module) -> torch.Tensor | None:
 
 def why_unreadable(layer: nn.Module, name: str = "weight") -> str:
     """Why the parameter of `layer` of this name cannot be read as a dense tensor; empty where it can."""
-    weight = layer._parameters.get(name)
-    if weight is None:
-        return "" if name == "weight" and computed_weight(layer) is not None else f"it has no parameter {name!r}"
-    if holds_codes(weight):
-        return f"its {name} is of class {type(weight).__name__}"
-    if not (weight.is_floating_point() or weight.is_complex()):
-        return f"its {name} is stored as {weight.dtype}"
-    if weight.element_size() == 1 and not original_class(layer).__module__.startswith("torch."):
-        return f"its {name} is stored as {weight.dtype}, in a way of its own"
-    # Packed bits may be kept in a floating dtype. A weight without values is one that is spread over processes.
-    if name == "weight" and kind_of(layer) in _WITH_SHAPE and weight.numel():
+    backend = backend_of(layer)
+    if backend is not None and name == "weight":
+        return backend.why_unreadable(layer)
+    if layer._parameters.get(name) is None:
+        if name == "weight" and computed_weight(layer) is not None:
+            return ""
+        return "" if name == "bias" and bias_of(layer) is not None else f"it has no parameter {name!r}"
+    shapes: tuple[tuple[int, ...], ...] = ()
+    if name == "weight" and kind_of(layer) in _WITH_SHAPE:
         wanted = weight_shape(layer)
-        if tuple(weight.shape) not in (wanted, wanted[::-1] if _is_transposed(layer) else wanted):
-            return f"its {name} has the shape {list(weight.shape)} in the place of {list(wanted)}"
-    return ""
+        shapes = (wanted, wanted[::-1]) if kind_of(layer) is LayerKind.TRANSPOSED_LINEAR else (wanted,)
+    return why_not_plain(layer, name, shapes)
 
 
 _WITH_SHAPE = (LayerKind.LINEAR, LayerKind.TRANSPOSED_LINEAR, LayerKind.EMBEDDING, *_CONVOLUTIONS)
-
-
-def _is_transposed(layer: nn.Module) -> bool:
-    return kind_of(layer) is LayerKind.TRANSPOSED_LINEAR
 
 
 def why_unwritable(layer: nn.Module, name: str = "weight") -> str:
@@ -83,11 +79,75 @@ def why_unwritable(layer: nn.Module, name: str = "weight") -> str:
             "it a plain one before loading the adapter: `remove_parametrizations`, `remove_weight_norm`"
         )
     reason = why_unreadable(layer, name)
-    return (
-        f"{reason}. Nothing here knows how to write it; load the base model without quantisation to merge"
-        if reason
-        else ""
-    )
+    backend = backend_of(layer)
+    if backend is None or name != "weight":
+        return (
+            f"{reason}. Nothing here knows how to write it; load the base model without quantisation to merge"
+            if reason
+            else ""
+        )
+    if not reason:
+        reason = backend.why_unwritable(layer)
+        return f"{reason}. Merge with `merge_and_unload(dequantize=True)`, into a dense model" if reason else ""
+    return f"{reason}. Load the base model without quantisation to merge"
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether no backend but torch's own way of storing a weight has anything to do with `layer`."""
+    return backend_of(layer) is None
+
+
+def dense_weight(layer: nn.Module) -> torch.Tensor:
+    """The weight as a dense tensor in the layout of the base, without a graph; of a plain layer the very values.
+
+    Raises:
+        UnsupportedFeatureError: it is stored in a form that cannot be read.
+    """
+    backend = backend_of(layer)
+    if backend is None:
+        weight = layer._parameters.get("weight")
+        found = computed_weight(layer) if weight is None else weight
+        if found is None or not found.is_floating_point():
+            check_readable(layer, "", "this")
+        assert found is not None
+        return found.detach()
+    check_readable(layer, "", "this")
+    with torch.no_grad():
+        return backend.dense(layer)
+
+
+def as_if_stored(layer: nn.Module, stored: Stored) -> nn.Module:
+    """`layer` without adapters, if its weight were `stored` so; the layer itself stays as it is."""
+    bare = without_adapters(layer)
+    place_all(bare, stored)
+    return bare
+
+
+def dense_from(layer: nn.Module, stored: Stored) -> torch.Tensor:
+    """`dense_weight` of `layer` if its weight were `stored` so."""
+    backend = backend_of(layer)
+    assert backend is not None
+    with torch.no_grad():
+        return backend.dense(as_if_stored(layer, stored))
+
+
+def bias_of(layer: nn.Module) -> torch.Tensor | None:
+    """The bias of `layer`, also of a layer that does not keep it as a parameter; None for none."""
+    own = layer._parameters.get("bias")
+    if own is None:
+        backend = backend_of(layer)
+        own = None if backend is None else cast("nn.Parameter | None", backend.bias(layer))
+    return own
+
+
+def dense_tensors(layer: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of `layer` by name: its parameters, or what it stores in another way as dense ones of 32 bits or more."""
+    if is_plain(layer):
+        return {name: tensor for name, tensor in layer._parameters.items() if tensor is not None}
+    weight, bias = dense_weight(layer), bias_of(layer)
+    # Half precision would round a second time what is rounded in a moment.
+    found = {"weight": weight if weight.element_size() > 2 else weight.float()}
+    return found if bias is None else {**found, "bias": bias}
 
 
 _ADVICE = (

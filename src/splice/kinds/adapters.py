@@ -10,6 +10,7 @@ from torch import nn
 
 from splice.base.bare import TUNER, carried
 from splice.config import PeftConfig
+from splice.discovery import find_facade
 from splice.selection import Selection
 
 T = TypeVar("T")
@@ -54,6 +55,58 @@ class Remakes(Protocol):
             ValueError: there is no such adapter, it is merged, or the tensors are not those of the config.
         """
         ...
+
+
+class Loads(Protocol):
+    """A PeftModel, as far as a method that is built of several adapters needs it."""
+
+    @property
+    def peft_config(self) -> Mapping[str, PeftConfig]:
+        """The configs, by adapter name."""
+        ...
+
+    def load_adapter(self, model_id: str, adapter_name: str, **options: object) -> object:
+        """Load one more adapter, which does not become active."""
+        ...
+
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig) -> None:
+        """Put one more new adapter on the model."""
+        ...
+
+    def set_adapter(self, adapter_name: str) -> None:
+        """Make this adapter the active one."""
+        ...
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter off."""
+        ...
+
+    def unload(self) -> nn.Module:
+        """The network as it was before the first adapter came."""
+        ...
+
+
+class LoadsFirst(Protocol):
+    """How a network gets its first adapter: `PeftModel.from_pretrained`."""
+
+    def __call__(self, model: nn.Module, model_id: str, adapter_name: str, **options: object) -> Loads:
+        """The PeftModel around `model`, with the adapter active."""
+        ...
+
+
+# Entered by the room that has it.
+_LOADS_FIRST: list[LoadsFirst] = []
+
+
+def register_first_load(function: LoadsFirst) -> None:
+    """Let methods that are built of several adapters load these."""
+    _LOADS_FIRST.append(function)
+
+
+def load_first(model: nn.Module, model_id: str, adapter_name: str, **options: object) -> Loads:
+    """The PeftModel around `model` with this adapter: `PeftModel.from_pretrained`, for whoever stands below it."""
+    find_facade()
+    return _LOADS_FIRST[0](model, model_id, adapter_name, **options)
 
 
 def adapters_on(model: nn.Module) -> Adapters | None:

@@ -34,6 +34,13 @@ class Additive(AdapterLayer):
         out = add_scaled(y, self.delta(h), self.scale)
         return out if out.dtype is y.dtype else out.to(y.dtype)
 
+    def weighted(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The scaled update, (..., out), where each token counts as much as its weight (..., 1) says.
+
+        `x` is as in `delta`, and no feature of it is dropped.
+        """
+        return self.scale * weights * self.delta(x)
+
     def rescale(self, scale: Scale) -> None:
         """Multiply the update with `scale` from now on; where that is a tensor it stays the same one."""
         if isinstance(self.scale, torch.Tensor):

@@ -6,7 +6,7 @@ in the tree (`.to`, FSDP, `load_state_dict`) exchanges those that the adapter la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -26,13 +26,13 @@ class Owner(Protocol):
 
 
 class Tie(NamedTuple):
-    """Another place of the same parameter, on a layer whose adapter layer shares it."""
+    """One of the places of a parameter that several adapter layers share."""
 
     # `_parameters` of the module there.
     registry: dict[str, Any]
     # Its name there.
     name: str
-    # Whether it is the transpose of the one here.
+    # Whether it is the transpose there of what the first of the layers has.
     transposed: bool
 
 
@@ -45,8 +45,9 @@ class _Hookable(LightModule):
 
     # The host; None until the module stands in the tree.
     owner: Owner | None = None
-    # By the name of a parameter here: transformers' loader puts others in the place of those of one layer alone.
-    ties: Mapping[str, Sequence[Tie]] = {}
+    # By the name of a parameter here all its places, this one among them: transformers' loader puts others in the place of
+    # those of one layer alone. One list for all of them.
+    ties: Mapping[str, list[Tie]] = {}
 
     def forward(self, run: Callable[[], Any]) -> Any:
         """Do what is computed with the tensors, with the hooks around it."""
@@ -68,8 +69,11 @@ class _Hookable(LightModule):
 
     def _share(self, name: str, value: object) -> None:
         if isinstance(value, nn.Parameter):
-            for registry, key, transposed in self.ties.get(name, ()):
-                shared = nn.Parameter(value.detach().T, requires_grad=value.requires_grad) if transposed else value
+            places = self.ties.get(name, ())
+            here = [place.transposed for place in places if place.registry is self._parameters and place.name == name]
+            for registry, key, transposed in places:
+                turned = transposed != here[0]
+                shared = nn.Parameter(value.detach().T, requires_grad=value.requires_grad) if turned else value
                 registry[key] = shared
 
     def _tell(self) -> None:
@@ -93,6 +97,24 @@ class Holder(_Hookable):
     def train(self, mode: bool = True) -> Holder:
         self.__dict__["training"] = mode  # nothing below has a mode
         return self
+
+
+class Several(Holder):
+    """Where the reference has a list or a dict: `layer.peanut_encoders["default"][0]`, `layer.osf_svd_params["default"]`."""
+
+    def __getitem__(self, key: int | str) -> Entry:
+        found: Entry | None = self._modules.get(str(key))
+        if found is None:
+            found = self._parameters.get(str(key))
+        if found is None:
+            raise IndexError(key) if isinstance(key, int) else KeyError(key)
+        return found
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    def keys(self) -> list[str]:
+        return [*self._modules, *(name for name, p in self._parameters.items() if p is not None)]
 
 
 class Container(_Hookable):

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from splice.base.backends.backend import Stored
 from splice.base.bare import HOST, NetworkOf
+from splice.base.offload import Shelf
 from splice.kinds.effect import Forward
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.stack import Stack
@@ -31,6 +33,8 @@ class Host:
     layers: dict[str, AdapterLayer] = field(default_factory=dict)
     # Modules that adapters put below the layer, by their names there; all others are the base's.
     added: dict[str, nn.Module] = field(default_factory=dict)
+    # Names of parameters that adapters put on the layer itself, beside the base's own.
+    held: set[str] = field(default_factory=set)
     # The base's own parameters, by name, in whose places in the tree an adapter has put trained ones; shown while that
     # adapter is not selected.
     displaced: dict[str, nn.Parameter] = field(default_factory=dict)
@@ -48,9 +52,14 @@ class Host:
     casts_input: bool = True
     # Adapters that are in its weights now, in the order they were merged.
     merged: list[str] = field(default_factory=list)
+    # Of tensors that are kept elsewhere between calls: where, and what was there before the first merge.
+    shelved: dict[str, tuple[Shelf, object]] = field(default_factory=dict)
     # The base's tensors as they were before the first merge, by name; empty while nothing is merged. The parameter itself
     # where another one stands in its place, else the values that it had.
     originals: dict[str, torch.Tensor] = field(default_factory=dict)
+    # How the base stored its weight before the first merge, where that is no plain tensor; None of all others, and while
+    # nothing is merged.
+    stored: Stored | None = None
     # The network that it is in.
     network: NetworkOf = field(default_factory=lambda: NetworkOf(None))
     # A forward that stood on the object itself (accelerate's hooks, patches): it goes on being the base's. None for none.

@@ -22,5 +22,5 @@ class InputTransform(AdapterLayer):
         raise NotImplementedError
 
     def around(self, x: torch.Tensor, inner: Forward) -> torch.Tensor:
-        y: torch.Tensor = inner(self.transform(x))
+        y: torch.Tensor = super().around(self.transform(x), inner)
         return y

@@ -18,7 +18,7 @@ from splice.config import PeftConfig
 from splice.kinds.effect import Effect
 from splice.kinds.file_form import FileForm
 from splice.kinds.names import BIAS
-from splice.kinds.slot import Slot
+from splice.kinds.slot import Leader, Slot
 from splice.kinds.tensors import Home as Home
 from splice.kinds.tensors import OwnTensors
 from splice.kinds.tensors import Registered as Registered
@@ -53,8 +53,8 @@ class AdapterLayer(OwnTensors, Effect, WeightEffect):
     uses_shared: ClassVar[bool] = False
     # The adapter layer that holds these, in a tuple; empty until it is joined.
     shared: tuple[AdapterLayer, ...] = ()
-    # The path of the layer of the same adapter whose tensors this one shares, where two base layers are tied.
-    leader: str = ""
+    # Suffix -> whose tensor stands there, of those that it shares with another layer of its adapter.
+    leaders: Mapping[str, Leader] = MappingProxyType({})
     # The config that it was made from.
     config: Config
     # The same, where that is not the adapter's.
@@ -88,6 +88,15 @@ class AdapterLayer(OwnTensors, Effect, WeightEffect):
             ValueError: the config cannot be applied to this layer.
         """
         raise NotImplementedError
+
+    @classmethod
+    def new_slots(cls, base: nn.Module, config: Config, path: str) -> dict[str, Slot]:
+        """`slots` of a new adapter, of layers whose dimensions a checkpoint tells: here all are known.
+
+        Raises:
+            ValueError: the config cannot be applied to this layer.
+        """
+        return cls.slots(base, config, path)
 
     @classmethod
     def companions(cls, base: nn.Module, path: str) -> dict[str, type[AdapterLayer]]:

@@ -28,6 +28,17 @@ def value_for(pattern: Mapping[str, V], path: str, default: V) -> V:
     return default
 
 
+def value_behind_dot(pattern: Mapping[str, V], path: str, default: V) -> V:
+    """As `value_for`, of methods that take a key for what stands behind one of the path's dots, else for the path itself."""
+    found = next((key for key in pattern if _behind_dot(key).match(path)), path)
+    return pattern.get(found, default)
+
+
+@lru_cache(maxsize=1024)
+def _behind_dot(key: str) -> re.Pattern[str]:
+    return expression(rf".*\.{key}$", key, "a pattern of sizes")
+
+
 @lru_cache(maxsize=1024)
 def _tail_pattern(key: str) -> re.Pattern[str]:
     return expression(rf"(.*\.)?({key})$", key, "a pattern of ranks or alphas")

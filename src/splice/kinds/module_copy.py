@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from splice.base.bare import bare_copy, own_tensors
+from splice.base.dense_twin import tensors_to_copy, twins_in, values_to_copy
 from splice.base.sharding import is_divided
 from splice.config import PeftConfig
 from splice.errors import UnsupportedLayerError
@@ -42,16 +43,23 @@ class WholeModule(AdapterLayer):
     ) -> None:
         super().__init__(base, config, path, slots, {})
         own, front = dict(own_tensors(base)), self.names.front
-        memo: dict[int, object] = {}
+        twins = twins_in(base)
+        memo: dict[int, object] = dict(twins)
         for suffix, tensor in tensors.items():
-            original = own[suffix.removeprefix(front)]
+            original = own.get(suffix.removeprefix(front))
+            if original is None or twins:
+                continue  # a tensor of a twin, or one that is put in place below
             given = type(tensor) is nn.Parameter or not isinstance(original, nn.Parameter)
             memo[id(original)] = tensor if given else nn.Parameter(tensor, requires_grad=False)
-        self.module = self.entries[self.names.container] = bare_copy(base, memo)
-        for suffix in tensors:
+        self.module = twins.get(id(base)) or bare_copy(base, memo)
+        self.entries[self.names.container] = self.module
+        for suffix, tensor in tensors.items():
             parent, _, leaf = suffix.removeprefix(front).rpartition(".")
             holder = self.module.get_submodule(parent)
             registry: Registry = holder._parameters if leaf in holder._parameters else holder._buffers
+            if twins:
+                is_bare = leaf in holder._parameters and type(tensor) is not nn.Parameter
+                registry[leaf] = nn.Parameter(tensor, requires_grad=False) if is_bare else tensor
             self.registered[suffix] = Registered(registry, leaf, slots[suffix])
         self.prepare_copy()
 
@@ -73,14 +81,13 @@ class WholeModule(AdapterLayer):
                 Role.TRAINED if isinstance(tensor, nn.Parameter) else Role.BUFFER,
                 dtype=tensor.dtype,
             )
-            for name, tensor in own_tensors(base)
+            for name, tensor in tensors_to_copy(base)
         }
 
     @classmethod
     def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: PeftConfig) -> None:
-        own = dict(own_tensors(base, cls.names.front))
         for name, tensor in tensors.items():
-            tensor.copy_(own[name].detach())
+            tensor.copy_(values_to_copy(base, name.removeprefix(cls.names.front)).detach())
 
     def around(self, x: torch.Tensor, inner: Forward) -> object:
         return self.module(x)

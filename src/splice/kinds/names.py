@@ -50,6 +50,10 @@ class Names(ABC):
         """Where a tensor stands on the layer that has no adapter's name in its own, dotted; None of all others."""
         return BIAS if suffix == BIAS else None
 
+    def is_on_layer(self, suffix: str, adapter_name: str) -> bool:
+        """Whether the tensor of this adapter is a parameter of the layer itself, which has none of that name."""
+        return False
+
     def path_in_tree(self, path: str) -> str:
         """What stands before the tensors' names in the tree of modules, likewise."""
         return format_key(path, "")
@@ -67,6 +71,8 @@ class Names(ABC):
         nameless = self.nameless(suffix)
         if nameless is not None:
             return nameless
+        if self.is_on_layer(suffix, adapter_name):
+            return suffix
         container, leaf = self.place(suffix)
         return ".".join(filter(None, (container, adapter_name, leaf)))
 

@@ -17,6 +17,8 @@ class NetworkLayer(AdapterLayer):
 
     # The adapter layer for modules that such an adapter saves whole.
     head: ClassVar[type[WholeModule]] = SavedModule
+    # Whether its tensors stand on what holds the network, and not on the PeftModel around that.
+    on_tuner: ClassVar[bool] = False
     # Whether positions that the caller gives are worked out anew.
     drops_positions: ClassVar[bool] = False
 
@@ -31,7 +33,10 @@ class NetworkLayer(AdapterLayer):
 
     @classmethod
     def for_training(cls, config: Config) -> type[NetworkLayer]:
-        """The class of a new adapter that is to be trained, where more is trained than a checkpoint holds."""
+        """The class of an adapter in training, where it has other tensors than are needed to use it.
+
+        Where a checkpoint lacks them, as those of the reference do, what it holds is trained.
+        """
         return cls
 
     @classmethod

@@ -60,6 +60,15 @@ class UnchangedBase(Protocol):
         ...
 
 
+class Experts(NamedTuple):
+    """Adapters of another method that those of this one stand on; they are loaded first."""
+
+    # Their method.
+    of: PeftType
+    # Their names on the model -> folders or Hub ids, by the config and the options of the load; it may complete the config.
+    places: Callable[[Config, Mapping[str, Any]], Mapping[str, str]]
+
+
 class Method(NamedTuple):
     """What the library has to know about a method.
 
@@ -75,7 +84,10 @@ class Method(NamedTuple):
         divided_layers: the adapter layer in the place of another one where tensor parallelism divides the base layer.
         parameters_layer: the adapter layer for bare parameters of a module; None where it cannot be put on them.
         network_layer: the adapter layer for the network as a whole, of methods that act on its call: prompt learning.
+        experts: adapters of another method that its own stand on; None for none.
         shared: what holds the tensors that all layers of an adapter use; None where each layer has its own only.
+        groups: which tensors its layers share with one before them, given the targets in their order: path -> suffix -> path
+            of the layer that has it; None where no layer shares with another.
         tuner_methods: what training with it needs, by name: called with the adapters first, found on the model.
         tuner_views: what is read on a model with it, by name: worked out from the adapters.
         containers: tensors for which every layer with such an adapter has a place, also an empty one, by the first components
@@ -86,6 +98,7 @@ class Method(NamedTuple):
         loss_term: what a forward in training adds to the loss, given the adapters and an active adapter's name.
         default_targets: modules to target by `config.model_type`, where the config names none.
         find_targets: finds targets on a network, given its modules, where the config names none and there is no default.
+        passes_over: whether targets that it cannot be put on are left out, as long as there are others.
         default_modules: further fields of the config that name modules -> their defaults, by `config.model_type` too.
         follows_ties: whether layers that are tied to adapted input embeddings always share their adapter layer's tensors.
         exclusive: whether only one of its adapters can take effect at a time.
@@ -119,7 +132,9 @@ class Method(NamedTuple):
     divided_layers: Mapping[type[AdapterLayer], type[AdapterLayer]] = MappingProxyType({})
     parameters_layer: type[AdapterLayer] | None = None
     network_layer: type[NetworkLayer] | None = None
+    experts: Experts | None = None
     shared: type[SharedTensors] | None = None
+    groups: Callable[[Sequence[tuple[str, nn.Module]], Config], Mapping[str, Mapping[str, str]]] | None = None
     tuner_methods: Mapping[str, Callable[..., object]] = MappingProxyType({})
     tuner_views: Mapping[str, Callable[[Adapters], object]] = MappingProxyType({})
     containers: tuple[str, ...] = ()
@@ -129,6 +144,7 @@ class Method(NamedTuple):
     loss_term: Callable[[Adapters, str], torch.Tensor] | None = None
     default_targets: Mapping[str, list[str] | str] = MappingProxyType({})
     find_targets: Callable[[nn.Module, Mapping[str, nn.Module]], str] | None = None
+    passes_over: bool = False
     default_modules: Mapping[str, Mapping[str, list[str]]] = MappingProxyType({})
     follows_ties: bool = False
     exclusive: bool = False
@@ -174,7 +190,7 @@ class Method(NamedTuple):
             )
         variant = None if self.variant is None else self.variant(config, kind, base)
         chosen = self.layers[kind] if variant is None else variant
-        return self.divided_layers.get(chosen, chosen) if is_tensor_parallel(base) else chosen
+        return self.divided_layers[chosen] if chosen in self.divided_layers and is_tensor_parallel(base) else chosen
 
 
 def register(method: Method) -> Method:

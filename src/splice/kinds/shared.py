@@ -23,8 +23,8 @@ class SharedTensors(AdapterLayer):
     """
 
     names: Names = SharedNames()
-    # Whether the reference's layers name the tensors once more, each of them.
-    repeated_on_layers: ClassVar[bool] = False
+    # Suffixes of those that a checkpoint holds once more behind the path of each layer.
+    written_on_layers: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def shared_slots(cls, targets: Sequence[tuple[str, nn.Module]], config: Config) -> dict[str, Slot]:

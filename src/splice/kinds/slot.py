@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import NamedTuple
 
@@ -16,10 +17,14 @@ class Role(Enum):
     BUFFER = "a buffer: never trained, and not among the parameters"
 
 
+# As a dimension of a slot: what the checkpoint has.
+ANY = -1
+
+
 class Slot(NamedTuple):
     """One tensor that an adapter layer has. Nothing is allocated; hundreds of slots are made for a load."""
 
-    # Of the tensor, in memory and in a checkpoint alike.
+    # Of the tensor, in memory and in a checkpoint alike; `ANY` where only a checkpoint's tensor tells a dimension.
     shape: tuple[int, ...]
     # Whether it is trained.
     role: Role = Role.TRAINED
@@ -28,7 +33,33 @@ class Slot(NamedTuple):
     # In memory. None for that of the adapter: the base's, or float32 where the base is in half precision.
     dtype: torch.dtype | None = None
 
+    @property
+    def drawn_in(self) -> torch.dtype:
+        """The dtype that a new adapter's values are drawn in: float32, or that of the slot where it holds no floats."""
+        return torch.float32 if self.dtype is None or self.dtype.is_floating_point else self.dtype
 
-def shapes_of(slots: dict[str, Slot]) -> dict[str, tuple[int, ...]]:
+    def takes(self, shape: Sequence[int]) -> bool:
+        """Whether a tensor of this shape fits."""
+        return len(shape) == len(self.shape) and all(own in (ANY, size) for own, size in zip(self.shape, shape))
+
+
+class Leader(NamedTuple):
+    """Whose tensor stands in a slot, where it is that of another layer of the same adapter: the two share it."""
+
+    # The path of that layer.
+    path: str
+    # The suffix of the tensor there.
+    suffix: str
+    # Whether it is the transpose of the one there.
+    transposed: bool = False
+
+
+def shapes_of(slots: Mapping[str, Slot]) -> dict[str, tuple[int, ...]]:
     """The shapes of those that a checkpoint holds, by suffix."""
     return {suffix: slot.shape for suffix, slot in slots.items() if slot.stored}
+
+
+def fit(slots: Mapping[str, Slot], shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether tensors of these shapes, by suffix, are all that a checkpoint holds for the slots."""
+    stored = {suffix: slot for suffix, slot in slots.items() if slot.stored}
+    return shapes.keys() == stored.keys() and all(slot.takes(shapes[suffix]) for suffix, slot in stored.items())

@@ -40,7 +40,7 @@ def resolved_rule(
         ValueError: the config names no targets and there are no defaults for this `model_type`.
     """
     rule = config.target_rule()
-    if rule.target_modules is None and method.layers:
+    if rule.target_modules is None and (method.layers or method.other_layer is not None):
         known_as = model_type(network)
         if known_as not in method.default_targets:
             if method.find_targets is not None:
@@ -77,6 +77,7 @@ def select(rule: TargetRule, modules: Mapping[str, nn.Module]) -> dict[str, nn.M
 
     Raises:
         NoMatchingPeftModuleError: there is none, and the message says why.
+        ValueError: there are fewer than the rule says.
     """
     if rule.target_modules == NO_TARGETS:
         return {}
@@ -86,7 +87,13 @@ def select(rule: TargetRule, modules: Mapping[str, nn.Module]) -> dict[str, nn.M
     # Nothing selected and everything excluded are different mistakes, and the message tells them apart.
     if not kept and not rule.target_parameters:
         raise NoMatchingPeftModuleError(_nothing_matched(rule, bool(selected)))
-    return kept
+    if rule.last is None:
+        return kept
+    if rule.last > len(kept):
+        raise ValueError(
+            f"Config specifies more adapter layers '{rule.last}' than the model has '{len(kept)}': {', '.join(kept)}."
+        )
+    return dict(list(kept.items())[len(kept) - rule.last :])
 
 
 def _nothing_matched(rule: TargetRule, all_excluded: bool) -> str:

@@ -111,6 +111,11 @@ class OwnTensors:
         else:
             known.registry[known.name] = tensor
 
+    def put(self, suffix: str, tensor: torch.Tensor) -> None:
+        """Have another tensor in the place of the one that is there."""
+        registry, name, _ = self.registered[suffix]
+        registry[name] = tensor
+
     def named_slots(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor that a checkpoint holds, in the form it has in memory, by suffix."""
         for suffix, (registry, name, slot) in self.registered.items():

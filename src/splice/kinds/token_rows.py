@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from splice.base.bare import original_class
 from splice.base.foreign_models import embed_scale
 from splice.base.layers import LayerKind, features, kind_of, padding_row
-from splice.base.weight_access import check_readable
+from splice.base.weight_access import check_readable, is_plain
 from splice.config import PeftConfig
 from splice.errors import UnsupportedLayerError, counted
 from splice.kinds.casting import check_values
@@ -115,7 +115,7 @@ class TokenRows(AdapterLayer):
         rows = self.rows.to(y.dtype)
         if self.is_linear:
             chosen = rows[self.row_of]
-            bias = tensor_in_use(self.base, "bias")
+            bias = tensor_in_use(self.base, "bias", self)
             found = F.linear(x, chosen, None if bias is None else bias[self.sorted_tokens])
             return y.index_copy(-1, self.sorted_tokens, found.to(y.dtype))
         ids = x.long()
@@ -140,7 +140,7 @@ class TokenRows(AdapterLayer):
         rows = self.rows[self.row_of].to(device=weight.device, dtype=weight.dtype)
         places = self.sorted_tokens.to(weight.device)
         found = {"weight": weight.index_copy(0, places, rows)}
-        bias = tensor_in_use(self.base, "bias") if self.is_linear and "bias" in tensors else None
+        bias = tensor_in_use(self.base, "bias", self) if self.is_linear and "bias" in tensors else None
         if bias is not None:  # to these rows nothing is added that stands below, nor to their bias
             found["bias"] = tensors["bias"].index_copy(0, places, bias.detach()[places])
         return found
@@ -160,9 +160,9 @@ class TokenRows(AdapterLayer):
 class OfLeader(FileForm):
     """Only the layer whose rows others share is in a checkpoint."""
 
-    def to_file(self, layer: Stored) -> Iterator[tuple[str, torch.Tensor]]:
+    def to_file(self, layer: Stored, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         assert isinstance(layer, TokenRows)
-        yield from () if layer.leader else layer.named_slots()
+        yield from () if layer.leaders else tensors.items()
 
 
 class TrainedRows(TokenRows):
@@ -203,7 +203,7 @@ def _is_plain(base: nn.Module) -> bool:
     # By the forward itself: a subclass that changes nothing in it is as plain as its parent.
     cls = original_class(base)
     if not isinstance(base, nn.Embedding):
-        return cls.forward is nn.Linear.forward
+        return cls.forward is nn.Linear.forward or not is_plain(base)
     if base.max_norm is not None or base.scale_grad_by_freq or base.sparse:
         return False
-    return cls.forward is nn.Embedding.forward or embed_scale(base) is not None
+    return cls.forward is nn.Embedding.forward or embed_scale(base) is not None or not is_plain(base)

@@ -16,6 +16,7 @@ from splice.kinds.additive import Additive
 from splice.kinds.casting import cast_to
 from splice.kinds.convolution import as_convolution, convolve
 from splice.kinds.layer import Config
+from splice.kinds.original import original_weight
 
 # (input, weight) -> output.
 Operation: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -60,3 +61,19 @@ class WeightDelta(Additive):
 
     def cast_input(self, x: torch.Tensor) -> torch.Tensor:
         return x  # `delta` casts it, once it has the update
+
+
+class WeightUpdate(WeightDelta):
+    """The same, where the update is a function of the weight that the base layer has without adapters.
+
+    So several add up, each of the one weight, and give merged what they give unmerged.
+    """
+
+    reads_weight = True
+
+    def update_of(self, weight: torch.Tensor) -> torch.Tensor:
+        """The unscaled update for the base's own dense `weight`, which has no graph; in its shape."""
+        raise NotImplementedError
+
+    def update(self) -> torch.Tensor:
+        return self.update_of(original_weight(self.base))

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
+from splice.base.weight_access import as_if_stored
 from splice.kinds.original import original_tensor
 from splice.loading.load import LoadResult
 from splice.surgery.tuner import tuner_of
@@ -23,10 +24,16 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """
     tuner, _ = tuner_of(model)
     added = tuple(f"{_front(path)}{name}." for path, host in tuner.hosts.items() for name in host.added)
+    held = {_front(path) + name for path, host in tuner.hosts.items() for name in host.held}
     found: dict[str, torch.Tensor] = {
-        name: tensor for name, tensor in tuner.model.state_dict().items() if not name.startswith(added)
+        name: tensor
+        for name, tensor in tuner.model.state_dict().items()
+        if not name.startswith(added) and name not in held
     }
     for path, host in tuner.hosts.items():
+        if host.stored is not None:
+            before = as_if_stored(host.base, host.stored).state_dict()
+            found.update({_front(path) + name: tensor for name, tensor in before.items()})
         for name in (*host.displaced, *host.originals):
             own = original_tensor(host.base, name)
             if own is not None:

@@ -78,7 +78,7 @@ def check_base_copies(found: Fitted, weights: Weights) -> None:
 
 
 def check_repeated(found: Fitted, weights: Weights) -> None:
-    """Tensors of tied layers stand twice in a checkpoint, and must be the same both times.
+    """Tensors that layers share may stand in a checkpoint more than once, and must be the same each time.
 
     Raises:
         AdapterMismatchError: they differ.
@@ -93,8 +93,9 @@ def check_repeated(found: Fitted, weights: Weights) -> None:
         # Of another shape: the caller chose to leave it out.
         if one.shape == two.shape and not torch.equal(one, two):
             raise AdapterMismatchError(
-                f"the checkpoint at {weights.place} has different tensors for {key} and {of.key}, and the layers "
-                "are tied here. The model is unchanged. Set `ensure_weight_tying` to False in the config if they were "
-                "trained apart, or load the adapter onto a base that is not tied.",
+                f"the checkpoint at {weights.place} has different tensors for {key} and {of.key}, and the layers share them "
+                "here. The model is unchanged. If they share them because they are tied, set `ensure_weight_tying` to False "
+                "in the config, or load the adapter onto a base that is not tied; otherwise the checkpoint was changed by "
+                "hand.",
                 mismatched=[key],
             )

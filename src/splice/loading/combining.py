@@ -83,7 +83,7 @@ def _check_layers(tuner: Tuner, adapters: Sequence[str]) -> None:
                 f"only one adapter of a model can train biases, and {adapter!r} does (bias={which!r}): a combination with it "
                 "would be the second. Merge it into the base instead, or combine adapters that were trained with bias='none'."
             )
-    tied = [path for a in adapters for path, layer in tuner.placed[a].items() if layer.leader or layer.own_config]
+    tied = [path for a in adapters for path, layer in tuner.placed[a].items() if layer.leaders or layer.own_config]
     if tied:
         raise UnsupportedFeatureError(
             f"adapters with rows of single tokens, or with layers that are tied to others, cannot be combined ({tied[0]!r})"

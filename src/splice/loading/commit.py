@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import cast
 
 import torch
 from torch import nn
 
 from splice.base.dense import device_of
+from splice.base.offload import at_hand, is_offloaded
 from splice.base.sharding import divided_by_first, is_divided, whole_tensors
 from splice.base.weight_access import check_readable
 from splice.checkpoint.header import Entry
 from splice.checkpoint.parts import read_for
 from splice.checkpoint.tensors import Weights
 from splice.config import PeftConfig
+from splice.kinds.layer import AdapterLayer
+from splice.kinds.layout import LaidOut
 from splice.kinds.module_copy import WholeModule
 from splice.kinds.names import BIAS
 from splice.kinds.trained_bias import copy_bias
+from splice.loading.converting import cast_whole, from_file
 from splice.loading.plan import Plan
 from splice.loading.tying import tensors_for
 from splice.surgery.placement import Built, Placement
@@ -40,6 +45,8 @@ def build_loaded(
     """
     room = room or {}
     built: list[Built] = []
+    leading = _leading(plan)
+    led: dict[str, AdapterLayer] = {}
     for batch in _batches(plan.placements, weights.entries, plan.sources):
         where = {
             (p.path, suffix): plan.sources[key]
@@ -53,7 +60,12 @@ def build_loaded(
         read = dict(zip(names, weights.read(names, into)))
         for placement in (p for p in batch if p.layer_class.divides):
             read.update(_read_divided(placement, plan.sources, weights))
-        built += [_build_loaded(p, plan.sources, read, config, autocast, room) for p in batch]
+        for placement in batch:
+            tensors = tensors_for(placement, led) if placement.leaders else {}
+            item = _build_loaded(placement, plan.sources, read, config, autocast, room, tensors)
+            built.append(item)
+            if placement.path in leading:
+                led[placement.path] = item.layer
     return built + _followers(plan, built, config)
 
 
@@ -90,15 +102,20 @@ def _build_loaded(
     config: PeftConfig,
     autocast: bool,
     room: Mapping[Where, torch.Tensor],
+    tensors: dict[str, torch.Tensor],
 ) -> Built:
+    """Build one layer; `tensors` are those that it shares with layers before it."""
     device = device_of(placement.base)
-    tensors: dict[str, torch.Tensor] = {}
-    for suffix, key in placement.keys.items():
+    if placement.in_file is not None:
+        found = {suffix: read[sources[key]] for suffix, key in placement.keys.items() if key in sources}
+        for suffix, given in from_file(placement, found).items():
+            tensors[suffix] = _moved(given, device, placement.dtype(suffix, autocast), placement, suffix)
+    for suffix, key in placement.keys.items() if placement.in_file is None else ():
         name = sources.get(key)
         if name is not None:
             given, own = read.pop(name), room.get((placement.path, suffix)) if room else None
             if own is None:
-                tensors[suffix] = _moved(given, device, placement.dtype(suffix, autocast))
+                tensors[suffix] = _moved(given, device, placement.dtype(suffix, autocast), placement, suffix)
             else:
                 tensors[suffix] = own if given is own else own.copy_(given)
     if BIAS in placement.slots and BIAS not in tensors:
@@ -106,33 +123,66 @@ def _build_loaded(
     if len(tensors) < len(placement.slots):
         fresh = new_tensors(placement, config, autocast)
         tensors = {suffix: tensors.get(suffix, fresh[suffix]) for suffix in placement.slots}
+    elif placement.leaders:  # which came first, and a save has the order of the layer
+        tensors = {suffix: tensors[suffix] for suffix in placement.slots}
     return _build(placement, config, tensors)
 
 
-def _moved(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    return tensor if tensor.dtype is dtype and tensor.device == device else tensor.to(device=device, dtype=dtype)
+def _moved(
+    tensor: torch.Tensor, device: torch.device, dtype: torch.dtype, placement: Placement, suffix: str
+) -> torch.Tensor:
+    if tensor.dtype is dtype and tensor.device == device:
+        return tensor
+    whole = tensor if dtype.is_floating_point else cast_whole(tensor, dtype, placement.key(suffix))
+    return whole.to(device=device, dtype=dtype)
 
 
 def build_new(plan: Plan, config: PeftConfig, autocast: bool, on_meta: bool = False) -> list[Built]:
     """Adapter layers with the initial values of the method, or (`on_meta`) without values."""
-    built = [_build(p, config, new_tensors(p, config, autocast)) for p in plan.placements]
+    built: list[Built] = []
+    leading = _leading(plan)
+    led: dict[str, AdapterLayer] = {}
+    for placement in plan.placements:
+        # What it shares it draws as well, like the reference: one seed, one adapter.
+        tensors = new_tensors(placement, config, autocast)
+        tensors.update(tensors_for(placement, led) if placement.leaders else {})
+        with _values(placement):
+            built.append(_build(placement, config, tensors))
+        if placement.path in leading:
+            led[placement.path] = built[-1].layer
     for item in built:
-        with _whole(item.placement.base):
+        with _values(item.placement):
             item.layer.begin()
         if on_meta:
             item.layer.leave_empty()
+            for suffix, leader in item.layer.leaders.items():
+                item.layer.put(suffix, led[leader.path].tensor(leader.suffix))
     return built + _followers(plan, built, config)
+
+
+def _leading(plan: Plan) -> set[str]:
+    """The paths of layers whose tensors others share, of those that the plan builds one after the other."""
+    return {leader.path for p in plan.placements if p.leaders for leader in p.leaders.values()}
 
 
 def _followers(plan: Plan, built: Sequence[Built], config: PeftConfig) -> list[Built]:
     """The layers that share the tensors of others."""
     layers = {item.placement.path: item.layer for item in built}
-    return [_build(p, config, tensors_for(p.layer_class, layers[p.leader])) for p in plan.followers]
+    return [_build(p, config, tensors_for(p, layers)) for p in plan.followers]
+
+
+def _values(placement: Placement) -> AbstractContextManager[None]:
+    """Inside, the parameters of the base layer have values, and are whole: a new adapter may take its start from them."""
+    base, cls = placement.base, placement.layer_class
+    # Asked first, since hardly any are kept elsewhere. What is on disk is read for those alone that look at it.
+    if any(map(is_offloaded, (base, *base.children()))):
+        looks = cls.starts_from_weight or cls.reads_weight or BIAS in placement.slots or issubclass(cls, WholeModule)
+        return at_hand(base.modules()) if looks else nullcontext()
+    return _whole(base)
 
 
 def _whole(base: nn.Module) -> AbstractContextManager[None]:
-    """Inside, the parameters of `base` are whole: a new adapter may take its start from them."""
-    # Asked first, since hardly any are divided.
+    """Inside, the parameters of `base` are whole."""
     divided = [(base._parameters, name) for name, tensor in base._parameters.items() if is_divided(tensor)]
     return whole_tensors(divided) if divided else nullcontext()
 
@@ -142,14 +192,15 @@ def new_tensors(placement: Placement, config: PeftConfig, autocast: bool) -> dic
     """Tensors for one layer of a new adapter: drawn in float32, then brought to their dtype and device."""
     whole = issubclass(placement.layer_class, WholeModule)
     drawn = {
-        suffix: torch.empty(slot.shape, dtype=placement.dtype(suffix, autocast) if whole else torch.float32)
+        suffix: torch.empty(slot.shape, dtype=placement.dtype(suffix, autocast) if whole else slot.drawn_in)
         for suffix, slot in placement.slots.items()
+        if slot.stored or suffix not in placement.leaders
     }
     if placement.layer_class.starts_from_weight or placement.layer_class.reads_weight:
         check_readable(placement.base, placement.path, "the adapter")
     own = {suffix: tensor for suffix, tensor in drawn.items() if suffix != BIAS}
-    with _whole(placement.base):
-        placement.layer_class.initialise(own, placement.base, placement.own_config or config)
+    with _values(placement):
+        placement.initialise(own, config)
         if BIAS in drawn:
             drawn[BIAS] = _own_bias(placement)
     device, found = device_of(placement.base), {}
@@ -170,9 +221,16 @@ def _own_bias(placement: Placement) -> torch.Tensor:
 
 def _build(placement: Placement, config: PeftConfig, tensors: Mapping[str, torch.Tensor]) -> Built:
     config = placement.own_config or config
-    layer = placement.layer_class(placement.base, config, placement.path, placement.slots, tensors)
+    given = (placement.base, config, placement.path, placement.slots, tensors)
+    if placement.layer_class.reads_weight:
+        with _whole(placement.base):
+            layer = placement.layer_class(*given)
+    else:
+        layer = placement.layer_class(*given)
     if placement.own_config is not None:
         layer.own_config = placement.own_config
-    if placement.leader:
-        layer.leader = placement.leader
+    if placement.leaders:
+        layer.leaders = placement.leaders
+    if placement.layout is not None:
+        cast(LaidOut, layer).prepare_in(placement.layout, placement.path)
     return Built(placement, layer)

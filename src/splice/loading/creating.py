@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from torch import nn
@@ -13,11 +14,14 @@ from splice.errors import warn
 from splice.kinds.registry import method_named
 from splice.loading.commit import build_new
 from splice.loading.laying_out import lay_out
+from splice.loading.load import load_experts
+from splice.loading.options import LoadOptions
 from splice.loading.patterns import paths_for_patterns, unmatched
 from splice.loading.plan import Plan, write_back
 from splice.surgery.coexistence import check_together
 from splice.surgery.placement import Built
 from splice.surgery.tuner import Tuner
+from splice.surgery.undo import Undo
 
 
 def adopt_base(config: PeftConfig, model: nn.Module, revision: str | None) -> None:
@@ -41,6 +45,9 @@ def new_adapter(
     tuner: Tuner, config: PeftConfig, heads: Sequence[str], autocast: bool, low_cpu_mem_usage: bool = False
 ) -> tuple[Plan, list[Built]]:
     """Build the layers of a new adapter, attached to nothing yet, and write what was resolved into `config`."""
+    if method_named(config.peft_type, "the config").experts is not None:
+        options = LoadOptions("", False, autocast, False, None, True, {}, time.perf_counter())
+        load_experts(tuner, config, options, Undo(tuner))
     check_together(tuner, config)
     tuner.stack_layers(config)
     method, modules = method_named(config.peft_type, "the config"), walk_bare(tuner.model)

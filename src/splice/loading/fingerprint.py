@@ -3,7 +3,7 @@
 An adapter on another base of the same shapes loads without a complaint and answers nonsense. The name in the config
 does not tell: it is a path as often as an id, and a fine-tune or another revision may lie under the same one. The
 sampled weights do, and they survive what people do to a base without changing it: another dtype, another device,
-quantising (then nothing is compared), merging an adapter (the weights before it are looked at).
+quantising (then nothing is compared but the form), merging an adapter (the weights before it are looked at).
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from splice.base.backends.finding import backend_of
 from splice.base.bare import original_class, own_tensors
+from splice.base.weight_access import is_plain as stored_plainly
+from splice.base.weight_access import weight_shape
 from splice.checkpoint.format import METADATA_KEY
 from splice.kinds.module_copy import WholeModule
 from splice.kinds.trained_bias import BiasOnly
@@ -53,7 +56,8 @@ class Fingerprint(NamedTuple):
         architecture: name of the model's class.
         target_count: how many targets there are.
         targets: hash of the targets' paths, and of the shapes of the weights that are sampled.
-        quantization: class of a quantised target; None where there is none.
+        quantization: how the first of the quantised targets is stored, with its settings, or its class where nobody knows;
+            None where there is none.
         samples: (layers, 8) in float32, of the targets in the order of their paths; a row of NaN where a weight has no
             plain values.
         paths: the target that each row is of; empty for a fingerprint that was read, as they are not stored.
@@ -80,7 +84,7 @@ class Fingerprint(NamedTuple):
         return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
     def __str__(self) -> str:
-        quantised = f", quantised as {self.quantization}" if self.quantization else ""
+        quantised = f", stored as {self.quantization}" if self.quantization else ""
         return f"a {self.architecture} ({self.target_count} targets{quantised})"
 
 
@@ -91,11 +95,14 @@ class Comparison(NamedTuple):
         match: the answer.
         compared: how many layers could be compared.
         differing: paths of the layers whose weights are not the same.
+        forms: how the weights are stored on the two bases, the adapter's first, where they have the same layers and
+            are stored in different ways; empty for plain ones. None where there is nothing to say.
     """
 
     match: Match
     compared: int = 0
     differing: tuple[str, ...] = ()
+    forms: tuple[str, str] | None = None
 
 
 def read_fingerprint(metadata: Mapping[str, str]) -> Fingerprint | None:
@@ -134,15 +141,19 @@ def fingerprint_of(tuner: Tuner, adapter_name: str) -> Fingerprint:
     sampled = paths[:: -(-len(paths) // _MAX_LAYERS) or 1]
     layers = [tuner.adapted[path] for path in sampled]
     weights = [base_weight(layer) for layer in layers]
-    shapes = [None if weight is None else tuple(weight.shape) for weight in weights]
-    digest = hashlib.sha256(repr((paths, shapes)).encode()).hexdigest()
     plain = [weight if _is_plain(weight) else None for weight in weights]
+    # Of codes the shape of what they stand for: an adapter may be trained beside them and used beside that.
+    shapes = [
+        _shape(layer, weight) if known is None else tuple(known.shape)
+        for layer, weight, known in zip(layers, weights, plain)
+    ]
+    digest = hashlib.sha256(repr((paths, shapes)).encode()).hexdigest()
     odd = [layer for layer, weight in zip(layers, plain) if weight is None]
     return Fingerprint(
         original_class(tuner.model).__name__,
         len(paths),
         digest[:16],
-        next((original_class(layer).__name__ for layer in odd if _is_quantised(layer)), None),
+        next(filter(None, map(_form, odd)), None),
         _sampled(plain),
         tuple(sampled),
     )
@@ -152,6 +163,13 @@ def compare(stored: Fingerprint | None, given: Fingerprint) -> Comparison:
     """Whether `given` is of the base that `stored` was made of."""
     if stored is None or stored.targets != given.targets or stored.samples.shape != given.samples.shape:
         return Comparison(Match.UNKNOWN)
+    found = _compared(stored, given)
+    if stored.quantization == given.quantization:
+        return found
+    return found._replace(forms=(stored.quantization or "", given.quantization or ""))
+
+
+def _compared(stored: Fingerprint, given: Fingerprint) -> Comparison:
     a, b = stored.samples, given.samples
     if torch.equal(a, b) and len(a):  # and nothing in them is NaN
         return Comparison(Match.SAME, len(a))
@@ -198,8 +216,18 @@ def _is_plain(weight: torch.Tensor | None) -> bool:
     )
 
 
-def _is_quantised(layer: nn.Module) -> bool:
-    return any(tensor.dtype not in _FLOATS for _, tensor in own_tensors(layer))
+def _shape(layer: nn.Module, weight: torch.Tensor | None) -> tuple[int, ...] | None:
+    if not stored_plainly(layer):
+        return weight_shape(layer)
+    return None if weight is None else tuple(weight.shape)
+
+
+def _form(layer: nn.Module) -> str:
+    """How a layer without plain values stores its weight; empty where it is not quantised but elsewhere."""
+    backend = backend_of(layer)
+    if backend is not None:
+        return f"{backend.name} ({backend.describe(layer)})"
+    return original_class(layer).__name__ if any(t.dtype not in _FLOATS for _, t in own_tensors(layer)) else ""
 
 
 @torch.no_grad()

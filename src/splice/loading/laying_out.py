@@ -6,7 +6,7 @@ one draft; a case that depends on another one finds in it what that one has adde
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
 
@@ -18,6 +18,7 @@ from splice.loading.contributors.biases import biases
 from splice.loading.contributors.defaults import defaults
 from splice.loading.contributors.draft import Contributor, Draft
 from splice.loading.contributors.followers import followers
+from splice.loading.contributors.groups import groups
 from splice.loading.contributors.network_layer import network_layer
 from splice.loading.contributors.parameters import parameters
 from splice.loading.contributors.shared_tensors import shared_tensors
@@ -37,6 +38,7 @@ _LAYERS: tuple[Contributor, ...] = (
     ties,
     targets,
     shared_tensors,
+    groups,
     parameters,
     whole_modules,
     token_rows,
@@ -54,6 +56,7 @@ def lay_out(
     heads: Sequence[str] = (),
     modules: Mapping[str, nn.Module] | None = None,
     new: bool = False,
+    held: Collection[str] = (),
 ) -> Plan:
     """The adapter layers that `config` asks for on `network`: the plan of a new, still empty adapter.
 
@@ -63,7 +66,8 @@ def lay_out(
         method: the method of the config.
         heads: names of task heads, which are saved whole beside what the config names.
         modules: all modules of `network` by path, where the caller has them already.
-        new: the adapter is made and not loaded; some methods train more tensors than their checkpoints hold.
+        new: the adapter is made and not loaded; some methods train more tensors than are needed to use it.
+        held: the keys of the checkpoint that it is loaded from.
 
     Raises:
         NoMatchingPeftModuleError: the config selects nothing.
@@ -71,7 +75,7 @@ def lay_out(
     """
     # Before the model is looked at: what a config must not say is wrong on any model.
     method.check(config)
-    draft = Draft(network, config, method, walk_bare(network) if modules is None else modules, heads, new)
+    draft = Draft(network, config, method, walk_bare(network) if modules is None else modules, heads, new, held)
     for contribute in (*_LAYERS, *_NAMES):
         contribute(draft)
     named = {"target_modules": draft.rule.target_modules, "modules_to_save": draft.rule.modules_to_save}

@@ -26,8 +26,10 @@ from splice.kinds.shared import SharedTensors
 from splice.loading.checking import check_base_copies, check_repeated, refuse_or_warn
 from splice.loading.commit import build_loaded
 from splice.loading.config_fields import field_names, field_value
+from splice.loading.converting import cast_whole, from_file
 from splice.loading.fingerprint import Match
 from splice.loading.kept_config import other_values
+from splice.loading.opening import open_checkpoint
 from splice.loading.options import LoadOptions as LoadOptions  # where callers look for it
 from splice.loading.other_base import about_base, both_bases, compare_base
 from splice.loading.patterns import paths_for_patterns, unmatched
@@ -37,7 +39,7 @@ from splice.loading.published.vocabulary import fitted_resized
 from splice.loading.report import LoadReport
 from splice.loading.wanted import NewAdapter, PresentAdapter, Wanted
 from splice.surgery.coexistence import check_together
-from splice.surgery.placement import Built
+from splice.surgery.placement import Built, Placement
 from splice.surgery.stacks import Where
 from splice.surgery.tuner import Tuner
 from splice.surgery.undo import Undo
@@ -97,13 +99,19 @@ def load_new(
     # A copy: the caller's config is never changed, and several loads may be given the same one.
     config = copy_config(checkpoint.config, inference_mode=not options.is_trainable)
     _set_runtime(config, options)
+    load_experts(tuner, config, options, undo)
     # Before the plan is made: adapters that cannot stand beside one another are told by their configs alone.
     check_together(tuner, config)
     if tuner.stack_layers(config):
         undo.modules = walk_bare(tuner.model)
     method = method_of(config)
     found = _planned(
-        tuner, lambda: NewAdapter(tuner.model, undo.modules, method, heads), checkpoint, config, options, undo
+        tuner,
+        lambda: NewAdapter(tuner.model, undo.modules, method, heads, checkpoint.names),
+        checkpoint,
+        config,
+        options,
+        undo,
     )
     found = found._replace(warnings=(*found.warnings, *_lost_patterns(found, method)))
     plan, config = found.plan, found.config
@@ -116,6 +124,26 @@ def load_new(
     elif config.trained_biases() != "none":
         _leave_biases_trainable(built)
     return _finished(tuner, found, options)
+
+
+def load_experts(tuner: Tuner, config: PeftConfig, options: LoadOptions, undo: Undo) -> None:
+    """Load the adapters that one with this config stands on; they are frozen, and none of them is active.
+
+    Raises:
+        ValueError: one cannot be loaded, is of another method, or a name of theirs is taken.
+    """
+    experts = method_of(config).experts
+    if experts is None:
+        return
+    extra = {name: value for name, value in options.extra.items() if name != "subfolder"}
+    for name, place in experts.places(config, options.extra).items():
+        own = options._replace(adapter_name=name, is_trainable=False, key_mapping=None, extra=extra)
+        checkpoint = open_checkpoint(place, None, own, None)
+        if checkpoint.config.peft_type != experts.of:
+            raise ValueError(
+                f"{place}: an expert of {config.peft_type} is {experts.of}, this is {checkpoint.config.peft_type}"
+            )
+        load_new(tuner, checkpoint, own, (), False, undo)
 
 
 @_without_collections()
@@ -252,9 +280,13 @@ def _overwrite(tuner: Tuner, found: Fitted, options: LoadOptions, undo: Undo) ->
     # Built layers would be thrown away again, and would draw values for slots that the checkpoint has nothing for.
     # All are read before the first one is written: a file that is cut off leaves the adapter as it was.
     values = read_for(found.checkpoint.weights, [(found.plan.sources[key], tensor) for key, tensor in live.items()])
-    for key, (tensor, own) in _biases_of_base(found.plan, layers).items():
+    for key, (tensor, own) in (*_biases_of_base(found.plan, layers).items(), *_converted(found, layers).items()):
         live[key] = tensor
         values.append(own)
+    values = [
+        value if tensor.is_floating_point() else cast_whole(value, tensor.dtype, key)
+        for (key, tensor), value in zip(live.items(), values)
+    ]
     # For a moment the adapter takes twice its memory; without the copies what fails later could not be undone.
     before = [tensor.clone() for tensor in live.values()]
     undo.also(lambda: _copy(zip(live.values(), before)))
@@ -270,7 +302,7 @@ def _give_memory(plan: Plan, layers: dict[str, AdapterLayer]) -> Callable[[], No
     empty = {
         id(layers[p.path].tensor(suffix)): device_of(p.base)
         for p in plan.placements
-        for suffix, key in p.keys.items()
+        for suffix, key in _in_memory(p)
         if (key in plan.sources or key in plan.from_base) and layers[p.path].tensor(suffix).is_meta
     }
     made: dict[int, torch.Tensor] = {}
@@ -294,13 +326,36 @@ def _give_memory(plan: Plan, layers: dict[str, AdapterLayer]) -> Callable[[], No
     return take_back
 
 
+def _in_memory(placement: Placement) -> Iterable[tuple[str, str]]:
+    """(suffix in memory, a key in the checkpoint) of the tensors of a layer."""
+    if placement.in_file is None:
+        return placement.keys.items()
+    keys = list(placement.keys.values())
+    return [(suffix, key) for suffix, slot in placement.slots.items() if slot.stored for key in keys]
+
+
+def _converted(found: Fitted, layers: dict[str, AdapterLayer]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """A key -> the adapter's tensor and its new value, of layers whose tensors have another form in a checkpoint."""
+    plan, result = found.plan, {}
+    for placement in plan.placements:
+        if placement.in_file is None:
+            continue
+        wanted = {suffix: plan.sources[key] for suffix, key in placement.keys.items() if key in plan.sources}
+        read = dict(zip(wanted, found.checkpoint.weights.read(list(wanted.values()))))
+        layer = layers[placement.path]
+        for suffix, value in from_file(placement, read).items():
+            result[layer.names.key(placement.path, suffix)] = layer.tensor(suffix).detach(), value
+    return result
+
+
 def _live_tensors(plan: Plan, layers: dict[str, AdapterLayer]) -> dict[str, torch.Tensor]:
     """Key -> the adapter's own tensor, for all that the checkpoint has a tensor for."""
     live = {}
-    for placement in plan.placements:
-        # `.data`, as autograd refuses to write into a leaf that is trained.
+    for placement in (p for p in plan.placements if p.in_file is None):
+        # Detached, as autograd refuses to write into a leaf that is trained. What is worked out of the values (a router's
+        # directions) is told by their version, so that `.data`, which has one of its own, would not do.
         own = dict(layers[placement.path].named_slots())
-        live.update({key: own[suffix].data for suffix, key in placement.keys.items() if key in plan.sources})
+        live.update({key: own[suffix].detach() for suffix, key in placement.keys.items() if key in plan.sources})
     return live
 
 
@@ -334,15 +389,20 @@ def _finished(tuner: Tuner, found: Fitted, options: LoadOptions) -> Loaded:
     return report(found, tuner.placed[name].values(), options, base.match)
 
 
+def _more_in_file(placement: Placement) -> int:
+    """How many tensors more than in memory a checkpoint has for a layer."""
+    return 0 if placement.in_file is None else len(placement.in_file) - len(placement.slots)
+
+
 def report(found: Fitted, layers: Iterable[AdapterLayer], options: LoadOptions, base: Match) -> Loaded:
     """What was done to these layers of the adapter."""
     layers = list(layers)
-    # Followers share the tensors of their leaders: counted there.
-    tensors = [tensor for layer in layers if not layer.leader for _, tensor in layer.named_slots()]
+    # Those that a layer shares are counted where they stand first.
+    tensors = [tensor for layer in layers for suffix, tensor in layer.named_slots() if suffix not in layer.leaders]
     line = LoadReport(
         adapter_name=options.adapter_name,
         placed=len(found.plan.sources),
-        expected=len(tensors) - len(found.plan.from_base),
+        expected=len(tensors) - len(found.plan.from_base) + sum(map(_more_in_file, found.plan.placements)),
         layers=sum(not isinstance(layer, SharedTensors) for layer in layers),
         nbytes=sum(t.numel() * t.element_size() for t in tensors),
         seconds=time.perf_counter() - options.started,

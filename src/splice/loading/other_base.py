@@ -35,7 +35,7 @@ def about_base(found: Comparison, bases: str) -> list[str]:
         bases: a sentence that names the base the adapter is for, and the given one.
     """
     if found.match is not Match.OTHER_WEIGHTS:
-        return []
+        return _about_forms(found)
     count, shown = len(found.differing), ", ".join(grouped(found.differing)[:3])
     # A base that differs everywhere was exchanged; one that differs here and there was trained. The mends are not the same.
     if count == found.compared:
@@ -46,6 +46,22 @@ def about_base(found: Comparison, bases: str) -> list[str]:
         f"the base is not the one it was saved with: the weights of {count} of "
         f"{counted(found.compared, 'adapted layer')} differ "
         f"({shown}). Likely: {cause}. {bases} What it computes is not what was trained"
+    ]
+
+
+# What was said of forms in this process: it is the same for each adapter of a family, and for each load of one.
+_said: set[tuple[str, str]] = set()
+
+
+def _about_forms(found: Comparison) -> list[str]:
+    """A line for a base that has the same layers and stores them in another way, once for each two ways."""
+    if found.forms is None or found.forms in _said:
+        return []
+    _said.add(found.forms)
+    trained, given = (f"stored as {form}" if form else "not quantised" for form in found.forms)
+    return [
+        f"it was trained on a base that is {trained}, and this one is {given}. It works, and what it computes is a little "
+        "off; how much, `splice.base_gap(model, batch, other)` tells, of a batch and the base in the other form"
     ]
 
 

@@ -18,6 +18,7 @@ from splice.config import PeftConfig
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.names import BIAS
 from splice.kinds.reading import Checkpoint
+from splice.kinds.slot import Slot
 from splice.kinds.trained_bias import BiasOnly
 from splice.loading.config_fields import field_names
 from splice.surgery.placement import Placement
@@ -25,7 +26,7 @@ from splice.surgery.tuner import Tuner
 
 
 class Repeated(NamedTuple):
-    """What another tensor of the checkpoint says once more: layers that are tied share their tensors."""
+    """What another tensor of the checkpoint says once more: some layers share their tensors."""
 
     # The key of the tensor that is repeated.
     key: str
@@ -82,7 +83,7 @@ class Plan(NamedTuple):
     def slots(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """(key, shape) of every tensor that the adapter has."""
         for placement in self.placements:
-            for suffix, slot in placement.slots.items():
+            for suffix, slot in placement.stored.items():
                 yield placement.key(suffix), slot.shape
 
 
@@ -95,25 +96,41 @@ def fit(plan: Plan, checkpoint: Checkpoint) -> Plan:
     mismatched: list[Mismatch] = []
     # Collected on the way and compared at the end, so that what is unexpected comes in the order of the file.
     known = {*plan.redundant, *plan.base_copies, *plan.repeated}
+    # Where one of these is all that the checkpoint has of a tensor, it is read in its place.
+    copies = {of.key: key for key, of in plan.repeated.items() if key in entries and not of.transposed}
     for placement in plan.placements:
         keys = placement.keys
         known.update(keys.values())
-        for suffix, slot in placement.slots.items():
+        for suffix, slot in (_unshared(placement) if placement.leaders else placement.stored).items():
             if not slot.stored:  # made again from the config, and not read even if it is there
                 continue
-            key = keys[suffix]
+            key = found = keys[suffix]
             entry = entries.get(key)
+            if entry is None and key in copies:
+                found = copies[key]
+                entry = entries[found]
             if entry is None:
                 missing.append(key)
-            elif entry.shape != slot.shape:
+            elif entry.shape != slot.shape and not slot.takes(entry.shape):
                 mismatched.append(Mismatch(key, _shape_text(entry.shape), _shape_text(slot.shape)))
-            elif not _is_floating(entry.dtype) and placement.dtype(suffix, False).is_floating_point:
+            elif not _is_floating(entry.dtype) and (slot.dtype is None or slot.dtype.is_floating_point):
                 mismatched.append(Mismatch(key, f"dtype {entry.dtype}", "a floating-point dtype"))
             else:
-                sources[key] = names[key]
+                sources[key] = names[found]
     mismatched += [*_misshapen_base_copies(plan, entries), *_misshapen_repeats(plan, entries, sources)]
     unexpected = tuple(name for name in entries if name not in known)
     return plan._replace(sources=sources, missing=tuple(missing), unexpected=unexpected, mismatched=tuple(mismatched))
+
+
+def _unshared(placement: Placement) -> dict[str, Slot]:
+    """The slots of a layer but for those whose tensors are another layer's."""
+    return {suffix: slot for suffix, slot in placement.stored.items() if suffix not in placement.leaders}
+
+
+def repeats(placement: Placement, leading: Mapping[str, Placement]) -> dict[str, Repeated]:
+    """The keys under which a checkpoint may hold again what a layer shares; `leading` are the layers before it, by path."""
+    leaders = placement.leaders.items()
+    return {placement.key(s): Repeated(leading[path].key(of), transposed) for s, (path, of, transposed) in leaders}
 
 
 def with_biases_of_base(plan: Plan) -> Plan:
@@ -132,7 +149,7 @@ def _misshapen_base_copies(plan: Plan, entries: Mapping[str, Entry]) -> Iterator
 
 def _misshapen_repeats(plan: Plan, entries: Mapping[str, Entry], sources: Mapping[str, str]) -> Iterator[Mismatch]:
     for key, of in plan.repeated.items():
-        if key in entries and of.key in sources:
+        if key in entries and of.key in sources and of.key in entries:
             shape = entries[key].shape[::-1] if of.transposed else entries[key].shape
             if shape != entries[of.key].shape:
                 yield Mismatch(key, _shape_text(entries[key].shape), f"that of {of.key}")
@@ -176,6 +193,8 @@ def _as_it_is(placement: Placement, layer: AdapterLayer) -> Placement:
     """`placement` with the shapes that the layer's tensors have now; itself where they are as they were planned."""
     shapes = {suffix: tuple(tensor.shape) for suffix, tensor in layer.named_slots()}
     slots = placement.slots
+    if placement.in_file is not None:
+        return placement
     if all(shapes[suffix] == slot.shape for suffix, slot in slots.items() if slot.stored):
         return placement
     changed = {s: slot._replace(shape=shapes[s]) if slot.stored else slot for s, slot in slots.items()}

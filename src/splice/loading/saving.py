@@ -23,7 +23,9 @@ from splice.checkpoint.types import TaskType
 from splice.checkpoint.writing import write_checkpoint
 from splice.config import PeftConfig, copy_config
 from splice.errors import PeftWarning, counted, warn
+from splice.kinds.layer import AdapterLayer
 from splice.kinds.registry import method_of
+from splice.kinds.shared import SHARED_PATH, SharedTensors
 from splice.kinds.token_rows import TokenRows
 from splice.loading.fingerprint import fingerprint_of
 from splice.loading.tying import EMBEDDING_NAMES
@@ -178,22 +180,19 @@ def tensors_to_save(
     result = {}
     for path, layer in tuner.placed[adapter_name].items():
         stack = tuner.adapted[path].splice_host.stack if path in tuner.adapted else None  # not of what all layers share
-        held = {suffix for suffix, _ in layer.named_slots()}
-        for suffix, tensor in layer.file_form.to_file(layer):
+        held = dict(layer.named_slots())
+        if state_dict is not None:
+            held = _given(state_dict, layer, path, adapter_name, partly)
+        for suffix, tensor in layer.file_form.to_file(layer, held):
             key = layer.names.key(path, suffix)
-            value = tensor
-            if state_dict is not None and suffix in held:
-                names = layer.names
-                spelled = tuple(name(path, suffix, adapter_name) for name in (names.in_tree, names.in_reference))
-                found = _first(state_dict, spelled)
-                if found is None:
-                    if partly:
-                        continue
-                    raise KeyError(f"the given state_dict has none of {spelled}, so {key} cannot be saved")
-                value = found
-            if layer.divides:  # savers of other libraries know nothing of parts
-                value = whole(value)
+            # Savers of other libraries know nothing of parts.
+            value = whole(tensor) if layer.divides else tensor
             result[key] = value.detach().clone() if stack is not None and stack.owns(value) else value
+        for shared in layer.shared:
+            for suffix in shared.written_on_layers if isinstance(shared, SharedTensors) else ():
+                once = shared.names.key(SHARED_PATH, suffix)  # before the layers, since it stands before them
+                if once in result:
+                    result[layer.names.key(path, suffix)] = result[once]
     if save_embedding_layers == "auto":
         embeddings = _targeted_embeddings(tuner, adapter_name)
         if not embeddings and _is_resized(tuner, adapter_name):
@@ -211,6 +210,22 @@ def tensors_to_save(
         elif not partly:  # to gather it here would be to wait for processes that were given nothing to save
             raise KeyError(f"the given state_dict has none of {(key, plain)}, so {key} cannot be saved")
     return result
+
+
+def _given(
+    state_dict: Mapping[str, torch.Tensor], layer: AdapterLayer, path: str, adapter_name: str, partly: bool
+) -> dict[str, torch.Tensor]:
+    """The tensors of a layer, by suffix, out of a state dict of the model."""
+    names, found = layer.names, {}
+    for suffix, _ in layer.named_slots():
+        spelled = tuple(name(path, suffix, adapter_name) for name in (names.in_tree, names.in_reference))
+        tensor = _first(state_dict, spelled)
+        if tensor is not None:
+            found[suffix] = tensor
+        elif not partly:
+            key = names.key(path, suffix)
+            raise KeyError(f"the given state_dict has none of {spelled}, so {key} cannot be saved")
+    return found
 
 
 def _all_embeddings(tuner: Tuner, adapter_name: str) -> dict[str, torch.Tensor]:

@@ -103,7 +103,7 @@ def swap(tuner: Tuner, name: str, checkpoint: Checkpoint) -> None:
         )
     exchanges = [_Exchange(path, old, new.get(path)) for path, old in placed.items()]
     for path, old, other in exchanges:
-        why = _TIED if old.leader else swapping.refusal(old, other)
+        why = _TIED if old.leaders else swapping.refusal(old, other)
         if why:
             raise UnsupportedFeatureError(f"{path}: adapter {name!r} cannot be hot-swapped: {why}.")
     for line in found.warnings:
@@ -205,7 +205,7 @@ def make_room(tuner: Tuner, rank: int | None) -> bool:
     able = [(config, swapping, tuner.placed[n]) for n, config, swapping in asked if swapping is not None]
     for _, swapping, placed in able:
         for path, layer in placed.items():
-            why = "" if rank is None else _TIED if layer.leader else swapping.cannot_grow(layer, rank)
+            why = "" if rank is None else _TIED if layer.leaders else swapping.cannot_grow(layer, rank)
             if why:
                 raise ValueError(f"{path}: cannot be given rank {rank}: {why}")
     grown = False

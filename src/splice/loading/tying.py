@@ -6,6 +6,7 @@ one. It does where the config says so (`ensure_weight_tying`), and always where 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 from splice.base.embeddings import InputEmbeddings
 from splice.kinds.layer import AdapterLayer
+from splice.surgery.placement import Placement
 
 # What the reference calls embeddings when it decides what to tie and what to save.
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
@@ -37,12 +39,10 @@ class Tying(NamedTuple):
         return self.embeddings.tied if self.targets else ()
 
 
-def tensors_for(cls: type[AdapterLayer], leader: AdapterLayer) -> dict[str, torch.Tensor]:
-    """The tensors of a follower of this class: the very parameters of its leader, or views of them."""
-    own = dict(leader.named_slots())
-    if cls is type(leader):
-        return own
-    return {
-        suffix: nn.Parameter(own[of].detach().T, requires_grad=own[of].requires_grad)
-        for suffix, of in cls.transposes.items()
-    }
+def tensors_for(placement: Placement, layers: Mapping[str, AdapterLayer]) -> dict[str, torch.Tensor]:
+    """The tensors that a layer shares with others of its adapter, which are built: the very parameters, or views of them."""
+    found = {}
+    for suffix, (path, of, transposed) in placement.leaders.items():
+        own = layers[path].tensor(of)
+        found[suffix] = nn.Parameter(own.detach().T, requires_grad=own.requires_grad) if transposed else own
+    return found

@@ -7,7 +7,7 @@ it was put on the model, and only the names of the checkpoint are still open. Al
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from torch import nn
@@ -15,7 +15,7 @@ from torch import nn
 from splice.config import PeftConfig
 from splice.kinds.names import BIAS
 from splice.kinds.registry import Method
-from splice.kinds.slot import shapes_of
+from splice.kinds.slot import fit
 from splice.loading.laying_out import lay_out
 from splice.loading.plan import Plan
 
@@ -80,18 +80,21 @@ class NewAdapter(NamedTuple):
     method: Method
     # Names of task heads, which are saved whole beside what a config names.
     heads: Sequence[str]
+    # The keys of the checkpoint.
+    held: Collection[str] = ()
 
     @property
     def follows_config(self) -> bool:
         return True
 
     def plan(self, config: PeftConfig) -> Plan:
-        return lay_out(self.network, config, self.method, self.heads, self.modules)
+        return lay_out(self.network, config, self.method, self.heads, self.modules, held=self.held)
 
     def takes(self, shapes: Shapes, path: str, module: str, config: PeftConfig) -> bool:
         base = self.modules[module]
         try:
-            needed = self.method.layer_for(base, path, config).slots(base, config, path)
+            cls = self.method.layer_for(base, path, config)
+            needed = cls.file_form.slots(cls.slots(base, config, path), config)
         except (ValueError, TypeError):
             # No layer of the method can be put on it; its parameters may be targets one by one.
             owned = self.method.parameters_layer
@@ -101,7 +104,7 @@ class NewAdapter(NamedTuple):
                 needed = owned.slots(base, config, path)
             except (ValueError, TypeError):
                 return False
-        return shapes == shapes_of(needed)
+        return fit(needed, shapes)
 
     def is_served_by(self, plan: Plan) -> bool:
         return plan.fits
@@ -134,8 +137,7 @@ class PresentAdapter(NamedTuple):
         # By the plan and not by a config: of two modules that such tensors fit, the adapter may be on one alone.
         # A bias of the base is no tensor of the method's, and has another name.
         return any(
-            p.path == module
-            and shapes == shapes_of({suffix: slot for suffix, slot in p.slots.items() if suffix != BIAS})
+            p.path == module and fit({suffix: slot for suffix, slot in p.stored.items() if suffix != BIAS}, shapes)
             for p in self.kept.placements
         )
 

@@ -31,6 +31,21 @@ LORA_TARGETS: Mapping[str, list[str] | str] = MappingProxyType(
     {model_type: targets for names, targets in _GROUPS for model_type in names.split()}
 )
 
+_VALUES: tuple[tuple[str, list[str]], ...] = (
+    ("t5 mt5", ["v"]),
+    (
+        "bart opt gptj gpt_neo llama llama4 mistral mixtral gemma gemma2 gemma3_text qwen2 qwen3 phi",
+        ["v_proj"],
+    ),
+    ("bert roberta", ["value"]),
+    ("deberta-v2", ["value_proj"]),
+)
+
+# The projections to values.
+BEFT_TARGETS: Mapping[str, list[str]] = MappingProxyType(
+    {model_type: targets for names, targets in _VALUES for model_type in names.split()}
+)
+
 # Beside its targets, those of them whose input (IA)³ scales: each group ends with these.
 _IA3_GROUPS: tuple[tuple[str, list[str], list[str]], ...] = (
     ("t5", ["k", "v"], ["wo"]),
@@ -104,4 +119,19 @@ ADALORA_TARGETS: Mapping[str, list[str] | str] = MappingProxyType(
         **{model_type: LORA_TARGETS[model_type] for model_type in _AS_LORA},
         **{model_type: targets for names, targets in _ADALORA_GROUPS for model_type in names.split()},
     }
+)
+
+# Whole blocks: what is trained is a part of the weights themselves.
+_OSF_GROUPS: tuple[tuple[str, list[str]], ...] = (
+    (
+        "llama llama4 mistral mixtral gemma gemma2 gemma3_text qwen2 qwen3 phi",
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"],
+    ),
+    ("gpt2 gpt_bigcode", ["c_attn", "c_proj"]),
+    ("opt", ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]),
+    ("gptj", ["q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"]),
+    ("bloom falcon gpt_neox", ["query_key_value", "dense_4h_to_h"]),
+)
+OSF_TARGETS: Mapping[str, list[str]] = MappingProxyType(
+    {model_type: targets for model_types, targets in _OSF_GROUPS for model_type in model_types.split()}
 )

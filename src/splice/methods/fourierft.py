@@ -7,21 +7,21 @@ it follows from the seed in the config and the shape of the weight.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
-from functools import lru_cache
 from types import MappingProxyType
 from typing import ClassVar
 
 import torch
 from torch import nn
 
-from splice.base.layers import LayerKind, features, kind_of
+from splice.base.layers import LayerKind, kind_of
+from splice.base.weight_access import weight_shape
 from splice.checkpoint.types import PeftType
+from splice.kinds.matching import value_behind_dot
 from splice.kinds.registry import Method, register
 from splice.kinds.slot import Slot
 from splice.kinds.tensors import Held
-from splice.kinds.weight_delta import WeightDelta
+from splice.methods.coefficients import Coefficients, check_count, locations
 from splice.methods.default_targets import LORA_TARGETS
 from splice.methods.targeted import Targeted, check_positive
 
@@ -74,28 +74,15 @@ def _check(config: FourierFTConfig) -> None:
         )
 
 
-@lru_cache(maxsize=256)
-def _locations(size: int, count: int, seed: int) -> torch.Tensor:
-    """Flat indices of the coefficients, in their order. A draw goes through all of the weight: it is made once."""
-    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count].clone()
-
-
-class FourierFTLayer(WeightDelta):
+class FourierFTLayer(Coefficients):
     """FourierFT on a linear layer, stored either way round."""
 
     fourierft_spectrum = Held()
 
     @classmethod
     def slots(cls, base: nn.Module, config: FourierFTConfig, path: str) -> dict[str, Slot]:
-        # Not `value_for`: here the reference takes a key that matches the whole path as it stands.
-        patterns = config.n_frequency_pattern
-        key = next((k for k in patterns if re.match(rf".*\.{k}$", path)), path)
-        count, (size_in, size_out) = patterns.get(key, config.n_frequency), features(base)
-        if count > size_in * size_out:
-            raise ValueError(
-                f"{path}: `n_frequency` is {count}, and the weight has {size_out} x {size_in} = {size_out * size_in} places. "
-                "Lower it, or give this layer its own with `n_frequency_pattern`."
-            )
+        count = value_behind_dot(config.n_frequency_pattern, path, config.n_frequency)
+        check_count(count, "n_frequency", weight_shape(base), path)
         return {"fourierft_spectrum": Slot((count,))}
 
     @classmethod
@@ -106,23 +93,19 @@ class FourierFTLayer(WeightDelta):
         super().prepare(base, config, path)
         self.spectrum_scale = config.scaling
         assert config.random_loc_seed is not None
-        size = self.shape[0] * self.shape[1]
-        # No buffer of the layer: it is the same object for all layers of one shape.
-        self.locations = _locations(size, len(self.fourierft_spectrum), config.random_loc_seed)
+        rows, columns = self.shape
+        self.fixed = (locations(rows * columns, len(self.fourierft_spectrum), config.random_loc_seed),)
 
     @classmethod
     def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: FourierFTConfig) -> None:
         (nn.init.zeros_ if config.init_weights else nn.init.normal_)(tensors["fourierft_spectrum"])
 
     def update(self) -> torch.Tensor:
-        spectrum, locations = self.fourierft_spectrum, self.locations
-        if locations.device != spectrum.device:
-            locations = locations.to(spectrum.device)
-            if not spectrum.is_meta:  # offloaded for a while: where they stand must not be forgotten
-                self.locations = locations
+        spectrum = self.fourierft_spectrum
+        (places,) = self.fixed_on(spectrum.device)
         rows, columns = self.shape
         dense = spectrum.new_zeros(rows * columns, dtype=torch.float32)
-        dense = dense.scatter(0, locations, spectrum.float()).view(rows, columns)
+        dense = dense.scatter(0, places, spectrum.float()).view(rows, columns)
         # Scaled before it is rounded: without the scale it would vanish in half precision.
         update: torch.Tensor = torch.fft.ifft2(dense).real * self.spectrum_scale
         return update.to(spectrum.dtype)
@@ -130,8 +113,8 @@ class FourierFTLayer(WeightDelta):
 
 def _indices(layer: FourierFTLayer) -> torch.Tensor:
     """(2, n): row and column of each coefficient."""
-    columns = layer.shape[1]
-    return torch.stack((layer.locations // columns, layer.locations % columns))
+    (places,), columns = layer.fixed, layer.shape[1]
+    return torch.stack((places // columns, places % columns))
 
 
 METHOD = register(

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from splice.base.layers import LayerKind, features, kernel_size, kind_of
+from splice.base.weight_access import bias_of
 from splice.checkpoint.types import PeftType
 from splice.kinds.casting import cast_to
 from splice.kinds.combining import Summed
@@ -93,7 +94,7 @@ class IA3(AdapterLayer):
         self.is_feedforward = scales_input(config, path)
         self.action = Action.SCALES_INPUT if self.is_feedforward else Action.SCALES_OUTPUT
         self.keeps_input = not self.is_feedforward
-        self.scales_bias = not self.is_feedforward and base._parameters.get("bias") is not None
+        self.scales_bias = not self.is_feedforward and bias_of(base) is not None
 
     @classmethod
     def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: IA3Config) -> None:

@@ -23,13 +23,13 @@ from splice.checkpoint.types import PeftType
 from splice.errors import CheckpointError, PeftWarning, warn
 from splice.kinds.casting import cast_to
 from splice.kinds.convolution import as_convolution
-from splice.kinds.effect import Forward
 from splice.kinds.input_transform import InputTransform
 from splice.kinds.layer import AdapterLayer
+from splice.kinds.output_transform import OutputTransform
 from splice.kinds.registry import Method, register
 from splice.kinds.slot import Slot
 from splice.methods.default_targets import LORA_TARGETS
-from splice.methods.rotations import cayley, nearest_divisor, series, skew_places
+from splice.methods.rotations import cayley, flat_inputs, nearest_divisor, series, skew_places
 from splice.methods.targeted import Targeted
 
 
@@ -136,7 +136,7 @@ def blocks(size: int, config: OFTConfig) -> tuple[int, int]:
     return count, size // count
 
 
-class OFT(InputTransform):
+class OFT(AdapterLayer):
     """What OFT on every kind of layer shares."""
 
     numbers = MappingProxyType({"r": "r", "oft_block_size": "oft_block_size"})
@@ -201,15 +201,10 @@ class OFT(InputTransform):
         cut = x.reshape(*x.shape[:-1], self.r, 1, self.oft_block_size)
         return torch.matmul(cut, rotation).flatten(-3)
 
-    def transform(self, x: torch.Tensor) -> torch.Tensor:
+    def turned(self, x: torch.Tensor) -> torch.Tensor:
+        """`x R`, in the dtype of `x`."""
         own = cast_to(x, self.values())
         return self.rotated(own, self.rotation()).to(x.dtype)
-
-    def delta_weight(self, weight: torch.Tensor) -> torch.Tensor:
-        # x is a row: `(x R) W^T = x (W R^T)^T`, so the merged weight is W R^T.
-        rotation = self.rotation().mT.to(torch.promote_types(weight.dtype, torch.float32))
-        wide = weight.to(rotation.dtype)
-        return self.rotated(wide.flatten(1), rotation).view_as(wide) - wide
 
     def _skew(self, own: torch.Tensor) -> torch.Tensor:
         place, sign = self.places
@@ -227,7 +222,20 @@ class OFT(InputTransform):
         own.copy_(torch.where(norm > radius, own * (radius / norm), own))
 
 
-class OFTLayer(OFT):
+class OFTInput(OFT, InputTransform):
+    """OFT where the input is rotated."""
+
+    def transform(self, x: torch.Tensor) -> torch.Tensor:
+        return self.turned(x)
+
+    def delta_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        # x is a row: `(x R) W^T = x (W R^T)^T`, so the merged weight is W R^T.
+        rotation = self.rotation().mT.to(torch.promote_types(weight.dtype, torch.float32))
+        wide = weight.to(rotation.dtype)
+        return self.rotated(wide.flatten(1), rotation).view_as(wide) - wide
+
+
+class OFTLayer(OFTInput):
     """OFT on a linear layer."""
 
     @classmethod
@@ -235,19 +243,17 @@ class OFTLayer(OFT):
         return features(base)[0]
 
 
-class OFTEmbedding(OFT):
-    """OFT on an embedding: what was looked up is rotated, so the first of several adapters is the innermost."""
+class OFTEmbedding(OFT, OutputTransform):
+    """OFT on an embedding: what was looked up is rotated."""
 
     tensor_name = "oft_embedding_R.weight"
-    keeps_input = True
-    first_outside = False
 
     @classmethod
     def size(cls, base: nn.Module, path: str) -> int:
         return features(base)[1]
 
-    def around(self, x: torch.Tensor, inner: Forward) -> torch.Tensor:
-        return self.transform(inner(x))
+    def transform_output(self, y: torch.Tensor) -> torch.Tensor:
+        return self.turned(y)
 
     def delta_weight(self, weight: torch.Tensor) -> torch.Tensor:
         rotation = self.rotation().to(torch.promote_types(weight.dtype, torch.float32))
@@ -255,7 +261,7 @@ class OFTEmbedding(OFT):
         return self.rotated(wide, rotation) - wide
 
 
-class OFTConv(OFT):
+class OFTConv(OFTInput):
     """OFT on a two-dimensional convolution.
 
     With a kernel of one pixel its channels are rotated. With a larger one the reference takes the image apart into
@@ -266,18 +272,11 @@ class OFTConv(OFT):
 
     @classmethod
     def size(cls, base: nn.Module, path: str) -> int:
-        conv = as_convolution(base)
-        kernel = conv.kernel_size
-        if conv.dilation[0] > 1:
+        if as_convolution(base).dilation[0] > 1:
             raise ValueError(
                 f"{path}: Conv2d with dilation > 1 is not supported by OFT; exclude it with `exclude_modules`."
             )
-        if conv.groups > 1 or kernel[0] != kernel[1]:
-            raise ValueError(
-                f"{path}: OFT is not defined on a Conv2d with groups (here {conv.groups}) or with a kernel that is no square "
-                f"(here {kernel}); exclude it with `exclude_modules`."
-            )
-        return conv.in_channels * kernel[0] ** 2
+        return flat_inputs(base, path, "OFT")
 
     def prepare(self, base: nn.Module, config: OFTConfig, path: str) -> None:
         super().prepare(base, config, path)

@@ -1,4 +1,4 @@
-"""Rotations made from skew-symmetric matrices, block by block.
+"""Rotations made from skew-symmetric matrices, block by block; and what is rotated of a layer.
 
 Q is skew-symmetric and given by its values above the diagonal; the Cayley transform `(I - Q)(I + Q)^-1` of it is a rotation,
 and so, nearly, is a series for that inverse (Qiu et al., "Orthogonal Finetuning Made Scalable", arXiv 2506.19847).
@@ -9,6 +9,25 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
+from torch import nn
+
+from splice.kinds.convolution import as_convolution
+
+
+def flat_inputs(base: nn.Module, path: str, method: str) -> int:
+    """How many values each output of a two-dimensional convolution reads at one place: these are transformed together.
+
+    Raises:
+        ValueError: it has groups, or a kernel that is no square; the message names `method`.
+    """
+    conv = as_convolution(base)
+    kernel = conv.kernel_size
+    if conv.groups > 1 or kernel[0] != kernel[1]:
+        raise ValueError(
+            f"{path}: {method} is not defined on a Conv2d with groups (here {conv.groups}) or with a kernel that is no "
+            f"square (here {kernel}); exclude it with `exclude_modules`."
+        )
+    return conv.in_channels * kernel[0] ** 2
 
 
 @lru_cache(maxsize=256)

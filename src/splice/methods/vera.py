@@ -7,8 +7,6 @@ numbers they are made of.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar
@@ -17,19 +15,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from splice.base.dense import dtype_of
-from splice.base.dtypes import HALVES
-from splice.base.layers import LayerKind, features, kind_of
+from splice.base.layers import LayerKind
 from splice.checkpoint.types import PeftType
-from splice.kinds.additive import Additive
-from splice.kinds.casting import cast_to
 from splice.kinds.dropout import dropout_of
 from splice.kinds.registry import Method, register
-from splice.kinds.shared import SharedTensors
-from splice.kinds.slot import Role, Slot
 from splice.kinds.tensors import Held
 from splice.methods.default_targets import LORA_TARGETS
-from splice.methods.targeted import Targeted, check_positive
+from splice.methods.projected import Projected, Projections, check
+from splice.methods.targeted import Targeted
 
 
 @dataclass
@@ -74,84 +67,29 @@ class VeraConfig(Targeted):
         return {"projection_prng_key": None if self.save_projection else self.projection_prng_key}
 
 
-def _check(config: VeraConfig) -> None:
-    check_positive(r=config.r)
+class VeraProjections(Projections):
+    """A (r, max in) and B (max out, r)."""
+
+    A, B = Held("vera_A"), Held("vera_B")
 
 
-class VeraProjections(SharedTensors):
-    """A and B, as large as the largest of the targets."""
-
-    vera_A, vera_B = Held("vera_A"), Held("vera_B")
-    repeated_on_layers = True
-
-    @classmethod
-    def shared_slots(cls, targets: Sequence[tuple[str, nn.Module]], config: VeraConfig) -> dict[str, Slot]:
-        sizes = [features(base) for _, base in targets]
-        a = (config.r, max((size_in for size_in, _ in sizes), default=0))
-        b = (max((size_out for _, size_out in sizes), default=0), config.r)
-        stored = config.save_projection
-        return {"vera_A": Slot(a, Role.BUFFER, stored), "vera_B": Slot(b, Role.BUFFER, stored)}
-
-    @classmethod
-    def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: VeraConfig) -> None:
-        source, own = torch.Generator().manual_seed(config.projection_prng_key), dtype_of(base)
-        for name in ("vera_A", "vera_B"):
-            tensor = tensors[name]
-            bound = math.sqrt(6 / max(tensor.shape[1], 1))
-            tensor.uniform_(-bound, bound, generator=source)
-            if own in HALVES:  # rounded to the base's precision, also where they are held in another one
-                tensor.copy_(tensor.to(own))
-
-
-class VeraLayer(Additive):
+class VeraLayer(Projected):
     """VeRA on a linear layer, stored either way round."""
 
-    vera_lambda_b, vera_lambda_d = Held("vera_lambda_b"), Held("vera_lambda_d")
-    uses_shared = True
-
-    @classmethod
-    def slots(cls, base: nn.Module, config: VeraConfig, path: str) -> dict[str, Slot]:
-        return {"vera_lambda_b": Slot((features(base)[1],)), "vera_lambda_d": Slot((config.r,))}
-
-    @classmethod
-    def resolved(cls, base: nn.Module, config: VeraConfig) -> dict[str, object]:
-        return {"fan_in_fan_out": kind_of(base) is LayerKind.TRANSPOSED_LINEAR}
+    b, d = Held("vera_lambda_b"), Held("vera_lambda_d")
+    projections = VeraProjections
 
     def prepare(self, base: nn.Module, config: VeraConfig, path: str) -> None:
-        self.sizes = features(base)
-        self.r = config.r
+        super().prepare(base, config, path)
         self.dropout = config.vera_dropout
 
-    @classmethod
-    def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: VeraConfig) -> None:
-        b, d = tensors["vera_lambda_b"], tensors["vera_lambda_d"]
-        if config.init_weights:
-            nn.init.zeros_(b)
-            nn.init.constant_(d, config.d_initial)
-        else:
-            nn.init.ones_(b)
-            nn.init.normal_(d)
-
-    def projections(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A (r, in) and B (out, r), on the device of this layer and in its dtype."""
-        (shared,) = self.shared
-        assert isinstance(shared, VeraProjections)
-        size_in, size_out = self.sizes
-        own = self.vera_lambda_d
-        # Cut and moved at every call, not once: a cut that is kept would be a second copy on every layer, and a layer on
-        # another device than A and B would go on with what it had when these are loaded anew.
-        return shared.vera_A[:, :size_in].to(own), shared.vera_B[:size_out].to(own)
-
-    def cast_input(self, x: torch.Tensor) -> torch.Tensor:
-        return cast_to(x, self.vera_lambda_d)
-
     def delta(self, x: torch.Tensor) -> torch.Tensor:
-        a, b = self.projections()
-        return self.vera_lambda_b * F.linear(self.vera_lambda_d * F.linear(x, a), b)
+        a, b = self.matrices()
+        return self.b * F.linear(self.d * F.linear(x, a), b)
 
     def delta_weight(self, weight: torch.Tensor) -> torch.Tensor:
-        a, b = self.projections()
-        return (self.vera_lambda_b[:, None] * b) @ (self.vera_lambda_d[:, None] * a)
+        a, b = self.matrices()
+        return (self.b[:, None] * b) @ (self.d[:, None] * a)
 
 
 METHOD = register(
@@ -165,7 +103,7 @@ METHOD = register(
         shared=VeraProjections,
         layer_views=MappingProxyType({"vera_dropout": dropout_of}),
         default_targets=MappingProxyType({**LORA_TARGETS, "phi": ["q_proj", "v_proj"]}),
-        check=_check,
+        check=check,
         paper="arXiv 2310.11454",
     )
 )

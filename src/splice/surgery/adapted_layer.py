@@ -18,10 +18,12 @@ from splice.kinds.computing import computing, reading_as
 from splice.kinds.effect import Forward
 from splice.kinds.host import Host, host_of, in_order
 from splice.kinds.layer import AdapterLayer
-from splice.selection import Choice, Group, Groups, Rows
+from splice.kinds.routed import mixed
+from splice.selection import Choice, Group, Groups, Mixture, Rows
 from splice.surgery.generated import Generated
 from splice.surgery.layer_attributes import AdaptedViews, bare_layer
 from splice.surgery.layer_commands import LayerCommands
+from splice.surgery.own_state import state_members
 from splice.surgery.reading import publish_tensors
 from splice.surgery.registering import called_through
 from splice.surgery.replaced_forward import IN_REPLACED, around_replaced, running
@@ -98,8 +100,21 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
 
         return run
 
-    def _forward_rows(self, run: Forward, rows: Rows, *args: object, **kwargs: object) -> object:
+    def _forward_mixed(self, run: Forward, mixture: Mixture, *args: object, **kwargs: object) -> object:
+        """Each token with what the adapters of a mixture add to it."""
+        y = run(*args, **kwargs)
+        if self.splice_host.path not in mixture.weights:
+            return y
+        if not args or not isinstance(args[0], torch.Tensor) or not isinstance(y, torch.Tensor):
+            raise TypeError(
+                f"{self.splice_host.place}: adapters can be weighed where one tensor is taken and one given"
+            )
+        return mixed(y, args[0], self.splice_host.layers, mixture, self.splice_host.path)
+
+    def _forward_rows(self, run: Forward, rows: Rows | Mixture, *args: object, **kwargs: object) -> object:
         """Each row of the batch with its own adapter: the base once for all rows, every adapter for its own."""
+        if isinstance(rows, Mixture):
+            return self._forward_mixed(run, rows, *args, **kwargs)
         host = self.splice_host
         # Asked of one for all: methods whose rows cannot be taken one by one never share a place with other methods.
         together_only = next(iter(host.layers.values())).wrapped_rows(host.layers, rows, run)
@@ -149,7 +164,7 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
         own = Adapted.forward
         forward = FunctionType(own.__code__, own.__globals__, own.__name__, own.__defaults__, own.__closure__)
         forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
-        return {"forward": forward}
+        return {"forward": forward, **state_members(base)}
 
     def _load_from_state_dict(
         self, state_dict: dict[str, object], prefix: str, local_metadata: object, strict: bool, *lists: list[str]

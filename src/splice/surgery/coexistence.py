@@ -30,12 +30,19 @@ def check_together(tuner: Tuner, config: PeftConfig) -> None:
     new = config.trained_biases()
     if tuner.mixes_methods:
         check_mixed(config)
+    beside = method_of(config).experts
     for name, other in tuner.peft_config.items():
-        if other.peft_type != config.peft_type and not tuner.mixes_methods:
-            raise ValueError(
-                f"Cannot combine adapters with different peft types: {name!r} is {other.peft_type} and the new one is "
-                f"{config.peft_type}."
-            )
+        if other.peft_type != config.peft_type:  # asked first: of a thousand adapters hardly any is of another method
+            stands_on = method_of(other).experts
+            if (beside is not None and other.peft_type == beside.of) or (
+                stands_on is not None and config.peft_type == stands_on.of
+            ):
+                continue
+            if not tuner.mixes_methods:
+                raise ValueError(
+                    f"Cannot combine adapters with different peft types: {name!r} is {other.peft_type} and the new one is "
+                    f"{config.peft_type}."
+                )
         if new != "none" and other.trained_biases() != "none":
             raise ValueError(
                 f"A model supports only 1 adapter with bias: {name!r} has bias={other.trained_biases()!r} and the new "

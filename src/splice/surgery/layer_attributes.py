@@ -17,8 +17,10 @@ from torch import nn
 from splice.base.bare import HOST, bare_children
 from splice.base.dense import device_of, in_linear_layout
 from splice.base.layers import LayerKind, features, kind_of
+from splice.base.weight_access import dense_weight, is_plain
 from splice.kinds.additive import Additive
 from splice.kinds.container import Container
+from splice.kinds.effect import Action
 from splice.kinds.host import Host
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.registry import method_of_layer
@@ -197,8 +199,11 @@ def _features(host: Host) -> tuple[int, int]:
 def delta_weight(host: Host, adapter_name: str) -> torch.Tensor:
     """See `AdaptedViews.get_delta_weight`."""
     adapter = host.layers[adapter_name]
-    weight = host.base._parameters["weight"]
-    if isinstance(adapter, Additive) and not adapter.reads_weight and weight is not None:
+    weight = host.base._parameters.get("weight") if is_plain(host.base) else dense_weight(host.base)
+    adds = (
+        isinstance(adapter, Additive) and adapter.action is Action.ADDS and not (adapter.reads_weight and adapter.shows)
+    )
+    if adds and weight is not None:
         delta = adapter.delta_weight(weight)
         if delta is not None:
             return in_linear_layout(host.base, delta)
@@ -244,9 +249,9 @@ class AdaptedViews:
     @method_view
     def get_base_weight(self) -> torch.Tensor:
         """The layer's own weight, without adapters."""
-        weight = self.splice_host.base._parameters["weight"]
-        assert weight is not None
-        return weight
+        base = self.splice_host.base
+        own = base._parameters.get("weight")
+        return own if own is not None and is_plain(base) else dense_weight(base)
 
     @method_view
     def get_delta_weight(self, adapter: str) -> torch.Tensor:

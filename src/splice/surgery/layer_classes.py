@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache, partial
 
-from splice.base.foreign_models import QUANTISED_LINEARS, quantised_linear
+from splice.base.backends.marks import QUANTISED_LINEARS, quantised_linear
 from splice.base.layers import LayerKind, kind_of
 from splice.checkpoint.types import PeftType
 from splice.kinds.layer import AdapterLayer

@@ -18,6 +18,7 @@ from splice.base.sharding import divide_again
 from splice.errors import warn
 from splice.kinds.host import Host
 from splice.kinds.registry import method_of_layer
+from splice.kinds.slot import Role
 from splice.surgery.detach import detach
 from splice.surgery.layer_attributes import View, bare_layer, method_view
 from splice.surgery.merging import merge_layer, unmerge_layer
@@ -29,6 +30,7 @@ def _number_names(host: Host) -> tuple[str, ...]:
         method = method_of_layer(adapter)
         found += [name for name, attribute in adapter.numbers.items() if attribute in vars(adapter)]
         found += method.layer_views if method is not None else ()
+        found += [name.partition(".")[0] for name, item in adapter.registered.items() if item.slot.role is Role.BUFFER]
     return tuple(dict.fromkeys(found))
 
 
@@ -37,7 +39,8 @@ def _tensor_names(host: Host) -> tuple[str, ...]:
     for adapter in host.layers.values():
         method = method_of_layer(adapter)
         found += method.containers if method is not None else ()
-        found += [name.partition(".")[0] for name, _ in adapter.named_slots()]
+        slots = ((name, item.slot) for name, item in adapter.registered.items())
+        found += [name.partition(".")[0] for name, slot in slots if slot.stored and slot.role is not Role.BUFFER]
     return tuple(dict.fromkeys(found))
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from splice.base.weight_access import why_unwritable
+from splice.base.offload import shelf_of
+from splice.base.weight_access import bias_of, dense_tensors, is_plain, why_unwritable
 from splice.errors import PeftWarning, UnsupportedFeatureError, warn
 from splice.kinds.effect import Action
 from splice.kinds.host import Host, first_conflict, in_order
@@ -58,8 +59,7 @@ def _may_stay(host: Host, one: str, two: str, is_below: bool) -> bool:
 
 def _hidden(host: Host, adapter: AdapterLayer) -> set[str]:
     """Tensors of the base, with all that is merged into them, that are not seen while `adapter` shows its own."""
-    own = {name: tensor for name, tensor in host.base._parameters.items() if tensor is not None}
-    return {*adapter.replaced(own), *(("bias",) if adapter.trained_bias is not None else ())}
+    return {*adapter.replaced(dense_tensors(host.base)), *(("bias",) if adapter.trained_bias is not None else ())}
 
 
 def check_mergeable(hosts: Iterable[Host], names: Iterable[str]) -> None:
@@ -89,19 +89,31 @@ def check_mergeable(hosts: Iterable[Host], names: Iterable[str]) -> None:
                     f"{what} computes something on this layer that no weight does: merged, the output is another one.",
                     PeftWarning,
                 )
-            if any(p is not None and p.is_meta for p in host.base._parameters.values()):
-                raise NotImplementedError(f"{what} cannot be merged while the layer's weights are offloaded")
+            _check_at_hand(host, what)
             _check_writable(host, adapter, what)
-            lacking = [n for n in adapter.changed_names if n != "weight" and host.base._parameters.get(n) is None]
+            lacking = [n for n in adapter.changed_names if n != "weight" and not _has(host, n)]
             if lacking:
                 raise RuntimeError(f"{what} changes the {lacking[0]}, and the base layer has none to merge it into")
 
 
+def _has(host: Host, name: str) -> bool:
+    return host.base._parameters.get(name) is not None or (name == "bias" and bias_of(host.base) is not None)
+
+
+def _check_at_hand(host: Host, what: str) -> None:
+    """Raise where the layer's tensors have no values, and are kept nowhere that is known, or in a form that is not plain."""
+    for name, parameter in host.base._parameters.items():
+        if parameter is not None and parameter.is_meta and not (is_plain(host.base) and shelf_of(host.base, name)):
+            raise NotImplementedError(
+                f"{what} cannot be merged: the layer's {name} is on the meta device"
+                + ("" if is_plain(host.base) else ", offloaded in a quantised form")
+                + ". Load the base model where it has room, or merge before it is offloaded."
+            )
+
+
 def _check_writable(host: Host, adapter: AdapterLayer, what: str) -> None:
     for name in adapter.changed_names:
-        reason = (
-            why_unwritable(host.base, name) if name == "weight" or host.base._parameters.get(name) is not None else ""
-        )
+        reason = why_unwritable(host.base, name) if name == "weight" or _has(host, name) else ""
         if reason:
             raise UnsupportedFeatureError(
                 f"{what} cannot be merged into a {host.original.__name__}: {reason}. It works as it is, without merging."

@@ -20,19 +20,23 @@ from splice.base.foreign_models import (
     output_embedding_layer,
     set_config_field,
 )
+from splice.base.offload import at_hand
 from splice.base.sharding import divide_again, whole, whole_tensors
-from splice.errors import warn
+from splice.base.weight_access import dense_tensors
+from splice.errors import PeftWarning, warn
 from splice.kinds.host import Host, in_order
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.tensors import Registry
 from splice.selection import Selection
+from splice.surgery.encoding import before_merging, encoded
+from splice.surgery.loss import MergeReport, StorageLoss, losses_of
 from splice.surgery.mergeable import check_mergeable, check_order, still_to_merge
 from splice.surgery.putting import Before, Merged, check_apart, held_twice, put, take_out
 
 
 def merge(
     network: nn.Module, hosts: Mapping[str, Host], selection: Selection, names: Sequence[str], safe_merge: bool
-) -> None:
+) -> MergeReport:
     """Merge these adapters on every layer that has them; where anything fails, also half-way, no layer is changed.
 
     Args:
@@ -42,6 +46,9 @@ def merge(
         names: of the adapters, as `adapters_to_merge` gives them.
         safe_merge: refuse values that are not finite.
 
+    Returns:
+        What was merged, and what was lost where weights are stored in few bits, of which there is a warning.
+
     Raises:
         NotImplementedError: an adapter cannot be merged on one of its layers.
         ValueError: merging these and not others would change the output; with `safe_merge`, a merged weight would not be
@@ -50,23 +57,36 @@ def merge(
     check_order(hosts.values(), names)
     divide_again(network)
     done: list[Before] = []
+    losses: list[StorageLoss | None] = []
     try:
         shared = held_twice(network)
         check_apart(hosts.values(), names, shared)
         for item in _merging(hosts, names, safe_merge, progressbar=False):
             done.append(Before.of(item))
             put(item, shared)
+            losses.append(item.loss)
     except BaseException:
         for before in reversed(done):
             before.put_back()
         raise
     for name in names:  # also those whose layers have nothing to merge
         selection.merged.setdefault(name, 0)
+    return _reported(names, losses)
+
+
+def _reported(names: Sequence[str], losses: Sequence[StorageLoss | None]) -> MergeReport:
+    report = MergeReport(tuple(names), len(losses), losses_of(losses))
+    if report.losses:
+        warn(
+            f"{report}. `merge_and_unload(dequantize=True)` gives a dense model, where it is not.",
+            PeftWarning,
+        )
+    return report
 
 
 def merge_for_good(
     network: nn.Module, hosts: Mapping[str, Host], names: Sequence[str], safe_merge: bool, progressbar: bool
-) -> None:
+) -> MergeReport:
     """As `merge`, without a way back: the memory of each old weight is given back as soon as the new one is in place.
 
     Cut short in the middle without `safe_merge`, it leaves the output as it was, with some layers merged.
@@ -74,6 +94,7 @@ def merge_for_good(
     divide_again(network)
     shared = held_twice(network)
     check_apart(hosts.values(), names, shared)
+    losses: list[StorageLoss | None] = []
     for item in _merging(hosts, names, safe_merge, progressbar):
         before = Before.of(item)
         try:
@@ -81,9 +102,17 @@ def merge_for_good(
         except BaseException:
             before.put_back()
             raise
-        item.host.originals.clear()
+        _forget(item.host)
+        losses.append(item.loss)
     for host in hosts.values():
-        host.originals.clear()
+        _forget(host)
+    return _reported(names, losses)
+
+
+def _forget(host: Host) -> None:
+    host.originals.clear()
+    host.shelved.clear()
+    host.stored = None
 
 
 def merge_layer(host: Host, adapter_names: list[str] | None, safe_merge: bool) -> None:
@@ -102,6 +131,7 @@ def merge_layer(host: Host, adapter_names: list[str] | None, safe_merge: bool) -
     except BaseException:
         before.put_back()
         raise
+    _reported(names, [item.loss])
 
 
 def left_to_merge(host: Host, adapter_names: list[str] | None) -> list[str]:
@@ -182,14 +212,18 @@ def _ties(hosts: Mapping[str, Host], concerned: Iterable[Host], names: Iterable[
     found: dict[str, Host] = {}
     for host in concerned:
         present = [host.layers[name] for name in names if name in host.layers]
-        paths = {adapter.leader for adapter in present}
-        leader = hosts.get(paths.pop()) if len(paths) == 1 else None
+        paths = {leader.path for adapter in present for leader in adapter.leaders.values()}
+        leader = hosts.get(paths.pop()) if len(paths) == 1 and all(map(_shares_all, present)) else None
         if leader is None or any(adapter.stays_merged for adapter in present):
             continue
         same = set(leader.layers).intersection(names) == set(host.layers).intersection(names)
         if same and _weight(leader) is _weight(host):
             found[host.path] = leader
     return found
+
+
+def _shares_all(adapter: AdapterLayer) -> bool:
+    return all(suffix in adapter.leaders for suffix, _ in adapter.named_slots())
 
 
 def _weight(host: Host) -> nn.Parameter | None:
@@ -206,8 +240,17 @@ def merged_tensors(host: Host, names: Iterable[str], safe: bool) -> Merged:
     """The base tensors of a layer with the adapters in them, one after the other; whole, also where they are divided."""
     # One layer at a time is gathered: methods compute with weights as a whole (norms of rows, products of blocks).
     names = list(names)
-    with whole_tensors(_places(host, {*names, *host.merged})):
+    adapters = {*names, *host.merged}
+    with at_hand(_modules(host, adapters)), whole_tensors(_places(host, adapters)):
         return _merged_tensors(host, names, safe)
+
+
+def _modules(host: Host, adapters: Iterable[str]) -> Iterator[nn.Module]:
+    """The modules that have the tensors that a merge of these adapters on this layer computes with."""
+    yield host.base
+    for adapter in (host.layers[name] for name in adapters if name in host.layers):
+        for layer in (adapter, *adapter.shared):
+            yield from layer.holders()
 
 
 def _places(host: Host, adapters: Iterable[str]) -> Iterator[tuple[Registry, str]]:
@@ -227,10 +270,13 @@ def _merged_tensors(host: Host, names: Iterable[str], safe: bool) -> Merged:
     # Those that take effect now in the order in which they do, whatever the caller's: merging changes no output.
     present = in_order(host.layers, [n for n in active if n in new] if set(new) <= set(active) else new)
     tensors: dict[str, torch.Tensor] = {}
-    if host.merged and any(host.layers[name].shows for name in present):
-        # What is shown is what the base computes with, below all others: begin with the originals again.
+    if host.merged and (host.stored or any(host.layers[name].shows for name in present)):
+        # What is shown is what the base computes with, below all others: begin with the originals again. So it is where
+        # the weight was rounded when it was stored, and would be a second time.
         present = [*host.merged, *present]
         tensors = {name: whole(tensor.detach()) for name, tensor in host.originals.items()}
+        tensors.update({name: shelf.read(entry) for name, (shelf, entry) in host.shelved.items()})
+        tensors.update(before_merging(host))
     for name in present:
         if host.layers[name].shows:
             tensors.update(_replaced(host.base, host.layers[name], tensors))
@@ -238,12 +284,11 @@ def _merged_tensors(host: Host, names: Iterable[str], safe: bool) -> Merged:
         tensors.update(_with_adapter(host.base, host.layers[name], tensors))
         if safe:
             _check_finite(tensors, host.place, name)
-    return Merged(host, new, tensors)
+    return encoded(Merged(host, new, tensors))
 
 
 def _current(layer: nn.Module, so_far: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    own = {name: tensor for name, tensor in layer._parameters.items() if tensor is not None}
-    return {**own, **so_far}
+    return {**dense_tensors(layer), **so_far}
 
 
 def _replaced(layer: nn.Module, adapter: AdapterLayer, so_far: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -16,7 +16,8 @@ from splice.base.sharding import is_tensor_parallel
 from splice.config import PeftConfig
 from splice.errors import UnsupportedLayerError
 from splice.kinds.layer import AdapterLayer
-from splice.kinds.slot import Slot
+from splice.kinds.layout import LaidOut, Layout
+from splice.kinds.slot import Leader, Slot
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,9 @@ class Placement:
         layer_class: the adapter layer to be built.
         slots: every tensor it needs, by suffix.
         own_config: the config of this layer, where it is not the adapter's.
-        leader: the path of the layer of the same adapter whose tensors it shares; empty for all but followers.
+        leaders: suffix -> whose tensor stands there, of those that it shares with another layer of the same adapter.
+        layout: all targets of the adapter, where the adapter layer asks for them; None of all others.
+        in_file: what a checkpoint holds of it, by suffix, where that is in another form than its slots; None of all others.
     """
 
     path: str
@@ -37,7 +40,9 @@ class Placement:
     layer_class: type[AdapterLayer]
     slots: Mapping[str, Slot]
     own_config: PeftConfig | None = None
-    leader: str = ""
+    leaders: Mapping[str, Leader] = field(default_factory=dict)
+    layout: Layout | None = None
+    in_file: Mapping[str, Slot] | None = None
 
     @classmethod
     def of(
@@ -47,8 +52,12 @@ class Placement:
         layer_class: type[AdapterLayer],
         config: PeftConfig,
         own: PeftConfig | None = None,
+        layout: Layout | None = None,
+        new: bool = False,
     ) -> Placement:
         """With the slots that the config asks for; `own` takes the place of `config` where it is given.
+
+        With `new` the adapter is made and not loaded.
 
         Raises:
             UnsupportedLayerError: (a ValueError) each process has a part of the base layer alone, and this adapter layer
@@ -59,14 +68,38 @@ class Placement:
                 f"{path}: tensor parallelism divides its tensors among processes, and this adapter cannot be put on a part "
                 "of a layer. Few can. Leave the layer out of the targets, or load the base without a `tp_plan`."
             )
-        return cls(path, base, layer_class, layer_class.slots(base, own or config, path), own_config=own)
+        if layout is not None:
+            slots = cast(type[LaidOut], layer_class).slots_in(layout, base, config, path)
+            return cls(path, base, layer_class, slots, layout=layout)
+        slots_of, form = layer_class.new_slots if new else layer_class.slots, layer_class.file_form
+        slots = slots_of(base, own or config, path)
+        return cls(path, base, layer_class, slots, own, in_file=form.slots(slots, config) if form.converts else None)
+
+    @property
+    def stored(self) -> Mapping[str, Slot]:
+        """What a checkpoint holds of it and loads read, by suffix; those among them that are not stored are not read."""
+        return self.slots if self.in_file is None else self.in_file
+
+    def initialise(self, tensors: dict[str, torch.Tensor], config: PeftConfig) -> None:
+        """Fill the `tensors` of a new adapter in place, by suffix; `config` is the adapter's."""
+        if self.layout is None:
+            self.layer_class.initialise(tensors, self.base, self.own_config or config)
+        else:
+            cast(type[LaidOut], self.layer_class).initialise_in(self.layout, self.path, tensors, self.base, config)
+
+    @property
+    def leader(self) -> str:
+        """The path of the layer all of whose tensors it shares; empty for all but followers."""
+        if not self.leaders or len(self.leaders) < len(self.slots):
+            return ""
+        return next(iter(self.leaders.values())).path
 
     @cached_property
     def keys(self) -> dict[str, str]:
         """Suffix -> name in the checkpoint."""
         # Kept: planning, checking and reading ask for the same names.
         key = self.layer_class.names.key
-        return {suffix: key(self.path, suffix) for suffix in self.slots}
+        return {suffix: key(self.path, suffix) for suffix in self.stored}
 
     def key(self, suffix: str) -> str:
         """The name of a tensor in the checkpoint."""

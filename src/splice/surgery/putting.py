@@ -9,11 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from splice.base.backends.backend import Stored, moved, place_all, standing
 from splice.base.bare import walk_bare
-from splice.base.dense import as_now, exchange, values_of
+from splice.base.dense import as_now, device_of, exchange, values_of
+from splice.base.offload import Shelf, shelf_of
 from splice.base.sharding import is_divided
 from splice.errors import UnsupportedFeatureError
 from splice.kinds.host import Host, host_of
+from splice.surgery.loss import StorageLoss
 
 
 class Merged(NamedTuple):
@@ -25,6 +28,10 @@ class Merged(NamedTuple):
     names: list[str]
     # New tensors of the base layer by name; a parameter where it is one that another layer has.
     tensors: dict[str, torch.Tensor]
+    # The new weight as the layer stores it, where that is in another way; then it is not among the tensors.
+    stored: Stored = {}
+    # What storing it so has lost; None where it is stored as a plain tensor.
+    loss: StorageLoss | None = None
 
 
 class Before(NamedTuple):
@@ -38,16 +45,30 @@ class Before(NamedTuple):
     originals: dict[str, torch.Tensor]
     # The parameters that change, and the values they had.
     held: dict[str, tuple[nn.Parameter, torch.Tensor]]
+    # `host.stored` as it was.
+    stored: Stored | None = None
+    # What stood where `Merged.stored` goes.
+    replaced: Stored = {}
+    # `host.shelved` as it was.
+    shelved: dict[str, tuple[Shelf, object]] = {}
+    # Where those tensors are kept that change, and what was there.
+    shelves: tuple[tuple[Shelf, object], ...] = ()
 
     @classmethod
     def of(cls, item: Merged) -> Before:
         """As it is now, for what `put` changes."""
         host, held = item.host, {}
+        shelves = []
         for name in item.tensors:
-            parameter = host.base._parameters[name]
+            parameter, shelf = host.base._parameters[name], shelf_of(host.base, name)
             assert parameter is not None
-            held[name] = (parameter, values_of(parameter))
-        return cls(host, list(host.merged), dict(host.originals), held)
+            if shelf is None:
+                held[name] = (parameter, values_of(parameter))
+            else:
+                shelves.append((shelf, shelf.entry))
+        stored = None if host.stored is None else dict(host.stored)
+        replaced, shelved = standing(host.base, item.stored), dict(host.shelved)
+        return cls(host, list(host.merged), dict(host.originals), held, stored, replaced, shelved, tuple(shelves))
 
     def put_back(self) -> None:
         """Make the layer so again."""
@@ -55,6 +76,11 @@ class Before(NamedTuple):
         for name, (parameter, values) in self.held.items():
             exchange(parameter, values)
             host.base._parameters[name] = parameter
+        for shelf, entry in self.shelves:
+            shelf.put(entry)
+        host.shelved = dict(self.shelved)
+        place_all(host.base, self.replaced)
+        host.stored = self.stored
         _count(host, host.merged[len(self.merged) :], -1)
         host.merged[:] = self.merged
         host.originals.clear()
@@ -103,9 +129,13 @@ def put(item: Merged, shared: Collection[int] | None) -> None:
     host = item.host
     registry: dict[str, nn.Parameter | None] = host.base._parameters
     for name, tensor in item.tensors.items():
-        old = registry[name]
+        old, shelf = registry[name], shelf_of(host.base, name)
         assert old is not None
-        if isinstance(tensor, nn.Parameter):
+        if shelf is not None:
+            # Where the values from before are kept they stay, as the module has none between calls.
+            host.shelved.setdefault(name, (shelf, shelf.entry))
+            shelf.put(shelf.written(tensor))
+        elif isinstance(tensor, nn.Parameter):
             host.originals.setdefault(name, old)
             registry[name] = tensor
         elif shared is None or id(old) in shared or name in host.displaced:
@@ -114,6 +144,10 @@ def put(item: Merged, shared: Collection[int] | None) -> None:
             registry[name] = nn.Parameter(tensor, requires_grad=old.requires_grad)
         else:
             host.originals.setdefault(name, exchange(old, tensor))
+    if item.stored:
+        # Not other values in the same parameter: what codes mean stands beside them, in objects that belong to them.
+        host.stored = {**standing(host.base, item.stored), **(host.stored or {})}
+        place_all(host.base, item.stored)
     host.merged.extend(item.names)
     _count(host, item.names, 1)
 
@@ -124,7 +158,9 @@ def take_out(hosts: Sequence[Host]) -> None:
     Raises:
         RuntimeError: some were merged for good; nothing has been changed.
     """
-    final = [host.path for host in hosts if host.merged and not host.originals]
+    final = [
+        host.path for host in hosts if host.merged and not (host.originals or host.shelved) and host.stored is None
+    ]
     if final:
         raise RuntimeError(
             f"{', '.join(map(repr, final[:5]))}: merged for good by a `merge_and_unload` that was cut short, so the weights "
@@ -144,6 +180,12 @@ def take_out(hosts: Sequence[Host]) -> None:
                 exchange(before, back)
             registry[name] = before
         host.originals.clear()
+        for shelf, entry in host.shelved.values():
+            shelf.put(entry)
+        host.shelved.clear()
+        if host.stored is not None:
+            place_all(host.base, moved(host.stored, device_of(host.base)))
+            host.stored = None
         _count(host, host.merged, -1)
         host.merged.clear()
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from splice.base.dense import in_linear_layout
 from splice.base.foreign_models import READ_THE_REGISTERED, forward_places, is_called_from, is_hooked
+from splice.base.weight_access import dense_tensors, is_plain
 from splice.kinds.computing import computing, reading_as
 from splice.kinds.host import Host, host_of, in_order
 from splice.kinds.layer import AdapterLayer
@@ -80,7 +81,7 @@ def _read(layer: nn.Module, host: Host, name: str, own: torch.Tensor | None) -> 
     if host.displaced and host.shows_displaced and host.displaced_by not in names:
         own = host.displaced.get(name, own)
     changing = tuple(n for n in names if _changes(host.layers[n], name))
-    if not changing:
+    if not changing or (not is_plain(layer) and _is_read_by_itself(layer)):
         return own
     reader = _reader(layer)
     if reader is Reader.ITSELF:
@@ -156,7 +157,7 @@ def adapted_tensors(layer: nn.Module, host: Host, names: Sequence[str]) -> dict[
 
     As merging does it, but for copies of the whole layer, whose tensors take the place of the base's here.
     """
-    current: dict[str, torch.Tensor] = {n: tensor for n, tensor in layer._parameters.items() if tensor is not None}
+    current = dense_tensors(layer)
     if host.displaced and host.shows_displaced:
         current.update(host.displaced)
     # What the mathematics of a method reads on the layer is what those before it have made.
@@ -191,6 +192,12 @@ def _is_replaced(layer: nn.Module) -> bool:
         return False
     standing = places[-1].forward
     return not (isinstance(standing, MethodType) and standing.__func__ is type(layer).forward)
+
+
+def _is_read_by_itself(layer: nn.Module) -> bool:
+    """Whether a method of `layer` reads its tensor: one that stores it in a form of its own means that form."""
+    caller = sys._getframe(3)
+    return caller.f_code.co_varnames[:1] == ("self",) and caller.f_locals["self"] is layer
 
 
 _CALL: CodeType = nn.Module._call_impl.__code__

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
+from splice.base.offload import forget_elsewhere, is_offloaded, keep_elsewhere
 from splice.kinds.container import Container, Holder, Owner, Tie
 from splice.kinds.effect import Forward
 from splice.kinds.host import Host, host_of
@@ -38,6 +39,9 @@ def register(adapter: AdapterLayer, name: str, home: Home, owner: Owner | None =
         if nameless is not None:
             _register_nameless(adapter, name, suffix, home)
             continue
+        if adapter.names.is_on_layer(suffix, name):
+            _register_on_layer(adapter, suffix)
+            continue
         container = _container(home, path, adapter.training, adapter.base)
         is_buffer = slot.role is Role.BUFFER
         in_tree = container._buffers if is_buffer else container._parameters
@@ -45,29 +49,37 @@ def register(adapter: AdapterLayer, name: str, home: Home, owner: Owner | None =
         if is_buffer and not slot.stored:
             container._non_persistent_buffers_set.add(name)
         adapter.registered[suffix] = Registered(in_tree, name, slot)
+        if is_offloaded(container):
+            keep_elsewhere(container, name, adapter.tensor(suffix))
         container.__dict__["owner"] = owner
     adapter.loose.clear()
 
 
-def tie(leader: AdapterLayer, follower: AdapterLayer, name: str) -> None:
-    """Have whoever exchanges a parameter that two registered adapter layers called `name` share exchange it in both."""
-    of = follower.transposes if type(follower) is not type(leader) else {}
-    for suffix, there in follower.registered.items():
-        here = leader.registered.get(of.get(suffix, suffix))
-        if here is not None and there.slot.role is not Role.BUFFER:
-            _exchange_together(leader, here, there, name, suffix in of)
-            _exchange_together(follower, there, here, name, suffix in of)
+def tie(layers: Mapping[str, AdapterLayer], follower: AdapterLayer, name: str) -> None:
+    """Have whoever exchanges a parameter that registered adapter layers called `name` share exchange it in all of them."""
+    for suffix, (path, of, transposed) in follower.leaders.items():
+        leader, there = layers[path], follower.registered[suffix]
+        here = leader.registered[of]
+        if there.slot.role is Role.BUFFER:
+            continue
+        first, also = _module_with(leader, of, name), _module_with(follower, suffix, name)
+        if first is None or also is None:
+            continue
+        places = first.ties.get(here.name) or [Tie(here.registry, here.name, False)]
+        places.append(Tie(there.registry, there.name, transposed))
+        for module, key in ((first, here.name), (also, there.name)):
+            module.__dict__.setdefault("ties", {})[key] = places
 
 
-def _exchange_together(adapter: AdapterLayer, own: Registered, other: Registered, name: str, transposed: bool) -> None:
-    home = adapter.home
-    for path in _containers(adapter) if home is not None else ():
-        container = None if home is None else _module_at(home, path.split("."))
-        entry = None if container is None else container._modules.get(name, container)
-        for module in () if entry is None else entry.modules():
-            if isinstance(module, (Container, Holder)) and module._parameters is own.registry:
-                ties = [*module.ties.get(own.name, ()), Tie(other.registry, other.name, transposed)]
-                module.__dict__["ties"] = {**module.ties, own.name: ties}
+def _module_with(adapter: AdapterLayer, suffix: str, name: str) -> Container | Holder | None:
+    """The module in the tree that holds the parameter `suffix` of `adapter`, which is called `name`."""
+    home, registry = adapter.home, adapter.registered[suffix].registry
+    container = None if home is None else _module_at(home, adapter.names.place(suffix).container.split("."))
+    entry = None if container is None else container._modules.get(name, container)
+    for module in () if entry is None else entry.modules():
+        if isinstance(module, (Container, Holder)) and module._parameters is registry:
+            return module
+    return None
 
 
 def unregister(adapter: AdapterLayer, name: str) -> None:
@@ -81,6 +93,9 @@ def unregister(adapter: AdapterLayer, name: str) -> None:
             _unregister_nameless(adapter, suffix, home)
             continue
         path, leaf = adapter.names.place(suffix)
+        if adapter.names.is_on_layer(suffix, name):
+            _unregister_on_layer(adapter, suffix)
+            continue
         # The layer keeps its tensors: whoever still holds it can go on reading them.
         if not leaf and registry is not adapter.loose:
             adapter.loose[path] = registry[name]
@@ -141,6 +156,32 @@ def _unregister_nameless(adapter: AdapterLayer, suffix: str, home: Home) -> None
         if host.displaced_by not in host.merged:  # else it was merged for good, and what is there stays
             adapter.base._parameters[key] = own
     _drop_holders(home, parents)
+
+
+def _register_on_layer(adapter: AdapterLayer, suffix: str) -> None:
+    """Register a tensor as a parameter of the layer itself.
+
+    Raises:
+        ValueError: the layer has something of that name.
+    """
+    base, host = adapter.base, host_of(adapter.base)
+    _, path, slot = adapter.registered[suffix]
+    if host is None or suffix in base._parameters or suffix in base._modules:
+        raise ValueError(f"the base layer has a {suffix!r} of its own, where a tensor of an adapter stands. Rename it.")
+    host.held.add(suffix)  # first, so that what an interrupt cuts short is found
+    base._parameters[suffix] = adapter.loose[path]
+    adapter.registered[suffix] = Registered(cast("dict[str, Any]", base._parameters), suffix, slot)
+
+
+def _unregister_on_layer(adapter: AdapterLayer, suffix: str) -> None:
+    registry, key, slot = adapter.registered[suffix]
+    host, path = host_of(adapter.base), adapter.names.place(suffix).container
+    if registry is not adapter.loose:
+        adapter.loose[path] = registry[key]
+        adapter.registered[suffix] = Registered(adapter.loose, path, slot)
+    if host is not None and suffix in host.held:  # also what an interrupt came before it was noted
+        adapter.base._parameters.pop(suffix, None)
+        host.held.discard(suffix)
 
 
 def _holder(home: Home, parents: list[str], base: nn.Module) -> nn.Module:
@@ -223,6 +264,7 @@ def _drop(home: Home, path: str, name: str) -> None:
     container = way[-1][0][last]
     if not isinstance(container, Container):
         return
+    forget_elsewhere(container, name)
     container.drop(name)
     if len(container):
         return
@@ -237,6 +279,9 @@ def called_through(adapter: AdapterLayer, run: Forward) -> Forward:
     home = adapter.home
     assert home is not None
     roots = [home.added[path.partition(".")[0]] for path in _containers(adapter)]
+    for leader in adapter.shared:
+        assert leader.home is not None
+        roots += [leader.home.added[path.partition(".")[0]] for path in _containers(leader)]
     holders = [module for entry in adapter.entries.values() for module in entry.modules() if isinstance(module, Holder)]
     containers = [module for root in roots for module in root.modules() if isinstance(module, Container)]
 
@@ -275,5 +320,6 @@ def unshare(adapter: AdapterLayer, host: Host) -> None:
 
 def _containers(adapter: AdapterLayer) -> list[str]:
     # In their own order and not as a set: data-parallel processes send buffers to one another in the order of the tree.
-    named = (suffix for suffix in adapter.registered if adapter.names.nameless(suffix) is None)
-    return list(dict.fromkeys(adapter.names.place(suffix).container for suffix in named))
+    names, own = adapter.names, adapter.base._parameters
+    named = (suffix for suffix, item in adapter.registered.items() if item.registry is not own)
+    return list(dict.fromkeys(names.place(suffix).container for suffix in named if names.nameless(suffix) is None))

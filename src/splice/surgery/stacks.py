@@ -80,7 +80,7 @@ class Stacks:
 
         The parameters stay the objects they are. What does not fit stays where it is, and `outside` says why.
         """
-        shared = {layer.leader for layer in layers.values()}
+        shared = {leader.path for layer in layers.values() for leader in layer.leaders.values()}
         number, found, why = self._number(name), dict[str, Stack](), dict[str, str]()
         self.outside.pop(name, None)
         if number is None:
@@ -125,7 +125,7 @@ class Stacks:
         """The stack that the layer's factors fit into, or why they fit into none."""
         if not layer.stacked_names or set(layer.registered) != set(layer.stacked_names):
             return f"a {type(layer).__name__} with {sorted(layer.registered)} is no plain product of two factors"
-        if shared or layer.leader:
+        if shared or layer.leaders:
             return "it shares its tensors with a layer that is tied to it"
         a, b = (layer.tensor(suffix) for suffix in layer.stacked_names)
         if type(a) is not nn.Parameter or type(b) is not nn.Parameter or a.is_meta:

@@ -12,7 +12,6 @@ from torch import nn
 
 from splice.base.bare import TUNER, carried, walk_bare
 from splice.base.foreign_models import loss_of
-from splice.base.routing import gets_sorted_tokens
 from splice.base.sharding import divide_again
 from splice.checkpoint.keys import PREFIX
 from splice.checkpoint.types import PeftType
@@ -26,19 +25,20 @@ from splice.kinds.module_copy import WholeModule
 from splice.kinds.network import NetworkLayer
 from splice.kinds.registry import method_named, method_of, question
 from splice.kinds.shared import SharedTensors
-from splice.kinds.slot import Role
-from splice.kinds.tensors import Home, Registered
+from splice.kinds.tensors import Home
 from splice.selection import BASE, Rows, Selection
 from splice.surgery.adapted_layer import Adapted, is_whole
 from splice.surgery.attach import attach
 from splice.surgery.base_changes import BaseChanges
 from splice.surgery.configs import Configs
 from splice.surgery.detach import detach
+from splice.surgery.in_order import InOrder
 from splice.surgery.merging import adapters_to_merge, merge, merge_for_good, note_untied, unmerge
 from splice.surgery.placement import Built
 from splice.surgery.registering import register, tie, unregister
 from splice.surgery.spellings import guard_parents
 from splice.surgery.stacks import Stacks
+from splice.surgery.trained import Trained
 from splice.surgery.tuner_attributes import TunerViews
 from splice.surgery.weight_readers import weight_readers
 
@@ -91,12 +91,8 @@ class Tuner(TunerViews, nn.Module):
         self.reading: dict[type[ReadsCall], dict[str, None]] = {}
         # What each adapter's own method adds to the loss.
         self.loss_terms: dict[str, Callable[[Adapters, str], torch.Tensor]] = {}
-        # Adapters whose tensors may require grad: a switch need not look at the flags of all others.
-        self._trainable: set[str] = set()
-        # For each adapter that was ever switched, where its trained tensors are registered.
-        self._places: dict[str, list[Registered]] = {}
-        # For each adapter that was ever in a mixed batch, its first layer that gets sorted tokens; empty for none.
-        self._sorted: dict[str, str] = {}
+        self._trained = Trained(self.placed)
+        self._in_order = InOrder()
         self._base_changes = BaseChanges()
         # Slots for the factors of adapters; None while none are reserved.
         self.reserved_slots: Stacks | None = None
@@ -126,7 +122,7 @@ class Tuner(TunerViews, nn.Module):
         if loss is not None:
             for name in self.selection.current().names:
                 term = self.loss_terms.get(name)
-                if term is not None and name in self._trainable:
+                if term is not None and name in self._trained:
                     loss = loss + term(self, name)
             cast(_HasLoss, output).loss = loss
         return output
@@ -204,14 +200,16 @@ class Tuner(TunerViews, nn.Module):
             path, base = item.placement.path, item.placement.base
             if isinstance(item.layer, SharedTensors):
                 continue
-            home = self.around if isinstance(item.layer, NetworkLayer) else None
+            home = None
+            if isinstance(item.layer, NetworkLayer):
+                home = Home(self._modules, self.added, self.model) if item.layer.on_tuner else self.around
             if item.layer.names.above:
                 above = self.adapted[path.rpartition(".")[0]].splice_host
                 home = Home(above.base._modules, above.added, above.base)
             attach(base, path, name, item.layer, self.selection, readers, home, self.model)
             self.adapted[path] = cast(Adapted, base)
-            if item.layer.leader:  # which is attached by now
-                tie(self.placed[name][item.layer.leader], item.layer, name)
+            if item.layer.leaders:  # which are attached by now
+                tie(self.placed[name], item.layer, name)
         self.take_slot(name)
         guard_parents(modules, self.adapted, self._base_changes.looking_ahead)
         if freeze_base:
@@ -253,7 +251,7 @@ class Tuner(TunerViews, nn.Module):
         placed = self.placed.get(name, {})
         if placed.pop(path, None) is None:
             return
-        self._places.pop(name, None)
+        self._trained.moved(name)
         if not isinstance(self.adapted.get(path), Adapted):
             self.adapted.pop(path, None)
         if any(not isinstance(layer, SharedTensors) for layer in placed.values()):
@@ -292,9 +290,8 @@ class Tuner(TunerViews, nn.Module):
             told.pop(name, None)
         self.reading = {layer_class: told for layer_class, told in self.reading.items() if told}
         self.loss_terms.pop(name, None)
-        self._trainable.discard(name)
-        self._places.pop(name, None)
-        self._sorted.pop(name, None)
+        self._trained.forget(name)
+        self._in_order.forget(name)
 
     def stack_layers(self, config: PeftConfig) -> bool:
         """Let the network use its layers as often as `config` says; whether that changed it."""
@@ -381,8 +378,9 @@ class Tuner(TunerViews, nn.Module):
     def train_only(self, names: Sequence[str]) -> None:
         """Make the tensors of these adapters trainable, and those of all others not."""
         if self.selection.flags_changed:  # on some layer alone: nothing is known of any adapter
-            self._trainable, self.selection.flags_changed = set(self.placed), False
-        for name in self._trainable.difference(names):
+            self._trained.suspect_all()
+            self.selection.flags_changed = False
+        for name in self._trained.all_but(names):
             self.set_requires_grad(name, False)
         for name in names:
             self.set_requires_grad(name, True)
@@ -394,16 +392,7 @@ class Tuner(TunerViews, nn.Module):
             divide_again(self)
         self.awaits_training |= requires_grad
         for name in names:
-            (self._trainable.add if requires_grad else self._trainable.discard)(name)
-            _set_flags(self._places_of(name), requires_grad)
-
-    def _places_of(self, name: str) -> list[Registered]:
-        """Where the adapter's trained tensors are registered: places stay when the parameters in them are replaced."""
-        found = self._places.get(name)
-        if found is None:
-            layers = self.placed[name].values()
-            found = self._places[name] = [item for layer in layers for item in layer.tensors_by_role(Role.TRAINED)]
-        return found
+            self._trained.set(name, requires_grad)
 
     def enable_adapter_layers(self) -> None:
         """Let the active adapters take effect again; they become trainable."""
@@ -459,7 +448,7 @@ class Tuner(TunerViews, nn.Module):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Add the adapters (the active ones, if none are named) to the base weights; see `surgery/merging.py`."""
         names = adapters_to_merge(self.hosts.values(), self.selection, self.peft_config, adapter_names)
-        merge(self.model, self.hosts, self.selection, names, safe_merge)
+        self.merge_report = merge(self.model, self.hosts, self.selection, names, safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Give every merged layer back the very parameters it had before."""
@@ -495,7 +484,7 @@ class Tuner(TunerViews, nn.Module):
     ) -> nn.Module:
         """The network with the adapters in its weights and nothing else left of them. This object is done with."""
         names = adapters_to_merge(self.hosts.values(), self.selection, self.peft_config, adapter_names)
-        merge_for_good(self.model, self.hosts, names, safe_merge, progressbar)
+        self.merge_report = merge_for_good(self.model, self.hosts, names, safe_merge, progressbar)
         network = self._take_off(names or self.active_adapters, keep_layers=True)
         note_untied(network)
         return network
@@ -555,22 +544,8 @@ class Tuner(TunerViews, nn.Module):
         """
         rows = Rows(tuple(adapter_names), may_repeat)
         if not rows.alike:
-            self._check_in_order(adapter_names)
+            self._in_order.check(adapter_names, self.placed, self.adapted)
         return rows
-
-    def _check_in_order(self, names: Iterable[str]) -> None:
-        """Raise where a layer of these adapters gets tokens whose rows nobody can tell."""
-        for name in dict.fromkeys(names):
-            if name not in self._sorted:
-                hosts = ((path, self.hosts[path]) for path in self.placed.get(name, ()) if path in self.adapted)
-                self._sorted[name] = next((p for p, host in hosts if gets_sorted_tokens(p, host.original.__name__)), "")
-            path = self._sorted[name]
-            if path:
-                raise ValueError(
-                    f"Cannot pass different `adapter_names` with the adapter {name!r}: its layer {path!r} is inside an "
-                    "expert, which gets tokens that were sorted, and to which row each belongs cannot be told there. Call "
-                    "the model once for each adapter, or train without target modules in experts."
-                )
 
     def _load_from_state_dict(
         self, state_dict: dict[str, object], prefix: str, local_metadata: object, strict: bool, *lists: list[str]
@@ -581,15 +556,6 @@ class Tuner(TunerViews, nn.Module):
                 if key[len(prefix) :].partition(".")[0] in self.model._modules:
                     state_dict[f"{prefix}model.{key[len(prefix) :]}"] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
-
-
-def _set_flags(places: Iterable[Registered], requires_grad: bool) -> None:
-    for registry, key, _ in places:
-        try:
-            registry[key].requires_grad = requires_grad
-        except RuntimeError:
-            # No leaf (under FSDP) or no float. Asking each one first would double the time of a switch.
-            continue
 
 
 def tuner_of(model: nn.Module) -> tuple[Tuner, str]:

@@ -13,6 +13,7 @@ from splice.kinds.layer import AdapterLayer
 from splice.kinds.matching import TargetMatcher, matching_parameters
 from splice.kinds.registry import Method, method_of
 from splice.surgery.layer_classes import layer_classes
+from splice.surgery.loss import MergeReport
 
 
 class TunerViews:
@@ -20,6 +21,8 @@ class TunerViews:
 
     peft_config: dict[str, PeftConfig]
     placed: dict[str, dict[str, AdapterLayer]]
+    # What the last merge did; None before the first.
+    merge_report: MergeReport | None = None
 
     @property
     def _first_method(self) -> Method:

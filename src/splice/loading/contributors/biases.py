@@ -30,7 +30,9 @@ def biases(draft: Draft) -> None:
             if placement is not None:
                 result.append(placement)
         elif placement is not None:
-            result.append(replace(placement, slots={**placement.slots, BIAS: bias_slot(module)}))
+            bias = {BIAS: bias_slot(module)}
+            in_file = None if placement.in_file is None else {**placement.in_file, **bias}
+            result.append(replace(placement, slots={**placement.slots, **bias}, in_file=in_file))
         elif which == "all":
             # With a config that says nothing: a bias is a bias, whatever the method.
             result.append(Placement.of(path, module, BiasOnly, PeftConfig()))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from splice.config import PeftConfig, TargetRule
 from splice.kinds.layer import AdapterLayer
+from splice.kinds.layout import LaidOut, Layout
 from splice.kinds.registry import Method
 from splice.loading.plan import Plan, Repeated
 from splice.loading.tying import Tying
@@ -26,8 +27,10 @@ class Draft:
         modules: all modules of `network`, by path.
         heads: names of task heads, which are saved whole beside what the config names.
         is_new: whether the adapter is made and not loaded.
+        held: the keys of a checkpoint that it is loaded from.
         rule: what the config selects, as far as it has been worked out.
         tied: what follows the input embeddings.
+        layout: all targets, of methods whose adapter layers ask for them; None of all others.
         placements: the adapter layers so far, in their final order.
         followers: those that share the tensors of others.
         resolved: values for fields that the config leaves open.
@@ -42,8 +45,10 @@ class Draft:
     modules: Mapping[str, nn.Module]
     heads: Sequence[str] = ()
     is_new: bool = False
+    held: Collection[str] = ()
     rule: TargetRule = field(default_factory=TargetRule)
     tied: Tying = field(default_factory=Tying)
+    layout: Layout | None = None
     placements: list[Placement] = field(default_factory=list)
     followers: list[Placement] = field(default_factory=list)
     resolved: dict[str, object] = field(default_factory=dict)
@@ -58,7 +63,8 @@ class Draft:
 
     def place(self, path: str, base: nn.Module, layer_class: type[AdapterLayer]) -> None:
         """Add an adapter layer of `layer_class` on `base`, and what it says about fields that the config leaves open."""
-        self.placements.append(Placement.of(path, base, layer_class, self.config))
+        layout = self.layout if self.layout is None or issubclass(layer_class, LaidOut) else None
+        self.placements.append(Placement.of(path, base, layer_class, self.config, layout=layout, new=self.is_new))
         self.resolved.update(layer_class.resolved(base, self.config))
 
     def by_path(self) -> dict[str, Placement]:

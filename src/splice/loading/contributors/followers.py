@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from torch import nn
 
 from splice.base.layers import kind_of
 from splice.errors import UnsupportedFeatureError
 from splice.kinds.module_copy import WholeModule
+from splice.kinds.slot import Leader
 from splice.kinds.token_rows import TokenRowsBeside
 from splice.loading.contributors.draft import Draft
-from splice.loading.plan import Repeated
+from splice.loading.plan import repeats
 from splice.surgery.placement import Placement
 
 
@@ -41,7 +42,7 @@ def followers(draft: Draft) -> None:
             )
         follower = _follower(path, draft.modules[path], leader, draft)
         draft.followers.append(follower)
-        draft.repeated.update(_repeated(follower, leader))
+        draft.repeated.update(repeats(follower, by_path))
 
 
 def _follower(path: str, base: nn.Module, leader: Placement, draft: Draft) -> Placement:
@@ -58,13 +59,7 @@ def _follower(path: str, base: nn.Module, leader: Placement, draft: Draft) -> Pl
                 "or set it to False."
             )
     own = leader.own_config
-    return Placement(path, base, cls, cls.slots(base, own or config, path), own_config=own, leader=leader.path)
-
-
-def _repeated(follower: Placement, leader: Placement) -> Iterator[tuple[str, Repeated]]:
-    """The keys of a follower's tensors, and which tensors of its leader they repeat."""
-    same = follower.layer_class is leader.layer_class
-    transposed: Mapping[str, str] = {} if same else follower.layer_class.transposes
-    for suffix in follower.slots:
-        of = transposed.get(suffix, suffix)
-        yield follower.key(suffix), Repeated(leader.key(of), suffix in transposed)
+    slots = cls.slots(base, own or config, path)
+    turned: Mapping[str, str] = {} if cls is leader.layer_class else cls.transposes
+    leaders = {suffix: Leader(leader.path, turned.get(suffix, suffix), suffix in turned) for suffix in slots}
+    return Placement(path, base, cls, slots, own, leaders)

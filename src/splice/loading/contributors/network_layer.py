@@ -16,9 +16,15 @@ def network_layer(draft: Draft) -> None:
     if layer_class is None:
         return
     path = layer_class.place(draft.network, draft.config)
-    # While it is trained it may have more tensors than a checkpoint holds; a load brings those of the checkpoint.
-    if draft.is_new and not draft.config.inference_mode:
-        layer_class = layer_class.for_training(draft.config)
-    draft.placements.append(Placement.of(path, draft.modules[path], layer_class, draft.config))
+    placed = Placement.of(path, draft.modules[path], layer_class, draft.config)
+    trained_class = layer_class.for_training(draft.config)
+    if trained_class is not layer_class:
+        # While it is trained it has more tensors than are needed to use it; a checkpoint may hold them or not.
+        trained = Placement.of(path, draft.modules[path], trained_class, draft.config)
+        keys = frozenset(trained.keys.values()).difference(placed.keys.values())
+        if not draft.config.inference_mode and (draft.is_new or keys <= set(draft.held)):
+            placed, keys = trained, frozenset(placed.keys.values()).difference(trained.keys.values())
+        draft.redundant |= keys
+    draft.placements.append(placed)
     # Asked of the network and not of that module: only the network's config knows the sizes.
     draft.resolved.update(layer_class.resolved(draft.network, draft.config))

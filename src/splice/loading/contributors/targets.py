@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from splice.errors import UnsupportedLayerError
+from torch import nn
+
+from splice.base.layers import kind_of
+from splice.errors import UnsupportedLayerError, counted, warn
+from splice.kinds.layout import LaidOut, Layout
 from splice.loading.contributors.draft import Draft
 from splice.loading.targets import select
 
@@ -19,6 +23,10 @@ def targets(draft: Draft) -> None:
     selected = select(draft.rule, draft.modules)
     for path in draft.tied.left_out:
         selected.pop(path, None)
+    if draft.method.passes_over:
+        selected = _able(draft, selected)
+    if any(issubclass(layer_class, LaidOut) for layer_class in draft.method.layers.values()):
+        draft.layout = Layout(selected)
     for path, base in selected.items():
         layer_class = draft.method.layer_for(base, path, draft.config)
         draft.place(path, base, layer_class)
@@ -30,3 +38,15 @@ def targets(draft: Draft) -> None:
                     "with `exclude_modules`."
                 )
             draft.place(below, base.get_submodule(below[len(path) + 1 :]), companion)
+
+
+def _able(draft: Draft, selected: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Those that the method can be put on; all of them, for the error that it brings, where that is none."""
+    able = {path: base for path, base in selected.items() if kind_of(base) in draft.method.layers}
+    others = [path for path in selected if path not in able]
+    if others and able and draft.is_new:
+        warn(
+            f"{draft.method.name.value} cannot be put on {counted(len(others), 'target')} ({', '.join(others[:3])}), and "
+            "leaves them as they are."
+        )
+    return able or selected

@@ -98,7 +98,9 @@ class _Mender:
         if found is not None or wanted.method.network_layer is not None:
             return found or self._tried(self.config, names)
         layers = _layers(names, self.checkpoint.entries, wanted.method)
-        moves = find_moves(list(layers), wanted.modules, wanted.network, self._fits(layers)) if layers else []
+        if not layers:  # only what all layers share, which is nowhere and so cannot have moved
+            return self._tried(self._with_heads_and_biases(names), names)
+        moves = find_moves(list(layers), wanted.modules, wanted.network, self._fits(layers))
         # Of several that are equally good none is taken: a wrong one computes something, and nobody would notice.
         if len(moves) > 1:
             self.hints.append(_choices(moves))
@@ -128,8 +130,7 @@ class _Mender:
             self.notes.append(move.said)
         names = {_moved_name(name, move, wanted.method): own for name, own in names.items()}
         names = self._without_repeats(names) if move.said else names
-        config, notes, self.lacks_biases = with_heads_and_biases(self.config, names, wanted)
-        self.notes += notes
+        config = self._with_heads_and_biases(names)
         if not wanted.follows_config:
             return self._tried(self.config, names)
         # The config as it is, if it says the same of the layers where they are now: then the adapter stays as its author
@@ -145,6 +146,12 @@ class _Mender:
         self.notes += cover.notes
         found = self._tried(explicit(config, move, wanted.modules, cover.rule), names)
         return None if found is None else found._replace(warnings=cover.left_out)
+
+    def _with_heads_and_biases(self, names: dict[str, str]) -> PeftConfig:
+        """The config as these names have it, where they tell of heads that it does not name."""
+        config, notes, self.lacks_biases = with_heads_and_biases(self.config, names, self.wanted)
+        self.notes += notes
+        return config
 
     def _tried(self, config: PeftConfig, names: dict[str, str]) -> Fitted | None:
         """The fit of the checkpoint under these names; None where that is not good enough to be followed."""
@@ -181,9 +188,10 @@ class _Mender:
 def _layers(names: Mapping[str, str], entries: Mapping[str, Entry], method: Method) -> dict[str, dict[str, Entry]]:
     """The layers that these names speak of: path -> suffix -> entry."""
     layers: dict[str, dict[str, Entry]] = {}
+    again = frozenset[str]() if method.shared is None else method.shared.written_on_layers
     for name, own in names.items():
         key = parse_key(name, method.tensor_names)
-        if key is not None:
+        if key is not None and key.suffix not in again:
             layers.setdefault(key.path, {})[key.suffix] = entries[own]
     return layers
 

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from splice.base.caches import cache_in, cache_of, length_of, note_tokens, sequences_of, tokens_in
-from splice.base.foreign_models import field_of, uses_checkpointing
+from splice.base.foreign_models import field_of
 from splice.base.routing import gets_sorted_tokens
 from splice.config import PeftConfig
 from splice.errors import PeftWarning, warn
 from splice.kinds.adapters import Adapters
-from splice.kinds.call import Call, ReadsCall
+from splice.kinds.call import Call, ReadsCall, Telling
 from splice.kinds.effect import Forward
 from splice.kinds.scale import add_scaled
 from splice.methods.lora.config import LoraConfig
@@ -44,12 +43,6 @@ class Window(NamedTuple):
     batch: int
 
 
-_RECOMPUTED_TWICE = (
-    "aLoRA: with gradient checkpointing there were two forwards with other invocations before one backward, and blocks that "
-    "are computed again cannot tell them apart. Call `backward` after each forward."
-)
-
-
 @dataclass
 class Invocations:
     """Where the invocations of a call begin.
@@ -57,14 +50,10 @@ class Invocations:
     Attributes:
         starts: tokens of an invocation -> (batch), the position from which its adapters take effect; `NOWHERE` for none.
         window: the positions that the network computes now.
-        recomputed: whether blocks compute themselves again in the backward.
     """
 
     starts: Mapping[Tokens, torch.Tensor]
     window: Window
-    recomputed: bool = False
-    # Whether a block that computed itself again has asked for these.
-    used: bool = field(default=False, compare=False)
 
     def active(self, tokens: Tokens, device: torch.device) -> torch.Tensor:
         """(batch, T): the positions of the window at which the adapter takes effect."""
@@ -75,15 +64,13 @@ class Invocations:
         return torch.arange(first, first + steps, device=device) >= starts.unsqueeze(1)
 
 
-_of_this_call: ContextVar[Invocations | None] = ContextVar("splice_invocations", default=None)
+_of_this_call: Telling[Invocations] = Telling("aLoRA", "invocations")
 
 
 class AloraLinear(ReadsCall, OnLinear):
     """aLoRA on a linear layer, stored either way round."""
 
     mergeable = False
-    last: Invocations | None = None
-    ambiguous: bool = False
 
     def prepare(self, base: nn.Module, config: LoraConfig, path: str) -> None:
         super().prepare(base, config, path)
@@ -102,7 +89,7 @@ class AloraLinear(ReadsCall, OnLinear):
 
     def _at(self, x: torch.Tensor, inner: Forward, rows: torch.Tensor | None) -> torch.Tensor:
         y: torch.Tensor = inner(x)
-        invocations = self._invocations()
+        invocations = _of_this_call.heard_by(self)
         if invocations is None:
             return y
         mask = self._mask(invocations, x, rows)
@@ -133,26 +120,6 @@ class AloraLinear(ReadsCall, OnLinear):
             )
         return active.reshape(x.shape[:-1])
 
-    def _invocations(self) -> Invocations | None:
-        """Those of the running call; of the last one, where the backward computes a block again.
-
-        Raises:
-            ValueError: there were two such calls.
-        """
-        found = _of_this_call.get()
-        if found is None:
-            if torch._C._current_graph_task_id() == -1:  # outside of any backward: the network is called without us
-                return None
-            if self.ambiguous:
-                raise ValueError(_RECOMPUTED_TWICE)
-            if self.last is not None:
-                self.last.used = True
-            return self.last
-        if found.recomputed and found is not self.last:
-            self.ambiguous = self.last is not None and not self.last.used
-            self.last = found
-        return found
-
 
 def _tokens_of(config: PeftConfig) -> Tokens:
     assert isinstance(config, LoraConfig) and config.alora_invocation_tokens is not None
@@ -171,18 +138,11 @@ def _invoked(adapters: Adapters, names: Sequence[str], call: Call) -> Iterator[N
         raise ValueError("aLoRA does not support beam search (`num_beams` > 1): rows change places between steps.")
     tokens = {_tokens_of(adapters.peft_config[name]) for name in names}
     seen = _seen(call)
-    # In training alone: the question walks through all modules.
-    again = adapters.training and torch.is_grad_enabled()
-    recomputed = again and uses_checkpointing(adapters.model.modules())
     window = Window(seen.cached, seen.length - seen.cached, seen.batch)
-    invocations = Invocations(_all_starts(tokens, seen, given), window, recomputed)
+    invocations = Invocations(_all_starts(tokens, seen, given), window)
     follows = _following(adapters.model, invocations) if call.generates else nullcontext()
-    token = _of_this_call.set(invocations)
-    try:
-        with follows:
-            yield
-    finally:
-        _of_this_call.reset(token)
+    with _of_this_call.during(adapters, invocations), follows:
+        yield
     _note(call, seen)
 
 
@@ -235,7 +195,7 @@ def _following(network: nn.Module, invocations: Invocations) -> Iterator[None]:
         named = (options.get("input_ids"), options.get("inputs_embeds"), *args)
         main = next((value for value in named if isinstance(value, torch.Tensor)), None)
         # Another thread may call the network meanwhile.
-        if main is not None and _of_this_call.get() is invocations:
+        if main is not None and _of_this_call.now is invocations:
             invocations.window = Window(length_of(cache_in(options)), main.shape[1], len(main))
 
     hook = network.register_forward_pre_hook(look, with_kwargs=True)

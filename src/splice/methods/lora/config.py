@@ -12,6 +12,7 @@ from splice.errors import UnsupportedFeatureError, warn
 from splice.methods.lora.inits import LOFTQ, check_init, takes_from_base
 from splice.methods.lora.subconfigs import (
     SUBCONFIGS,
+    ArrowConfig,
     BdLoraConfig,
     CordaConfig,
     EvaConfig,
@@ -118,9 +119,9 @@ class LoraConfig(Targeted):
     velora_config: VeloraConfig | dict[str, object] | None = None
     # aLoRA: ids of the tokens that switch the adapter on, from their last occurrence in a row; None: it is always on.
     alora_invocation_tokens: list[int] | None = None
-    # Whether to train QA-LoRA, on weights quantised by GPTQ, which splice cannot adapt. No effect.
+    # Whether to train QA-LoRA on layers that are stored by GPTQ; on all others it has no effect.
     use_qalora: bool = False
-    # How many inputs QA-LoRA averages. No effect.
+    # How many inputs QA-LoRA averages: it divides those of each layer, and should be the size of GPTQ's groups.
     qalora_group_size: int = 16
     # MonteCLoRA, which adds learned noise to A in training: a `MontecloraConfig`, or a dict of its fields; None for none.
     monteclora_config: MontecloraConfig | dict[str, object] | None = None
@@ -134,8 +135,8 @@ class LoraConfig(Targeted):
     target_parameters: list[str] | None = None
     # BD-LoRA, whose A or B is block-diagonal: a `BdLoraConfig`, or a dict of its fields; None for none.
     use_bdlora: BdLoraConfig | dict[str, object] | None = None
-    # Arrow, which chooses among other adapters for each token. Refused where it is set.
-    arrow_config: object = None
+    # Arrow, which chooses among other adapters for each token: an `ArrowConfig`, or a dict of its fields; None for none.
+    arrow_config: ArrowConfig | dict[str, object] | None = None
     # KaSA, which trains r singular values anew, the smallest: a `KasaConfig`, or a dict of its fields; None for none.
     kasa_config: KasaConfig | dict[str, object] | None = None
     # Whether layers that share the weight of the input embeddings share their adapter's tensors as well.
@@ -213,10 +214,15 @@ def _complete_init(config: LoraConfig) -> None:
 
 
 # Relatives of LoRA, by the fields that ask for them. At most one can be asked for.
-VARIANTS = ("use_dora", "alora_invocation_tokens", "use_bdlora", "kasa_config", "velora_config", "monteclora_config")
-# Fields that change the output when they are set, and that nothing here honours yet. Not among them are those about layers
-# that no base can have here: Megatron's own (`megatron_config`) and GPTQ's (`use_qalora`) are refused as layers.
-NOT_HONOURED = ("arrow_config",)
+VARIANTS = (
+    "use_dora",
+    "alora_invocation_tokens",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "velora_config",
+    "monteclora_config",
+)
 
 
 def active_variants(config: LoraConfig) -> list[str]:
@@ -244,13 +250,7 @@ def check(config: LoraConfig) -> None:
         )
     if config.target_parameters and variants:
         raise ValueError(f"`target_parameters` does not work with `{variants[0]}`.")
-    asked = {name: getattr(config, name) for name in NOT_HONOURED if getattr(config, name) not in (None, False, [])}
     check_init(config.init_lora_weights)
-    if asked:
-        raise UnsupportedFeatureError(
-            f"this LoRA asks for {asked}, which changes what the adapter computes and is not supported yet. "
-            "It is refused rather than loaded as plain LoRA."
-        )
 
 
 def loftq_options(config: LoraConfig) -> tuple[int, int]:

@@ -91,7 +91,8 @@ def convert_to_lora(
     tensors: dict[str, torch.Tensor] = {}
     for path, layer in _with_progress(layers, progressbar):
         if isinstance(layer, WholeModule):
-            own = {layer.names.key(path, suffix): tensor for suffix, tensor in layer.file_form.to_file(layer)}
+            stored = layer.file_form.to_file(layer, dict(layer.named_slots()))
+            own = {layer.names.key(path, suffix): tensor for suffix, tensor in stored}
             tensors.update({front + key.removeprefix(PREFIX): tensor.detach().clone() for key, tensor in own.items()})
             continue
         update = _update(layer, path)
@@ -181,7 +182,7 @@ def _why_not(layer: AdapterLayer) -> str:
         return "does more than to add something that the input alone decides"
     if not layer.mergeable or not layer.linear_layout or not layer.merges_exactly:
         return "changes no weight"
-    if layer.leader or layer.own_config is not None:
+    if layer.leaders or layer.own_config is not None:
         return "shares its tensors with another layer"
     if layer.delta_bias() is not None:
         return "adds to the bias as well"

@@ -13,15 +13,17 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
+from splice.base.weight_access import bias_of
 from splice.errors import UnsupportedFeatureError
 from splice.kinds.effect import Action, Factors, Forward
 from splice.kinds.names import LayerNames, Place
-from splice.kinds.original import original_weight, tensor_in_use
+from splice.kinds.original import original_weight, scaled_bias, tensor_in_use
 from splice.kinds.scale import Scale, add_scaled
 from splice.kinds.slot import Slot
 from splice.kinds.tensors import Held
 from splice.kinds.weight_delta import operation_of
 from splice.methods.lora.config import LoraConfig
+from splice.methods.lora.dora_caching import DoraCaching, Measured, state_of
 from splice.methods.lora.layers import LowRank, OnConvolution, OnEmbedding, OnLinear
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -36,11 +38,13 @@ class Dora(LowRank):
     magnitude = Held(MAGNITUDE)
     # Whether the base has a bias, which keeps its size.
     has_bias: bool = False
+    # Norms that are kept between calls; None while they are not.
+    measured: Measured | None = None
 
     def prepare(self, base: nn.Module, config: LoraConfig, path: str) -> None:
         super().prepare(base, config, path)
         self.operation = operation_of(base)
-        self.has_bias = base._parameters.get("bias") is not None
+        self.has_bias = bias_of(base) is not None
 
     @classmethod
     def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: LoraConfig) -> None:
@@ -73,7 +77,14 @@ class Dora(LowRank):
     @torch.no_grad()
     def norm(self, weight: torch.Tensor) -> torch.Tensor:
         """n(W + D), of as many dimensions as the weight."""
-        return self.sizes(self.total(weight))
+        if not DoraCaching.on or self.training:
+            self.measured = None
+            return self.sizes(self.total(weight))
+        # `weight` itself may have been worked out for this call.
+        of = (*state_of((self.a, self.b, self.base._parameters.get("weight"))), weight.dtype, self.scale)
+        if self.measured is None or self.measured.of != of:
+            self.measured = Measured(of, self.sizes(self.total(weight)))
+        return self.measured.norm
 
     def ratio(self, weight: torch.Tensor) -> torch.Tensor:
         """m / n(W + D), so shaped that it multiplies the weight."""
@@ -94,7 +105,7 @@ class Dora(LowRank):
             # The part of the base in the correction sees the dropped input too, the output of the base does not.
             out = y + (ratio - 1) * self.operation(h, weight) + ratio * (self.scale * self.delta(h))
             return out.to(y.dtype)
-        bias = tensor_in_use(self.base, "bias") if self.has_bias else None
+        bias = tensor_in_use(self.base, "bias", self) if self.has_bias else None
         if bias is None:
             out = add_scaled(y, self.delta(h), self.scale) * ratio
         else:
@@ -117,11 +128,12 @@ class Dora(LowRank):
 
     def deltas(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         found = super().deltas(tensors)
-        below = tensor_in_use(self.base, "bias") if self.has_bias else None
-        if below is not None:  # what others have added to the bias is scaled like all else that they add
+        if self.has_bias:
             ratio = self.on_output(self.ratio(self.base_weight(self.magnitude.dtype))).flatten()
-            added = tensors["bias"] - below.detach() + found.get("bias", 0.0)
-            found["bias"] = (ratio - 1) * added + found.get("bias", 0.0)
+            own, below = found.get("bias"), scaled_bias(self, tensors, ratio)
+            parts = [part for part in (below, None if own is None else ratio * own) if part is not None]
+            if parts:
+                found["bias"] = torch.stack(parts).sum(0)
         return found
 
 

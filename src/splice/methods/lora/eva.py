@@ -446,7 +446,7 @@ def _tensors(layers: Mapping[str, AdapterLayer], start: Mapping[str, torch.Tenso
     """All tensors of the adapter as it starts, by their keys."""
     found = {}
     for path, layer in layers.items():
-        for suffix, tensor in layer.file_form.to_file(layer):
+        for suffix, tensor in layer.file_form.to_file(layer, dict(layer.named_slots())):
             if path in start and not len(start[path]):
                 continue
             value = tensor.detach()

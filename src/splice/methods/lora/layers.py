@@ -76,6 +76,10 @@ class LowRank(Additive):
     def delta(self, x: torch.Tensor) -> torch.Tensor:
         return self.up(self.down(x))
 
+    def weighted(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        # In between, where a token has r features and not as many as come out.
+        return self.scale * self.up(self.down(x) * weights.to(self.a.dtype))
+
     def plain(self) -> Factors:
         """A and B, of their own shapes, with which plain LoRA of this scale computes what this layer does, but for a bias.
 

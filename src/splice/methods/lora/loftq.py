@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from splice.base.weight_access import is_plain
 from splice.errors import UnsupportedFeatureError
 from splice.kinds.effect import Effect, Factors
 from splice.kinds.original import original_weight
@@ -30,7 +31,7 @@ _NF4 = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-# What bitsandbytes multiplies with in the place of 1 / 127.
+# What the kernels of 8-bit layers multiply with in the place of 1 / 127.
 _INT8_STEP = 7.874015718698502e-3
 
 
@@ -83,6 +84,12 @@ class LoftqLinear(OnLinear):
 
     def prepare(self, base: nn.Module, config: LoraConfig, path: str) -> None:
         super().prepare(base, config, path)
+        if not is_plain(base):
+            raise UnsupportedFeatureError(
+                f"{path}: `init_lora_weights='loftq'` puts a rounded weight in the place of the base's, and this base is "
+                "quantised already. Load the adapter with `init_lora_weights=True` (it was trained beside such a base), or "
+                "begin a new one so and call `replace_lora_weights_loftq`."
+            )
         self.bits, self.rounds = loftq_options(config)
         self._quantise()
 

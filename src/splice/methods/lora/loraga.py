@@ -22,7 +22,7 @@ from torch import nn
 from splice.base.bare import carried
 from splice.base.dense import device_of, in_linear_layout
 from splice.base.layers import LayerKind, features, kind_of
-from splice.base.weight_access import why_unwritable
+from splice.base.weight_access import is_plain, why_unwritable
 from splice.config import copy_config
 from splice.discovery import public
 from splice.errors import UnsupportedLayerError
@@ -79,7 +79,7 @@ def preprocess_loraga(
     check_options(options)
     targets = {path: layer for path, layer in targets_of(lora_config, model).items() if kind_of(layer) in _LINEAR}
     for path, layer in targets.items():
-        reason = why_unwritable(layer)
+        reason = why_unwritable(layer) if is_plain(layer) else "it is stored in a form that has none"
         if reason:
             raise UnsupportedLayerError(f"{path}: LoRA-GA needs the gradient of the weight: {reason}.")
     place = Path(cache_file) if cache_file else None

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from splice.base.foreign_models import keep_full_states
+from splice.base.backends.marks import keep_full_states
 from splice.discovery import public
 from splice.errors import PeftWarning, warn
 from splice.kinds.host import host_of
@@ -36,7 +36,7 @@ def create_loraplus_optimizer(
 
     Args:
         model: with LoRA.
-        optimizer_cls: AdamW, SGD, or one of bitsandbytes.
+        optimizer_cls: AdamW, SGD, or one with a state of 8 bits.
         lr: learning rate of A.
         loraplus_lr_ratio: that of B divided by that of A; above 1.
         loraplus_lr_embedding: of A and B on embeddings.

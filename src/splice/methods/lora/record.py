@@ -15,6 +15,7 @@ from splice.kinds.layer import AdapterLayer
 from splice.kinds.registry import Method, register
 from splice.methods.default_targets import LORA_TARGETS
 from splice.methods.lora.alora import AloraLinear
+from splice.methods.lora.arrow import ArrowLinear, check_beside_router
 from splice.methods.lora.attention import LoraAttention
 from splice.methods.lora.attributes import CONTAINERS, LAYER_VIEWS, reset_lora_parameters
 from splice.methods.lora.bdlora import BdLoraLinear
@@ -33,10 +34,11 @@ from splice.methods.lora.merged_linear import as_plain
 from splice.methods.lora.mica import MicaEmbedding, MicaLinear
 from splice.methods.lora.monteclora import MontecloraLinear, monteclora_loss
 from splice.methods.lora.parameters import LoraParameters
+from splice.methods.lora.qalora import QaloraLinear, as_plain_elsewhere, is_for
 from splice.methods.lora.residual import TakenDoraLinear, TakenLinear
 from splice.methods.lora.stacked import JOINS, as_stacked
 from splice.methods.lora.swapping import RankSwapping
-from splice.methods.lora.unchanged_base import for_unchanged_base
+from splice.methods.lora.unchanged_base import for_unchanged_base, subtract_mutated_init
 from splice.methods.lora.velora import VeloraLinear
 
 __all__ = ["METHOD", "LoraConfig", "LowRank", "LoraRuntimeConfig", "with_rank"]
@@ -61,6 +63,7 @@ _VARIANTS: Mapping[str, Mapping[LayerKind, type[AdapterLayer]]] = MappingProxyTy
         },
         "alora_invocation_tokens": dict.fromkeys(_LINEAR, AloraLinear),
         "use_bdlora": dict.fromkeys(_LINEAR, BdLoraLinear),
+        "arrow_config": dict.fromkeys(_LINEAR, ArrowLinear),
         "kasa_config": {LayerKind.LINEAR: KasaLinear},
         "monteclora_config": dict.fromkeys(_LINEAR, MontecloraLinear),
         "velora_config": dict.fromkeys(_LINEAR, VeloraLinear),
@@ -84,6 +87,17 @@ _FROM_GRADIENT: Mapping[str, type[AdapterLayer]] = MappingProxyType(
 )
 
 
+# What is used where the base is stored as QA-LoRA wants it.
+_QALORA: Mapping[LayerKind, type[AdapterLayer]] = MappingProxyType({LayerKind.LINEAR: QaloraLinear})
+
+
+def _on_codes(config: LoraConfig) -> type[AdapterLayer]:
+    others = active_variants(config)
+    if others:
+        raise UnsupportedFeatureError(f"`use_qalora` with `{others[0]}` is not supported: switch one of them off.")
+    return _QALORA[LayerKind.LINEAR]
+
+
 def variant(config: LoraConfig, kind: LayerKind, base: nn.Module | None) -> type[AdapterLayer] | None:
     """The adapter layer of the relative of LoRA that `config` asks for, on `base` if it is given; None for plain LoRA.
 
@@ -91,6 +105,8 @@ def variant(config: LoraConfig, kind: LayerKind, base: nn.Module | None) -> type
         UnsupportedLayerError: (a ValueError) it cannot be put on such a layer.
         UnsupportedFeatureError: the relative and the initialisation do not go together.
     """
+    if config.use_qalora and base is not None and is_for(base):
+        return _on_codes(config)
     asked, init = active_variants(config), config.init_lora_weights
     check_init_on(init, kind)
     # Without a gradient it is an adapter that was trained on the changed base: then nothing is left of how it started.
@@ -125,7 +141,13 @@ METHOD = register(
         variant=variant,
         divided_layers=MappingProxyType({LoraLinear: DividedLinear, LoraEmbedding: DividedEmbedding}),
         parameters_layer=LoraParameters,
-        tuner_methods=MappingProxyType({"_get_kasa_loss": kasa_loss, "_get_monteclora_loss": monteclora_loss}),
+        tuner_methods=MappingProxyType(
+            {
+                "_get_kasa_loss": kasa_loss,
+                "_get_monteclora_loss": monteclora_loss,
+                "subtract_mutated_init": subtract_mutated_init,
+            }
+        ),
         containers=CONTAINERS,
         call_arguments=frozenset({"alora_offsets"}),
         layer_views=MappingProxyType({"lora_dropout": dropout_of, **LAYER_VIEWS}),
@@ -133,12 +155,13 @@ METHOD = register(
         default_targets=LORA_TARGETS,
         combine=CombinedFactors(),
         swapping=RankSwapping(),
-        readings=(as_plain, as_stacked),
+        readings=(as_plain, as_plain_elsewhere, as_stacked),
         restated=with_stacked_experts,
         joins=JOINS,
         for_unchanged_base=for_unchanged_base,
         tags=("lora",),
         check=check,
+        check_beside=check_beside_router,
         loading_notes=lambda config: notes_about(config.init_lora_weights),
         paper="arXiv 2106.09685",
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 # A config of one of the classes here.
@@ -178,12 +178,38 @@ class VeloraConfig:
             )
 
 
+@dataclass
+class ArrowConfig:
+    """Arrow: how many adapters each token is given, and how they are weighed.
+
+    Raises:
+        ValueError: `top_k` or `router_temperature` is not positive.
+    """
+
+    # How many experts each token is given: those whose strongest direction is most like it.
+    top_k: int = 3
+    # What the likenesses are divided by before the softmax over them; the larger, the more equal are the weights.
+    router_temperature: float = 1.0
+    # Whether what general adapters know is taken out of the experts (GenKnowSub).
+    use_gks: bool = False
+    # Names of the experts; `create_arrow_model` fills it in.
+    task_adapter_names: list[str] | None = field(init=False, default=None)
+    # Names of the general adapters; `create_arrow_model` fills it in.
+    gks_adapter_names: list[str] | None = field(init=False, default=None)
+    # Seed of the vectors from which the search for the strongest directions starts; None for torch's own state.
+    rng_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _positive(top_k=self.top_k, router_temperature=self.router_temperature)
+
+
 # By the field of `LoraConfig`. They have nothing in common but that they are dataclasses, for which Python has no type.
 SUBCONFIGS: dict[str, type[Any]] = {
     "eva_config": EvaConfig,
     "corda_config": CordaConfig,
     "lora_ga_config": LoraGAConfig,
     "use_bdlora": BdLoraConfig,
+    "arrow_config": ArrowConfig,
     "kasa_config": KasaConfig,
     "monteclora_config": MontecloraConfig,
     "velora_config": VeloraConfig,
@@ -213,5 +239,9 @@ def parsed(name: str, value: object) -> object:
         value = dataclasses.asdict(value)
     if not isinstance(value, dict):
         raise TypeError(f"`{name}` must be None, a {cls.__name__} or a dict, got {type(value).__name__}")
-    known = {f.name for f in dataclasses.fields(cls)}
-    return cls(**{key: option for key, option in value.items() if key in known})
+    known = {f.name: f.init for f in dataclasses.fields(cls)}
+    made: object = cls(**{key: option for key, option in value.items() if known.get(key)})
+    for key, option in value.items():
+        if known.get(key) is False:  # no argument: it is filled in later, and stands in files
+            setattr(made, key, option)
+    return made

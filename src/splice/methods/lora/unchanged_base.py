@@ -14,6 +14,8 @@ import torch
 from splice.checkpoint.types import PeftType
 from splice.config import copy_config
 from splice.errors import warn
+from splice.kinds.adapters import Adapters, layers_of
+from splice.kinds.layer import AdapterLayer
 from splice.methods.lora.config import LoraConfig
 
 _BASE_CHANGING = ("pissa", "corda", "olora", "lora_ga")
@@ -28,6 +30,31 @@ def for_unchanged_base(
         ValueError: it is not LoRA, its scales cannot be kept while ranks double, or `before` lacks a tensor of it.
     """
     return _plain_config(config), _plain_tensors(tensors, before, place)
+
+
+def subtract_mutated_init(
+    adapters: Adapters, output_state_dict: Mapping[str, torch.Tensor], adapter_name: str, kwargs: object = None
+) -> dict[str, torch.Tensor]:
+    """The tensors of the plain adapter, of twice the rank.
+
+    Args:
+        adapters: found on the model.
+        output_state_dict: those of the trained adapter, by their keys.
+        adapter_name: the adapter on the model that is as the trained one was right after its initialisation.
+        kwargs: accepted for compatibility: the tensors of `adapter_name` are those on the model.
+
+    Raises:
+        ValueError: there is no such adapter, or it lacks a tensor of the trained one.
+    """
+    if adapter_name not in adapters.placed:
+        raise ValueError(f"Adapter {adapter_name!r} not found; there are {list(adapters.placed)}.")
+    layers = layers_of(adapters, [adapter_name], AdapterLayer)
+    before = {
+        layer.names.key(path, suffix): tensor.detach()
+        for path, layer in layers.items()
+        for suffix, tensor in layer.named_slots()
+    }
+    return _plain_tensors(output_state_dict, before, f"the adapter {adapter_name!r}")
 
 
 def _plain_config(config: LoraConfig) -> LoraConfig:

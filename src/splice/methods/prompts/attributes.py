@@ -43,7 +43,7 @@ def word_embeddings(adapters: Adapters) -> nn.Module | None:
 
 def get_prompt_embedding_to_save(adapters: Adapters, adapter_name: str) -> torch.Tensor:
     """The table that a checkpoint of this adapter holds, on the CPU."""
-    return prompt_layer(adapters, adapter_name).table().detach().cpu()
+    return prompt_layer(adapters, adapter_name).table_to_save().cpu()
 
 
 def get_prompt(
@@ -57,11 +57,10 @@ def get_prompt(
     if max_cache_len is not None:
         raise ValueError("`max_cache_len`: a cache of a fixed length cannot hold virtual tokens; leave it out")
     layer = prompt_layer(adapters, adapters.selection.active[0])
-    call = {"task_ids": task_ids}
     if isinstance(layer, CachedPrompt):
-        values = layer.virtual_tokens(call)
+        values = layer.virtual_tokens({})
         return layer.filled(None, values.expand(batch_size, *values.shape[1:]))
-    tokens = layer.table()[None]
+    tokens = layer.every_token(task_ids)
     return tokens.expand(batch_size, *tokens.shape[1:])
 
 

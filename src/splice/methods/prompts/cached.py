@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from splice.base.foreign_models import accepted_by, backbone_path, device_map, text_config, uses_checkpointing
+from splice.base.signatures import named_arguments
 from splice.checkpoint.types import TaskType
 from splice.config import PromptLearningConfig
 from splice.errors import warn
@@ -26,7 +27,6 @@ from splice.methods.prompts.prompt import (
     Prompt,
     PromptLayer,
     main_input,
-    named_arguments,
     token_count,
 )
 from splice.methods.prompts.sizes import cache_sizes_of, rooms_of
@@ -64,7 +64,7 @@ class CachedPrompt(PromptLayer):
         shape = (token_count(config), sizes["num_layers"] * 2 * sizes["token_dim"])
         return {"embedding.weight": Slot(shape, dtype=torch.float32)}
 
-    def prepare(self, base: nn.Module, config: PromptLearningConfig, path: str) -> None:
+    def prepare(self, base: nn.Module, config: Config, path: str) -> None:
         super().prepare(base, config, path)
         sizes = cache_sizes_of(base, config)
         self.method = method_name(config)

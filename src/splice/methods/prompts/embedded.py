@@ -25,7 +25,7 @@ from splice.kinds.effect import Forward
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.network import network_layers
 from splice.methods.prompts.prompt import TYPED, Cache, Call, Prompt, PromptLayer, main_input, prompt_of_rows
-from splice.selection import Choice
+from splice.selection import Choice, Rows
 
 # The models that answer for every token: their labels grow with the input.
 _ONE_LABEL_A_TOKEN = (TaskType.CAUSAL_LM, TaskType.TOKEN_CLS)
@@ -40,7 +40,7 @@ class EmbeddedPrompt(PromptLayer):
 
     def virtual_tokens(self, call: Call) -> torch.Tensor:
         # Of two submodules the first half is the encoder's; nothing reads the other.
-        return self.table()[None, : self.count]
+        return self.every_token(None)[:, : self.count]
 
     def prompted(self, call: Call, prompt: Prompt, inner: Forward) -> object:
         if call.get("encoder_outputs") is not None:
@@ -59,7 +59,11 @@ class EmbeddedPrompt(PromptLayer):
         self.set_mask(call, "attention_mask", prompt, length, past)
         new = length if past else length + prompt.count
         self.set_positions(call, "position_ids", prompt, new, past)
-        return inner(**(call if past else self.in_front(call, prompt)))
+        return inner(**(call if past else self.in_front_of_decoder(self.in_front(call, prompt), prompt)))
+
+    def in_front_of_decoder(self, call: Call, prompt: Prompt) -> Call:
+        """`call` with virtual tokens in front of what the decoder gets, of methods that have such."""
+        return call
 
     def in_front(self, call: Call, prompt: Prompt) -> Call:
         """`call` with embedded inputs that begin with the virtual tokens; everything that goes by tokens grows."""
@@ -136,7 +140,7 @@ def _generate(adapters: Adapters, *args: Any, **kwargs: Any) -> object:
 
 
 def _chosen(layers: Mapping[str, AdapterLayer], choice: Choice, main: torch.Tensor) -> Prompt | None:
-    if choice.rows is not None:
+    if isinstance(choice.rows, Rows):
         return prompt_of_rows(layers, choice.rows, main)
     layer = layers[choice.names[0]]
     assert isinstance(layer, EmbeddedPrompt)

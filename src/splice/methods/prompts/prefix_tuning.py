@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from splice.checkpoint.types import PeftType
 from splice.config import PromptLearningConfig
 from splice.kinds.registry import Method, register
-from splice.kinds.slot import Slot
 from splice.methods.prompts.attributes import PROMPT_METHODS, PROMPT_VIEWS
 from splice.methods.prompts.cached import CachedPrompt
-from splice.methods.prompts.prompt import Encoder, PromptLayer, Reparameterised, check_prompt, token_count
+from splice.methods.prompts.prompt import Encoder, PromptLayer, check_prompt, token_count
+from splice.methods.prompts.reparameterised import Reparameterised
 from splice.methods.prompts.sizes import cache_sizes_of
 
 
@@ -69,7 +69,7 @@ class PrefixTuning(Prefix):
 
     @classmethod
     def for_training(cls, config: PrefixTuningConfig) -> type[PromptLayer]:
-        # Only of an adapter that is new: a checkpoint holds what the network gave, and nothing to train it further with.
+        # A checkpoint of the reference holds what the network gave, and nothing to train it further with: then the table is.
         return ProjectedPrefix if config.prefix_projection else cls
 
     @classmethod
@@ -81,35 +81,23 @@ class ProjectedPrefix(Reparameterised, Prefix):
     """The table as the output of a small network, which makes training steadier (section 4.3)."""
 
     @classmethod
-    def slots(cls, base: nn.Module, config: PrefixTuningConfig, path: str) -> dict[str, Slot]:
-        sizes = cache_sizes_of(base, config)
-        dim, width = sizes["token_dim"], sizes["num_layers"] * 2 * sizes["token_dim"]
-        hidden = config.encoder_hidden_size or dim
-        shapes: dict[str, tuple[int, ...]] = {
-            "embedding.weight": (token_count(config), dim),
-            "transform.0.weight": (hidden, dim),
-            "transform.0.bias": (hidden,),
-            "transform.2.weight": (width, hidden),
-            "transform.2.bias": (width,),
-        }
-        return {suffix: Slot(shape, dtype=torch.float32) for suffix, shape in shapes.items()}
+    def width(cls, base: nn.Module, config: PrefixTuningConfig) -> tuple[int, int]:
+        return token_count(config), cache_sizes_of(base, config)["token_dim"]
 
     @classmethod
-    def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: PrefixTuningConfig) -> None:
-        nn.init.normal_(tensors["embedding.weight"])
-        for name in ("transform.0", "transform.2"):
-            weight = tensors[f"{name}.weight"]
-            # Drawn as a layer of its own draws them, so that the same seed gives what it gives in the reference.
-            linear = nn.Linear(weight.shape[1], weight.shape[0])
-            weight.copy_(linear.weight)
-            tensors[f"{name}.bias"].copy_(linear.bias)
+    def behind(cls, base: nn.Module, config: PrefixTuningConfig) -> Mapping[str, nn.Module]:
+        sizes = cache_sizes_of(base, config)
+        dim = sizes["token_dim"]
+        hidden = config.encoder_hidden_size or dim
+        first, last = nn.Linear(dim, hidden), nn.Linear(hidden, sizes["num_layers"] * 2 * dim)
         if config.init_weights == "zero":
-            nn.init.zeros_(tensors["transform.2.weight"])
-            nn.init.zeros_(tensors["transform.2.bias"])
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+        return {"transform": nn.Sequential(first, nn.Tanh(), last)}
 
     def table(self) -> torch.Tensor:
-        first, last = ((self.tensor(f"transform.{i}.weight"), self.tensor(f"transform.{i}.bias")) for i in (0, 2))
-        return F.linear(torch.tanh(F.linear(self.table_tensor, *first)), *last)
+        table: torch.Tensor = self.module("transform")(self.table_tensor)
+        return table
 
 
 METHOD = register(

@@ -8,8 +8,7 @@ come about.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
@@ -18,13 +17,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from splice.base.signatures import named_arguments
 from splice.checkpoint.keys import SHORT_PREFIX
 from splice.checkpoint.types import TaskType
 from splice.config import PromptLearningConfig
 from splice.errors import UnsupportedFeatureError, warn
 from splice.kinds.container import Holder
 from splice.kinds.effect import Effect, Forward
-from splice.kinds.file_form import FileForm, Stored
 from splice.kinds.layer import Config
 from splice.kinds.module_copy import WholeModule
 from splice.kinds.names import CopyNames, Names, Place
@@ -102,6 +101,13 @@ class Encoder(Holder):
         layer: PromptLayer = self.__dict__["layer"]
         return layer.table() if indices is None else F.embedding(indices, layer.table())
 
+    def train(self, mode: bool = True) -> Encoder:
+        super().train(mode)
+        for module in self._modules.values():  # which may be layers of a network, with dropout
+            if module is not None:
+                module.train(mode)
+        return self
+
 
 class PromptLayer(NetworkLayer):
     """The virtual tokens of one adapter. The target is the network, or the part of it that takes a cache."""
@@ -133,7 +139,7 @@ class PromptLayer(NetworkLayer):
         # In float32 whatever the base is in: so the reference trains and writes them.
         return {"embedding.weight": Slot((rows, sizes["token_dim"]), dtype=torch.float32)}
 
-    def prepare(self, base: nn.Module, config: PromptLearningConfig, path: str) -> None:
+    def prepare(self, base: nn.Module, config: Config, path: str) -> None:
         self.count = token_count(config)
         self.task = config.task_type
         self.arguments = named_arguments(base)
@@ -144,6 +150,18 @@ class PromptLayer(NetworkLayer):
     def table(self) -> torch.Tensor:
         """Every virtual token, one a row, in float32: what a checkpoint holds."""
         return self.table_tensor
+
+    @torch.no_grad()
+    def table_to_save(self) -> torch.Tensor:
+        """The table for a checkpoint: without dropout, which would leave a part of it out."""
+        return self.table()
+
+    def every_token(self, task_ids: torch.Tensor | None) -> torch.Tensor:
+        """(rows, all tokens, ...), those of every submodule, in float32; one row where all rows have the same.
+
+        `task_ids` (rows) are what methods with tasks ask for.
+        """
+        return self.table()[None]
 
     def virtual_tokens(self, call: Call) -> torch.Tensor:
         """(rows, count, ...) for this call, in float32; one row where all are the same."""
@@ -225,12 +243,6 @@ class PromptLayer(NetworkLayer):
             call[name] = positions.clamp(min=0)
 
 
-def named_arguments(module: nn.Module) -> tuple[str, ...]:
-    """The names of what a module's forward takes, in their order."""
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return tuple(n for n, p in inspect.signature(type(module).forward).parameters.items() if p.kind in named)[1:]
-
-
 _MAIN = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "labels")
 
 
@@ -260,17 +272,19 @@ class Prompt:
     count: int
     short: torch.Tensor | None = None
 
-    def values(self, call: Call, batch: int) -> torch.Tensor:
-        """(batch, count, ...) in float32; zeros where a row is padded."""
+    def values(
+        self, call: Call, batch: int, tokens_of: Callable[[PromptLayer, Call], torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """(batch, count, ...) in float32; zeros where a row is padded. `tokens_of` takes the place of `virtual_tokens`."""
         layer, rows = self.parts[0]
-        tokens = layer.virtual_tokens(call)
-        if rows is None:  # a view, where all rows have the same: no copy for each of them
-            return tokens.expand(batch, *tokens.shape[1:])
+        tokens = _for_rows(layer.virtual_tokens(call) if tokens_of is None else tokens_of(layer, call), batch)
+        if rows is None:
+            return tokens
         result = tokens.new_zeros(batch, self.count, *tokens.shape[2:])
         for layer, rows in self.parts:
-            tokens = layer.virtual_tokens(call)
+            tokens = _for_rows(layer.virtual_tokens(call) if tokens_of is None else tokens_of(layer, call), batch)
             assert rows is not None
-            result[rows, self.count - layer.count :] = tokens if len(tokens) == 1 else tokens[rows]
+            result[rows, self.count - layer.count :] = tokens[rows]
         return result
 
     def mask(self, like: torch.Tensor) -> torch.Tensor:
@@ -279,6 +293,15 @@ class Prompt:
         if self.short is None:
             return ones
         return (torch.arange(self.count, device=like.device) >= self.short).to(like.dtype)
+
+
+def _for_rows(tokens: torch.Tensor, batch: int) -> torch.Tensor:
+    """Virtual tokens for each row of a batch, which has several for each of those that the caller gave while it generates."""
+    if len(tokens) == 1:  # a view, where all rows have the same: no copy for each of them
+        return tokens.expand(batch, *tokens.shape[1:])
+    if batch % len(tokens):
+        raise ValueError(f"there are virtual tokens for {len(tokens)} rows, and the batch has {batch}")
+    return tokens if len(tokens) == batch else tokens.repeat_interleave(batch // len(tokens), 0)
 
 
 def prompt_of_rows(layers: Mapping[str, Effect], rows: Rows, main: torch.Tensor) -> Prompt | None:
@@ -308,21 +331,6 @@ def prompt_of_rows(layers: Mapping[str, Effect], rows: Rows, main: torch.Tensor)
             f"{first.task}. Choose adapters with the same `num_virtual_tokens` and no '__base__', or call them one by one."
         )
     return Prompt(tuple(parts), count, short)
-
-
-class TableAlone(FileForm):
-    """A checkpoint holds the table alone, as the reference writes it, so training cannot go on where it stopped."""
-
-    def to_file(self, layer: Stored) -> Iterator[tuple[str, torch.Tensor]]:
-        assert isinstance(layer, PromptLayer)
-        yield PROMPT_KEY, layer.table().detach()
-
-
-class Reparameterised(PromptLayer):
-    """Mixed into the layer of a new adapter whose table is worked out from other tensors while it is trained."""
-
-    names = PromptNames(keys=MappingProxyType({PROMPT_KEY: PROMPT_KEY}), front="prompt_encoder.")
-    file_form = TableAlone()
 
 
 def token_count(config: PromptLearningConfig) -> int:

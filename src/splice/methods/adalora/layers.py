@@ -26,14 +26,10 @@ from splice.kinds.adapters import Adapters, layers_of
 from splice.kinds.additive import Additive
 from splice.kinds.casting import cast_to
 from splice.kinds.convolution import as_convolution
-from splice.kinds.dropout import dropout_of
 from splice.kinds.file_form import FileForm, Stored
-from splice.kinds.layer import AdapterLayer
-from splice.kinds.registry import Method, register
 from splice.kinds.slot import Role, Slot
 from splice.kinds.tensors import Held
 from splice.kinds.weight_delta import operation_of
-from splice.methods.default_targets import ADALORA_TARGETS
 from splice.methods.lora.config import LoraConfig
 from splice.methods.lora.layers import product
 
@@ -100,13 +96,13 @@ class AdaLoraConfig(LoraConfig):
         return {"lora_alpha": self.lora_alpha, "init_r": self.init_r}
 
 
-def _check(config: AdaLoraConfig) -> None:
+def check(config: AdaLoraConfig) -> None:
     for name, beta in (("beta1", config.beta1), ("beta2", config.beta2)):
         if not 0 < beta < 1:
             raise ValueError(f"`{name}` should lie between 0 and 1, got {beta}")
 
 
-def _check_beside(config: AdaLoraConfig, others: Mapping[str, PeftConfig]) -> None:
+def check_beside(config: AdaLoraConfig, others: Mapping[str, PeftConfig]) -> None:
     """One budget is shared out over all layers, so only one adapter of a model can be in training."""
     trained = [name for name, other in others.items() if not other.inference_mode]
     if trained and not config.inference_mode:
@@ -119,13 +115,13 @@ def _check_beside(config: AdaLoraConfig, others: Mapping[str, PeftConfig]) -> No
 class WithoutPruned(FileForm):
     """A checkpoint holds the ranks that are left, once the budget has been allocated."""
 
-    def to_file(self, layer: Stored) -> Iterator[tuple[str, torch.Tensor]]:
+    def to_file(self, layer: Stored, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         assert isinstance(layer, AdaLora)
-        kept = None if layer.kept is None else torch.tensor(layer.kept, device=layer.lora_E.device)
-        for name, tensor in layer.named_slots():
-            if kept is None or not name.startswith("lora_"):
+        for name, tensor in tensors.items():
+            if layer.kept is None or not name.startswith("lora_"):
                 yield name, tensor
             else:
+                kept = torch.tensor(layer.kept, device=tensor.device)
                 yield name, tensor.detach()[:, kept] if name == "lora_B" else tensor.detach()[kept]
 
 
@@ -225,7 +221,7 @@ class AdaLoraConv(AdaLora):
         return self.scale * product(self.lora_B, self.scaled_A()).view(self.shape)
 
 
-def _orthogonality(adapters: Adapters, name: str) -> torch.Tensor:
+def orthogonality_loss(adapters: Adapters, name: str) -> torch.Tensor:
     """What keeps A and B close to being orthogonal, so that E holds what counts."""
     layers = list(layers_of(adapters, [name], AdaLora).values())
     config = adapters.peft_config[name]
@@ -233,139 +229,3 @@ def _orthogonality(adapters: Adapters, name: str) -> torch.Tensor:
     # On one device: the layers of a network that is spread over several are on as many.
     found = torch.stack([value.to(layers[0].lora_A.device) for layer in layers for value in layer.orthogonality()])
     return config.orth_reg_weight * found.mean()
-
-
-# -- the budget: the importance of a value is the running mean of |value * gradient|, times how much that varies; that of a
-# rank is the sum over its three parts (section 3.2 and algorithm 1).
-
-
-def update_and_allocate(adapters: Adapters, global_step: int) -> None:
-    """Follow the schedule of the ranks; to be called after `backward` and the optimizer's step, before `zero_grad`.
-
-    Args:
-        adapters: found on the model: `model.base_model.update_and_allocate(step)`.
-        global_step: the number of steps done, counted from 0 or 1, at most `total_step`.
-
-    Raises:
-        ValueError: no AdaLoRA adapter is in training.
-        RuntimeError: there are no gradients.
-    """
-    # By the class: adapters of other methods may be in training beside it.
-    ours = {name: config for name, config in adapters.peft_config.items() if isinstance(config, AdaLoraConfig)}
-    name, config = next(((n, c) for n, c in ours.items() if not c.inference_mode), ("", None))
-    if config is None:
-        raise ValueError("`update_and_allocate` needs an adapter in training: load it with `is_trainable=True`")
-    assert config.total_step is not None
-    layers = layers_of(adapters, [name], AdaLora)
-    last = config.total_step - config.tfinal
-    with torch.no_grad():
-        if global_step < last:
-            _update_importance(layers, config)
-        if global_step > last:
-            for layer in layers.values():
-                if layer.kept is not None:
-                    _prune(layer, layer.kept)
-            return
-        count, masks = _budget(layers, config, global_step)
-        if masks or global_step == last:
-            _allocate(layers, config, count)
-        if global_step == last:
-            for layer in layers.values():
-                layer.importance = {}
-
-
-def _update_importance(layers: dict[str, AdaLora], config: AdaLoraConfig) -> None:
-    """Follow the importance of every tensor by one step; raises RuntimeError where no tensor has a gradient."""
-    seen = False
-    for layer in layers.values():
-        for part in ("lora_A", "lora_E", "lora_B"):
-            tensor = layer.tensor(part)
-            seen = seen or tensor.grad is not None
-            now = torch.zeros_like(tensor) if tensor.grad is None else (tensor * tensor.grad).abs()
-            mean, spread = layer.importance.get(part) or (torch.zeros_like(tensor), torch.zeros_like(tensor))
-            mean = config.beta1 * mean + (1 - config.beta1) * now
-            spread = config.beta2 * spread + (1 - config.beta2) * (now - mean).abs()
-            layer.importance[part] = mean, spread
-    if not seen:
-        raise RuntimeError(
-            "`update_and_allocate` needs gradients: call it after `backward` and before `zero_grad`, in every step"
-        )
-
-
-def _budget(layers: dict[str, AdaLora], config: AdaLoraConfig, step: int) -> tuple[int, bool]:
-    """How many ranks the whole model has at this step, and whether they are allocated anew."""
-    assert config.total_step is not None
-    start, end = sum(len(layer.lora_A) for layer in layers.values()), config.target_r * len(layers)
-    if step <= config.tinit:
-        return start, False
-    if step > config.total_step - config.tfinal:
-        return end, True
-    left = 1 - (step - config.tinit) / (config.total_step - config.tfinal - config.tinit)
-    return int((start - end) * left**3 + end), step % config.deltaT == 0
-
-
-def _allocate(layers: dict[str, AdaLora], config: AdaLoraConfig, count: int) -> None:
-    """Set the least important ranks to zero, all but `count` of the whole model, and write down which are left."""
-    scores = {path: _scores(layer) for path, layer in layers.items()}
-    # On the CPU, since layers may be on several devices; and by a threshold, as in the reference: of ranks that are equally
-    # important at the threshold all go, so that fewer than `count` may be left.
-    ordered = torch.cat([score.cpu() for score in scores.values()]).sort().values
-    gone = len(ordered) - count
-    threshold = ordered[gone - 1] if gone > 0 else None
-    pattern = {}
-    for path, layer in layers.items():
-        above = torch.ones_like(scores[path], dtype=torch.bool)
-        if threshold is not None:
-            above = scores[path] > threshold.to(scores[path].device)
-        kept = tuple(above.tolist())
-        _prune(layer, kept)
-        layer.kept = kept
-        pattern[f"{path}.lora_E"] = list(kept)
-    config.rank_pattern = pattern
-
-
-def _scores(layer: AdaLora) -> torch.Tensor:
-    """(r): the importance of each rank."""
-    if not layer.importance:
-        return torch.zeros_like(layer.lora_E[:, 0])
-    a, e, b = (torch.mul(*layer.importance[part]) for part in ("lora_A", "lora_E", "lora_B"))
-    return e[:, 0] + a.mean(1) + b.mean(0)
-
-
-def _prune(layer: AdaLora, kept: tuple[bool, ...]) -> None:
-    layer.lora_E.mul_(torch.tensor(kept, device=layer.lora_E.device)[:, None])
-
-
-# Of the layers of plain LoRA; the reference's of AdaLoRA have them too, and empty.
-_OF_PLAIN_LORA = ("lora_magnitude_vector", "use_dora", "use_rslora", "lora_bias", "lora_variant")
-
-
-def _nothing(layer: AdapterLayer) -> None:
-    return None
-
-
-METHOD = register(
-    Method(
-        name=PeftType.ADALORA,
-        summary="Trains LoRA as a singular value decomposition, and gives up ranks where they matter least.",
-        config=AdaLoraConfig,
-        prefix="lora_",
-        tensor_names=frozenset({"lora_A", "lora_E", "lora_B", "ranknum"}),
-        layers=MappingProxyType(
-            {
-                LayerKind.LINEAR: AdaLoraLayer,
-                LayerKind.TRANSPOSED_LINEAR: AdaLoraLayer,
-                LayerKind.CONV2D: AdaLoraConv,
-            }
-        ),
-        tuner_methods=MappingProxyType({"update_and_allocate": update_and_allocate}),
-        loss_term=_orthogonality,
-        containers=("lora_A", "lora_B", "lora_E", "lora_embedding_A", "lora_embedding_B"),
-        layer_views=MappingProxyType({"lora_dropout": dropout_of, **dict.fromkeys(_OF_PLAIN_LORA, _nothing)}),
-        default_targets=ADALORA_TARGETS,
-        check=_check,
-        check_beside=_check_beside,
-        names=MappingProxyType({"SVDLinear": AdaLoraLayer, "SVDConv2d": AdaLoraConv}),
-        paper="arXiv 2303.10512",
-    )
-)

@@ -1,0 +1,224 @@
+"""Multitask prompt tuning: virtual tokens that all tasks share, times a matrix of low rank for each task.
+
+Wang et al., "Multitask Prompt Tuning Enables Parameter-Efficient Transfer Learning", arXiv 2303.02861, section 3.1. With the
+shared tokens P (n, dim) and, of a row's task, u (n, r) and v (r, dim): the row gets `P * (u v)`, element by element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from types import MappingProxyType
+from typing import ClassVar, cast
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from splice.base.decoder_input import shift_tokens_right
+from splice.base.foreign_models import config_field
+from splice.checkpoint.tensors import open_weights
+from splice.checkpoint.types import PeftType, TaskType
+from splice.kinds.adapters import Adapters
+from splice.kinds.call import Call as NetworkCall
+from splice.kinds.call import ReadsCall, Telling
+from splice.kinds.effect import Forward
+from splice.kinds.registry import Method, register
+from splice.kinds.slot import Slot
+from splice.kinds.tensors import Held
+from splice.methods.prompts.attributes import PROMPT_METHODS, PROMPT_VIEWS
+from splice.methods.prompts.embedded import EmbeddedPrompt, embeddings_of
+from splice.methods.prompts.prompt import Call, Encoder, Prompt, PromptLayer, check_prompt
+from splice.methods.prompts.starts import StartedConfig, start_tokens
+
+_TASK_IDS = "task_ids"
+
+
+class MultitaskPromptTuningInit(str, Enum):
+    """What the tensors start from: a text or noise, or those of another adapter that was trained on one or more tasks."""
+
+    TEXT = "TEXT"
+    RANDOM = "RANDOM"
+    AVERAGE_SOURCE_TASKS = "AVERAGE_SOURCE_TASKS"
+    EXACT_SOURCE_TASK = "EXACT_SOURCE_TASK"
+    ONLY_SOURCE_SHARED = "ONLY_SOURCE_SHARED"
+
+
+_FROM_SOURCE = (
+    MultitaskPromptTuningInit.AVERAGE_SOURCE_TASKS,
+    MultitaskPromptTuningInit.EXACT_SOURCE_TASK,
+    MultitaskPromptTuningInit.ONLY_SOURCE_SHARED,
+)
+
+
+@dataclass
+class MultitaskPromptTuningConfig(StartedConfig):
+    """Fields and defaults of the reference, in its order."""
+
+    # The `peft_type` of its checkpoints.
+    method: ClassVar[PeftType] = PeftType.MULTITASK_PROMPT_TUNING
+
+    # What the tensors start from: noise ("RANDOM"), a text ("TEXT"; the matrices are noise), or another adapter's: the mean
+    # of its tasks ("AVERAGE_SOURCE_TASKS"), one of them ("EXACT_SOURCE_TASK"), or its shared tokens ("ONLY_SOURCE_SHARED").
+    prompt_tuning_init: MultitaskPromptTuningInit | str = MultitaskPromptTuningInit.RANDOM
+    # The weights of that other adapter, a `.safetensors` or `.bin` file. A load does not look for it.
+    prompt_tuning_init_state_dict_path: str | None = None
+    # Which of its tasks is meant by "EXACT_SOURCE_TASK", counted from 0.
+    prompt_tuning_init_task: int | None = 0
+    # Rank of the matrices.
+    num_ranks: int = 1
+    # How many tasks there are.
+    num_tasks: int = 1
+
+
+def _check(config: MultitaskPromptTuningConfig) -> None:
+    check_prompt(config)
+    for name, value in (("num_ranks", config.num_ranks), ("num_tasks", config.num_tasks)):
+        if value < 1:
+            raise ValueError(f"`{name}` should be a positive integer, got {value!r}")
+
+
+class MultitaskPromptEmbedding(Encoder):
+    """The virtual tokens of multitask prompt tuning, in the tree."""
+
+    def forward(self, indices: object = None, task_ids: torch.Tensor | None = None) -> object:
+        """The virtual tokens `indices`, of each of the tasks that are named: (rows, tokens, dim)."""
+        layer = self.__dict__["layer"]
+        if not isinstance(indices, torch.Tensor):
+            return super().forward(indices)
+        return layer.every_token(task_ids)[:, indices[0] if indices.dim() > 1 else indices]
+
+
+# The tasks of the rows of a call.
+_of_this_call: Telling[torch.Tensor] = Telling("multitask prompt tuning", "task ids")
+
+
+class MultitaskPromptTuning(ReadsCall, EmbeddedPrompt):
+    """Tokens that all tasks share, (n * submodules, dim), and for each task a matrix in two factors."""
+
+    encoder = MultitaskPromptEmbedding
+    prefix_task_cols, prefix_task_rows = Held(), Held()
+
+    @classmethod
+    def slots(cls, base: nn.Module, config: MultitaskPromptTuningConfig, path: str) -> dict[str, Slot]:
+        shared = super().slots(base, config, path)
+        (count, dim) = shared["embedding.weight"].shape
+        cols, rows = (config.num_tasks, count, config.num_ranks), (config.num_tasks, config.num_ranks, dim)
+        own = {"prefix_task_cols": Slot(cols, dtype=torch.float32), "prefix_task_rows": Slot(rows, dtype=torch.float32)}
+        return {**own, **shared}
+
+    @classmethod
+    def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: MultitaskPromptTuningConfig) -> None:
+        start_tokens(tensors["embedding.weight"], base, config)
+        for name in ("prefix_task_cols", "prefix_task_rows"):
+            nn.init.normal_(tensors[name], std=0.02)
+        if config.prompt_tuning_init in _FROM_SOURCE:
+            _start_from_source(tensors, config)
+
+    @classmethod
+    def call_context(cls, adapters: Adapters, names: Sequence[str], call: NetworkCall) -> AbstractContextManager[None]:
+        # Taken out here, since `generate` of transformers refuses what the network's own forward does not take.
+        given = call.options.pop(_TASK_IDS, None)
+        return nullcontext() if given is None else _of_this_call.during(adapters, given)
+
+    def every_token(self, task_ids: torch.Tensor | None) -> torch.Tensor:
+        """(rows, n * submodules, dim): the virtual tokens of each of these tasks.
+
+        Raises:
+            ValueError: `task_ids` is None, or no row of tasks that are there.
+        """
+        cols, rows = self.prefix_task_cols, self.prefix_task_rows
+        if task_ids is None:
+            raise ValueError("task_ids cannot be None: give the task of each row, a tensor (batch), to every call.")
+        if task_ids.dim() != 1 or task_ids.is_floating_point():
+            raise ValueError(f"`task_ids` must be integers (batch), got {task_ids.dtype} {tuple(task_ids.shape)}")
+        ids = task_ids.to(cols.device, torch.long)
+        if not torch.compiler.is_compiling() and not 0 <= int(ids.min()) <= int(ids.max()) < len(cols):
+            raise ValueError(f"`task_ids` must be from 0 to {len(cols) - 1} (`num_tasks`), got {task_ids.tolist()}")
+        return self.table_tensor * (cols[ids] @ rows[ids])
+
+    def virtual_tokens(self, call: Call) -> torch.Tensor:
+        return self.every_token(_of_this_call.now)[:, : self.count]
+
+    def prompted(self, call: Call, prompt: Prompt, inner: Forward) -> object:
+        given = call.pop(_TASK_IDS, None)  # where the network is called, and not the PeftModel
+        if given is None:
+            return super().prompted(call, prompt, inner)
+        with _of_this_call.during(None, given):
+            return super().prompted(call, prompt, inner)
+
+    def in_front_of_decoder(self, call: Call, prompt: Prompt) -> Call:
+        """`call` with the second half of the tokens in front of what the decoder gets; `generate` has the first alone."""
+        if self.task != TaskType.SEQ_2_SEQ_LM or len(self.table_tensor) == self.count:
+            return call
+        labels, ids = call.get("labels"), call.pop("decoder_input_ids", None)
+        embeds = call.get("decoder_inputs_embeds")
+        if embeds is None and ids is None:
+            if labels is None:
+                needs = "`labels`, `decoder_input_ids` or `decoder_inputs_embeds`"
+                raise ValueError(f"with virtual tokens in front of its input the decoder needs {needs}")
+            pad, start = (cast(int, config_field(self.base, f"{name}_token_id")) for name in ("pad", "decoder_start"))
+            ids = shift_tokens_right(labels, pad, start)
+        embeds = embeddings_of(self.base)(ids) if embeds is None else embeds
+        tokens = prompt.values(call, len(embeds), _decoder_tokens).to(embeds.dtype)
+        call["decoder_inputs_embeds"] = torch.cat([tokens, embeds], dim=1)
+        if call.get("decoder_attention_mask") is not None:
+            call["decoder_attention_mask"] = F.pad(call["decoder_attention_mask"], (prompt.count, 0), value=1)
+        if labels is not None:
+            call["labels"] = F.pad(labels, (prompt.count, 0), value=-100)
+        return call
+
+
+def _decoder_tokens(layer: PromptLayer, call: Call) -> torch.Tensor:
+    assert isinstance(layer, MultitaskPromptTuning)
+    return layer.every_token(_of_this_call.now)[:, layer.count :]
+
+
+def _start_from_source(tensors: dict[str, torch.Tensor], config: MultitaskPromptTuningConfig) -> None:
+    """Take the values of another adapter.
+
+    Raises:
+        ValueError: no file is named, it lacks a tensor, or one has another shape.
+    """
+    place, init = config.prompt_tuning_init_state_dict_path, config.prompt_tuning_init
+    if place is None:
+        raise ValueError(f"prompt_tuning_init_state_dict_path needs to be specified with {init!s} init method")
+    weights = open_weights(Path(place))
+    wanted = {"prompt_embeddings": "embedding.weight"}
+    if init != MultitaskPromptTuningInit.ONLY_SOURCE_SHARED:
+        wanted.update(prefix_task_cols="prefix_task_cols", prefix_task_rows="prefix_task_rows")
+    lacking = sorted(set(wanted).difference(weights.entries))
+    if lacking:
+        raise ValueError(f"{place}: it has no {', '.join(lacking)}, so it is no adapter of multitask prompt tuning")
+    for (name, own), source in zip(wanted.items(), weights.read(list(wanted))):
+        if name != "prompt_embeddings":
+            one = config.prompt_tuning_init_task or 0
+            is_mean = init == MultitaskPromptTuningInit.AVERAGE_SOURCE_TASKS
+            source = source.mean(0, keepdim=True) if is_mean else source[one : one + 1]
+        if source.shape != tensors[own].shape:
+            raise ValueError(
+                f"{place}: {name} gives {tuple(source.shape)} for {init!s}, and the new adapter needs "
+                f"{tuple(tensors[own].shape)}. `num_tasks` must be 1; tokens and ranks those of the source."
+            )
+        tensors[own].copy_(source)
+
+
+METHOD = register(
+    Method(
+        name=PeftType.MULTITASK_PROMPT_TUNING,
+        summary="Puts trained vectors in front of the embedded input, each multiplied with a matrix of the row's task.",
+        config=MultitaskPromptTuningConfig,
+        prefix="prompt_tuning_",
+        tensor_names=frozenset({"prompt_embeddings", "prefix_task_cols", "prefix_task_rows"}),
+        network_layer=MultitaskPromptTuning,
+        call_arguments=frozenset({_TASK_IDS}),
+        check=_check,
+        tuner_methods=PROMPT_METHODS,
+        tuner_views=PROMPT_VIEWS,
+        names=MappingProxyType({"MultitaskPromptEmbedding": MultitaskPromptEmbedding}),
+        paper="arXiv 2303.02861",
+    )
+)

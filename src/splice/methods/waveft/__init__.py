@@ -1,0 +1,1 @@
+"""WaveFT: its record, and the filters of its wavelets."""

@@ -1,0 +1,118 @@
+"""Virtual tokens that other tensors make while they are trained: how these start, learn, are saved, and go on."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+import splice
+from splice.config import get_peft_config
+from splice.errors import AdapterMismatchError
+from tests import bases
+from tests.bases import run
+from tests.comparing import assert_close, assert_same_tensors, config_in, named, tensors_in
+from tests.samples import Case, network_cases
+from tests.task_bases import T5, labels_for
+
+
+def _is_trained_by_others(case: Case) -> bool:
+    layer_class, config = case.method.network_layer, get_peft_config(case.config())
+    return layer_class is not None and layer_class.for_training(config) is not layer_class
+
+
+CASES = [case for case in network_cases(bases.LLAMA, T5, options=True) if _is_trained_by_others(case)]
+every = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def new(library: Any, case: Case) -> Any:
+    torch.manual_seed(4)
+    return library.get_peft_model(case.base.build(), library.get_peft_config(case.config()))
+
+
+def train(model: Any, case: Case, steps: int) -> list[float]:
+    """Losses of as many steps, without an optimizer that remembers anything."""
+    inputs = {**case.base.inputs(3), **labels_for(case.base)}
+    inputs.setdefault("labels", inputs["input_ids"])
+    inputs.pop("decoder_input_ids", None)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    for _ in range(steps):
+        loss = model(**inputs).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@every
+def test_a_new_one_starts_learns_and_is_saved_as_in_the_reference(case: Case, tmp_path: Path) -> None:
+    ours, theirs = new(splice, case), new(peft, case)
+    tensors = {name: p for name, p in named(theirs) if "prompt_encoder" in name}
+    own = {name: p for name, p in named(ours) if "prompt_encoder" in name}
+    assert list(own) == list(tensors)
+    assert all(torch.equal(own[name], tensor) for name, tensor in tensors.items())
+    assert {n: p.requires_grad for n, p in own.items()} == {n: p.requires_grad for n, p in tensors.items()}
+    assert train(ours, case, 3) == pytest.approx(train(theirs, case, 3), rel=1e-4)
+    for model, name in ((ours, "ours"), (theirs, "theirs")):
+        model.save_pretrained(str(tmp_path / name))
+    saved, expected = tensors_in(tmp_path / "ours"), tensors_in(tmp_path / "theirs")
+    assert_close(saved["prompt_embeddings"], expected["prompt_embeddings"], factor=10)
+    assert config_in(tmp_path / "ours") == config_in(tmp_path / "theirs")
+    again = peft.PeftModel.from_pretrained(case.base.build(), str(tmp_path / "ours"))
+    assert_close(run(again, case.base.inputs(3)), run(ours.eval(), case.base.inputs(3)))
+
+
+@every
+def test_training_goes_on_as_if_it_had_never_stopped(case: Case, tmp_path: Path) -> None:
+    model = new(splice, case)
+    first = train(model, case, 2)
+    model.save_pretrained(tmp_path)
+    unbroken = train(model, case, 3)
+    assert first[0] > unbroken[-1]
+    again = splice.PeftModel.from_pretrained(case.base.build(), tmp_path, is_trainable=True).train()
+    assert train(again, case, 3) == unbroken
+    assert_same_tensors(splice.get_peft_model_state_dict(again), splice.get_peft_model_state_dict(model))
+
+
+@every
+def test_weights_are_loaded_over_one_in_training(case: Case, tmp_path: Path) -> None:
+    """As a trainer does that goes back to its best checkpoint."""
+    model = new(splice, case)
+    model.save_pretrained(tmp_path)
+    before = {name: tensor.clone() for name, tensor in splice.get_peft_model_state_dict(model).items()}
+    train(model, case, 1)
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    assert_same_tensors(splice.get_peft_model_state_dict(model), before)
+    assert train(model, case, 1)
+
+
+@every
+def test_loaded_to_be_used_it_is_the_virtual_tokens_alone(case: Case, tmp_path: Path) -> None:
+    model = new(splice, case)
+    train(model, case, 1)
+    model.save_pretrained(tmp_path / "all")
+    loaded = splice.PeftModel.from_pretrained(case.base.build(), tmp_path / "all")
+    assert torch.equal(run(loaded, case.base.inputs(3)), run(model.eval(), case.base.inputs(3)))
+    assert loaded.load_report.placed == loaded.load_report.expected
+    loaded.save_pretrained(tmp_path / "tokens")
+    assert list(tensors_in(tmp_path / "tokens")) == ["prompt_embeddings"]
+    loaded.load_adapter(tmp_path / "all", "default")
+
+
+@every
+def test_what_the_reference_saved_is_trained_itself(case: Case, tmp_path: Path) -> None:
+    new(peft, case).save_pretrained(str(tmp_path))
+    model = splice.PeftModel.from_pretrained(case.base.build(), tmp_path, is_trainable=True).train()
+    losses = train(model, case, 3)
+    assert losses[-1] < losses[0]
+    in_training = new(splice, case)
+    before = copy.deepcopy(splice.get_peft_model_state_dict(in_training))
+    with pytest.raises(AdapterMismatchError, match=r"prompt_encoder\."):
+        in_training.load_adapter(tmp_path, "default", is_trainable=True)
+    assert_same_tensors(splice.get_peft_model_state_dict(in_training), before)
