@@ -122,7 +122,7 @@ def _build_loaded(
         tensors[BIAS] = _own_bias(placement).to(device)
     if len(tensors) < len(placement.slots):
         fresh = new_tensors(placement, config, autocast)
-        tensors = {suffix: tensors.get(suffix, fresh[suffix]) for suffix in placement.slots}
+        tensors = {s: tensors[s] if s in tensors else fresh[s] for s in placement.slots}
     elif placement.leaders:  # which came first, and a save has the order of the layer
         tensors = {suffix: tensors[suffix] for suffix in placement.slots}
     return _build(placement, config, tensors)
