@@ -33,6 +33,8 @@ class Sample:
         trained_in: the dtype of its tensors on a bfloat16 base.
         reference_tells: whether the reference says so where there is nothing to unmerge.
         reference_adds: whether the reference gets several of its adapters at once right.
+        reference_calls_base: whether the reference calls the base layer's own forward, and does not compute in its place.
+        stored_otherwise: whether what is trained is not what checkpoints hold, which tests/test_trained_behind.py is about.
         reference_generates: whether the reference's `generate` gives what its forwards do, one after the other.
         any_base: whether its adapters can be loaded on a base with other weights than those they were made for.
         reference_unmerges: whether the reference can take what is merged out again, and merges an adapter only once.
@@ -60,6 +62,8 @@ class Sample:
     reference_unmerges: bool = True
     in_any_order: bool = True
     one_trained: bool = False
+    reference_calls_base: bool = True
+    stored_otherwise: bool = False
     reference_generates: bool = True
     trained_in: torch.dtype = torch.float32
     draws_in_training: bool = False
@@ -164,7 +168,7 @@ SAMPLES: dict[PeftType, Sample] = {
         },
     ),
     PeftType.PSOFT: Sample(
-        config={"r": 3},
+        config={"r": 2},
         small={"r": 2, "ab_svd_init": "pissa_init"},
         options={
             "series": {"use_cayley_neumann": True, "num_cayley_neumann_terms": 3},
@@ -251,6 +255,7 @@ SAMPLES: dict[PeftType, Sample] = {
         not_on={"": frozenset({"linear_no_bias", "llama", "t5"})},
     ),
     PeftType.HRA: Sample(
+        reference_calls_base=False,
         config={"r": 2},
         small={"r": 4, "init_weights": False},
         options={
@@ -309,6 +314,7 @@ SAMPLES: dict[PeftType, Sample] = {
         not_on={"": _NOT_SQUARE},
     ),
     PeftType.GLORA: Sample(
+        reference_calls_base=False,
         config={"r": 2},
         small={"r": 1, "config_A_B": "vector", "config_D_E": "vector"},
         options={
@@ -434,6 +440,7 @@ SAMPLES: dict[PeftType, Sample] = {
         not_on={"": frozenset({"t5"})},
     ),
     PeftType.CPT: Sample(
+        stored_otherwise=True,
         config={
             "task_type": "CAUSAL_LM",
             "cpt_token_ids": [4, 7, 5, 9, 6],
@@ -448,6 +455,7 @@ SAMPLES: dict[PeftType, Sample] = {
         config={"adapter_len": 3, "adapter_layers": 1}, small={"adapter_len": 2, "adapter_layers": 2}
     ),
     PeftType.P_TUNING: Sample(
+        stored_otherwise=True,
         config={"num_virtual_tokens": 4, "encoder_hidden_size": 6},
         small={"num_virtual_tokens": 2},
         options={"lstm": {"encoder_reparameterization_type": "LSTM"}},
@@ -559,6 +567,11 @@ def plain_cases(*chosen: Base) -> list[Case]:
         for b in chosen or bases.ALL
         if supports(m, b) and (b in bases.CORE or SAMPLES[m.name].on_every_base)
     ]
+
+
+def as_stored(cases: Iterable[Case]) -> list[Case]:
+    """Those of the cases whose checkpoints hold what is trained."""
+    return [case for case in cases if not case.sample.stored_otherwise]
 
 
 def everywhere(methods: Iterable[Method]) -> list[Method]:

@@ -78,7 +78,10 @@ def _compare(base: Base, way: str, config: dict[str, Any], checkpoint: Any) -> N
     assert_close(output, expected)
     assert differ(output, run(built(base, way), inputs))
     again = Snapshot.of(network)
+    layers = model.base_model.placed["default"].values()
     for merge in (model.merge_adapter, model.merge_and_unload):
+        if not any("weight" in layer.changed_names for layer in layers):
+            break  # nothing is merged into what is worked out
         with pytest.raises(NotImplementedError, match="first.*worked out.*remove_parametrizations"):
             merge()
     again.assert_same(network)

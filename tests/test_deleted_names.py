@@ -14,9 +14,9 @@ from splice.surgery.tuner import Tuner
 from tests import bases
 from tests.bases import run
 from tests.comparing import trainable_names
-from tests.samples import Case, kind_cases, network_cases, plain_cases
+from tests.samples import Case, as_stored, kind_cases, network_cases, plain_cases
 
-each = pytest.mark.parametrize("case", [*plain_cases(bases.LINEAR), *network_cases(bases.LLAMA)], ids=str)
+each = pytest.mark.parametrize("case", [*plain_cases(bases.LINEAR), *as_stored(network_cases(bases.LLAMA))], ids=str)
 
 
 @each
@@ -96,7 +96,7 @@ def test_a_failed_load_leaves_a_mixed_model_mixed(how: str, tmp_path: Any) -> No
     assert torch.equal(run(model.eval(), bases.LINEAR.inputs(3)), before)
 
 
-@pytest.mark.parametrize("case", network_cases(bases.LLAMA), ids=str)
+@pytest.mark.parametrize("case", as_stored(network_cases(bases.LLAMA)), ids=str)
 def test_a_failed_load_leaves_the_call_with_its_facade(case: Case, shared_checkpoint: Any, tmp_path: Any) -> None:
     folder = shared_checkpoint(case.base, case.config())
     model = splice.PeftModel.from_pretrained(case.base.build(), folder)

@@ -12,9 +12,11 @@ import splice
 from tests import bases
 from tests.bases import run
 from tests.comparing import differ
-from tests.samples import Case, kind_cases, network_cases, plain_cases
+from tests.samples import Case, as_stored, kind_cases, network_cases, plain_cases
 
-every = pytest.mark.parametrize("case", [*kind_cases(), *plain_cases(bases.TIED), *network_cases(bases.LLAMA)], ids=str)
+every = pytest.mark.parametrize(
+    "case", [*kind_cases(), *plain_cases(bases.TIED), *as_stored(network_cases(bases.LLAMA))], ids=str
+)
 
 
 def _state_dict(model: Any, folder: Any) -> None:

@@ -23,14 +23,14 @@ from tests import bases
 from tests.bases import run
 from tests.broken import SAFETENSORS, unchanged
 from tests.comparing import assert_close, tensors_in
-from tests.samples import Case, kind_cases, network_cases, option_cases, parameter_cases, plain_cases
+from tests.samples import Case, as_stored, kind_cases, network_cases, option_cases, parameter_cases, plain_cases
 
 EMBEDDINGS: tuple[str | bool, ...] = ("auto", True, False)
 MODELS = (bases.LLAMA, bases.TIED, bases.BERT, bases.T5)
 CASES = {
     str(case): case
     for case in (
-        *kind_cases(), *plain_cases(*MODELS), *option_cases(bases.LLAMA), *network_cases(bases.LLAMA),
+        *kind_cases(), *plain_cases(*MODELS), *option_cases(bases.LLAMA), *as_stored(network_cases(bases.LLAMA)),
         *parameter_cases(),
     )
     if case.base.targets
@@ -97,7 +97,7 @@ def test_a_folder_loads_over_the_adapter_that_it_was_saved_from(case: Case, tmp_
         assert same(state(other, save_embedding_layers=False), expected)
 
 
-@pytest.mark.parametrize("case", plain_cases(bases.LLAMA) + network_cases(bases.LLAMA), ids=str)
+@pytest.mark.parametrize("case", plain_cases(bases.LLAMA) + as_stored(network_cases(bases.LLAMA)), ids=str)
 def test_a_part_of_the_tensors_leaves_the_others(case: Case) -> None:
     """Every second one, and every single one."""
     model = filled(splice, case.base, case.with_head())
@@ -121,7 +121,7 @@ WRAPPED: dict[str, Callable[[str], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", plain_cases(bases.LLAMA) + network_cases(bases.LLAMA), ids=str)
+@pytest.mark.parametrize("case", plain_cases(bases.LLAMA) + as_stored(network_cases(bases.LLAMA)), ids=str)
 @pytest.mark.parametrize("what", WRAPPED)
 def test_names_from_a_wrapped_model(what: str, case: Case, tmp_path: Path) -> None:
     """The same for each method: a first load, a second one, and a dict."""
@@ -178,7 +178,7 @@ def test_embeddings_that_the_reference_writes_beside_an_adapter(what: str, base:
         assert {p.rpartition(".")[2] for p in ours.modules_to_save or ()} - {*saved, "embed_tokens"} == set()
 
 
-@pytest.mark.parametrize("case", plain_cases(*MODELS) + network_cases(bases.LLAMA), ids=str)
+@pytest.mark.parametrize("case", plain_cases(*MODELS) + as_stored(network_cases(bases.LLAMA)), ids=str)
 def test_the_same_for_every_method(case: Case, tmp_path: Path) -> None:
     model = filled(peft, case.base, case.config())
     expected = run(model, case.base.inputs(3))
@@ -257,7 +257,7 @@ def unfitting(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[dict[str, tor
     }
 
 
-@pytest.mark.parametrize("case", plain_cases(bases.LLAMA) + network_cases(bases.LLAMA), ids=str)
+@pytest.mark.parametrize("case", plain_cases(bases.LLAMA) + as_stored(network_cases(bases.LLAMA)), ids=str)
 def test_what_does_not_fit_leaves_the_same_tensors_as_in_the_reference(case: Case, tmp_path: Path) -> None:
     """Over an adapter that is there, from a dict and from a folder."""
     source = filled(splice, case.base, case.config())

@@ -150,11 +150,11 @@ def test_the_tensors_of_another_method(tmp_path: Path) -> None:
 
 
 def test_a_method_that_is_not_there_yet(tmp_path: Path) -> None:
-    folder = _config(peft_type="XLORA")(parts()).write(tmp_path)
+    folder = _config(peft_type="SHADOW")(parts()).write(tmp_path)
     model = llama()
     with (
         unchanged(model),
-        pytest.raises(KeyError, match="adapters of the method 'XLORA' cannot be loaded by this version"),
+        pytest.raises(KeyError, match="adapters of the method 'SHADOW' cannot be loaded by this version"),
     ):
         load(folder, model)
 

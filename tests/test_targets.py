@@ -418,6 +418,8 @@ def test_a_subclass_of_a_layer_is_a_layer(case: Case, checkpoint: Any) -> None:
         torch.manual_seed(0)
         return bases.Net(Doubled(6, 8), nn.Linear(8, 4), 4).eval()
 
+    if not case.sample.reference_calls_base:
+        pytest.skip("the reference computes in the place of the layer, or refuses it")
     folder = checkpoint(build, case.config())
     reference = peft.PeftModel.from_pretrained(build(), str(folder))
     ours = splice.PeftModel.from_pretrained(build(), folder)

@@ -19,9 +19,9 @@ from splice.checkpoint.keys import PREFIX
 from tests import bases
 from tests.bases import run
 from tests.comparing import differ, load_both
-from tests.samples import Case, kind_cases, network_cases, parameter_cases, plain_cases
+from tests.samples import Case, as_stored, kind_cases, network_cases, parameter_cases, plain_cases
 
-NETWORKS = network_cases(bases.LLAMA)
+NETWORKS = as_stored(network_cases(bases.LLAMA))
 ALL = [*kind_cases(), *plain_cases(bases.LLAMA, bases.T5), *NETWORKS, *parameter_cases(bases.EXPERTS)]
 every = pytest.mark.parametrize("case", ALL, ids=str)
 kinds = pytest.mark.parametrize("case", [*kind_cases(), *NETWORKS], ids=str)

@@ -207,4 +207,4 @@ def test_a_method_written_for_the_reference_is_refused(name: str) -> None:
 
 def test_a_method_that_is_not_built_cannot_be_registered() -> None:
     with pytest.raises(splice.UnsupportedFeatureError, match=r"CONTRIBUTING\.md"):
-        utilities.register_peft_method(name="xlora", config_cls=peft.XLoraConfig, model_cls=peft.XLoraModel)
+        utilities.register_peft_method(name="shadow", config_cls=peft.ShadowConfig, model_cls=peft.ShadowModel)

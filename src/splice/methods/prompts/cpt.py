@@ -86,9 +86,7 @@ class CPTConfig(PromptLearningConfig):
         self.num_transformer_submodules = 1
 
     def computed(self) -> dict[str, object]:
-        decay = self.opt_loss_decay_factor if self.opt_weighted_loss_type == "decay" else 1.0
         return {
-            "opt_loss_decay_factor": decay,
             "cpt_token_ids": self.cpt_token_ids,
             "cpt_tokens_type_mask": self.cpt_tokens_type_mask,
         }

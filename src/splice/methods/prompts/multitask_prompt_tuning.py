@@ -214,7 +214,6 @@ METHOD = register(
         prefix="prompt_tuning_",
         tensor_names=frozenset({"prompt_embeddings", "prefix_task_cols", "prefix_task_rows"}),
         network_layer=MultitaskPromptTuning,
-        call_arguments=frozenset({_TASK_IDS}),
         check=_check,
         tuner_methods=PROMPT_METHODS,
         tuner_views=PROMPT_VIEWS,
