@@ -148,9 +148,11 @@ def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
 
 def load(folder: Path | str, network: Any = None, **options: Any) -> Any:
     """`PeftModel.from_pretrained` of splice, where any warning is an error."""
+    # Made outside: in a process that has not imported transformers yet, other libraries warn of each other.
+    network = llama() if network is None else network
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return splice.PeftModel.from_pretrained(llama() if network is None else network, folder, **options)
+        return splice.PeftModel.from_pretrained(network, folder, **options)
 
 
 def by_reference(folder: Path | str, network: Any = None, **options: Any) -> Any:

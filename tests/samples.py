@@ -33,6 +33,7 @@ class Sample:
         trained_in: the dtype of its tensors on a bfloat16 base.
         reference_tells: whether the reference says so where there is nothing to unmerge.
         reference_adds: whether the reference gets several of its adapters at once right.
+        reference_not_on: names of base models on which a new adapter fails in the reference alone.
         reference_calls_base: whether the reference calls the base layer's own forward, and does not compute in its place.
         stored_otherwise: whether what is trained is not what checkpoints hold, which tests/test_trained_behind.py is about.
         reference_generates: whether the reference's `generate` gives what its forwards do, one after the other.
@@ -62,6 +63,7 @@ class Sample:
     reference_unmerges: bool = True
     in_any_order: bool = True
     one_trained: bool = False
+    reference_not_on: frozenset[str] = frozenset()
     reference_calls_base: bool = True
     stored_otherwise: bool = False
     reference_generates: bool = True
@@ -138,6 +140,7 @@ SAMPLES: dict[PeftType, Sample] = {
         },
     ),
     PeftType.DEFT: Sample(
+        reference_not_on=frozenset({"transposed"}),
         config={"r": 4, "alpha": 6},
         small={"r": 2},
         options={

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import peft
 import pytest
 import torch
 
@@ -46,6 +47,8 @@ def test_a_name_that_transformers_deleted(case: Case, last: bool, library: Any) 
     functions = __import__(f"{library.__name__}.functional", fromlist=["delete_adapter"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        if library is peft and case.base.name in case.sample.reference_not_on:
+            pytest.skip("the reference cannot put it on such layers")
         for name in ["a"] if last else ["b", "a"]:
             frozen = name == "b" and case.sample.one_trained
             config = library.get_peft_config(case.config(inference_mode=frozen))
