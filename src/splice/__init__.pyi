@@ -79,6 +79,7 @@ from splice.methods.prompts.cpt import CPTConfig as CPTConfig
 from splice.methods.prompts.multitask_prompt_tuning import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
 from splice.methods.prompts.multitask_prompt_tuning import MultitaskPromptTuningInit as MultitaskPromptTuningInit
 from splice.methods.prompts.p_tuning import PromptEncoderConfig as PromptEncoderConfig
+from splice.methods.prompts.p_tuning import PromptEncoderReparameterizationType as PromptEncoderReparameterizationType
 from splice.methods.prompts.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
 from splice.methods.prompts.prompt_tuning import PromptTuningConfig as PromptTuningConfig
 from splice.methods.prompts.prompt_tuning import PromptTuningInit as PromptTuningInit

@@ -25,7 +25,7 @@ _FOREIGN = "foreign"
 _FACADE = "splice.tasks"
 # What a method has that is public: configs, the choices that are fields of these, and functions that say so.
 # With the end of the line before it and not `^`: what begins with fixed bytes is found six times as fast.
-_PUBLIC = (re.compile(rb"\nclass ([A-Z]\w*(?:Config|Init))\b"), re.compile(rb"\n@public\n(?:@.*\n)*def (\w+)\b"))
+_PUBLIC = (re.compile(rb"\nclass ([A-Z]\w*(?:Config|Init|Type))\b"), re.compile(rb"\n@public\n(?:@.*\n)*def (\w+)\b"))
 _found = False
 _found_foreign = False
 

@@ -14,7 +14,10 @@ MODULES: dict[str, str] = {
     ),
     "parts of the reference's own mathematics, which no program imports": (
         "peft.tuners.lora.dora peft.tuners.lora.intruders peft.tuners.lora.monteclora peft.tuners.lora.variants "
-        "peft.tuners.lora.velora peft.tuners.lycoris_utils peft.utils.incremental_pca peft.utils.merge_utils"
+        "peft.tuners.lora.velora peft.tuners.lycoris_utils peft.utils.incremental_pca peft.utils.merge_utils "
+        "peft.tuners.adamss.asa_callback peft.tuners.adamss.utils peft.tuners.adaption_prompt.utils "
+        "peft.tuners.boft.fbd peft.tuners.c3a.utils peft.tuners.osf.utils peft.tuners.waveft.constants "
+        "peft.tuners.waveft.wavelet peft.tuners.waveft.waverec2d peft.tuners.xlora.classifier peft.tuners.lora.arrow"
     ),
     "a mixed model's tuner is one like any other": "peft.tuners.mixed peft.tuners.mixed.model",
 }
@@ -44,7 +47,8 @@ NAMES: dict[str, str] = {
     "a layer keeps its class whatever stores its weight, so no class is made for a backend": (
         "GPTQLoraLinear SVDQuantLinear dequantize_bnb_weight get_bnb_param_type get_quantization_kwargs "
         "get_gptqmodel_quant_linear is_gptqmodel_quant_linear is_gptqmodel_awq_layer quantization_extra_repr "
-        "resolve_quantization_backend is_torchao_ge_v0_18_0"
+        "resolve_quantization_backend is_torchao_ge_v0_18_0 "
+        "SVDLinear4bit SVDLinear8bitLt dispatch_bnb_4bit dispatch_bnb_8bit"
     ),
     "tensor parallelism is the layers' own business": (
         "TpInfo add_lora_tp_hooks_dtensor get_tp_plan_and_mesh dtensor_from_local_like"
@@ -62,7 +66,11 @@ NAMES: dict[str, str] = {
         "ABC BasePromptEncoder HadaWeight HadaWeightCP LoraEmbeddingATPHolder LoraVariant MIN_EXPECTED_CONFIG_KEYS "
         "MultiplicativeDropoutLayer OFTRotationModule TYPE_CHECKING VARIANT_KWARG_KEYS clone_module create_attention_mask "
         "dispatch_default get_device_map make_kron make_weight make_weight_cp torch_load is_torch_tpu_available "
-        "check_file_exists_on_hf_hub mlu_available MixedModel"
+        "check_file_exists_on_hf_hub mlu_available MixedModel "
+        "ACT2FN AdaptedAttention AdaptedAttentionGPT DUMMY_TARGET_MODULES FastBlockDiag GloraEmptyPath GloraLoraPath "
+        "GloraPath GloraScalarPath GloraVectorPath ModelTypeConfig OrthLayer TRANSFORMERS_MODEL_CONFIG UniqueBaseGrad "
+        "WAVELET_REDUCTIONS XLoraConv2dLayer XLoraEmbeddingLayer XLoraLayer XLoraLinearLayer convert_layers_to_xlora "
+        "get_fbd_cuda patch_environment prepare_config"
     ),
 }
 
@@ -71,9 +79,15 @@ CALLED: dict[str, str] = {
     "recognises layers or modules, and makes none": (
         "AdaLoraLayer AuxiliaryTrainingWrapper Conv1d Conv2d Embedding FourierFTLayer FourierFTLinear IA3Layer "
         "LNTuningLayer Linear LoHaLayer LoKrLayer LoraLayer ModulesToSaveWrapper MultiheadAttention OFTLayer ParamWrapper "
-        "PrefixEncoder PromptEmbedding SVDConv2d SVDLinear TrainableTokensLayer TrainableTokensWrapper VeraLayer"
+        "PrefixEncoder PromptEmbedding SVDConv2d SVDLinear TrainableTokensLayer TrainableTokensWrapper VeraLayer "
+        "AdamssLayer BOFTLayer BeftLayer C3ALayer C3ALinear CPTEmbedding DeftLayer DeftLinear DeloraLayer DeloraLinear "
+        "GloraLayer GloraLinear GraloraLayer HRAConv2d HRALayer HRALinear HiraLayer LilyLayer Linear4bit Linear8bitLt "
+        "MissLayer MissLinear MultitaskPromptEmbedding OSFLayer PeanutLayer PromptEncoder PsoftLayer PveraLayer "
+        "RandLoraLayer RoadLayer TinyLoraLayer UniLoraLayer VBLoRALayer WaveFTLayer WaveFTLinear"
     ),
-    "all tuners are made in the same way": "AdaLoraModel BaseTuner",
+    "all tuners are made in the same way": (
+        "AdaLoraModel BaseTuner AdamssModel AdaptionPromptModel OSFModel TinyLoraModel UniLoraModel XLoraModel"
+    ),
     "the default follows from the method of the config": "hotswap_adapter_from_state_dict",
     "a config is needed": "PeftModelForTokenClassification",
     "the pairs of factors are told, not guessed from the order of the parameters": "LoraFAOptimizer",

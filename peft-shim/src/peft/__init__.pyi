@@ -64,6 +64,7 @@ from splice import PeftType as PeftType
 from splice import PeftWarning as PeftWarning
 from splice import PrefixTuningConfig as PrefixTuningConfig
 from splice import PromptEncoderConfig as PromptEncoderConfig
+from splice import PromptEncoderReparameterizationType as PromptEncoderReparameterizationType
 from splice import PromptLearningConfig as PromptLearningConfig
 from splice import PromptTuningConfig as PromptTuningConfig
 from splice import PromptTuningInit as PromptTuningInit
