@@ -332,6 +332,12 @@ SAMPLES: dict[PeftType, Sample] = {
         reference_mixes=True,
         mixing_lacks=frozenset({"heads", "beams"}),
     ),
+    # Every call needs `task_ids`, which plain networks do not take and generic tests do not give: tests/test_poly.py.
+    PeftType.POLY: Sample(
+        config={"r": 2, "n_tasks": 3, "n_skills": 3},
+        not_on={"": frozenset(base.name for base in (*bases.ALL, bases.ENCODER))},
+        call={"task_ids": (2, 0, 1)},
+    ),
     PeftType.VERA: Sample(
         on_every_base=True,
         config={"r": 4, "d_initial": 0.3},

@@ -16,7 +16,8 @@ MODULES: dict[str, str] = {
         "peft.tuners.lora.dora peft.tuners.lora.intruders peft.tuners.lora.monteclora peft.tuners.lora.variants "
         "peft.tuners.lora.velora peft.tuners.lycoris_utils peft.utils.incremental_pca peft.utils.merge_utils "
         "peft.tuners.adamss.asa_callback peft.tuners.adamss.utils peft.tuners.adaption_prompt.utils "
-        "peft.tuners.boft.fbd peft.tuners.c3a.utils peft.tuners.osf.utils peft.tuners.waveft.constants "
+        "peft.tuners.boft.fbd peft.tuners.c3a.utils peft.tuners.osf.utils peft.tuners.poly.router "
+        "peft.tuners.waveft.constants "
         "peft.tuners.waveft.wavelet peft.tuners.waveft.waverec2d peft.tuners.xlora.classifier peft.tuners.lora.arrow"
     ),
     "a mixed model's tuner is one like any other": "peft.tuners.mixed peft.tuners.mixed.model",
@@ -82,7 +83,7 @@ CALLED: dict[str, str] = {
         "PrefixEncoder PromptEmbedding SVDConv2d SVDLinear TrainableTokensLayer TrainableTokensWrapper VeraLayer "
         "AdamssLayer BOFTLayer BeftLayer C3ALayer C3ALinear CPTEmbedding DeftLayer DeftLinear DeloraLayer DeloraLinear "
         "GloraLayer GloraLinear GraloraLayer HRAConv2d HRALayer HRALinear HiraLayer LilyLayer Linear4bit Linear8bitLt "
-        "MissLayer MissLinear MultitaskPromptEmbedding OSFLayer PeanutLayer PromptEncoder PsoftLayer PveraLayer "
+        "MissLayer MissLinear MultitaskPromptEmbedding OSFLayer PeanutLayer PolyLayer PromptEncoder PsoftLayer PveraLayer "
         "RandLoraLayer RoadLayer TinyLoraLayer UniLoraLayer VBLoRALayer WaveFTLayer WaveFTLinear"
     ),
     "all tuners are made in the same way": (

@@ -6,8 +6,6 @@ shared tokens P (n, dim) and, of a row's task, u (n, r) and v (r, dim): the row 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -22,19 +20,15 @@ from splice.base.decoder_input import shift_tokens_right
 from splice.base.foreign_models import config_field
 from splice.checkpoint.tensors import open_weights
 from splice.checkpoint.types import PeftType, TaskType
-from splice.kinds.adapters import Adapters
-from splice.kinds.call import Call as NetworkCall
-from splice.kinds.call import ReadsCall, Telling
 from splice.kinds.effect import Forward
 from splice.kinds.registry import Method, register
 from splice.kinds.slot import Slot
+from splice.kinds.tasks import TASK_IDS, ReadsTasks, check_tasks, tasks_of_call
 from splice.kinds.tensors import Held
 from splice.methods.prompts.attributes import PROMPT_METHODS, PROMPT_VIEWS
 from splice.methods.prompts.embedded import EmbeddedPrompt, embeddings_of
 from splice.methods.prompts.prompt import Call, Encoder, Prompt, PromptLayer, check_prompt
 from splice.methods.prompts.starts import StartedConfig, start_tokens
-
-_TASK_IDS = "task_ids"
 
 
 class MultitaskPromptTuningInit(str, Enum):
@@ -92,11 +86,7 @@ class MultitaskPromptEmbedding(Encoder):
         return layer.every_token(task_ids)[:, indices[0] if indices.dim() > 1 else indices]
 
 
-# The tasks of the rows of a call.
-_of_this_call: Telling[torch.Tensor] = Telling("multitask prompt tuning", "task ids")
-
-
-class MultitaskPromptTuning(ReadsCall, EmbeddedPrompt):
+class MultitaskPromptTuning(ReadsTasks, EmbeddedPrompt):
     """Tokens that all tasks share, (n * submodules, dim), and for each task a matrix in two factors."""
 
     encoder = MultitaskPromptEmbedding
@@ -118,12 +108,6 @@ class MultitaskPromptTuning(ReadsCall, EmbeddedPrompt):
         if config.prompt_tuning_init in _FROM_SOURCE:
             _start_from_source(tensors, config)
 
-    @classmethod
-    def call_context(cls, adapters: Adapters, names: Sequence[str], call: NetworkCall) -> AbstractContextManager[None]:
-        # Taken out here, since `generate` of transformers refuses what the network's own forward does not take.
-        given = call.options.pop(_TASK_IDS, None)
-        return nullcontext() if given is None else _of_this_call.during(adapters, given)
-
     def every_token(self, task_ids: torch.Tensor | None) -> torch.Tensor:
         """(rows, n * submodules, dim): the virtual tokens of each of these tasks.
 
@@ -131,23 +115,17 @@ class MultitaskPromptTuning(ReadsCall, EmbeddedPrompt):
             ValueError: `task_ids` is None, or no row of tasks that are there.
         """
         cols, rows = self.prefix_task_cols, self.prefix_task_rows
-        if task_ids is None:
-            raise ValueError("task_ids cannot be None: give the task of each row, a tensor (batch), to every call.")
-        if task_ids.dim() != 1 or task_ids.is_floating_point():
-            raise ValueError(f"`task_ids` must be integers (batch), got {task_ids.dtype} {tuple(task_ids.shape)}")
-        ids = task_ids.to(cols.device, torch.long)
-        if not torch.compiler.is_compiling() and not 0 <= int(ids.min()) <= int(ids.max()) < len(cols):
-            raise ValueError(f"`task_ids` must be from 0 to {len(cols) - 1} (`num_tasks`), got {task_ids.tolist()}")
+        ids = check_tasks(task_ids, len(cols), "num_tasks").to(cols.device, torch.long)
         return self.table_tensor * (cols[ids] @ rows[ids])
 
     def virtual_tokens(self, call: Call) -> torch.Tensor:
-        return self.every_token(_of_this_call.now)[:, : self.count]
+        return self.every_token(tasks_of_call.now)[:, : self.count]
 
     def prompted(self, call: Call, prompt: Prompt, inner: Forward) -> object:
-        given = call.pop(_TASK_IDS, None)  # where the network is called, and not the PeftModel
+        given = call.pop(TASK_IDS, None)  # where the network is called, and not the PeftModel
         if given is None:
             return super().prompted(call, prompt, inner)
-        with _of_this_call.during(None, given):
+        with tasks_of_call.during(None, given):
             return super().prompted(call, prompt, inner)
 
     def in_front_of_decoder(self, call: Call, prompt: Prompt) -> Call:
@@ -174,7 +152,7 @@ class MultitaskPromptTuning(ReadsCall, EmbeddedPrompt):
 
 def _decoder_tokens(layer: PromptLayer, call: Call) -> torch.Tensor:
     assert isinstance(layer, MultitaskPromptTuning)
-    return layer.every_token(_of_this_call.now)[:, layer.count :]
+    return layer.every_token(tasks_of_call.now)[:, layer.count :]
 
 
 def _start_from_source(tensors: dict[str, torch.Tensor], config: MultitaskPromptTuningConfig) -> None:
