@@ -75,6 +75,7 @@ from splice.methods.miss import MissConfig as MissConfig
 from splice.methods.oft import OFTConfig as OFTConfig
 from splice.methods.osf import OSFConfig as OSFConfig
 from splice.methods.peanut import PeanutConfig as PeanutConfig
+from splice.methods.poly import PolyConfig as PolyConfig
 from splice.methods.prompts.cpt import CPTConfig as CPTConfig
 from splice.methods.prompts.multitask_prompt_tuning import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
 from splice.methods.prompts.multitask_prompt_tuning import MultitaskPromptTuningInit as MultitaskPromptTuningInit

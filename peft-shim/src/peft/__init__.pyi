@@ -62,6 +62,7 @@ from splice import PeftModelForSequenceClassification as PeftModelForSequenceCla
 from splice import PeftModelForTokenClassification as PeftModelForTokenClassification
 from splice import PeftType as PeftType
 from splice import PeftWarning as PeftWarning
+from splice import PolyConfig as PolyConfig
 from splice import PrefixTuningConfig as PrefixTuningConfig
 from splice import PromptEncoderConfig as PromptEncoderConfig
 from splice import PromptEncoderReparameterizationType as PromptEncoderReparameterizationType
