@@ -171,7 +171,7 @@ SAMPLES: dict[PeftType, Sample] = {
         },
     ),
     PeftType.PSOFT: Sample(
-        config={"r": 2},
+        config={"r": 3},
         small={"r": 2, "ab_svd_init": "pissa_init"},
         options={
             "series": {"use_cayley_neumann": True, "num_cayley_neumann_terms": 3},
