@@ -116,3 +116,34 @@ def test_what_the_reference_saved_is_trained_itself(case: Case, tmp_path: Path) 
     with pytest.raises(AdapterMismatchError, match=r"prompt_encoder\."):
         in_training.load_adapter(tmp_path, "default", is_trainable=True)
     assert_same_tensors(splice.get_peft_model_state_dict(in_training), before)
+
+
+@every
+def test_the_virtual_tokens_alone_are_refused_by_one_in_training(case: Case) -> None:
+    model = new(splice, case)
+    before = copy.deepcopy(splice.get_peft_model_state_dict(model))
+    given = {"prompt_embeddings": before["prompt_embeddings"] + 1}
+    with pytest.raises(
+        ValueError, match="adapter 'default': 'prompt_embeddings' is what comes of the tensors that it trains"
+    ):
+        splice.set_peft_model_state_dict(model, given)
+    assert_same_tensors(splice.get_peft_model_state_dict(model), before)
+
+
+@every
+def test_an_empty_one_is_filled_with_all_it_is_made_of(case: Case, tmp_path: Path) -> None:
+    trained = new(splice, case)
+    train(trained, case, 1)
+    trained.save_pretrained(tmp_path)
+    expected = run(trained.eval(), case.base.inputs(2))
+    for fill in ("load_adapter", "set_peft_model_state_dict"):
+        empty: Any = splice.get_peft_model(
+            case.base.build(), get_peft_config(case.config()), low_cpu_mem_usage=True
+        ).eval()
+        with pytest.raises(RuntimeError, match="the adapter's tensors are on the meta device"):
+            run(empty, case.base.inputs(2))
+        if fill == "load_adapter":
+            empty.load_adapter(tmp_path, "default")
+        else:
+            splice.set_peft_model_state_dict(empty, splice.load_peft_weights(tmp_path))
+        assert torch.equal(run(empty, case.base.inputs(2)), expected)

@@ -165,6 +165,7 @@ def load_into(tuner: Tuner, checkpoint: Checkpoint, options: LoadOptions, undo: 
         options,
         undo,
     )
+    _check_reaches(found, name)
     found = found._replace(warnings=(*found.warnings, *_kept_config(found, checkpoint, name)))
     _overwrite(tuner, found, options, undo)
     return _finished(tuner, found, options)
@@ -177,6 +178,20 @@ def _room(tuner: Tuner, found: Fitted, options: LoadOptions, undo: Undo) -> Mapp
         return {}
     undo.also(lambda: reserved.release(name))
     return reserved.room_for(name, plan.placements, {follower.leader for follower in plan.followers}, options.autocast)
+
+
+def _check_reaches(found: Fitted, name: str) -> None:
+    """Raise where all that was given follows from tensors of the adapter that are not among it, so that none would change.
+
+    Raises:
+        ValueError: so it is.
+    """
+    follows = found.plan.redundant.intersection(found.checkpoint.entries)
+    if follows and not found.plan.sources:
+        raise ValueError(
+            f"adapter {name!r}: {', '.join(map(repr, sorted(follows)))} is what comes of the tensors that it trains, and "
+            "those are not among what was given. Load it under another name, where it is trained and used as it is."
+        )
 
 
 def _lost_patterns(found: Fitted, method: Method) -> list[str]:

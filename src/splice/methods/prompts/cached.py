@@ -17,6 +17,7 @@ from splice.base.signatures import named_arguments
 from splice.checkpoint.types import TaskType
 from splice.config import PromptLearningConfig
 from splice.errors import warn
+from splice.kinds.casting import check_values
 from splice.kinds.effect import Forward
 from splice.kinds.layer import Config
 from splice.kinds.slot import Slot
@@ -94,7 +95,9 @@ class CachedPrompt(PromptLayer):
         kept = cache is not None or call.get("use_cache") is not False
         if past == 0:
             main = main_input(call, _DECODER if self.decodes else _DECODER[3:])
-            cache = self.filled(cache, prompt.values(call, main.shape[0]))
+            values = prompt.values(call, main.shape[0])
+            check_values(values, main)
+            cache = self.filled(cache, values)
             call[self.cache_name] = cache
         length = main_input(call, _DECODER if self.decodes else _DECODER[3:]).shape[1]
         front = "decoder_" if self.decodes else ""

@@ -21,6 +21,7 @@ from splice.base.foreign_models import input_embedding_layer
 from splice.checkpoint.types import TaskType
 from splice.errors import warn
 from splice.kinds.adapters import Adapters
+from splice.kinds.casting import check_values
 from splice.kinds.effect import Forward
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.network import network_layers
@@ -70,7 +71,9 @@ class EmbeddedPrompt(PromptLayer):
         embeds, ids = call.get("inputs_embeds"), call.pop("input_ids", None)
         if embeds is None:
             embeds = embeddings_of(self.base)(ids)
-        tokens = prompt.values(call, embeds.shape[0]).to(embeds.dtype)
+        tokens = prompt.values(call, embeds.shape[0])
+        check_values(tokens, embeds)
+        tokens = tokens.to(embeds.dtype)
         call["inputs_embeds"] = torch.cat([tokens, embeds], dim=1)
         if call.get("labels") is not None and self.task in _ONE_LABEL_A_TOKEN:
             call["labels"] = F.pad(call["labels"], (prompt.count, 0), value=-100)
