@@ -49,9 +49,7 @@ class AdapterLayer(OwnTensors, Effect, WeightEffect):
     file_form: ClassVar[FileForm] = FileForm()
     # Numbers that scripts read and set on an adapted layer, by the reference's names -> the attribute of this layer.
     numbers: ClassVar[Mapping[str, str]] = MappingProxyType({"scaling": "scale", "r": "r"})
-    # Whether it uses tensors that all layers of its adapter share.
-    uses_shared: ClassVar[bool] = False
-    # The adapter layer that holds these, in a tuple; empty until it is joined.
+    # The adapter layer that holds tensors which all layers of its adapter use, in a tuple; empty where it uses none.
     shared: tuple[AdapterLayer, ...] = ()
     # Suffix -> whose tensor stands there, of those that it shares with another layer of its adapter.
     leaders: Mapping[str, Leader] = MappingProxyType({})
@@ -135,9 +133,7 @@ class AdapterLayer(OwnTensors, Effect, WeightEffect):
         return self.find(BIAS)
 
     def join(self, shared: AdapterLayer) -> None:
-        """Take what all layers of this adapter share; called once, of methods whose record has `shared`."""
-        if self.uses_shared:
-            self.shared = (shared,)
+        """Be told of what all layers of this adapter share; called once, of methods whose record has `shared`."""
 
     def shown(self, base: nn.Module) -> dict[str, torch.Tensor]:
         bias = self.trained_bias

@@ -15,6 +15,13 @@ from splice.kinds.slot import Slot
 SHARED_PATH = "<shared>"
 
 
+class UsesShared(AdapterLayer):
+    """An adapter layer that computes with tensors which all layers of its adapter share. It stands before the kind."""
+
+    def join(self, shared: AdapterLayer) -> None:
+        self.shared = (shared,)
+
+
 class SharedTensors(AdapterLayer):
     """Held once for the adapter, and saved under names of their own.
 

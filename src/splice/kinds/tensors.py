@@ -104,17 +104,12 @@ class OwnTensors:
         return self.tensor(suffix) if suffix in self.registered else None
 
     def keep(self, suffix: str, tensor: torch.Tensor) -> None:
-        """Have, as a buffer that no checkpoint holds, what the layer worked out itself; again in the place of the old."""
+        """Have this tensor in the place of the one of that suffix. Where there is none it becomes a buffer, not stored."""
         known = self.registered.get(suffix)
         if known is None:
             self.hold(suffix, tensor, Slot(tuple(tensor.shape), Role.BUFFER, stored=False))
         else:
             known.registry[known.name] = tensor
-
-    def put(self, suffix: str, tensor: torch.Tensor) -> None:
-        """Have another tensor in the place of the one that is there."""
-        registry, name, _ = self.registered[suffix]
-        registry[name] = tensor
 
     def named_slots(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor that a checkpoint holds, in the form it has in memory, by suffix."""

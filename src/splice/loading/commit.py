@@ -156,7 +156,7 @@ def build_new(plan: Plan, config: PeftConfig, autocast: bool, on_meta: bool = Fa
         if on_meta:
             item.layer.leave_empty()
             for suffix, leader in item.layer.leaders.items():
-                item.layer.put(suffix, led[leader.path].tensor(leader.suffix))
+                item.layer.keep(suffix, led[leader.path].tensor(leader.suffix))
     return built + _followers(plan, built, config)
 
 

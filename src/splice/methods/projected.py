@@ -19,7 +19,7 @@ from splice.base.layers import LayerKind, features, kind_of
 from splice.kinds.additive import Additive
 from splice.kinds.casting import cast_to
 from splice.kinds.layer import Config
-from splice.kinds.shared import SharedTensors
+from splice.kinds.shared import SharedTensors, UsesShared
 from splice.kinds.slot import Role, Slot
 from splice.kinds.tensors import Held
 from splice.methods.targeted import check_positive
@@ -69,10 +69,9 @@ class Projections(SharedTensors):
                 tensor.copy_(tensor.to(own))
 
 
-class Projected(Additive):
+class Projected(UsesShared, Additive):
     """The vectors of a linear layer, stored either way round."""
 
-    uses_shared = True
     b: Held
     d: Held
     # What the adapter's layers share.

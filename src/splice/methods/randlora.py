@@ -25,7 +25,7 @@ from splice.kinds.additive import Additive
 from splice.kinds.casting import cast_to
 from splice.kinds.dropout import dropout_of
 from splice.kinds.registry import Method, register
-from splice.kinds.shared import SharedTensors
+from splice.kinds.shared import SharedTensors, UsesShared
 from splice.kinds.slot import Role, Slot
 from splice.kinds.tensors import Held
 from splice.methods.default_targets import LORA_TARGETS
@@ -124,11 +124,10 @@ def _ternary(like: torch.Tensor, every: float, source: torch.Generator) -> torch
     return (drawn > 1 - 1 / (2 * every)).float() - (drawn < 1 / (2 * every)).float()
 
 
-class RandLoraLayer(Additive):
+class RandLoraLayer(UsesShared, Additive):
     """RandLoRA on a linear layer, stored either way round."""
 
     randlora_lambda, randlora_gamma = Held(), Held()
-    uses_shared = True
 
     @classmethod
     def slots(cls, base: nn.Module, config: RandLoraConfig, path: str) -> dict[str, Slot]:
