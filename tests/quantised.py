@@ -178,7 +178,7 @@ _SINGLE = {"quant_type": "fp4", "compress_statistics": False, "packed": True}
 _ALL = (
     Way("nf4", "bnb 4bit", "bitsandbytes", partial(_bnb_4bit, quant_type="nf4"), _dense_4bit, 0.12),
     Way("fp4_single", "bnb 4bit", "bitsandbytes", partial(_bnb_4bit, **_SINGLE), _dense_4bit, 0.15, tolerance=1e-2),
-    Way("int8", "bnb 8bit", "bitsandbytes", _bnb_8bit, _dense_8bit, 0.01, tolerance=1e-1),
+    Way("int8", "bnb 8bit", "bitsandbytes", _bnb_8bit, _dense_8bit, 0.01, tolerance=5e-2),
     Way("ao_int8", "torchao", "torchao", _torchao("Int8WeightOnlyConfig"), _dequantized, 0.01),
     Way("ao_int4", "torchao", "torchao", _intx, _dequantized, 0.12),
     Way("ao_fp8", "torchao", "torchao", _torchao("Float8WeightOnlyConfig"), _dequantized, 0.04),

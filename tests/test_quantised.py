@@ -43,8 +43,9 @@ def load(way: Way, folder: Any, **options: Any) -> tuple[Any, Any]:
     )
 
 
-def assert_near(found: torch.Tensor, expected: torch.Tensor, way: Way) -> None:
-    torch.testing.assert_close(found, expected, rtol=way.tolerance, atol=way.tolerance)
+def assert_near(found: torch.Tensor, expected: torch.Tensor, way: Way, factor: float = 1.0) -> None:
+    tolerance = factor * way.tolerance
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 @ways
@@ -150,7 +151,8 @@ def test_methods_on_the_call_of_the_network(way: Way, case: Case, shared_checkpo
         splice.PeftModel.from_pretrained(network, folder)
         for network in (way.base(case.base), way.dense_base(case.base))
     )
-    assert_near(run(ours, inputs), run(dense, inputs), way)
+    # Fourteen layers one after the other, some of which round their inputs as well.
+    assert_near(run(ours, inputs), run(dense, inputs), way, factor=2)
     assert differ(run(ours, inputs), run(way.base(case.base), inputs))
 
 
