@@ -58,6 +58,7 @@ from splice.methods.lora.conversion import save_as_lora as save_as_lora
 from splice.methods.lora.corda import preprocess_corda as preprocess_corda
 from splice.methods.lora.eva import get_eva_state_dict as get_eva_state_dict
 from splice.methods.lora.eva import initialize_lora_eva_weights as initialize_lora_eva_weights
+from splice.methods.lora.loftq_replacing import replace_lora_weights_loftq as replace_lora_weights_loftq
 from splice.methods.lora.lorafa import create_lorafa_optimizer as create_lorafa_optimizer
 from splice.methods.lora.loraga import preprocess_loraga as preprocess_loraga
 from splice.methods.lora.loraplus import create_loraplus_optimizer as create_loraplus_optimizer

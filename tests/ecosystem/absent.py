@@ -27,11 +27,11 @@ MODULES: dict[str, str] = {
 TO_COME = (
     "peft.auto peft.helpers peft.optimizers peft.optimizers.lorafa peft.optimizers.loraplus peft.optimizers.riemannian "
     "peft.tuners.lora.conversion peft.tuners.lora.eva peft.tuners.lora.loraga peft.utils.hotswap "
-    "peft.utils.loftq_utils peft.utils.transformers_weight_conversion "
+    "peft.utils.transformers_weight_conversion "
     "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction AutoPeftModelForQuestionAnswering "
     "AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification "
     "convert_to_lora save_as_lora get_eva_state_dict initialize_lora_eva_weights preprocess_loraga "
-    "get_base_model_state_dict set_base_model_state_dict prepare_model_for_kbit_training replace_lora_weights_loftq "
+    "get_base_model_state_dict set_base_model_state_dict prepare_model_for_kbit_training "
     "fsdp_auto_wrap_policy "
     "gather_params_ctx check_deepspeed_zero3_enabled"
 )
@@ -66,7 +66,7 @@ NAMES: dict[str, str] = {
     "parts of the reference's own code, which no program imports": (
         "ABC BasePromptEncoder HadaWeight HadaWeightCP LoraEmbeddingATPHolder LoraVariant MIN_EXPECTED_CONFIG_KEYS "
         "MultiplicativeDropoutLayer OFTRotationModule TYPE_CHECKING VARIANT_KWARG_KEYS clone_module create_attention_mask "
-        "dispatch_default get_device_map make_kron make_weight make_weight_cp torch_load is_torch_tpu_available "
+        "dispatch_default get_device_map loftq_init make_kron make_weight make_weight_cp torch_load is_torch_tpu_available "
         "check_file_exists_on_hf_hub mlu_available MixedModel "
         "ACT2FN AdaptedAttention AdaptedAttentionGPT DUMMY_TARGET_MODULES FastBlockDiag GloraEmptyPath GloraLoraPath "
         "GloraPath GloraScalarPath GloraVectorPath ModelTypeConfig OrthLayer TRANSFORMERS_MODEL_CONFIG UniqueBaseGrad "

@@ -106,6 +106,7 @@ from splice import load_peft_weights as load_peft_weights
 from splice import prepare_model_for_kbit_training as prepare_model_for_kbit_training
 from splice import preprocess_corda as preprocess_corda
 from splice import preprocess_loraga as preprocess_loraga
+from splice import replace_lora_weights_loftq as replace_lora_weights_loftq
 from splice import save_as_lora as save_as_lora
 from splice import set_base_model_state_dict as set_base_model_state_dict
 from splice import set_peft_model_state_dict as set_peft_model_state_dict

@@ -8,6 +8,7 @@ __getattr__, __dir__ = _lazy_names(
         "peft.utils.constants",
         "peft.utils.error",
         "peft.utils.integrations",
+        "peft.utils.loftq_utils",
         "peft.utils.other",
         "peft.utils.peft_types",
         "peft.utils.save_and_load",
