@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from splice.base.layers import pads_with_zeros
+from splice.base.weight_access import bias_of
 from splice.kinds.convolution import Convolution, as_convolution, convolve
 from splice.kinds.effect import Action
 from splice.kinds.host import host_of, in_order
@@ -49,7 +50,7 @@ class WeightTransform(WeightDelta):
             return weight
         choice = host.selection.current()
         active = [] if choice.rows is not None else in_order(host.layers, choice.names)
-        bias = host.base._parameters.get("bias")
+        bias = bias_of(host.base)
         for name in dict.fromkeys([*host.merged, *active]):
             adapter = host.layers[name]
             if adapter is self:

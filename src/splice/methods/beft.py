@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from splice.base.layers import LayerKind, features
+from splice.base.weight_access import bias_of
 from splice.checkpoint.types import PeftType
 from splice.errors import warn
 from splice.kinds.additive import Additive
@@ -54,7 +55,7 @@ class BeftLayer(Additive):
 
     @classmethod
     def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: BeftConfig) -> None:
-        if base._parameters.get("bias") is None:
+        if bias_of(base) is None:
             warn("A layer has no bias of its own, so BEFT cannot be merged into it.")
         # Drawn in any case, as the reference does: of the numbers that come after it they are the same then.
         nn.init.normal_(tensors["beft_bias"])

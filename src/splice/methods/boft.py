@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from splice.base.layers import LayerKind, features
+from splice.base.weight_access import bias_of
 from splice.checkpoint.types import PeftType
 from splice.config import copy_config
 from splice.kinds.casting import check_values
@@ -210,7 +211,7 @@ class BOFTLayer(BOFT, InputTransform, OutputTransform):
 
     def prepare(self, base: nn.Module, config: BOFTConfig, path: str) -> None:
         super().prepare(base, config, path)
-        self.has_bias = base._parameters.get("bias") is not None
+        self.has_bias = bias_of(base) is not None
 
     def transform(self, x: torch.Tensor) -> torch.Tensor:
         check_values(self.boft_R, x)

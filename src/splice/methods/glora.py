@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from splice.base.dense import dtype_of
 from splice.base.layers import LayerKind, features
+from splice.base.weight_access import bias_of
 from splice.checkpoint.types import PeftType
 from splice.kinds.casting import check_values
 from splice.kinds.original import original_weight, tensor_in_use
@@ -86,7 +87,7 @@ class GloraLayer(WeightUpdate):
     @classmethod
     def slots(cls, base: nn.Module, config: GloraConfig, path: str) -> dict[str, Slot]:
         (size_in, size_out), r = features(base), config.r
-        has_bias = base._parameters.get("bias") is not None
+        has_bias = bias_of(base) is not None
         of_inputs, of_bias = (config.config_C, config.config_D_E) if has_bias else ("none", "none")
         # The kind of each path, the shape of what it stands for, and of a vector in its place.
         paths = {
@@ -122,7 +123,7 @@ class GloraLayer(WeightUpdate):
     def prepare(self, base: nn.Module, config: GloraConfig, path: str) -> None:
         super().prepare(base, config, path)
         self.r = config.r
-        self.has_bias = base._parameters.get("bias") is not None
+        self.has_bias = bias_of(base) is not None
 
     def path(self, letter: str, like: torch.Tensor) -> torch.Tensor | None:
         """A, B, C, D or E in the dtype of `like`, of its own shape or one that is broadcast to it; None where it is zero."""

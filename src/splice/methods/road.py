@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from splice.base.layers import LayerKind, features
+from splice.base.weight_access import bias_of
 from splice.checkpoint.types import PeftType
 from splice.kinds.casting import check_values
 from splice.kinds.output_transform import OutputTransform
@@ -93,7 +94,7 @@ class RoadLayer(OutputTransform):
 
     def prepare(self, base: nn.Module, config: RoadConfig, path: str) -> None:
         self.variant, self.group_size = config.variant, config.group_size
-        self.has_bias = base._parameters.get("bias") is not None
+        self.has_bias = bias_of(base) is not None
 
     def coefficients(self) -> tuple[torch.Tensor, torch.Tensor]:
         """c and s, each (groups, 2, G / 2) or, where the halves of a group share them, (groups, 1, G / 2)."""
