@@ -132,6 +132,8 @@ class Backend:
         dtype: the floating dtype that the layer computes in; None where it does not say.
         bias: the bias of a layer that does not keep it as a parameter, where `bias_place` says; None for none.
         bias_place: where it keeps that.
+        grouped_inputs: whether groups of inputs share a zero point, so that an update which is the same for each input of a
+            group could go into the zero points.
     """
 
     name: str
@@ -147,3 +149,4 @@ class Backend:
     dtype: Callable[[Foreign], torch.dtype | None] = _no_dtype
     bias: Callable[[Foreign], torch.Tensor | None] = _no_bias
     bias_place: Place | None = None
+    grouped_inputs: bool = False

@@ -40,4 +40,5 @@ BACKEND = Backend(
     why_unwritable=_why_unwritable,
     bias=_bias,
     bias_place=Place(BUFFERS, "bias"),
+    grouped_inputs=True,
 )

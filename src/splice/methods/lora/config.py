@@ -119,9 +119,9 @@ class LoraConfig(Targeted):
     velora_config: VeloraConfig | dict[str, object] | None = None
     # aLoRA: ids of the tokens that switch the adapter on, from their last occurrence in a row; None: it is always on.
     alora_invocation_tokens: list[int] | None = None
-    # Whether to train QA-LoRA on layers that are stored by GPTQ; on all others it has no effect.
+    # Whether to train QA-LoRA on layers that are quantised with zero points for groups; on others no effect.
     use_qalora: bool = False
-    # How many inputs QA-LoRA averages: it divides those of each layer, and should be the size of GPTQ's groups.
+    # How many inputs QA-LoRA averages: it divides those of each layer, and should be the size of their groups.
     qalora_group_size: int = 16
     # MonteCLoRA, which adds learned noise to A in training: a `MontecloraConfig`, or a dict of its fields; None for none.
     monteclora_config: MontecloraConfig | dict[str, object] | None = None

@@ -1,4 +1,4 @@
-"""QA-LoRA: A sees the means of groups of inputs, as many as share a zero point where the base is stored by GPTQ.
+"""QA-LoRA: A sees the means of groups of inputs, as many as share a zero point in the base.
 
 Xu et al., "QA-LoRA: Quantization-Aware Low-Rank Adaptation of Large Language Models", arXiv 2309.14717, section 3. With g
 inputs in a group and n groups, A (r, n) and m (n) the means: `y = base(x) + s * n B A m`. That is plain LoRA whose A repeats
@@ -33,7 +33,7 @@ _A = ".lora_A.weight"
 def is_for(base: nn.Module) -> bool:
     """Whether the reference puts QA-LoRA on `base`: where it is asked for elsewhere, it takes plain LoRA."""
     backend = backend_of(base)
-    return backend is not None and backend.name == "gptq"
+    return backend is not None and backend.grouped_inputs
 
 
 def repeated(a: torch.Tensor, group: int) -> torch.Tensor:
@@ -101,7 +101,7 @@ class Repeated:
 def as_plain_elsewhere(
     checkpoint: Checkpoint, config: LoraConfig, network: nn.Module, modules: Mapping[str, nn.Module]
 ) -> Reading | None:
-    """The A of layers that are not stored by GPTQ as those of plain LoRA; None where there are none of QA-LoRA."""
+    """The A of layers whose inputs share no zero points as those of plain LoRA; None where there are none of QA-LoRA."""
     if not config.use_qalora:
         return None
     group, found, left = config.qalora_group_size, set(), False
@@ -116,6 +116,6 @@ def as_plain_elsewhere(
     if group < 2 or not found:
         return None
     weights = Repeated(checkpoint.weights, frozenset(found), group)
-    note = f"QA-LoRA with groups of {group}, on layers that are not stored by GPTQ: read as plain LoRA"
+    note = f"QA-LoRA with groups of {group}, on layers whose inputs share no zero points: read as plain LoRA"
     changed = config if left else copy_config(config, use_qalora=False)
     return Reading(checkpoint._replace(weights=weights), changed, (note,))
