@@ -6,9 +6,7 @@ were chosen with data: another weight cannot be stored so without any.
 
 from __future__ import annotations
 
-import torch
-
-from splice.base.backends.backend import BUFFERS, Backend, Foreign, Place, is_of
+from splice.base.backends.backend import BUFFERS, Backend, Foreign, Place, bias_attribute, is_of
 from splice.base.backends.identity import weight_by_identity
 
 _CLASSES = (
@@ -33,11 +31,6 @@ def _why_unwritable(layer: Foreign) -> str:
     return "its scales were chosen with data, which is not there any more"
 
 
-def _bias(layer: Foreign) -> torch.Tensor | None:
-    found: torch.Tensor | None = layer.bias
-    return found
-
-
 BACKEND = Backend(
     name="awq",
     owns=_owns,
@@ -45,6 +38,6 @@ BACKEND = Backend(
     dense=weight_by_identity,
     describe=_describe,
     why_unwritable=_why_unwritable,
-    bias=_bias,
+    bias=bias_attribute,
     bias_place=Place(BUFFERS, "bias"),
 )

@@ -92,6 +92,12 @@ def library_of(something: object, name: str) -> Foreign:
     return sys.modules[name]
 
 
+def bias_attribute(layer: Foreign) -> torch.Tensor | None:
+    """The bias of a layer that has it under its usual name, though not as a parameter."""
+    found: torch.Tensor | None = layer.bias
+    return found
+
+
 def _always(layer: Foreign) -> str:
     return ""
 

@@ -6,9 +6,7 @@ codes were chosen with data, so that they make up for each other's error: anothe
 
 from __future__ import annotations
 
-import torch
-
-from splice.base.backends.backend import BUFFERS, Backend, Foreign, Place, is_of
+from splice.base.backends.backend import BUFFERS, Backend, Foreign, Place, bias_attribute, is_of
 from splice.base.backends.identity import weight_by_identity
 
 
@@ -26,11 +24,6 @@ def _why_unwritable(layer: Foreign) -> str:
     return "its codes were chosen with data, which is not there any more"
 
 
-def _bias(layer: Foreign) -> torch.Tensor | None:
-    found: torch.Tensor | None = layer.bias
-    return found
-
-
 BACKEND = Backend(
     name="gptq",
     owns=_owns,
@@ -38,7 +31,7 @@ BACKEND = Backend(
     dense=weight_by_identity,
     describe=_describe,
     why_unwritable=_why_unwritable,
-    bias=_bias,
+    bias=bias_attribute,
     bias_place=Place(BUFFERS, "bias"),
     grouped_inputs=True,
 )
