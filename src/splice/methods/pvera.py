@@ -93,6 +93,8 @@ class PveraLayer(Projected):
         self.merges_exactly = not self.samples
         seed = config.generator_seed
         self.source = None if seed is None else torch.Generator().manual_seed(seed)
+        # The state that the numbers of the last forward were drawn from.
+        self.last_state: torch.Tensor | None = None
 
     def delta(self, x: torch.Tensor) -> torch.Tensor:
         a, b = self.matrices()
@@ -105,7 +107,16 @@ class PveraLayer(Projected):
     def _noise(self, like: torch.Tensor) -> torch.Tensor:
         if self.source is None:
             return torch.randn_like(like)
-        return torch.randn(like.shape, generator=self.source, dtype=like.dtype).to(like.device)
+        # A backward that computes a block again has to go through the very numbers of its forward. torch sees to those that
+        # it draws itself.
+        state, again = self.source.get_state(), torch._C._current_graph_task_id() != -1
+        if not again or self.last_state is None:
+            self.last_state = state
+        self.source.set_state(self.last_state)
+        noise = torch.randn(like.shape, generator=self.source, dtype=like.dtype).to(like.device)
+        if again:
+            self.source.set_state(state)
+        return noise
 
     def delta_weight(self, weight: torch.Tensor) -> torch.Tensor:
         (a, b), r = self.matrices(), self.r
