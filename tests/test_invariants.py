@@ -303,7 +303,6 @@ def _calls(function: Callable[[], Any]) -> int:
         count += event in ("call", "c_call")
 
     # What earlier tests left to the garbage collector would be counted wherever it happens to be collected.
-    gc.collect()
     gc.disable()
     sys.setprofile(note)
     try:
