@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,7 +31,7 @@ def merge_files(
     task_class: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
-    **options: object,
+    **options: Any,
 ) -> Written:
     """Merge adapters into the files of a base model, as `merge_and_unload` and `save_pretrained` of the loaded model would.
 
@@ -63,7 +64,9 @@ def merge_files(
     if not adapters:
         raise PeftError("there is no adapter to merge")
     if weights is not None and len(weights) != len(adapters):
-        raise PeftError(f"there are {len(adapters)} adapters and {len(weights)} weights: give one weight for each adapter")
+        raise PeftError(
+            f"there are {len(adapters)} adapters and {len(weights)} weights: give one weight for each adapter"
+        )
     check_free(Path(out))
     folder = read_base_folder(Path(base))
     outline = outline_of(folder, dtype, task_class, trust_remote_code)
@@ -101,5 +104,6 @@ def _digest(adapter: Path) -> str:
     for file in sorted(adapter.glob("adapter_*")):
         found.update(file.name.encode())
         with open(file, "rb") as opened:
-            found.update(hashlib.file_digest(opened, "sha256").digest())
+            while block := opened.read(1 << 20):
+                found.update(block)
     return found.hexdigest()

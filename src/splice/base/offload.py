@@ -20,7 +20,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-
 # Where a module has the hook of something else than accelerate that keeps its tensors elsewhere.
 KEPT = "splice_kept_elsewhere"
 

@@ -28,7 +28,7 @@ class BaseFolder(NamedTuple):
     # Name of a shard's file -> its header, in the order of the names.
     shards: Mapping[str, Header]
     # The fields of the index; None where one file holds all.
-    index: Mapping[str, Any] | None
+    index_fields: Mapping[str, Any] | None
     # Names of the files to be carried along: tokenizer, settings of generation, code.
     others: tuple[str, ...]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -38,7 +39,7 @@ def read_tensor(path: Path, entry: Entry) -> torch.Tensor:
     # Not a map of the file: its pages would stay in memory beside the result.
     values = torch.empty(entry.size, dtype=torch.uint8)
     if entry.size:
-        view, done = memoryview(values.numpy()), 0
+        view, done = _view(values), 0
         with open(path, "rb", buffering=0) as file:
             file.seek(entry.offset)
             while done < entry.size:
@@ -52,7 +53,12 @@ def read_tensor(path: Path, entry: Entry) -> torch.Tensor:
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor as files hold them."""
     flat = tensor.detach().contiguous().view(-1)
-    return memoryview(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+    return _view(flat.view(torch.uint8)) if flat.numel() else memoryview(b"")
+
+
+def _view(values: torch.Tensor) -> memoryview:
+    # numpy's arrays are buffers, which older stubs of numpy do not say.
+    return memoryview(cast(bytes, values.numpy()))
 
 
 class FromFiles(MutableMapping[str, torch.Tensor]):
@@ -67,7 +73,7 @@ class FromFiles(MutableMapping[str, torch.Tensor]):
         self.own: dict[str, torch.Tensor] = {}
         # Parameters whose places are taken while the tensors are at hand.
         self.aside: dict[str, nn.Parameter] = {}
-        self.original_devices = {name: self.execution_device for name in files}
+        self.original_devices = dict.fromkeys(files, self.execution_device)
 
     @property
     def weights_map(self) -> FromFiles:
@@ -83,6 +89,9 @@ class FromFiles(MutableMapping[str, torch.Tensor]):
     def __delitem__(self, name: str) -> None:
         if self.own.pop(name, None) is None:
             del self.files[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.own or name in self.files  # without reading it
 
     def __iter__(self) -> Iterator[str]:
         return iter(dict.fromkeys([*self.files, *self.own]))

@@ -104,9 +104,7 @@ def _piece(
     return _changed(key, name, outline, changes, dtype)
 
 
-def _extra(
-    name: str, folder: BaseFolder, outline: Outline, changes: Changes, dtype: torch.dtype | None
-) -> Piece:
+def _extra(name: str, folder: BaseFolder, outline: Outline, changes: Changes, dtype: torch.dtype | None) -> Piece:
     """A tensor that the base's files have none of its own for."""
     if changes.origin(name) is not None:
         return _changed(name, name, outline, changes, dtype)
@@ -148,7 +146,8 @@ def is_untied(outline: Outline, changes: Changes) -> bool:
 
 
 def _check_complete(folder: BaseFolder, outline: Outline, changes: Changes) -> None:
-    lacking, joined = [], []
+    lacking: list[str] = []
+    joined: list[str] = []
     for name in outline.lacking:
         if name in changes.copies:
             continue
@@ -161,9 +160,7 @@ def _check_complete(folder: BaseFolder, outline: Outline, changes: Changes) -> N
             "loads, and the adapter changes it. Load the model and call `merge_and_unload` instead."
         )
     if lacking and not unknown:
-        raise CheckpointError(
-            f"{folder.path}: the files lack {_some(lacking)}, which the model has by its config"
-        )
+        raise CheckpointError(f"{folder.path}: the files lack {_some(lacking)}, which the model has by its config")
 
 
 def _some(names: list[str]) -> str:

@@ -11,7 +11,8 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,7 +80,9 @@ def check_free(out: Path) -> None:
         FileExistsError: it is a file, or a folder that is not empty.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists already, and nothing there is overwritten: name another folder, or remove it")
+        raise FileExistsError(
+            f"{out} exists already, and nothing there is overwritten: name another folder, or remove it"
+        )
 
 
 def write_merged(
@@ -119,9 +122,7 @@ def write_merged(
             left = sum(shard.size for shard in shards if shard.name not in done)
             progress.begin(left, sum(shard.size for shard in shards))
         advance = progress.advance if progress is not None else _ignored
-        for shard in shards:
-            if shard.name not in done:
-                _write_one(folder, places, shard, changes, advance)
+        _write_all(folder, places, [shard for shard in shards if shard.name not in done], changes, advance)
         _write_others(folder, outline, changes, shards, places, dtype)
         if places.out.exists():
             places.out.rmdir()  # it is empty
@@ -167,13 +168,24 @@ def _resumed(places: Places, identity: Mapping[str, object], shards: list[Shard]
     return done
 
 
-def _write_one(
-    folder: BaseFolder, places: Places, shard: Shard, changes: Changes, advance: Callable[[int], object]
+def _write_all(
+    folder: BaseFolder, places: Places, shards: list[Shard], changes: Changes, advance: Callable[[int], object]
 ) -> None:
-    unfinished = places.work / (shard.name + _UNFINISHED)
-    write_shard(folder.path / shard.name, unfinished, shard, changes, advance)
+    # While one file goes to the disk, the next one is worked out.
+    with ThreadPoolExecutor(1) as disk:
+        waiting = []
+        for shard in shards:
+            unfinished = places.work / (shard.name + _UNFINISHED)
+            write_shard(folder.path / shard.name, unfinished, shard, changes, advance)
+            waiting.append(disk.submit(_finish, unfinished, places.work / shard.name))
+        for each in waiting:
+            each.result()
+
+
+def _finish(unfinished: Path, final: Path) -> None:
+    # On the disk before it has its name: after a power cut, too, what has a name is whole.
     sync(unfinished)
-    os.replace(unfinished, places.work / shard.name)
+    os.replace(unfinished, final)
 
 
 def _write_others(
@@ -199,10 +211,10 @@ def _write_others(
         shutil.copy2(folder.path / CONFIG_NAME, places.work / CONFIG_NAME)
     else:
         write_text(places.work / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
-    if folder.index is not None:
+    if folder.index_fields is not None:
         weight_map = {piece.key: shard.name for shard in shards for _, piece in shard.pieces}
         total = sum(piece.size for shard in shards for _, piece in shard.pieces)
-        index = {**folder.index, "metadata": {**folder.index.get("metadata", {}), "total_size": total}}
+        index = {**folder.index_fields, "metadata": {**folder.index_fields.get("metadata", {}), "total_size": total}}
         index["weight_map"] = dict(sorted(weight_map.items()))
         write_text(places.work / INDEX_NAME, json.dumps(index, indent=2) + "\n")
 

@@ -17,6 +17,7 @@ from splice.errors import CheckpointError, PeftError
 from splice.loading.on_disk.base_folder import BaseFolder
 from splice.loading.on_disk.from_files import TORCH_DTYPES, FromFiles
 
+
 class Outline(NamedTuple):
     """The model, and which of its tensors the files hold under which name."""
 
@@ -89,7 +90,9 @@ def _network(folder: BaseFolder, task_class: str | None, trust_remote_code: bool
         elif trust_remote_code:
             network = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
         else:
-            raise PeftError(f"{folder.path}: the config names the class {names}, and transformers has none of this name")
+            raise PeftError(
+                f"{folder.path}: the config names the class {names}, and transformers has none of this name"
+            )
     return cast(nn.Module, network.eval())
 
 
@@ -129,9 +132,7 @@ def _equal(folder: BaseFolder, one: str, other: str) -> bool:
     return True
 
 
-def _take_dtypes(
-    network: nn.Module, entries: Mapping[str, tuple[str, Entry]], dtype: torch.dtype | None
-) -> None:
+def _take_dtypes(network: nn.Module, entries: Mapping[str, tuple[str, Entry]], dtype: torch.dtype | None) -> None:
     """Give each tensor on the meta device the dtype that it is to be read in."""
     for name, (_, entry) in entries.items():
         owner, _, leaf = name.rpartition(".")

@@ -6,6 +6,7 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from io import RawIOBase
 from pathlib import Path
@@ -50,18 +51,32 @@ def write_shard(source: Path, target: Path, shard: Shard, changes: Changes, prog
                 continue
             _put(new, raw_bytes(_base_or_copy(piece, source, changes).to(piece.dtype)), offset)
             progress(piece.size)
-        for path, places in by_layer.items():
-            _write_layer(new, path, places, changes)
-            progress(sum(piece.size for _, piece in places))
+        # While one layer is written, the next one is worked out; not more than that, for the memory it takes.
+        with ThreadPoolExecutor(1) as writer:
+            before: Future[int] | None = None
+            for path, places in by_layer.items():
+                ready = _worked_out(path, places, changes)
+                if before is not None:
+                    progress(before.result())
+                before = writer.submit(_put_all, new, ready)
+            if before is not None:
+                progress(before.result())
 
 
-def _write_layer(file: RawIOBase, path: str, places: list[tuple[int, Piece]], changes: Changes) -> None:
-    tensors = changes.layers[path].work_out()
+def _worked_out(path: str, places: list[tuple[int, Piece]], changes: Changes) -> list[tuple[int, memoryview]]:
+    tensors, found = changes.layers[path].work_out(), []
     for offset, piece in places:
         assert piece.changed is not None
         tensor = tensors[piece.changed.rpartition(".")[2]]
         assert tuple(tensor.shape) == piece.shape
-        _put(file, raw_bytes(tensor.to(piece.dtype)), offset)
+        found.append((offset, raw_bytes(tensor.to(piece.dtype))))
+    return found
+
+
+def _put_all(file: RawIOBase, places: list[tuple[int, memoryview]]) -> int:
+    for offset, data in places:
+        _put(file, data, offset)
+    return sum(len(data) for _, data in places)
 
 
 def _base_or_copy(piece: Piece, source: Path, changes: Changes) -> torch.Tensor:
