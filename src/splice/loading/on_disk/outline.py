@@ -166,5 +166,6 @@ def _read_when_asked(outline: Outline, folder: BaseFolder) -> None:
             if found is not None:
                 shard, entry = folder.entries[outline.stored[found]]
                 files[leaf] = (folder.path / shard, entry)
-        if files:
+        if names:
+            # Also where the files have nothing: it says that what an adapter puts there has values.
             module.__dict__[KEPT] = FromFiles(files)
