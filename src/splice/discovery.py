@@ -4,7 +4,8 @@ No list names them. A config class registers when it is defined (`config.py`), a
 (`kinds/registry.py`); both ask here first, so that whoever looks a method up finds all of them.
 
 What a method says without torch stands in files of its own beside it: of other libraries' files in `foreign.py`, of what its
-tensors are in `outline.py`, of engines in `engines.py`. Readers of checkpoints find those alone, and do not import torch for it.
+tensors are in `outline.py`, of engines in `engines.py`. Readers of checkpoints find those alone, and do not import torch for
+it.
 """
 
 from __future__ import annotations

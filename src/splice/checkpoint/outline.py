@@ -1,7 +1,7 @@
 """What can be said of an adapter's layers from its config and its file alone: rank, scale, and the update that they make.
 
-Neither torch nor the method is imported: a method that can be asked so says how in a file of its own called `outline.py`, which
-registers it here.
+Neither torch nor the method is imported: a method that can be asked so says how in a file of its own called `outline.py`,
+which registers it here.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Outline(NamedTuple):
 
     Attributes:
         suffixes: what every layer has, where it has one of them: groups of suffixes that only make sense together.
+        planned: the rank that the config gives to the layer at a path; None where that may be another one than it has.
         rank: the rank of a layer, by the config, its path and its shapes; None where they do not tell.
         scale: what its update is multiplied with, by the config, its path and its rank; None where more is needed.
         factors: its update, by the config and its tensors; None where more than these is needed.
@@ -43,6 +44,7 @@ class Outline(NamedTuple):
     """
 
     suffixes: tuple[tuple[str, ...], ...]
+    planned: Callable[[Fields, str], int | None]
     rank: Callable[[Fields, str, Shapes], int | None]
     scale: Callable[[Fields, str, int], float | None]
     factors: Callable[[Fields, Mapping[str, Array]], Factors | None]

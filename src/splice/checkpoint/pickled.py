@@ -1,16 +1,17 @@
-"""What a `.bin` file holds, told from the operations of its pickle. Nothing is unpickled: no name in it is looked up or called."""
+"""What a `.bin` file holds, told from the operations of its pickle. None of them is done: no name is looked up or called."""
 
 from __future__ import annotations
 
 import math
-import pickletools
-import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from splice.checkpoint.header import Entry, Header
 from splice.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import pickletools
 
 # Names that a file asks for which holds nothing but tensors.
 _TENSOR, _PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
@@ -26,7 +27,7 @@ _HARMLESS = {_TENSOR, _PARAMETER, _DICT, *_STORAGES}
 # What stands in front of a file inside an archive, before its name.
 _LOCAL_HEADER = 30
 
-Operation: TypeAlias = tuple[pickletools.OpcodeInfo, object, "int | None"]
+Operation: TypeAlias = "tuple[pickletools.OpcodeInfo, object, int | None]"
 
 
 class Pickled(NamedTuple):
@@ -67,6 +68,10 @@ def read_pickled(path: Path) -> Pickled:
     Raises:
         CheckpointError: it is no such file, or one of torch before 1.6, which says what it holds only when it is loaded.
     """
+    # Few adapters are pickles, and these take as long to import as a header to read.
+    import pickletools
+    import zipfile
+
     try:
         with zipfile.ZipFile(path) as archive, open(path, "rb") as raw:
             (data,) = (info for info in archive.infolist() if info.filename.endswith("/data.pkl"))
@@ -78,9 +83,21 @@ def read_pickled(path: Path) -> Pickled:
                 start = raw.read(_LOCAL_HEADER)
                 lengths = int.from_bytes(start[26:28], "little") + int.from_bytes(start[28:30], "little")
                 if info.compress_type == zipfile.ZIP_STORED:
-                    places[info.filename.removeprefix(front)] = info.header_offset + _LOCAL_HEADER + lengths, info.file_size
+                    places[info.filename.removeprefix(front)] = (
+                        info.header_offset + _LOCAL_HEADER + lengths,
+                        info.file_size,
+                    )
     # Whatever is wrong with the file, of a module that reads any bytes as operations.
-    except (zipfile.BadZipFile, ValueError, IndexError, KeyError, TypeError, EOFError, NotImplementedError, RuntimeError) as e:
+    except (
+        zipfile.BadZipFile,
+        ValueError,
+        IndexError,
+        KeyError,
+        TypeError,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+    ) as e:
         with open(path, "rb") as raw:
             old = raw.read(2) == b"\x80\x02"
         what = "a pickle of torch before 1.6" if old else "damaged, or no file that `torch.save` wrote"
@@ -170,7 +187,7 @@ class _Walk:
 
 
 # Operations that only push: their argument, or one of these.
-_PUSHES = {
+_PUSHES: dict[str, Callable[[], object]] = {
     "EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "NONE": lambda: None, "NEWTRUE": lambda: True,
     "NEWFALSE": lambda: False, **dict.fromkeys(
         ("BININT", "BININT1", "BININT2", "LONG1", "INT", "LONG", "BINFLOAT", "FLOAT", "BINUNICODE", "SHORT_BINUNICODE",

@@ -39,7 +39,9 @@ class Values:
     def __enter__(self) -> Values:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.close()
 
     def pieces(self, entry: Entry) -> Iterator[npt.NDArray[np.generic]]:
@@ -72,7 +74,7 @@ def _decoded(raw: bytes, dtype: str) -> npt.NDArray[np.generic]:
         return np.frombuffer(raw, _PLAIN[dtype])
     if dtype == "BF16":  # the upper half of a float32
         return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
-    return _eight_bits(dtype)[np.frombuffer(raw, np.uint8)]
+    return np.take(_eight_bits(dtype), np.frombuffer(raw, np.uint8))
 
 
 @cache

@@ -14,6 +14,11 @@ from splice.checkpoint.types import PeftType
 _A, _B, _E = "lora_A", "lora_B", "lora_E"
 
 
+def _planned(fields: Fields, path: str) -> int | None:
+    # Training gives up ranks, and the config says how many are left by the numbers of those that were kept.
+    return None
+
+
 def _rank(fields: Fields, path: str, shapes: Shapes) -> int | None:
     return shapes[_A][0] if shapes.get(_A) else None
 
@@ -39,4 +44,4 @@ def _remark(fields: Fields) -> str:
     return ""
 
 
-register_outline(PeftType.ADALORA, Outline(((_A, _B, _E),), _rank, _scale, _factors, _remark))
+register_outline(PeftType.ADALORA, Outline(((_A, _B, _E),), _planned, _rank, _scale, _factors, _remark))

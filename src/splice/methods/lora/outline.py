@@ -17,22 +17,27 @@ from splice.checkpoint.types import PeftType
 _LINEAR, _EMBEDDING = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
 
 
+def _planned(fields: Fields, path: str) -> int | None:
+    rank = value_for(_pattern(fields, "rank_pattern"), path, fields.get("r", 8))
+    return rank if isinstance(rank, int) else None
+
+
 def _rank(fields: Fields, path: str, shapes: Shapes) -> int | None:
-    # Rows of A, and not what the config says, which is what a load compares them with. Of stacked experts A has the rows of all.
+    # Rows of A, and not what the config says, with which they are compared. Of stacked experts A has the rows of all.
     if fields.get("target_parameters"):
         return None
     return next((shapes[down][0] for down, _ in (_LINEAR, _EMBEDDING) if shapes.get(down)), None)
 
 
 def _scale(fields: Fields, path: str, rank: int) -> float | None:
-    alpha = value_for(_pattern(fields), path, fields.get("lora_alpha", 8))
+    alpha = value_for(_pattern(fields, "alpha_pattern"), path, fields.get("lora_alpha", 8))
     if not isinstance(alpha, (int, float)) or rank < 1:
         return None
     return alpha / math.sqrt(rank) if fields.get("use_rslora") else alpha / rank
 
 
-def _pattern(fields: Fields) -> Mapping[str, object]:
-    pattern = fields.get("alpha_pattern")
+def _pattern(fields: Fields, name: str) -> Mapping[str, object]:
+    pattern = fields.get(name)
     return pattern if isinstance(pattern, dict) else {}
 
 
@@ -59,4 +64,4 @@ def _remark(fields: Fields) -> str:
     return ""
 
 
-register_outline(PeftType.LORA, Outline((_LINEAR, _EMBEDDING), _rank, _scale, _factors, _remark))
+register_outline(PeftType.LORA, Outline((_LINEAR, _EMBEDDING), _planned, _rank, _scale, _factors, _remark))
