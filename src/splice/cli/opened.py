@@ -45,16 +45,23 @@ def open_adapter(place: str, subfolder: str | None = None, revision: str | None 
         CheckpointError: it cannot be found or read, or is no adapter of this format.
     """
     if Path(place).is_file():
-        weights, text, where, commit = *_beside(Path(place)), None
-    else:
-        source = Source.from_options(place, subfolder, {"revision": revision})
-        text, where = source.config_text(), source.config_place
-        weights, commit = Path(source.weights()), source.commit
+        weights, text, where = _beside(Path(place))
+        return _opened(place, weights, _fields(text, where), None)
+    source = Source.from_options(place, subfolder, {"revision": revision})
+    fields = _fields(source.config_text(), source.config_place)
+    return _opened(place, Path(source.weights()), fields, source.commit)
+
+
+def _fields(text: bytes, where: str) -> Mapping[str, object]:
     fields = read_fields(text, where)
     if "peft_type" not in fields:
         raise CheckpointError(
             f"{where} has no 'peft_type': it does not say which kind of adapter this is.{what_config(fields)}"
         )
+    return fields
+
+
+def _opened(place: str, weights: Path, fields: Mapping[str, object], commit: str | None) -> Opened:
     if weights.name.endswith(".safetensors"):
         return Opened(place, weights, fields, read_header(weights), None, commit)
     pickled = read_pickled(weights)
