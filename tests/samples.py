@@ -204,6 +204,14 @@ SAMPLES: dict[PeftType, Sample] = {
         # It looks for the argument `past_key_values`, which transformers 5.24 calls `cache`.
         not_on={"": frozenset({"bert_label", "llama_label", "bert_tokens", "bert_spans"})},
     ),
+    PeftType.CARTRIDGE: Sample(
+        config={"num_virtual_tokens": 4},
+        small={"num_virtual_tokens": 2},
+        options={"none_frozen": {"num_frozen_tokens": 0}, "most_frozen": {"num_frozen_tokens": 3}},
+        reference_generates=False,
+        # As prefix tuning.
+        not_on={"": frozenset({"bert_label", "llama_label", "bert_tokens", "bert_spans"})},
+    ),
     PeftType.IA3: Sample(
         on_every_base=True,
         config={"feedforward_modules": r".*(second|c_fc|\bv|v_proj|down|value)"},

@@ -81,7 +81,7 @@ CALLED: dict[str, str] = {
         "AdaLoraLayer AuxiliaryTrainingWrapper Conv1d Conv2d Embedding FourierFTLayer FourierFTLinear IA3Layer "
         "LNTuningLayer Linear LoHaLayer LoKrLayer LoraLayer ModulesToSaveWrapper MultiheadAttention OFTLayer ParamWrapper "
         "PrefixEncoder PromptEmbedding SVDConv2d SVDLinear TrainableTokensLayer TrainableTokensWrapper VeraLayer "
-        "AdamssLayer BOFTLayer BeftLayer C3ALayer C3ALinear CPTEmbedding DeftLayer DeftLinear DeloraLayer DeloraLinear "
+        "AdamssLayer BOFTLayer BeftLayer C3ALayer C3ALinear CPTEmbedding CartridgeEncoder DeftLayer DeftLinear DeloraLayer DeloraLinear "
         "GloraLayer GloraLinear GraloraLayer HRAConv2d HRALayer HRALinear HiraLayer LilyLayer Linear4bit Linear8bitLt "
         "MissLayer MissLinear MultitaskPromptEmbedding OSFLayer PeanutLayer PolyLayer PromptEncoder PsoftLayer PveraLayer "
         "RandLoraLayer RoadLayer TinyLoraLayer UniLoraLayer VBLoRALayer WaveFTLayer WaveFTLinear"
