@@ -16,7 +16,7 @@ from splice.checkpoint.writing import write_checkpoint
 from splice.config import copy_config, parse_config
 from splice.discovery import public
 from splice.errors import CheckpointError
-from splice.methods.prompts.cartridge import CartridgeConfig
+from splice.methods.prompts.cartridge.cartridge import CartridgeConfig
 from splice.methods.prompts.prompt import PROMPT_KEY
 
 # What has to be the same, or the tables have other columns.
