@@ -55,7 +55,8 @@ NAMES: dict[str, str] = {
         "TpInfo add_lora_tp_hooks_dtensor get_tp_plan_and_mesh dtensor_from_local_like"
     ),
     "at the path that it is from, and not wherever the reference imports it": (
-        "ALLOWED_COMPUTE_DTYPES UPCAST_DTYPES ALL_LAYERNORM_LAYERS INCLUDE_LINEAR_LAYERS_SHORTHAND"
+        "ALLOWED_COMPUTE_DTYPES UPCAST_DTYPES ALL_LAYERNORM_LAYERS INCLUDE_LINEAR_LAYERS_SHORTHAND "
+        "SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME"
     ),
     "what a load does with files of other layouts is part of the load": (
         "FlattenDims PeftConcatenate PermuteDims convert_peft_adapter_state_dict_for_transformers "
