@@ -1,8 +1,8 @@
 """Writes what is made from the code: `python docs/generate.py` (`make docs`).
 
 That is docs/methods.md and what the command line knows of methods without importing them, from their records; the drawing of
-the rooms in docs/architecture.md, from the imports; and the types of the public names and the pages of the API reference, from
-the table of those.
+the rooms in docs/architecture.md, from the imports; and the types of the public names and the pages of the API reference,
+from the table of those.
 """
 
 from __future__ import annotations

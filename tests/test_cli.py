@@ -70,7 +70,7 @@ def test_what_it_needs_is_named_where_it_is_not_there(tmp_path: Path) -> None:
 
 def _shown() -> list[tuple[str, str]]:
     page = (ROOT / "docs" / "guide" / "command-line.md").read_text(encoding="utf-8")
-    return re.findall(r"^```console\nsplice (.*)\n```\n+```text\n(.*?)^```$", page, re.M | re.S)
+    return re.findall(r"^```console\nsplice ([^\n]*)\n```\n+```text\n(.*?)^```$", page, re.M | re.S)
 
 
 @pytest.mark.parametrize(("arguments", "expected"), _shown(), ids=[arguments for arguments, _ in _shown()])

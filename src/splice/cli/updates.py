@@ -57,7 +57,7 @@ def singular_values(factors: Factors) -> Array:
     left, right = (np.asarray(factor, dtype=np.float64) for factor in (factors.left, factors.right.T))
     if not (np.isfinite(left).all() and np.isfinite(right).all()):
         return np.full(left.shape[1], np.nan, dtype=np.float32)
-    small = np.linalg.qr(left, mode="r") @ np.linalg.qr(right, mode="r").T
+    small = np.linalg.qr(left).R @ np.linalg.qr(right).R.T
     return np.asarray(np.linalg.svd(small, compute_uv=False), dtype=np.float32)
 
 
