@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from splice.errors import PeftError
+from splice.errors import CheckpointError, PeftError
 from splice.loading.on_disk.base_folder import BaseFolder, read_base_folder
 from splice.loading.on_disk.changes import changes_of
 from splice.loading.on_disk.merging import Progress, Written, check_free, write_merged
@@ -19,6 +19,8 @@ from splice.surgery.merging import adapters_to_merge
 from splice.tasks import PeftModel
 
 _MERGED = "merged"
+# Files of a base on the Hub that a merge reads or carries along: repositories often hold the weights in other formats too.
+_OF_A_BASE = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.py", "*.txt", "*.tiktoken", "LICENSE*", "*.md"]
 
 
 def merge_files(
@@ -28,6 +30,7 @@ def merge_files(
     weights: Sequence[float] | None = None,
     dtype: torch.dtype | None = None,
     safe_merge: bool = False,
+    base_revision: str | None = None,
     task_class: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -38,13 +41,14 @@ def merge_files(
     The model is never loaded: one layer at a time is read, merged and written. What the adapters leave alone is copied.
 
     Args:
-        base: folder of the base model, in safetensors.
+        base: folder of the base model, in safetensors, or its id on the Hub.
         adapters: folders or Hub ids, applied in this order.
         out: the folder to be made. It appears when it is complete. Cut short, a merge goes on where it stopped when it is
             started again.
         weights: a factor for each adapter: the sum is merged that `add_weighted_adapter` makes ("cat").
         dtype: of the merged model's floating tensors; None for the one that each tensor of the base has.
         safe_merge: refuse values that are not finite.
+        base_revision: of the base on the Hub.
         task_class: class of transformers to build the base with, where not the one that its config names.
         trust_remote_code: run code that lies in the base's folder.
         progress: told how many bytes have been written.
@@ -68,7 +72,7 @@ def merge_files(
             f"there are {len(adapters)} adapters and {len(weights)} weights: give one weight for each adapter"
         )
     check_free(Path(out))
-    folder = read_base_folder(Path(base))
+    folder = read_base_folder(_local(base, base_revision))
     outline = outline_of(folder, dtype, task_class, trust_remote_code)
     names = [f"adapter {number}" for number in range(len(adapters))]
     model = PeftModel.from_pretrained(outline.network, adapters[0], names[0], **options)
@@ -89,6 +93,22 @@ def merge_files(
         "class": task_class,
     }
     return write_merged(folder, outline, changes, Path(out), identity, dtype, progress)
+
+
+def _local(base: str | os.PathLike[str], revision: str | None) -> Path:
+    """The folder of the base, fetched from the Hub where it is an id of it."""
+    path = Path(base)
+    if path.is_dir():
+        return path
+    if path.is_absolute() or os.fspath(base).count("/") > 1 or os.fspath(base).startswith("."):
+        raise CheckpointError(f"{base} is no folder")
+    # Imported when it is used: merging a folder has no need of it.
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(os.fspath(base), revision=revision, allow_patterns=_OF_A_BASE))
+    except Exception as error:
+        raise CheckpointError(f"{base} is no folder, and cannot be fetched from the Hub: {error}") from error
 
 
 def _identity(folder: BaseFolder) -> list[list[object]]:
