@@ -430,6 +430,22 @@ SAMPLES: dict[PeftType, Sample] = {
         # later has the positions of the first one's layers.
         same_targets=True,
     ),
+    PeftType.SHIRA: Sample(
+        config={"r": 1},
+        small={"r": 2, "random_seed": 3},
+        options={"uninitialised": {"init_weights": False, "random_seed": 5}},
+    ),
+    PeftType.SUPERTUNING: Sample(
+        config={"sparsity": 0.8},
+        small={"sparsity": 0.5, "r": 2},
+        options={
+            "smallest": {"select_top": False},
+            "with_lora": {"r": 2, "lora_alpha": 3, "lora_dropout": 0.1},
+            "whole": {"sparsity": 0.0},
+            "worked_out": {"save_precomputed_indices": False},
+            "uninitialised": {"init_weights": False, "r": 2},
+        },
+    ),
     PeftType.ADALORA: Sample(
         config={"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10},
         one_trained=True,
