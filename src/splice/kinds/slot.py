@@ -32,9 +32,9 @@ class Slot(NamedTuple):
     stored: bool = True
     # In memory. None for that of the adapter: the base's, or float32 where the base is in half precision.
     dtype: torch.dtype | None = None
-    # Of a buffer: whether the state dict of no module has it, though a checkpoint does, as the reference has it in no module.
+    # Of a buffer that a checkpoint holds: whether the state dict of no module has it. The reference has it in no module.
     hidden: bool = False
-    # Of indices: how many things there are to choose from, by the row of the tensor, or one number for all; empty of all others.
+    # Of indices: how many things there are to choose from, for each row of the tensor or one number for all of it.
     choices: tuple[int, ...] = ()
 
     @property

@@ -16,8 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from splice.base.layers import LayerKind, features
+from splice.base.weight_access import is_plain
 from splice.checkpoint.types import PeftType
-from splice.errors import UnsupportedFeatureError, warn
+from splice.errors import UnsupportedLayerError, warn
 from splice.kinds.casting import cast_to
 from splice.kinds.dropout import dropout_of
 from splice.kinds.effect import Forward
@@ -75,10 +76,10 @@ class SupertuningConfig(Targeted):
             self.lora_alpha = 2 * self.r
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be in [0.0, 1.0), got {self.lora_dropout}")
-        if not self.save_precomputed_indices:
+        if not (self.save_precomputed_indices or self.inference_mode):
             warn(
-                "save_precomputed_indices=False: which entries the adapter trains will be worked out again of the base's weights "
-                "at each load. It is right on the very base it was trained on alone, in the same precision."
+                "save_precomputed_indices=False: which entries the adapter trains will be worked out of the base's weights "
+                "again, at each load. That is right on the very base it was trained on alone, in the same precision."
             )
 
     def computed(self) -> dict[str, object]:
@@ -109,8 +110,15 @@ class SupertuningLayer(SparseUpdate):
                 f"{path}: of the {size} entries of its weight sparsity={config.sparsity} {reason}. "
                 f"{'Lower it, or leave' if count < 1 else 'Leave'} the layer out of the targets."
             )
-        places = Slot((count,), Role.BUFFER, config.save_precomputed_indices, torch.int32, choices=(size,))
-        found = {"supertuning_values": Slot((count,)), "supertuning_indices": places}
+        found = {"supertuning_values": Slot((count,))}
+        if config.save_precomputed_indices:
+            found["supertuning_indices"] = Slot((count,), Role.BUFFER, dtype=torch.int32, choices=(size,))
+        elif not is_plain(base):
+            raise UnsupportedLayerError(
+                f"{path}: the weight is quantised, and the checkpoint does not say which entries the adapter trains: of "
+                "another weight than it was trained on they are others. Load the base as it was, or train with "
+                "`save_precomputed_indices=True`."
+            )
         if config.r is not None:
             found["supertuning_lora_A.weight"] = Slot((config.r, size_in))
             found["supertuning_lora_B.weight"] = Slot((size_out, config.r))
@@ -123,21 +131,27 @@ class SupertuningLayer(SparseUpdate):
             a, b = tensors["supertuning_lora_A.weight"], tensors["supertuning_lora_B.weight"]
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
             nn.init.zeros_(b) if config.init_weights else nn.init.kaiming_uniform_(b, a=math.sqrt(5))
-        weight, places = original_weight(base), tensors["supertuning_indices"]
-        if not weight.is_meta:
+        weight, places = original_weight(base), tensors.get("supertuning_indices")
+        if places is not None and not weight.is_meta:
             places.copy_(_largest(weight, len(places), config.select_top))
 
     def prepare(self, base: nn.Module, config: SupertuningConfig, path: str) -> None:
         super().prepare(base, config, path)
         self.dropout = config.lora_dropout
-        if config.r is not None and config.lora_alpha is not None:
-            self.r, self.alpha = config.r, config.lora_alpha
+        self.r, self.alpha = config.r or 0, config.lora_alpha or 0.0
+        if "supertuning_indices" not in self.registered:
+            self._choose()
+
+    def _choose(self) -> torch.Tensor:
+        """Work out which entries are trained, (k), and keep them; without values where the weight has none yet."""
+        chosen = _largest(original_weight(self.base), len(self.supertuning_values), self.config.select_top).int()
+        self.keep("supertuning_indices", chosen)
+        return chosen
 
     def changes(self) -> Entries:
         values, places = self.supertuning_values, self.supertuning_indices
-        if places.is_meta and not values.is_meta:  # the weight had no values when the adapter was put on
-            places = _largest(original_weight(self.base), len(values), self.config.select_top).int()
-            self.keep("supertuning_indices", places)
+        if places.is_meta and not values.is_meta:
+            places = self._choose()
         size_in = self.shape[1]
         return Entries(values, places // size_in, places % size_in)
 
@@ -160,16 +174,20 @@ class SupertuningLayer(SparseUpdate):
         return update if factors is None else update + self.alpha / self.r * (factors[1] @ factors[0])
 
 
+def _dropout(layer: SupertuningLayer) -> nn.Module | None:
+    return dropout_of(layer) if layer.r else None
+
+
 METHOD = register(
     Method(
         name=PeftType.SUPERTUNING,
-        summary="Trains the entries of each weight that are largest, one in a hundred by default, and a LoRA beside them if asked.",
+        summary="Trains the largest entries of each weight, one in a hundred by default, and a LoRA beside them if asked.",
         config=SupertuningConfig,
         prefix="supertuning_",
         tensor_names=frozenset(f"supertuning_{what}" for what in ("values", "indices", "lora_A", "lora_B")),
         layers=MappingProxyType({LayerKind.LINEAR: SupertuningLayer}),
-        containers=tuple(f"supertuning_{what}" for what in ("values", "indices", "lora_A", "lora_B")),
-        layer_views=MappingProxyType({"supertuning_lora_dropout": dropout_of}),
+        containers=tuple(f"supertuning_{what}" for what in ("values", "lora_A", "lora_B")),
+        layer_views=MappingProxyType({"supertuning_lora_dropout": _dropout}),
         default_targets=LORA_TARGETS,
         paper="arXiv 2607.09287",
     )

@@ -84,8 +84,8 @@ def _chosen(base: nn.Module, config: ShiraConfig, count: int) -> torch.Tensor:
     places = (mask == 1).nonzero()
     if tuple(mask.shape) != (size_out, size_in) or len(places) != count:
         raise ValueError(
-            f"`mask_fn` gave a mask of shape {tuple(mask.shape)} with {len(places)} ones for a layer with {size_in} inputs and "
-            f"{size_out} outputs: it needs the shape {(size_out, size_in)}, and with r = {config.r} {count} ones."
+            f"`mask_fn` gave a mask of shape {tuple(mask.shape)} with {len(places)} ones for a layer with {size_in} inputs "
+            f"and {size_out} outputs: it needs the shape {(size_out, size_in)}, and with r = {config.r} {count} ones."
         )
     return places.T
 
@@ -113,13 +113,18 @@ class ShiraLayer(SparseUpdate):
 
     @classmethod
     def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: ShiraConfig) -> None:
-        values = tensors["shira_weight"]
+        values, places = tensors["shira_weight"], tensors["shira_indices"]
+        if config.mask_fn is None and config.inference_mode:  # as nothing trains it, it is made to be loaded
+            nn.init.zeros_(values)
+            places.zero_()
+            return
         (nn.init.zeros_ if config.init_weights else nn.init.normal_)(values)
-        tensors["shira_indices"].copy_(_chosen(base, config, len(values)))
+        places.copy_(_chosen(base, config, len(values)))
 
     def prepare(self, base: nn.Module, config: ShiraConfig, path: str) -> None:
         super().prepare(base, config, path)
-        self.r, self.initial_scale = config.r, 1.0
+        self.r = config.r
+        self.scale = self.initial_scale = 1.0
 
     def changes(self) -> Entries:
         rows, columns = self.shira_indices
