@@ -77,6 +77,15 @@ from splice.methods.oft import OFTConfig as OFTConfig
 from splice.methods.osf import OSFConfig as OSFConfig
 from splice.methods.peanut import PeanutConfig as PeanutConfig
 from splice.methods.poly import PolyConfig as PolyConfig
+from splice.methods.prompts.cartridge.cartridge import CartridgeConfig as CartridgeConfig
+from splice.methods.prompts.cartridge.composing import compose_cartridge_adapters as compose_cartridge_adapters
+from splice.methods.prompts.cartridge.prefilling import (
+    initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values,
+)
+from splice.methods.prompts.cartridge.prefilling import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
+from splice.methods.prompts.cartridge.prefilling import (
+    prompt_embeddings_from_past_key_values as prompt_embeddings_from_past_key_values,
+)
 from splice.methods.prompts.cpt import CPTConfig as CPTConfig
 from splice.methods.prompts.multitask_prompt_tuning import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
 from splice.methods.prompts.multitask_prompt_tuning import MultitaskPromptTuningInit as MultitaskPromptTuningInit

@@ -18,6 +18,9 @@ from splice.kinds.layer import Config
 from splice.kinds.slot import Slot
 from splice.methods.prompts.prompt import PROMPT_KEY, Encoder, PromptLayer, PromptNames
 
+# What the names of these tensors begin with.
+BEHIND = "prompt_encoder."
+
 
 class TableAndTensors(FileForm):
     """A checkpoint holds the table, which is what the reference reads, and what it is made of."""
@@ -29,9 +32,9 @@ class TableAndTensors(FileForm):
 
 
 class TrainedBehind(PromptLayer):
-    """A prompt that is trained by other tensors than its table. A checkpoint holds these behind `prompt_encoder.`."""
+    """A prompt that is trained by other tensors than its table. A checkpoint holds these behind `BEHIND`."""
 
-    names = PromptNames(keys=MappingProxyType({PROMPT_KEY: PROMPT_KEY}), front="prompt_encoder.")
+    names = PromptNames(keys=MappingProxyType({PROMPT_KEY: PROMPT_KEY}), front=BEHIND)
     file_form = TableAndTensors()
 
 
