@@ -467,6 +467,17 @@ SAMPLES: dict[PeftType, Sample] = {
     PeftType.ADAPTION_PROMPT: Sample(
         config={"adapter_len": 3, "adapter_layers": 1}, small={"adapter_len": 2, "adapter_layers": 2}
     ),
+    PeftType.SHADOW: Sample(
+        config={"r": 4, "shadow_alpha": 0.5},
+        small={"r": 2, "shadow_hidden_size": 8, "shadow_intermediate_size": 6, "update_hidden_size": 3},
+        options={
+            "narrow": {"shadow_hidden_size": 8, "shadow_num_hidden_layers": 2},
+            "own_embeddings": {"share_embeddings": False},
+            "uninitialised": {"init_weights": False},
+        },
+        task="CAUSAL_LM",
+        merges=False,
+    ),
     PeftType.P_TUNING: Sample(
         stored_otherwise=True,
         config={"num_virtual_tokens": 4, "encoder_hidden_size": 6},

@@ -1,0 +1,55 @@
+"""SHADOW (arXiv 2604.19254): its record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import torch
+from torch import nn
+
+from splice.checkpoint.types import PeftType
+from splice.kinds.adapters import Adapters, layers_of
+from splice.kinds.registry import Method, register
+from splice.methods.shadow.blocks import ShadowBlock
+from splice.methods.shadow.config import ShadowConfig, check
+from splice.methods.shadow.network import ShadowNetwork
+from splice.methods.shadow.trunk import all_blocks
+
+
+def _find_targets(network: nn.Module, modules: Mapping[str, nn.Module]) -> set[str]:
+    return all_blocks(network)
+
+
+def _last_loss(adapters: Adapters) -> torch.Tensor | None:
+    """The loss of the active adapter's shadow network in the last call; None where that had none."""
+    layers = layers_of(adapters, adapters.selection.active, ShadowNetwork)
+    return next((layer.last_loss for layer in layers.values()), None)
+
+
+METHOD = register(
+    Method(
+        name=PeftType.SHADOW,
+        summary="Trains a small network beside the base, whose state moves the input of each block and follows its output.",
+        config=ShadowConfig,
+        prefix="shadow_",
+        tensor_names=frozenset(
+            {
+                "shadow_down",
+                "shadow_up",
+                "shadow_update_transform",
+                "shadow_update_gate",
+                "shadow_backbone",
+                "shadow_projection",
+                "shadow_head",
+            }
+        ),
+        other_layer=ShadowBlock,
+        network_layer=ShadowNetwork,
+        find_targets=_find_targets,
+        tuner_views=MappingProxyType({"last_shadow_loss": _last_loss}),
+        exclusive=True,
+        check=check,
+        paper="arXiv 2604.19254",
+    )
+)
