@@ -578,6 +578,11 @@ def network_cases(*chosen: Base, options: bool = False) -> list[Case]:
     ]
 
 
+def prompt_cases(*chosen: Base, options: bool = False) -> list[Case]:
+    """Those of the `network_cases` whose methods put virtual tokens into the input or the cache."""
+    return [case for case in network_cases(*chosen, options=options) if case.method.config.is_prompt_learning]
+
+
 def parameter_cases(*chosen: Base) -> list[Case]:
     """Every method that can be put on bare parameters, on each of the base models."""
     return [Case(m, b) for m in all_methods().values() if m.parameters_layer is not None for b in chosen]

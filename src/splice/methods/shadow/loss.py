@@ -35,7 +35,7 @@ class OwnLoss(Protocol):
     last_loss: torch.Tensor | None
 
     @property
-    def head(self) -> nn.Module | None:
+    def own_head(self) -> nn.Module | None:
         """Its own copy of a head that labels sequences; None where it has none."""
         ...
 
@@ -80,8 +80,8 @@ def _loss(
             return None
         logits = head(state)[:, :-1]
         return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten().to(logits.device), ignore_index=-100)
-    if of.config.task_type == TaskType.SEQ_CLS and of.head is not None:
-        return _of_label(of.head(_last(state, mask)), labels)
+    if of.config.task_type == TaskType.SEQ_CLS and of.own_head is not None:
+        return _of_label(of.own_head(_last(state, mask)), labels)
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from splice.checkpoint.keys import format_key
 from splice.kinds.names import LayerNames, Place, SharedNames
 
 # What stands in files where the adapter's name stands in memory.
@@ -25,3 +26,6 @@ class ShadowNames(SharedNames):
 
     def place(self, suffix: str) -> Place:
         return _place(suffix)
+
+    def base_in_reference(self, path: str) -> str:
+        return format_key(path, "")

@@ -121,7 +121,7 @@ class ShadowNetwork(ReadsCall, NetworkLayer):
                     module._buffers[name] = table.to(device, dtype if table.is_floating_point() else None)
 
     @property
-    def head(self) -> nn.Module | None:
+    def own_head(self) -> nn.Module | None:
         """The copy of the head; None where it has none."""
         return self.entries.get(HEAD.removesuffix(MARK))
 
@@ -197,6 +197,10 @@ class ShadowTrunk(NetworkLayer):
     @classmethod
     def slots(cls, base: nn.Module, config: ShadowConfig, path: str) -> dict[str, Slot]:
         return {}
+
+    @classmethod
+    def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: ShadowConfig) -> None:
+        return None
 
     def join(self, shared: AdapterLayer) -> None:
         if isinstance(shared, ShadowNetwork):

@@ -10,6 +10,7 @@ from torch import nn
 
 from splice.checkpoint.types import PeftType
 from splice.kinds.adapters import Adapters, layers_of
+from splice.kinds.dropout import DropoutView
 from splice.kinds.registry import Method, register
 from splice.methods.shadow.blocks import ShadowBlock
 from splice.methods.shadow.config import ShadowConfig, check
@@ -19,6 +20,11 @@ from splice.methods.shadow.trunk import all_blocks
 
 def _find_targets(network: nn.Module, modules: Mapping[str, nn.Module]) -> set[str]:
     return all_blocks(network)
+
+
+def _dropout_of(layer: ShadowBlock) -> nn.Module:
+    """What a block's adapter layer does in training to the difference of the two states."""
+    return DropoutView(layer) if layer.dropout else nn.Identity()
 
 
 def _last_loss(adapters: Adapters) -> torch.Tensor | None:
@@ -47,6 +53,7 @@ METHOD = register(
         other_layer=ShadowBlock,
         network_layer=ShadowNetwork,
         find_targets=_find_targets,
+        layer_views=MappingProxyType({"shadow_dropout": _dropout_of}),
         tuner_views=MappingProxyType({"last_shadow_loss": _last_loss}),
         exclusive=True,
         check=check,
