@@ -12,6 +12,7 @@ Objects of our own are never asked so: what they can do stands in their class or
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from types import FrameType
 from typing import Any, NamedTuple, TypeVar, cast
@@ -119,6 +120,16 @@ _CHECKPOINTING = "_gradient_checkpointing_func"
 def checkpointing_places(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, ForwardPlace]]:
     """Those of `modules` with a function that computes blocks again in the backward, and where it is."""
     return [(m, ForwardPlace(vars(m), _CHECKPOINTING)) for m in modules if _CHECKPOINTING in vars(m)]
+
+
+def records_as(cls: type[nn.Module], base: type[nn.Module]) -> None:
+    """Let networks of the class `cls`, made from `base`, record the hidden states that they are asked for."""
+    # transformers looks up by the name of a network's class which outputs of layers it records, and gives none of any other.
+    recorded = getattr(base, "_can_record_outputs", None)
+    modeling = sys.modules.get("transformers.modeling_utils")
+    registry = {} if modeling is None else vars(modeling).get("_CAN_RECORD_REGISTRY", {})
+    if recorded is not None:
+        dict.__setitem__(registry, str(cls), recorded)
 
 
 def backbone_path(network: nn.Module) -> str:

@@ -78,14 +78,19 @@ def _loss(
         head = output_embedding_layer(network)
         if head is None:
             return None
-        logits = head(state)[:, :-1]
-        return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten().to(logits.device), ignore_index=-100)
+        return loss_of_tokens(head(state), labels)
     if of.config.task_type == TaskType.SEQ_CLS and of.own_head is not None:
-        return _of_label(of.own_head(_last(state, mask)), labels)
+        return loss_of_label(of.own_head(state_of_last(state, mask)), labels)
     return None
 
 
-def _last(state: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def loss_of_tokens(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The loss of logits (batch, T, vocabulary), each for the token behind it; -100 among the labels counts for nothing."""
+    wanted = labels[:, 1:].flatten().to(logits.device)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), wanted, ignore_index=-100)
+
+
+def state_of_last(state: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """(batch, d), the state at the last token that the mask (batch, T) shows."""
     if mask is None:
         return state[:, -1]
@@ -94,8 +99,8 @@ def _last(state: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return state[torch.arange(len(state), device=state.device), last]
 
 
-def _of_label(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Of logits (batch, labels): a number, one of several labels, or any of them."""
+def loss_of_label(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The loss of logits (batch, labels): of a number, of one of several labels, or of any of them."""
     labels = labels.to(logits.device)
     if logits.shape[-1] == 1:
         return F.mse_loss(logits.squeeze(-1), labels.to(logits.dtype).view(-1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -125,6 +125,11 @@ class ShadowNetwork(ReadsCall, NetworkLayer):
         """The copy of the head; None where it has none."""
         return self.entries.get(HEAD.removesuffix(MARK))
 
+    @property
+    def projection(self) -> nn.Parameter | None:
+        """(d, own width): what brings its states to the base's width; None where they have it."""
+        return cast("nn.Parameter | None", self.find(PROJECTION))
+
     # -- what it makes of an input
 
     def of_call(self, call: Mapping[str, Any], cache: object | None, use_cache: bool | None) -> First | None:
@@ -166,8 +171,7 @@ class ShadowNetwork(ReadsCall, NetworkLayer):
         return self._projected(self.backbone.module(inputs_embeds=cast_to(hidden, self._first))[0])
 
     def _projected(self, state: torch.Tensor) -> torch.Tensor:
-        projection = self.find(PROJECTION)
-        return state if projection is None else F.linear(state, projection)
+        return state if self.projection is None else F.linear(state, self.projection)
 
     # -- in a call
 

@@ -14,7 +14,9 @@ from splice.kinds.dropout import DropoutView
 from splice.kinds.registry import Method, register
 from splice.methods.shadow.blocks import ShadowBlock
 from splice.methods.shadow.config import ShadowConfig, check
+from splice.methods.shadow.detached import Detached, unload_shadow
 from splice.methods.shadow.network import ShadowNetwork
+from splice.methods.shadow.spellings import TENSORS, read_without_mark
 from splice.methods.shadow.trunk import all_blocks
 
 
@@ -39,24 +41,17 @@ METHOD = register(
         summary="Trains a small network beside the base, whose state moves the input of each block and follows its output.",
         config=ShadowConfig,
         prefix="shadow_",
-        tensor_names=frozenset(
-            {
-                "shadow_down",
-                "shadow_up",
-                "shadow_update_transform",
-                "shadow_update_gate",
-                "shadow_backbone",
-                "shadow_projection",
-                "shadow_head",
-            }
-        ),
+        tensor_names=TENSORS,
         other_layer=ShadowBlock,
         network_layer=ShadowNetwork,
         find_targets=_find_targets,
         layer_views=MappingProxyType({"shadow_dropout": _dropout_of}),
+        tuner_methods=MappingProxyType({"unload_shadow": unload_shadow}),
         tuner_views=MappingProxyType({"last_shadow_loss": _last_loss}),
         exclusive=True,
+        readings=(read_without_mark,),
         check=check,
+        names=MappingProxyType({"DetachedShadowModel": Detached}),
         paper="arXiv 2604.19254",
     )
 )
