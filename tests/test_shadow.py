@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import splice
-from splice.errors import AdapterMismatchError
 from tests import bases
 from tests.bases import VOCABULARY, Base, Inputs, run
 from tests.comparing import Snapshot, assert_close, assert_same_tensors, config_in, differ, load_both, tensors_in
@@ -112,13 +111,13 @@ def test_the_output_is_that_of_the_reference(base: Base, shared_checkpoint: Any)
 def test_a_new_one_is_trained_saved_and_loaded_as_in_the_reference(base: Base, option: str, tmp_path: Path) -> None:
     if base is not DEEP and option == "narrow" and base is not bases.GPT2:
         pytest.skip("sizes are the config's business, and two kinds of them are enough")
-    found, inputs = [], base.inputs(3)
+    found, trained, inputs = [], dict[str, list[str]](), base.inputs(3)
     own = SAMPLE.options.get(option, {})
     for library in (peft, splice):
         torch.manual_seed(4)
         config = library.get_peft_config(fields(base, shadow_dropout=0.0, **own))
         model = library.get_peft_model(base.build(), config)
-        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        trained[library.__name__] = sorted(name for name, p in model.named_parameters() if p.requires_grad)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
         for _ in range(3):
             output = model(**inputs, labels=inputs["input_ids"])
@@ -128,8 +127,7 @@ def test_a_new_one_is_trained_saved_and_loaded_as_in_the_reference(base: Base, o
             found += [output.loss.item(), output.shadow_loss.item()]
         found.append(sum(p.grad is None for p in model.parameters() if p.requires_grad))
         model.save_pretrained(str(tmp_path / library.__name__))
-        names = trained if library is peft else names
-    assert sorted(trained) == sorted(names)
+    assert trained["splice"] == trained["peft"]
     assert found[7:] == pytest.approx(found[:7], rel=1e-4)
     ours, theirs = tensors_in(tmp_path / "splice"), tensors_in(tmp_path / "peft")
     assert sorted(ours) == sorted(theirs)
@@ -139,7 +137,7 @@ def test_a_new_one_is_trained_saved_and_loaded_as_in_the_reference(base: Base, o
     reference = peft.PeftModel.from_pretrained(base.build(), str(tmp_path / "splice"))
     assert_close(run(reference, inputs), run(model.eval(), inputs))
     again = splice.PeftModel.from_pretrained(base.build(), tmp_path / "splice", is_trainable=True)
-    assert [name for name, p in again.named_parameters() if p.requires_grad] == trained
+    assert sorted(name for name, p in again.named_parameters() if p.requires_grad) == trained["splice"]
 
 
 # -- what training and generating ask for
@@ -350,7 +348,9 @@ def test_half_precision(shared_checkpoint: Any) -> None:
     """What is on blocks is in float32, the shadow network in the base's dtype; saved so, the reference reads it."""
     folder = shared_checkpoint(DEEP, fields(DEEP))
     pair = load_both(DEEP, folder, dtype=torch.bfloat16)
-    own = {name.split("shadow_")[1].split(".")[0]: p.dtype for name, p in pair.ours.named_parameters() if "shadow" in name}
+    own = {
+        name.split("shadow_")[1].split(".")[0]: p.dtype for name, p in pair.ours.named_parameters() if "shadow" in name
+    }
     assert own.pop("backbone") is torch.bfloat16
     assert set(own.values()) == {torch.float32}
     assert_close(run(pair.ours, DEEP.inputs(3)), run(pair.reference, DEEP.inputs(3)))
@@ -402,3 +402,140 @@ def test_networks_without_a_list_of_blocks(shared_checkpoint: Any) -> None:
         named = library.get_peft_config({**config, "target_modules": r".*encoder\.layer\.\d+"})
         found.append(run(library.get_peft_model(bases.BERT.build(), named).eval(), bases.BERT.inputs(2)))
     assert_close(*found)
+
+
+# -- tasks, and where shadow networks come from
+
+
+def _labels(count: int, kind: str = "single") -> Base:
+    from transformers import LlamaForSequenceClassification
+
+    def make() -> nn.Module:
+        network: nn.Module = LlamaForSequenceClassification(
+            copy.deepcopy(DEEP.build().config).from_dict({**DEEP.build().config.to_dict(), "num_labels": count})
+        )
+        return network
+
+    return Base(f"llama_{count}_{kind}", make, bases.LLAMA.inputs, task="SEQ_CLS")
+
+
+LABELS = {
+    "one of three": (3, torch.tensor([0, 2, 1])),
+    "a number": (1, torch.tensor([0.5, -1.0, 2.0])),
+    "any of three": (3, torch.tensor([[0.0, 1, 1], [1, 0, 0], [0, 0, 0]])),
+}
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_sequences_are_labelled(kind: str, tmp_path: Path) -> None:
+    """By a head that is saved with the adapter, and the shadow network's own copy of it."""
+    count, labels = LABELS[kind]
+    base, found = _labels(count, kind), []
+    inputs = padded(base)
+    for library in (peft, splice):
+        torch.manual_seed(0)
+        config = library.get_peft_config(fields(base, init_weights=False, shadow_dropout=0.0))
+        model = library.get_peft_model(base.build(), config)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        for _ in range(2):
+            output = model(**inputs, labels=labels)
+            output.loss.backward()
+            optimizer.step()
+            found += [output.loss.item(), output.shadow_loss.item()]
+        model.save_pretrained(str(tmp_path / library.__name__))
+    assert found[4:] == pytest.approx(found[:4], rel=1e-4)
+    assert sorted(tensors_in(tmp_path / "splice")) == sorted(tensors_in(tmp_path / "peft"))
+    theirs = peft.PeftModel.from_pretrained(base.build(), str(tmp_path / "splice"))
+    again = splice.PeftModel.from_pretrained(base.build(), tmp_path / "splice")
+    assert_close(run(theirs, inputs), run(again, inputs))
+    last = again(**inputs, labels=labels).shadow_loss
+    assert last.item() == pytest.approx(theirs(**inputs, labels=labels).shadow_loss.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, 0.5])
+def test_the_weight_of_the_loss(weight: float, shared_checkpoint: Any) -> None:
+    pair = load_both(DEEP, shared_checkpoint(DEEP, fields(DEEP, auxiliary_loss_weight=weight)))
+    assert losses(pair.ours, padded(DEEP)) == pytest.approx(losses(pair.reference, padded(DEEP)), rel=1e-5)
+    assert pair.ours.base_model.last_shadow_loss is not None
+    pair.ours(**DEEP.inputs(2))
+    assert pair.ours.base_model.last_shadow_loss is None
+
+
+def _pretrained(folder: Path, projected: bool) -> str:
+    """A trained network of eight features; maybe as one that was trained as a shadow."""
+    from transformers import LlamaConfig, LlamaModel
+
+    config = LlamaConfig(**{**SMALL, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1})
+    torch.manual_seed(1)
+    LlamaModel(config).save_pretrained(folder)
+    if projected:
+        tensors = {f"shadow_model.{name}": tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+        tensors["shadow_hidden_projection.weight"] = torch.randn(16, 8)
+        save_file(tensors, folder / "model.safetensors")
+        said = {"model_type": "causal_lm_with_hidden_projection", "shadow_model_config": config.to_dict()}
+        (folder / "config.json").write_text(json.dumps(said))
+    return str(folder)
+
+
+@pytest.mark.parametrize("projected", [False, True], ids=["plain", "projected"])
+def test_a_trained_network_is_the_shadow(projected: bool, tmp_path: Path) -> None:
+    place, found = _pretrained(tmp_path / "network", projected), []
+    for library in (peft, splice):
+        torch.manual_seed(0)
+        config = library.get_peft_config(fields(DEEP, shadow_model=place, init_weights=False))
+        model = library.get_peft_model(DEEP.build(), config)
+        trained = sorted(name for name, p in model.named_parameters() if p.requires_grad)
+        model.eval().save_pretrained(str(tmp_path / library.__name__))
+        found.append((run(model, padded(DEEP)), trained, sorted(tensors_in(tmp_path / library.__name__))))
+    assert_close(found[0][0], found[1][0])
+    assert found[0][1:] == found[1][1:]
+    again = splice.PeftModel.from_pretrained(DEEP.build(), tmp_path / "peft")
+    assert_close(run(again, padded(DEEP)), found[0][0])
+    Path(place, "config.json").unlink()
+    with pytest.raises(OSError, match="there is no config.json in a folder of this name.*Its architecture is needed"):
+        splice.PeftModel.from_pretrained(DEEP.build(), tmp_path / "peft")
+
+
+def test_a_trained_network_for_another_base(tmp_path: Path) -> None:
+    place = _pretrained(tmp_path, projected=True)
+    network = bases.GPT2.build()
+    tensors = load_file(tmp_path / "model.safetensors")
+    for given, said in ((torch.ones(3, 8), r"\(3, 8\), and \(16, 8\) leads from"), (None, "its weights lack")):
+        tensors.pop("shadow_hidden_projection.weight", None)
+        save_file(
+            {**tensors, **({} if given is None else {"shadow_hidden_projection.weight": given})},
+            tmp_path / "model.safetensors",
+        )
+        with pytest.raises(ValueError, match=said):
+            splice.get_peft_model(network, splice.get_peft_config(fields(DEEP, shadow_model=place)))
+
+
+# -- the shadow network alone
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("option", ["", "narrow", "own_embeddings"])
+def test_the_shadow_network_by_itself(option: str, copied: bool, shared_checkpoint: Any) -> None:
+    pair = load_both(DEEP, shared_checkpoint(DEEP, fields(DEEP, **SAMPLE.options.get(option, {}))))
+    ours, theirs = (model.base_model.unload_shadow(copy=copied).eval() for model in (pair.ours, pair.reference))
+    inputs = padded(DEEP)
+    assert sorted(ours.state_dict()) == sorted(theirs.state_dict())
+    assert_close(ours(**inputs).logits, theirs(**inputs).logits)
+    labels = inputs["input_ids"]
+    assert ours(**inputs, labels=labels).loss.item() == pytest.approx(theirs(**inputs, labels=labels).loss.item())
+    options = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(ours.generate(**inputs, **options), ours.generate(**inputs, **options, use_cache=False))
+    if copied:
+        clone = pickle.loads(pickle.dumps(ours))
+        assert torch.equal(clone(**inputs).logits, ours(**inputs).logits)
+    owned = {p.data_ptr() for p in pair.ours.parameters()}
+    assert all((p.data_ptr() in owned) is not copied for p in ours.parameters())
+    with pytest.raises(ValueError, match="No shadow backbone found for adapter 'other'"):
+        pair.ours.base_model.unload_shadow("other")
+
+
+def test_the_shadow_network_of_labels_by_itself(shared_checkpoint: Any) -> None:
+    base = _labels(3)
+    pair = load_both(base, shared_checkpoint(base, fields(base)))
+    ours, theirs = (model.base_model.unload_shadow().eval() for model in (pair.ours, pair.reference))
+    assert_close(ours(**padded(base)).logits, theirs(**padded(base)).logits)

@@ -159,8 +159,10 @@ class ShadowBlock(LaidOut):
                 continue
             state = states.of[name]
             s = state.at(o, block.path)
-            whole = index is None
-            state.now = block.updated(s, o) if whole else s.index_copy(0, index, block.updated(s[index], o[index]))
+            if index is None:
+                state.now = block.updated(s, o)
+            else:
+                state.now = s.index_copy(0, index, block.updated(s[index], o[index]))
         return output
 
     def _check_alone(self) -> None:

@@ -18,7 +18,6 @@ from splice.kinds.host import host_of
 from splice.methods.shadow.blocks import ShadowBlock
 from splice.methods.shadow.caches import Half, cache_in_output
 from splice.methods.shadow.states import HEARD, STATES, State, States
-from splice.selection import Rows
 
 
 class First(NamedTuple):
@@ -59,7 +58,9 @@ def call_trunk(
     call = {**dict(zip(named_arguments(trunk), args)), **kwargs}
     given, states, halves = cache_in(call), States({}), dict[str, Half]()
     again = trunk.training and torch.is_grad_enabled() and uses_checkpointing(trunk.modules())
-    use_cache = False if again else True if given is not None else call.get("use_cache")
+    use_cache = None if call.get("use_cache") is None else bool(call["use_cache"])
+    if again or given is not None:
+        use_cache = not again
     for name, source in sources.items():
         half = Half.of(given, name)
         first = source.of_call(call, half.cache, use_cache)
@@ -83,8 +84,8 @@ def call_trunk(
 def _outside(block: nn.Module, run: Forward) -> Forward:
     """What takes the place of a block with its checkpoint."""
     states, host = STATES.now, host_of(block)
-    for name in () if states is None or host is None else states.of:
-        layer = host.layers.get(name)
+    for name in () if states is None else states.of:
+        layer = None if host is None else host.layers.get(name)
         if isinstance(layer, ShadowBlock):
             return layer.around_checkpoint(run)
     return run

@@ -69,8 +69,8 @@ class ShadowConfig(Targeted):
         given = [name for name in _SIZES if vars(self)[name] is not None]
         if given and self.shadow_model != MIRROR:
             raise ValueError(
-                f"{', '.join(f'`{name}`' for name in given)}: sizes of a shadow network can be chosen for a mirror alone, and "
-                f"`shadow_model` is {self.shadow_model!r}. Leave them out, or set `shadow_model='{MIRROR}'`."
+                f"{', '.join(f'`{name}`' for name in given)}: sizes of a shadow network can be chosen for a mirror alone, "
+                f"and `shadow_model` is {self.shadow_model!r}. Leave them out, or set `shadow_model='{MIRROR}'`."
             )
 
     def computed(self) -> dict[str, object]:

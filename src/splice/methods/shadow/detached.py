@@ -61,7 +61,8 @@ class Detached(nn.Module):
             return outputs.SequenceClassifierOutput(loss=loss, logits=logits)
         logits = self.head(state)
         loss = None if labels is None else loss_of_tokens(logits, labels)
-        kept = {name: output[name] for name in NAMES if name in output}
+        # Of its own names alone: transformers knows the older one too, and takes one of the two.
+        kept = {name: output[name] for name in NAMES if name in output.keys()}  # noqa: SIM118
         return outputs.CausalLMOutputWithPast(loss=loss, logits=logits, **kept)
 
     def get_input_embeddings(self) -> nn.Module | None:
@@ -108,15 +109,19 @@ def unload_shadow(adapters: Adapters, adapter_name: str | None = None, copy: boo
     if network is None or name is None:
         raise ValueError(f"No shadow backbone found for adapter {name!r}; there are {list(adapters.peft_config)}.")
     if network.diffuses:
-        raise UnsupportedFeatureError("`unload_shadow`: the shadow network of a transformer for diffusion says nothing alone")
+        raise UnsupportedFeatureError(
+            "`unload_shadow`: the shadow network of a transformer for diffusion says nothing alone"
+        )
     backbone = network.backbone.module
     embeddings = _module_of(input_embedding_layer(adapters.model), name, copy) if network.backbone.shares else None
     sequences = network.config.task_type == TaskType.SEQ_CLS
     head = network.own_head if sequences else output_embedding_layer(adapters.model)
     result = _class()(_config_of(backbone))
-    backbone = _copied(backbone) if copy else backbone
-    if copy and embeddings is not None and "embed_tokens" in backbone._modules:
-        backbone._modules["embed_tokens"] = embeddings
+    if copy:
+        lacks_table = backbone._modules.get("embed_tokens", backbone) is None
+        backbone = _copied(backbone)
+        if lacks_table:
+            backbone._modules["embed_tokens"] = embeddings
     result.backbone, result.labels_sequences = backbone, sequences
     result.shadow_hidden_projection = _projection_of(network, copy)
     result.head = _module_of(head, name, copy)

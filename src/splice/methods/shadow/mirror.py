@@ -57,8 +57,8 @@ def mirror_of(trunk: nn.Module, config: ShadowConfig) -> nn.Module:
     own = config_of(trunk)
     if own is None or isinstance(own, dict):
         raise UnsupportedLayerError(
-            f"a mirror of {original_class(trunk).__name__} cannot be made: it has no `config` of transformers. Give a trained "
-            "network as `shadow_model`."
+            f"a mirror of {original_class(trunk).__name__} cannot be made: it has no `config` of transformers. Give a "
+            "trained network as `shadow_model`."
         )
     make = cast("Callable[[object], nn.Module]", original_class(trunk))
     return make(mirror_config(own, config, original_class(trunk).__name__))
@@ -79,8 +79,8 @@ def mirror_config(own: object, config: ShadowConfig, name: str) -> object:
         known = next((spelled for spelled in _NAMES[field] if has_field(own, spelled)), None)
         if known is None:
             raise UnsupportedLayerError(
-                f"a mirror of {name} cannot be made: its config has none of {', '.join(_NAMES[field])}, for `{field}`. Give a "
-                "trained network as `shadow_model`."
+                f"a mirror of {name} cannot be made: its config has none of {', '.join(_NAMES[field])}, for `{field}`. Give "
+                "a trained network as `shadow_model`."
             )
         set_field(changed, known, size)
     window = field_of(own, "max_window_layers")

@@ -158,7 +158,7 @@ class ShadowNetwork(ReadsCall, NetworkLayer):
             embeddings = input_embedding_layer(self.base)
             embedded = None if embeddings is None else embeddings(ids)
         if embedded is None:
-            return {"input_ids": ids}
+            return {"input_ids": cast(torch.Tensor, ids)}
         if not self.backbone.shares and embedded.shape[-1] != self.backbone.width:
             raise ValueError(
                 f"`inputs_embeds` have {embedded.shape[-1]} features, and the shadow network takes {self.backbone.width}: "

@@ -35,7 +35,9 @@ def read_without_mark(
         return None
     names = {_marked(name, word): own for name, own in checkpoint.names.items()}
     note = f"the names hold {word!r} as an adapter's name" if word else "the names hold no adapter's name"
-    return Reading(checkpoint._replace(names=names), config, (f"{note}: read as those of the reference, with 'default'",))
+    return Reading(
+        checkpoint._replace(names=names), config, (f"{note}: read as those of the reference, with 'default'",)
+    )
 
 
 def _word_in(names: Collection[str]) -> str | None:

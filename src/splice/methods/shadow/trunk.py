@@ -65,8 +65,8 @@ def all_blocks(network: nn.Module) -> set[str]:
     name = _list_in(trunk.module)
     if not name:
         raise UnsupportedLayerError(
-            f"{type(trunk.module).__name__} has no list of blocks under one of the names {', '.join(_LISTS)}: name the blocks "
-            "to adapt in `target_modules`."
+            f"{type(trunk.module).__name__} has no list of blocks under one of the names {', '.join(_LISTS)}: name the "
+            "blocks to adapt in `target_modules`."
         )
     front = f"{trunk.path}.{name}" if trunk.path else name
     return {f"{front}.{child}" for child in trunk.module.get_submodule(name)._modules}
@@ -103,6 +103,6 @@ def check_row(paths: Sequence[str]) -> None:
     follow = all(n.isdigit() for n in numbers) and all(int(b) == int(a) + 1 for a, b in pairwise(numbers))
     if len(fronts) > 1 or not follow:
         raise UnsupportedLayerError(
-            f"SHADOW adapts blocks that stand one behind the other in one list, and `target_modules` selects {list(paths[:8])}. "
-            "Name whole blocks, without gaps, and no layers inside of blocks."
+            f"SHADOW adapts blocks that stand one behind the other in one list, and `target_modules` selects "
+            f"{list(paths[:8])}. Name whole blocks, without gaps, and no layers inside of blocks."
         )
