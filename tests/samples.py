@@ -48,6 +48,9 @@ class Sample:
         merges: whether its adapters can be merged into weights; neither library merges those of the others.
         row_by_row: whether an adapter gives the same for a row, whatever other rows of it are in the batch.
         reference_shares: whether the reference lets layers of all adapters share tensors, not of the first one alone.
+        file_forms: fields with which checkpoints hold another form than memory, each under a name for the test's id, where
+            `options` has none: what tests of those need, such as training, does not go with it.
+        keeps_less_in_file: why such a form holds less than memory does, and is rounded; empty where it holds all.
         on_every_base: whether it is tested on every base model, and beside every method, in the place of all of its kind:
             what a base asks of an adapter is hosted by the kind, once. The others are tested on `bases.CORE`.
     """
@@ -78,6 +81,8 @@ class Sample:
     merges: bool = True
     row_by_row: bool = True
     reference_shares: bool = True
+    file_forms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    keeps_less_in_file: str = ""
     on_every_base: bool = False
 
 
@@ -202,6 +207,14 @@ SAMPLES: dict[PeftType, Sample] = {
         options={"projected": {"prefix_projection": True, "encoder_hidden_size": 6}},
         reference_generates=False,
         # It looks for the argument `past_key_values`, which transformers 5.24 calls `cache`.
+        not_on={"": frozenset({"bert_label", "llama_label", "bert_tokens", "bert_spans"})},
+    ),
+    PeftType.CARTRIDGE: Sample(
+        config={"num_virtual_tokens": 4},
+        small={"num_virtual_tokens": 2},
+        options={"none_frozen": {"num_frozen_tokens": 0}, "most_frozen": {"num_frozen_tokens": 3}},
+        reference_generates=False,
+        # As prefix tuning.
         not_on={"": frozenset({"bert_label", "llama_label", "bert_tokens", "bert_spans"})},
     ),
     PeftType.IA3: Sample(
@@ -370,6 +383,12 @@ SAMPLES: dict[PeftType, Sample] = {
         config={"r": 3, "num_vectors": 10, "vector_length": 2, "topk": 3, "init_vector_bank_bound": 0.8},
         small={"r": 2, "num_vectors": 300, "vector_length": 1, "topk": 2, "init_vector_bank_bound": 0.5},
         options={"bias_of_targets": {"bias": "vblora_only"}},
+        # Of such a checkpoint nobody can train, and the tests of options do.
+        file_forms={
+            "largest": {"save_only_topk_weights": True},
+            "wide_indices": {"save_only_topk_weights": True, "num_vectors": 300, "bias": "vblora_only"},
+        },
+        keeps_less_in_file="of the logits the largest alone, as their weights, which add up to 1",
     ),
     PeftType.RANDLORA: Sample(
         config={"r": 4, "randlora_alpha": 6},
@@ -510,6 +529,7 @@ class Case:
             **targets,
             **self.sample.config,
             **self.sample.options.get(self.option, {}),
+            **self.sample.file_forms.get(self.option, {}),
             **changes,
         }
 
