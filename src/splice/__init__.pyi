@@ -100,6 +100,7 @@ from splice.methods.psoft import PsoftConfig as PsoftConfig
 from splice.methods.pvera import PveraConfig as PveraConfig
 from splice.methods.randlora import RandLoraConfig as RandLoraConfig
 from splice.methods.road import RoadConfig as RoadConfig
+from splice.methods.shadow.config import ShadowConfig as ShadowConfig
 from splice.methods.tinylora import TinyLoraConfig as TinyLoraConfig
 from splice.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from splice.methods.unilora import UniLoraConfig as UniLoraConfig

@@ -74,6 +74,7 @@ from splice import PsoftConfig as PsoftConfig
 from splice import PveraConfig as PveraConfig
 from splice import RandLoraConfig as RandLoraConfig
 from splice import RoadConfig as RoadConfig
+from splice import ShadowConfig as ShadowConfig
 from splice import StartedConfig as StartedConfig
 from splice import TaskType as TaskType
 from splice import TinyLoraConfig as TinyLoraConfig
