@@ -37,16 +37,19 @@ class Verdict(NamedTuple):
 
     # The class of the base.
     base: str
-    # Tensors that have their place, and those that the adapter has.
+    # How many tensors have their place.
     placed: int
+    # How many the adapter has.
     tensors: int
     # Layers that carry them.
     layers: int
     # Why it does not fit, as a load would say it; "" where it does.
     refusal: str = ""
-    # Names of tensors that the base needs and the adapter lacks, that have no place, and that are of another shape.
+    # Names of tensors that the base needs and the adapter lacks.
     missing: tuple[str, ...] = ()
+    # Names of tensors that have no place.
     unexpected: tuple[str, ...] = ()
+    # Names of tensors that are of another shape or dtype than their place.
     mismatched: tuple[str, ...] = ()
     # What a load would do otherwise than it is written, or warn of.
     notes: tuple[str, ...] = ()
