@@ -506,6 +506,17 @@ SAMPLES: dict[PeftType, Sample] = {
     PeftType.ADAPTION_PROMPT: Sample(
         config={"adapter_len": 3, "adapter_layers": 1}, small={"adapter_len": 2, "adapter_layers": 2}
     ),
+    PeftType.SHADOW: Sample(
+        config={"r": 4, "shadow_alpha": 0.5},
+        small={"r": 2, "shadow_hidden_size": 8, "shadow_intermediate_size": 6, "update_hidden_size": 3},
+        options={
+            "narrow": {"shadow_hidden_size": 8, "shadow_num_hidden_layers": 2},
+            "own_embeddings": {"share_embeddings": False},
+            "uninitialised": {"init_weights": False},
+        },
+        task="CAUSAL_LM",
+        merges=False,
+    ),
     PeftType.P_TUNING: Sample(
         stored_otherwise=True,
         config={"num_virtual_tokens": 4, "encoder_hidden_size": 6},
@@ -605,6 +616,11 @@ def network_cases(*chosen: Base, options: bool = False) -> list[Case]:
         if (b.name in _CORE_NETWORKS or SAMPLES[m.name].on_every_base) and SAMPLES[m.name].task in (None, b.task)
         for option in ("", *(SAMPLES[m.name].options if options else ()))
     ]
+
+
+def prompt_cases(*chosen: Base, options: bool = False) -> list[Case]:
+    """Those of the `network_cases` whose methods put virtual tokens into the input or the cache."""
+    return [case for case in network_cases(*chosen, options=options) if case.method.config.is_prompt_learning]
 
 
 def parameter_cases(*chosen: Base) -> list[Case]:

@@ -32,6 +32,7 @@ from splice.loading.report import LoadReport as LoadReport
 from splice.loading.saving import get_peft_model_state_dict as get_peft_model_state_dict
 from splice.loading.state import load_peft_weights as load_peft_weights
 from splice.loading.state import set_peft_model_state_dict as set_peft_model_state_dict
+from splice.merging_files import merge_files as merge_files
 from splice.methods.adalora.layers import AdaLoraConfig as AdaLoraConfig
 from splice.methods.adamss.config import AdamssConfig as AdamssConfig
 from splice.methods.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
@@ -99,6 +100,7 @@ from splice.methods.psoft import PsoftConfig as PsoftConfig
 from splice.methods.pvera import PveraConfig as PveraConfig
 from splice.methods.randlora import RandLoraConfig as RandLoraConfig
 from splice.methods.road import RoadConfig as RoadConfig
+from splice.methods.shadow.config import ShadowConfig as ShadowConfig
 from splice.methods.tinylora import TinyLoraConfig as TinyLoraConfig
 from splice.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from splice.methods.unilora import UniLoraConfig as UniLoraConfig
@@ -160,6 +162,7 @@ __all__ = [
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
     "load_peft_weights",
+    "merge_files",
     "prepare_model_for_kbit_training",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",

@@ -77,7 +77,7 @@ def tuner_class(name: PeftType) -> type[Tuner]:
 def _shown_as(method: Method) -> type:
     """What a PeftModel of this method has for it: the encoder of its virtual tokens, or a tuner where it has none."""
     modules = [what for what in method.names.values() if isinstance(what, type) and issubclass(what, nn.Module)]
-    return modules[0] if modules and method.network_layer is not None else tuner_class(method.name)
+    return modules[0] if modules and not method.on_layers else tuner_class(method.name)
 
 
 # -- tables

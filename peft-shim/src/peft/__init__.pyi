@@ -74,6 +74,7 @@ from splice import PsoftConfig as PsoftConfig
 from splice import PveraConfig as PveraConfig
 from splice import RandLoraConfig as RandLoraConfig
 from splice import RoadConfig as RoadConfig
+from splice import ShadowConfig as ShadowConfig
 from splice import StartedConfig as StartedConfig
 from splice import TaskType as TaskType
 from splice import TinyLoraConfig as TinyLoraConfig
@@ -107,6 +108,7 @@ from splice import initialize_kv_prefix_from_text as initialize_kv_prefix_from_t
 from splice import initialize_lora_eva_weights as initialize_lora_eva_weights
 from splice import inject_adapter_in_model as inject_adapter_in_model
 from splice import load_peft_weights as load_peft_weights
+from splice import merge_files as merge_files
 from splice import prepare_model_for_kbit_training as prepare_model_for_kbit_training
 from splice import preprocess_corda as preprocess_corda
 from splice import preprocess_loraga as preprocess_loraga

@@ -7,8 +7,9 @@ stays as it is for that one, and a new one takes its place on the adapted layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -113,6 +114,35 @@ def _forget(host: Host) -> None:
     host.originals.clear()
     host.shelved.clear()
     host.stored = None
+
+
+class ToMerge(NamedTuple):
+    """A layer that a merge would change, for who wants the result elsewhere than in the model."""
+
+    # What works out the layer's tensors after the merge.
+    work_out: Callable[[], Mapping[str, torch.Tensor]]
+    # Path of the layer whose weight after the merge is this one's too; its own where it shares none.
+    leader: str
+
+
+def to_merge(hosts: Mapping[str, Host], names: Sequence[str], safe_merge: bool) -> dict[str, ToMerge]:
+    """Path of each layer that merging these adapters would change -> what it comes to. No layer is changed.
+
+    Raises:
+        As `merge`; with `safe_merge` as a layer is worked out.
+    """
+    check_order(hosts.values(), names)
+    concerned = [host for host in hosts.values() if still_to_merge(host, names)]
+    check_mergeable(concerned, names)
+    ties = _ties(hosts, concerned, names)
+
+    def work_out(host: Host) -> Mapping[str, torch.Tensor]:
+        return merged_tensors(host, names, safe_merge).tensors
+
+    return {
+        host.path: ToMerge(partial(work_out, ties.get(host.path, host)), ties.get(host.path, host).path)
+        for host in concerned
+    }
 
 
 def merge_layer(host: Host, adapter_names: list[str] | None, safe_merge: bool) -> None:

@@ -31,7 +31,8 @@ def register(adapter: AdapterLayer, name: str, home: Home, owner: Owner | None =
             entry.train(container.training)
         container._modules[name] = entry
         for module in entry.modules() if entry._modules else (entry,):
-            module.__dict__["owner"] = owner
+            if isinstance(module, Holder):  # others are the base's own kinds, and are called
+                module.__dict__["owner"] = owner
     for suffix, (registry, path, slot) in adapter.registered.items() if adapter.loose else ():
         if registry is not adapter.loose:
             continue
