@@ -26,7 +26,7 @@ from splice.kinds.shared import SharedTensors
 from splice.loading.checking import check_base_copies, check_repeated, refuse_or_warn
 from splice.loading.commit import build_loaded
 from splice.loading.config_fields import field_names, field_value
-from splice.loading.converting import cast_whole, from_file
+from splice.loading.converting import from_file, indices
 from splice.loading.fingerprint import Match
 from splice.loading.kept_config import other_values
 from splice.loading.opening import open_checkpoint
@@ -312,8 +312,9 @@ def _overwrite(tuner: Tuner, found: Fitted, options: LoadOptions, undo: Undo) ->
     for key, (tensor, own) in (*_biases_of_base(found.plan, layers).items(), *_converted(found, layers).items()):
         live[key] = tensor
         values.append(own)
+    slots = {p.layer_class.names.key(p.path, s): slot for p in found.plan.placements for s, slot in p.slots.items()}
     values = [
-        value if tensor.is_floating_point() else cast_whole(value, tensor.dtype, key)
+        value if tensor.is_floating_point() else indices(value, slots[key], tensor.dtype, key)
         for (key, tensor), value in zip(live.items(), values)
     ]
     # For a moment the adapter takes twice its memory; without the copies what fails later could not be undone.
