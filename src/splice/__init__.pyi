@@ -101,6 +101,9 @@ from splice.methods.pvera import PveraConfig as PveraConfig
 from splice.methods.randlora import RandLoraConfig as RandLoraConfig
 from splice.methods.road import RoadConfig as RoadConfig
 from splice.methods.shadow.config import ShadowConfig as ShadowConfig
+from splice.methods.shira.mask_functions import random_mask as random_mask
+from splice.methods.shira.record import ShiraConfig as ShiraConfig
+from splice.methods.supertuning import SupertuningConfig as SupertuningConfig
 from splice.methods.tinylora import TinyLoraConfig as TinyLoraConfig
 from splice.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from splice.methods.unilora import UniLoraConfig as UniLoraConfig
