@@ -449,6 +449,26 @@ SAMPLES: dict[PeftType, Sample] = {
         # later has the positions of the first one's layers.
         same_targets=True,
     ),
+    PeftType.SHIRA: Sample(
+        reference_calls_base=False,
+        config={"r": 1},
+        small={"r": 2, "random_seed": 3},
+        options={"uninitialised": {"init_weights": False, "random_seed": 5}},
+    ),
+    PeftType.SUPERTUNING: Sample(
+        reference_calls_base=False,
+        config={"sparsity": 0.8, "r": 2},
+        small={"sparsity": 0.5, "r": None},
+        options={
+            "entries_alone": {"r": None},
+            "smallest": {"select_top": False, "lora_alpha": 3},
+            "all_entries": {"sparsity": 0.0},
+            "worked_out": {"save_precomputed_indices": False},
+            "uninitialised": {"init_weights": False},
+        },
+        # Which entries are the largest cannot be told of codes.
+        not_on={"worked_out": frozenset({"wide"})},
+    ),
     PeftType.ADALORA: Sample(
         config={"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10},
         one_trained=True,
@@ -485,6 +505,17 @@ SAMPLES: dict[PeftType, Sample] = {
     ),
     PeftType.ADAPTION_PROMPT: Sample(
         config={"adapter_len": 3, "adapter_layers": 1}, small={"adapter_len": 2, "adapter_layers": 2}
+    ),
+    PeftType.SHADOW: Sample(
+        config={"r": 4, "shadow_alpha": 0.5},
+        small={"r": 2, "shadow_hidden_size": 8, "shadow_intermediate_size": 6, "update_hidden_size": 3},
+        options={
+            "narrow": {"shadow_hidden_size": 8, "shadow_num_hidden_layers": 2},
+            "own_embeddings": {"share_embeddings": False},
+            "uninitialised": {"init_weights": False},
+        },
+        task="CAUSAL_LM",
+        merges=False,
     ),
     PeftType.P_TUNING: Sample(
         stored_otherwise=True,
@@ -585,6 +616,11 @@ def network_cases(*chosen: Base, options: bool = False) -> list[Case]:
         if (b.name in _CORE_NETWORKS or SAMPLES[m.name].on_every_base) and SAMPLES[m.name].task in (None, b.task)
         for option in ("", *(SAMPLES[m.name].options if options else ()))
     ]
+
+
+def prompt_cases(*chosen: Base, options: bool = False) -> list[Case]:
+    """Those of the `network_cases` whose methods put virtual tokens into the input or the cache."""
+    return [case for case in network_cases(*chosen, options=options) if case.method.config.is_prompt_learning]
 
 
 def parameter_cases(*chosen: Base) -> list[Case]:
