@@ -54,7 +54,7 @@ def convert_files(
     adapter: str | os.PathLike[str],
     base: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    method: str,
+    method: str | None = None,
     rank: int | None = None,
     error: float | None = None,
     base_revision: str | None = None,
@@ -71,7 +71,7 @@ def convert_files(
         adapter: its folder, or its id on the Hub.
         base: folder of the base model, or its id on the Hub; a folder with a config alone where no weight is needed.
         out: the folder to be made.
-        method: `peft_type` of the new adapter.
+        method: `peft_type` of the new adapter; None for the only one that can take another's place.
         rank: of every layer.
         error: in place of a rank, the largest error of a layer's update relative to its norm (Frobenius); 0.01 where
             neither is given.
@@ -93,7 +93,7 @@ def convert_files(
     """
     wanted = _wanted(rank, error)
     able = {name.value: each.approximation for name, each in all_methods().items() if each.approximation is not None}
-    approximation = able.get(method)
+    approximation = next(iter(able.values())) if method is None and len(able) == 1 else able.get(method or "")
     if approximation is None:
         raise PeftError(f"nothing can be converted to {method!r}; it can be to {', '.join(able)}")
     if (Path(out) / CONFIG_NAME).exists():

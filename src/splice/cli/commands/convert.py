@@ -24,7 +24,7 @@ _SHOWN = 10
 
 @click.command
 @click.argument("adapter")
-@click.option("--to", "method", default="lora", show_default=True, help="The method of the new adapter.")
+@click.option("--to", "method", help="The method of the new adapter; there is one so far.")
 @click.option("--base", required=True, help="Folder of the base model, or its id on the Hub; a config alone may do.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder to be made.")
 @click.option("--rank", help="Of every layer, or `auto`: as small as the error allows.")
@@ -40,7 +40,7 @@ _SHOWN = 10
 @json_option
 def command(
     adapter: str,
-    method: str,
+    method: str | None,
     base: str,
     out: Path,
     rank: str | None,
@@ -65,7 +65,7 @@ def command(
             adapter,
             base,
             out,
-            method.upper(),
+            None if method is None else method.upper(),
             rank=of_all,
             error=error,
             base_revision=base_revision,
