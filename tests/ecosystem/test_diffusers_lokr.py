@@ -17,7 +17,7 @@ from diffusers import (
 from torch import nn
 
 from tests.ecosystem.comparing import same
-from tests.ecosystem.tiny_diffusers import Tensors, draw
+from tests.ecosystem.tiny_diffusers import Tensors, draw, peft_file
 
 # How wide the left factors are, and the rank of right ones that are products.
 FACTOR, RANK = 4, 2
@@ -129,10 +129,14 @@ def all_of_it(folder: str) -> dict[str, dict[str, Any]]:
 
 def one_file(pipe: Any, make: Callable[[Any], Tensors]) -> dict[str, Any]:
     out = {"base": output(pipe)}
+    # Of the layers as they are before an adapter comes: the reference puts others in their places.
+    other = named(factors(pipe.transformer, ("to_out.0", "attn.to_out"), "other"), "transformer.")
+    lora = peft_file(
+        pipe.transformer, "transformer", ("ff_context.linear_out", "norm_out.linear", "feed_forward.w3"), 4, "lora"
+    )
     pipe.load_lora_weights(make(pipe), adapter_name="kr")
     out["loaded"], out["there are"] = output(pipe), pipe.get_list_adapters()
-    other = factors(pipe.transformer, ("to_out.0", "attn.to_out"), "other")
-    pipe.load_lora_weights(named(other, "transformer."), "other")
+    pipe.load_lora_weights(other, "other")
     out["other"] = output(pipe)
     pipe.set_adapters(["kr", "other"], [0.5, 0.7])
     out["both"] = output(pipe)
@@ -144,6 +148,11 @@ def one_file(pipe: Any, make: Callable[[Any], Tensors]) -> dict[str, Any]:
     out["fused"] = output(pipe)
     pipe.unfuse_lora(components=["transformer"])
     out["unfused"] = output(pipe)
+    pipe.load_lora_weights(lora, "lora")
+    out["lora"] = output(pipe)
+    pipe.set_adapters(["kr", "lora"], [0.5, 0.7])
+    out["both methods"], out["all there are"] = output(pipe), pipe.get_list_adapters()
+    pipe.delete_adapters("lora")
     pipe.delete_adapters("other")
     out["without the other"], out["then there are"] = output(pipe), pipe.get_list_adapters()
     pipe.unload_lora_weights()
@@ -156,5 +165,11 @@ def one_file(pipe: Any, make: Callable[[Any], Tensors]) -> dict[str, Any]:
 def test_every_figure_is_the_references(name: str, here: dict[str, Any], there: dict[str, Any]) -> None:
     found, expected = here[name], there[name]
     same(found, expected)
-    for one, two in (("base", "loaded"), ("loaded", "both"), ("loaded", "other"), ("base", "fused")):
+    for one, two in (
+        ("base", "loaded"),
+        ("loaded", "both"),
+        ("loaded", "other"),
+        ("base", "fused"),
+        ("loaded", "both methods"),
+    ):
         assert (found[one] - found[two]).abs().max() > 1e-4, (one, two)

@@ -66,7 +66,7 @@ def check_in_place(tuner: Tuner, name: str, config: PeftConfig) -> None:
     tuner.check_known([name])
     own = tuner.peft_config[name]
     check_configs(own, config)
-    others = other_values(config, own, tuner.placed[name])
+    others = other_values(config, own, tuner.placed[name], also=own.pattern_fields.values())
     if others:
         raise ValueError(
             f"Hot swapping adapter {name!r} in this way puts tensors over tensors, and leaves ranks and scales as they are: "
