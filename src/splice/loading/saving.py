@@ -157,8 +157,8 @@ def get_peft_model_state_dict(
     tuner, prefix = tuner_of(uncompiled(model))
     divide_again(tuner)
     if not prefix and any(map(is_divided, model.parameters())) and not is_sharded(model):
-        # transformers asks so in the process that writes alone, while the others gather every tensor of the network, one after
-        # the other: they would wait for this one, or be sent a tensor that they have not asked for.
+        # transformers asks so in the process that writes alone, while the others gather every tensor of the network in its
+        # order: they would wait for this one, or be sent a tensor that they have not asked for.
         state_dict = {name: whole(tensor) for name, tensor in (state_dict or tuner.model.state_dict()).items()}
     tensors = tensors_to_save(tuner, adapter_name, state_dict, save_embedding_layers, partly=True)
     if prefix:
