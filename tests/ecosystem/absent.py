@@ -18,6 +18,7 @@ MODULES: dict[str, str] = {
         "peft.tuners.adamss.asa_callback peft.tuners.adamss.utils peft.tuners.adaption_prompt.utils "
         "peft.tuners.boft.fbd peft.tuners.c3a.utils peft.tuners.osf.utils peft.tuners.poly.router "
         "peft.tuners.waveft.constants "
+        "peft.tuners.shadow.diffusion_models peft.tuners.shadow.layers "
         "peft.tuners.waveft.wavelet peft.tuners.waveft.waverec2d peft.tuners.xlora.classifier peft.tuners.lora.arrow"
     ),
     "a mixed model's tuner is one like any other": "peft.tuners.mixed peft.tuners.mixed.model",
@@ -54,7 +55,7 @@ NAMES: dict[str, str] = {
         "WAVELET_REDUCTIONS XLoraConv2dLayer XLoraEmbeddingLayer XLoraLayer XLoraLinearLayer convert_layers_to_xlora "
         "get_fbd_cuda patch_environment prepare_config HashHook SVDHook UNSUPPORTED_LORA_MODULES find_equal_values "
         "get_device_with_meta_params move_inputs_to_device estimate_gradients get_model_device get_target_modules "
-        "check_import_allowlist get_default_import_allowlist"
+        "check_import_allowlist get_default_import_allowlist ShadowCache ShadowCarrier ShadowLayer"
     ),
 }
 
