@@ -76,5 +76,6 @@ CALLED: dict[str, str] = {
     ),
     "the default follows from the method of the config": "hotswap_adapter_from_state_dict",
     "a config is needed": "PeftModelForTokenClassification",
+    "made where a shadow is taken off its base, and by nobody else": "DetachedShadowModel",
     "the pairs of factors are told, not guessed from the order of the parameters": "LoraFAOptimizer",
 }
