@@ -30,8 +30,9 @@ def indices(tensor: torch.Tensor, slot: Slot, dtype: torch.dtype, place: str) ->
             "checkpoint is damaged, or was cast to another dtype. The model is unchanged.",
             mismatched=[place],
         )
-    # All of one process's: what each process has a part of is no indices.
-    for row, count in zip([cast] if len(slot.choices) == 1 else cast, slot.choices):
+    # All of one process's: what each process has a part of is no indices. Nor are numbers that choose nothing.
+    rows = [cast] if len(slot.choices) == 1 else cast if slot.choices else []
+    for row, count in zip(rows, slot.choices):
         if row.numel() and not 0 <= int(row.min()) <= int(row.max()) < count:
             raise AdapterMismatchError(
                 f"{place} holds indices from {int(row.min())} to {int(row.max())}, and there are {count} to choose from, "

@@ -227,10 +227,13 @@ def _given(
         tensor = _first(state_dict, spelled)
         if tensor is not None:
             found[suffix] = tensor
+        elif layer.registered[suffix].slot.hidden:
+            found[suffix] = stored[suffix]  # no state dict of a model holds it, and nobody trains it
         elif not partly and suffix in stored:
             key = names.key(path, suffix)
             raise KeyError(f"the given state_dict has none of {spelled}, so {key} cannot be saved")
-    return found
+    # A part that has nothing of the layer has not that either.
+    return found if any(not layer.registered[suffix].slot.hidden for suffix in found) else {}
 
 
 def _all_embeddings(tuner: Tuner, adapter_name: str) -> dict[str, torch.Tensor]:
