@@ -135,6 +135,12 @@ def test_it_is_no_change_of_weights(experts: list[str]) -> None:
     model = built(splice, experts[:3])
     with pytest.raises(RuntimeError, match="'arrow_router' cannot be merged"):
         model.merge_adapter()
+    before = run(model, BASE.inputs(3))
+    with pytest.raises(
+        ValueError, match=r"'task_1' without 'arrow_router' would.*twice.* Make 'task_1' the active adapter"
+    ):
+        model.merge_adapter(["task_1"])
+    assert torch.equal(run(model, BASE.inputs(3)), before)
     with pytest.raises(UnsupportedFeatureError, match="mixes other adapters token by token"):
         model.add_weighted_adapter(["arrow_router", "task_0"], [1.0, 1.0], "sum", "linear")
 

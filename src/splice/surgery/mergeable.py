@@ -10,6 +10,7 @@ from splice.errors import PeftWarning, UnsupportedFeatureError, warn
 from splice.kinds.effect import Action
 from splice.kinds.host import Host, first_conflict, in_order
 from splice.kinds.layer import AdapterLayer
+from splice.kinds.routed import Routed
 
 
 def still_to_merge(host: Host, names: Iterable[str]) -> list[str]:
@@ -68,17 +69,19 @@ def with_companions(hosts: Iterable[Host], names: Sequence[str], active: Iterabl
     Raises:
         ValueError: an active adapter that is not among them makes something of one that is.
     """
-    found, active = list(names), set(active)
-    for name, adapter in ((name, adapter) for host in hosts for name, adapter in host.layers.items()):
-        if not adapter.merged_with:
-            continue
-        twice = next((other for other in adapter.merged_with if other in names), None)
+    found, concerned = list(names), dict.fromkeys([*names, *active])
+    for host, name in ((host, name) for host in hosts for name in concerned if name in host.layers):
+        adapter = host.layers[name]
         if name in names:
             found = [*adapter.merged_with, *found]
-        elif name in active and twice is not None:
+            continue
+        others = adapter.experts(host.layers) if isinstance(adapter, Routed) else adapter.merged_with
+        twice = next((other for other in others if other in names), None)
+        if twice is not None:
+            instead = f"Merge {name!r}, or make" if adapter.mergeable else "Make"
             raise ValueError(
                 f"merging {twice!r} without {name!r} would have it take effect twice: {name!r} is active, and makes "
-                f"something of it. Merge {name!r}, or make {twice!r} the active adapter first (`set_adapter`)."
+                f"something of it. {instead} {twice!r} the active adapter first (`set_adapter`)."
             )
     return list(dict.fromkeys(found))
 
