@@ -80,3 +80,8 @@ def test_the_page_shows_what_it_writes(arguments: str, expected: str, tmp_path: 
     ran = run(*shlex.split(arguments), cwd=tmp_path)
     ways = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     assert doctest.OutputChecker().check_output(expected, ran.out, ways), ran.out
+
+
+def test_the_program_is_installed_by_this_name() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert re.search(r'^\[project.scripts\]\nsplice = "splice.cli.main:main"$', project, re.M)

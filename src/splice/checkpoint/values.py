@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -34,7 +33,7 @@ class Values:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  (closed by `__exit__`)
+        self._file = open(path, "rb")  # noqa: SIM115  (closed by `__exit__`)
 
     def __enter__(self) -> Values:
         return self
@@ -60,12 +59,10 @@ class Values:
         return flat.reshape(entry.shape)
 
     def _bytes(self, offset: int, size: int) -> bytes:
-        found = b""
-        while len(found) < size:
-            piece = os.pread(self._file.fileno(), size - len(found), offset + len(found))
-            if not piece:
-                raise CheckpointError(f"{self._path} was cut off while it was read")
-            found += piece
+        self._file.seek(offset)
+        found = self._file.read(size)
+        if len(found) < size:
+            raise CheckpointError(f"{self._path} was cut off while it was read")
         return found
 
 

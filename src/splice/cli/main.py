@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # What the program is made with. They are an extra: a library does not need them.
 _NEEDED = ("click", "rich", "numpy")
 # Errors that say something of what the program was given. Others are mistakes of its own, and show where they were made.
-_OF_WHAT_WAS_GIVEN = (PeftError, OSError, ValueError, NotImplementedError)
+GIVEN = (PeftError, OSError, ValueError, NotImplementedError)
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
         sys.exit(2)
     try:
         _program()(prog_name="splice")
-    except _OF_WHAT_WAS_GIVEN as error:
+    except GIVEN as error:
         sys.exit(_told(error, "--json" in sys.argv))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -67,14 +68,21 @@ def verify(adapter: str, subfolder: str | None, revision: str | None, base: str,
     options = _OPTIONS._replace(extra={"subfolder": subfolder, "revision": revision}, started=time.perf_counter())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        checkpoint = open_checkpoint(place, None, options, None)
+        checkpoint = _opened(place, options, None)
         network = empty_base(base, checkpoint, labels)
         mapping = key_renaming(network)
         if mapping is not None:
-            checkpoint = open_checkpoint(place, None, options, mapping)
+            checkpoint = _opened(place, options, mapping)
         verdict = _verdict(network, checkpoint, options)
     said = tuple(str(warning.message) for warning in caught if issubclass(warning.category, UserWarning))
     return verdict._replace(notes=(*verdict.notes, *said))
+
+
+def _opened(place: str, options: LoadOptions, mapping: Mapping[str, str] | None) -> Checkpoint:
+    try:
+        return open_checkpoint(place, None, options, mapping)
+    except (TypeError, KeyError) as error:  # values of the config that are of another kind than their fields
+        raise ValueError(str(error)) from error
 
 
 def _verdict(network: nn.Module, checkpoint: Checkpoint, options: LoadOptions) -> Verdict:
