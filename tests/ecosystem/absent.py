@@ -18,7 +18,8 @@ MODULES: dict[str, str] = {
         "peft.tuners.adamss.asa_callback peft.tuners.adamss.utils peft.tuners.adaption_prompt.utils "
         "peft.tuners.boft.fbd peft.tuners.c3a.utils peft.tuners.osf.utils peft.tuners.poly.router "
         "peft.tuners.waveft.constants "
-        "peft.tuners.waveft.wavelet peft.tuners.waveft.waverec2d peft.tuners.xlora.classifier peft.tuners.lora.arrow"
+        "peft.tuners.waveft.wavelet peft.tuners.waveft.waverec2d peft.tuners.xlora.classifier peft.tuners.lora.arrow "
+        "peft.tuners.shadow.layers peft.tuners.shadow.diffusion_models"
     ),
     "a mixed model's tuner is one like any other": "peft.tuners.mixed peft.tuners.mixed.model",
 }
@@ -72,7 +73,7 @@ NAMES: dict[str, str] = {
         "ACT2FN AdaptedAttention AdaptedAttentionGPT DUMMY_TARGET_MODULES FastBlockDiag GloraEmptyPath GloraLoraPath "
         "GloraPath GloraScalarPath GloraVectorPath ModelTypeConfig OrthLayer TRANSFORMERS_MODEL_CONFIG UniqueBaseGrad "
         "WAVELET_REDUCTIONS XLoraConv2dLayer XLoraEmbeddingLayer XLoraLayer XLoraLinearLayer convert_layers_to_xlora "
-        "get_fbd_cuda patch_environment prepare_config"
+        "get_fbd_cuda patch_environment prepare_config ShadowCache ShadowCarrier"
     ),
 }
 
@@ -83,7 +84,7 @@ CALLED: dict[str, str] = {
         "LNTuningLayer Linear LoHaLayer LoKrLayer LoraLayer ModulesToSaveWrapper MultiheadAttention OFTLayer ParamWrapper "
         "PrefixEncoder PromptEmbedding SVDConv2d SVDLinear TrainableTokensLayer TrainableTokensWrapper VeraLayer "
         "AdamssLayer BOFTLayer BeftLayer C3ALayer C3ALinear CPTEmbedding DeftLayer DeftLinear DeloraLayer DeloraLinear "
-        "CartridgeEncoder "
+        "CartridgeEncoder DetachedShadowModel ShadowLayer "
         "GloraLayer GloraLinear GraloraLayer HRAConv2d HRALayer HRALinear HiraLayer LilyLayer Linear4bit Linear8bitLt "
         "MissLayer MissLinear MultitaskPromptEmbedding OSFLayer PeanutLayer PolyLayer PromptEncoder PsoftLayer PveraLayer "
         "RandLoraLayer RoadLayer TinyLoraLayer UniLoraLayer VBLoRALayer WaveFTLayer WaveFTLinear"
