@@ -449,6 +449,26 @@ SAMPLES: dict[PeftType, Sample] = {
         # later has the positions of the first one's layers.
         same_targets=True,
     ),
+    PeftType.SHIRA: Sample(
+        reference_calls_base=False,
+        config={"r": 1},
+        small={"r": 2, "random_seed": 3},
+        options={"uninitialised": {"init_weights": False, "random_seed": 5}},
+    ),
+    PeftType.SUPERTUNING: Sample(
+        reference_calls_base=False,
+        config={"sparsity": 0.8, "r": 2},
+        small={"sparsity": 0.5, "r": None},
+        options={
+            "entries_alone": {"r": None},
+            "smallest": {"select_top": False, "lora_alpha": 3},
+            "all_entries": {"sparsity": 0.0},
+            "worked_out": {"save_precomputed_indices": False},
+            "uninitialised": {"init_weights": False},
+        },
+        # Which entries are the largest cannot be told of codes.
+        not_on={"worked_out": frozenset({"wide"})},
+    ),
     PeftType.ADALORA: Sample(
         config={"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10},
         one_trained=True,

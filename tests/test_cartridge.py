@@ -13,9 +13,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    BertConfig,
+    BertModel,
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedTokenizerFast,
@@ -225,18 +229,43 @@ def test_a_template_without_system_messages_is_not_used() -> None:
     assert torch.equal(*map(table_of, models))
 
 
-def test_a_long_text_on_layers_with_a_window_starts_at_its_first_tokens() -> None:
-    """Their cache holds the last tokens alone, which the reference takes for the first ones."""
+@pytest.mark.parametrize("count", [4, 7], ids=["within the window", "beyond it"])
+def test_a_long_text_on_layers_with_a_window_starts_at_its_first_tokens(count: int) -> None:
+    """Their own cache holds the last tokens alone, which the reference takes for the first ones."""
     torch.manual_seed(0)
     network = MistralForCausalLM(MistralConfig(**_SIZES, sliding_window=6)).eval()
-    short = splice.prompt_embeddings_from_past_key_values(cache_of(network, IDS[:, :4]), num_virtual_tokens=4)
-    model = new(splice, network=network)
+    expected = network(input_ids=IDS).logits[:, count:]
+    model = new(splice, network=network, count=count)
     splice.initialize_kv_prefix_from_text(model, tokenizer(), text=TEXT)
-    assert_close(table_of(model), short)
+    assert_close(model(input_ids=IDS[:, count:]).logits, expected)
     with model.disable_adapter():
         whole = cache_of(model)
     with pytest.raises(ValueError, match="has seen 8 tokens and holds 5: the first ones are gone"):
         splice.prompt_embeddings_from_past_key_values(whole, num_virtual_tokens=4)
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION"])
+def test_the_end_of_a_text_behind_a_cartridge_of_its_beginning_is_the_text(task: str) -> None:
+    torch.manual_seed(0)
+    classes = {
+        "CAUSAL_LM": LlamaForCausalLM,
+        "SEQ_CLS": LlamaForSequenceClassification,
+        "FEATURE_EXTRACTION": LlamaModel,
+    }
+    network = classes[task](LlamaConfig(**_SIZES)).eval()
+    whole = network(input_ids=IDS)[0]
+    model = splice.get_peft_model(network, splice.CartridgeConfig(task_type=task, num_virtual_tokens=4)).eval()
+    splice.initialize_kv_prefix_from_text(model, tokenizer(), text=TEXT)
+    found = model(input_ids=IDS[:, 4:])[0]
+    assert_close(found, whole if task == "SEQ_CLS" else whole[:, 4:])
+
+
+def test_a_network_without_a_cache_is_refused() -> None:
+    sizes = {name: size for name, size in _SIZES.items() if name != "num_key_value_heads"}
+    config = splice.CartridgeConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=4)
+    model = splice.get_peft_model(BertModel(BertConfig(**sizes)), config)
+    with pytest.raises(ValueError, match="BertModel returns no cache; give `past_key_values` instead of a text"):
+        splice.initialize_kv_prefix_from_text(model, tokenizer(), text=TEXT)
 
 
 def _pair(heads: int = 2, length: int = 5, dim: int = 4, batch: int = 1) -> torch.Tensor:

@@ -101,13 +101,16 @@ from splice.methods.pvera import PveraConfig as PveraConfig
 from splice.methods.randlora import RandLoraConfig as RandLoraConfig
 from splice.methods.road import RoadConfig as RoadConfig
 from splice.methods.shadow.config import ShadowConfig as ShadowConfig
+from splice.methods.shira.mask_functions import random_mask as random_mask
+from splice.methods.shira.record import ShiraConfig as ShiraConfig
+from splice.methods.supertuning import SupertuningConfig as SupertuningConfig
 from splice.methods.tinylora import TinyLoraConfig as TinyLoraConfig
 from splice.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from splice.methods.unilora import UniLoraConfig as UniLoraConfig
 from splice.methods.vblora import VBLoRAConfig as VBLoRAConfig
 from splice.methods.vera import VeraConfig as VeraConfig
 from splice.methods.waveft.record import WaveFTConfig as WaveFTConfig
-from splice.methods.xlora import XLoraConfig as XLoraConfig
+from splice.methods.xlora.config import XLoraConfig as XLoraConfig
 from splice.mixed import PeftMixedModel as PeftMixedModel
 from splice.model import PeftModel as PeftModel
 from splice.status import get_layer_status as get_layer_status

@@ -145,15 +145,16 @@ def names_of_method(name: PeftType) -> dict[str, object]:
 
 # What the reference divides the package of a method into. Each of ours has all of its names.
 PARTS = ("config", "layer", "model", "bnb")
-# One more, of methods with functions of their own.
+# One more, of methods with functions of their own; others are called as ours are that have such functions.
 TOOLS = "utils"
 
 
 def parts_of(name: PeftType) -> tuple[str, ...]:
     """What the package of a method is divided into."""
     home = all_methods()[name].home
-    has_tools = any(tool.islower() and module.startswith(home) for tool, module in public_names().items())
-    return (*PARTS, TOOLS) if has_tools else PARTS
+    with_tools = {module for tool, module in public_names().items() if tool.islower() and module.startswith(home)}
+    named = sorted(module.rpartition(".")[2] for module in with_tools)
+    return tuple(dict.fromkeys((*PARTS, TOOLS, *named))) if with_tools else PARTS
 
 
 class MethodModules(MetaPathFinder, Loader):

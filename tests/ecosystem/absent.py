@@ -87,7 +87,7 @@ CALLED: dict[str, str] = {
         "CartridgeEncoder DetachedShadowModel ShadowLayer "
         "GloraLayer GloraLinear GraloraLayer HRAConv2d HRALayer HRALinear HiraLayer LilyLayer Linear4bit Linear8bitLt "
         "MissLayer MissLinear MultitaskPromptEmbedding OSFLayer PeanutLayer PolyLayer PromptEncoder PsoftLayer PveraLayer "
-        "RandLoraLayer RoadLayer TinyLoraLayer UniLoraLayer VBLoRALayer WaveFTLayer WaveFTLinear"
+        "RandLoraLayer RoadLayer ShiraLayer SupertuningLayer TinyLoraLayer UniLoraLayer VBLoRALayer WaveFTLayer WaveFTLinear"
     ),
     "all tuners are made in the same way": (
         "AdaLoraModel BaseTuner AdamssModel AdaptionPromptModel OSFModel TinyLoraModel UniLoraModel XLoraModel"

@@ -75,7 +75,9 @@ from splice import PveraConfig as PveraConfig
 from splice import RandLoraConfig as RandLoraConfig
 from splice import RoadConfig as RoadConfig
 from splice import ShadowConfig as ShadowConfig
+from splice import ShiraConfig as ShiraConfig
 from splice import StartedConfig as StartedConfig
+from splice import SupertuningConfig as SupertuningConfig
 from splice import TaskType as TaskType
 from splice import TinyLoraConfig as TinyLoraConfig
 from splice import TrainableTokensConfig as TrainableTokensConfig
@@ -113,6 +115,7 @@ from splice import prepare_model_for_kbit_training as prepare_model_for_kbit_tra
 from splice import preprocess_corda as preprocess_corda
 from splice import preprocess_loraga as preprocess_loraga
 from splice import prompt_embeddings_from_past_key_values as prompt_embeddings_from_past_key_values
+from splice import random_mask as random_mask
 from splice import replace_lora_weights_loftq as replace_lora_weights_loftq
 from splice import save_as_lora as save_as_lora
 from splice import set_base_model_state_dict as set_base_model_state_dict

@@ -31,7 +31,7 @@ from splice.kinds.tensors import Registry
 from splice.selection import Selection
 from splice.surgery.encoding import before_merging, encoded
 from splice.surgery.loss import MergeReport, StorageLoss, losses_of
-from splice.surgery.mergeable import check_mergeable, check_order, still_to_merge
+from splice.surgery.mergeable import check_mergeable, check_order, still_to_merge, with_companions
 from splice.surgery.putting import Before, Merged, check_apart, held_twice, put, take_out
 
 
@@ -189,12 +189,15 @@ def adapters_to_merge(
 
     Raises:
         TypeError: `adapter_names` is a string.
+        ValueError: an active adapter that is not among them makes something of one that is.
     """
     asked, known = _named(adapter_names, selection.active), list(known)
     names = [name for name in asked if name in known]
     if len(names) < len(asked):
         # What other libraries pass on may name adapters of other models; a typo should not give the base in silence.
         warn(f"There is no adapter {next(n for n in asked if n not in known)!r} to merge; there are {known}.")
+    hosts = list(hosts)
+    names = with_companions(hosts, names, selection.active)
     if not selection.merged:
         return names
     # On some layer: one that was merged alone must not keep the others from it.

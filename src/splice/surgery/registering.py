@@ -47,7 +47,7 @@ def register(adapter: AdapterLayer, name: str, home: Home, owner: Owner | None =
         is_buffer = slot.role is Role.BUFFER
         in_tree = container._buffers if is_buffer else container._parameters
         in_tree[name] = registry[path]
-        if is_buffer and not slot.stored:
+        if is_buffer and not slot.persistent:
             container._non_persistent_buffers_set.add(name)
         adapter.registered[suffix] = Registered(in_tree, name, slot)
         if is_offloaded(container):

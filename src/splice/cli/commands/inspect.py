@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from splice.checkpoint.files import write_text
+from splice.cli.grid import grid_of
 from splice.cli.layers import Group, grouped
 from splice.cli.opened import open_adapter
 from splice.cli.options import json_option, of_the_hub
 from splice.cli.output import console, number, print_json, shown
+from splice.cli.page import page_of
+from splice.cli.plot import check_plot, write_plot
 from splice.cli.summary import Summary, fingerprint, look_into, written_by
 from splice.cli.trees import tree
+from splice.cli.updates import updates_of
 from splice.cli.values import problems_of_values
 from splice.errors import counted, sized
 
 if TYPE_CHECKING:
     from rich.tree import Tree
 
+_FILE = click.Path(dir_okay=False, path_type=Path)
 # Characters of an option's value that one line shows.
 _LONG = 60
 
@@ -26,20 +33,46 @@ _LONG = 60
 @click.argument("adapter")
 @of_the_hub
 @click.option("--values", is_flag=True, help="Read all values, and look for those that are wrong.")
+@click.option("--plot", type=_FILE, help="Draw what it changes where as a heat map, into a file of .png or .svg.")
+@click.option("--report", type=_FILE, help="Write one page of HTML with the map, singular values and problems.")
 @json_option
-def command(adapter: str, subfolder: str | None, revision: str | None, values: bool, as_json: bool) -> int:
+def command(
+    adapter: str,
+    subfolder: str | None,
+    revision: str | None,
+    values: bool,
+    plot: Path | None,
+    report: Path | None,
+    as_json: bool,
+) -> int:
     """Show what an adapter is, and what is wrong with it.
 
     ADAPTER is a folder, the file of its weights, or an id of the Hub. Its base is not needed.
     """
+    if plot is not None:
+        check_plot(plot)
     summary = look_into(open_adapter(adapter, subfolder, revision))
-    if values:
+    # A report has the problems on top: whoever reads it should not have to ask once more.
+    if values or report is not None:
         summary = summary._replace(problems=(*summary.problems, *problems_of_values(summary)))
+    if plot is not None or report is not None:
+        _draw(summary, plot, report)
     if as_json:
         print_json(summary.as_json())
     else:
-        _show(summary, values)
+        _show(summary, values or report is not None)
     return 0 if summary.is_sound else 1
+
+
+def _draw(summary: Summary, plot: Path | None, report: Path | None) -> None:
+    """Write the files that were asked for."""
+    updates = list(updates_of(summary))
+    grid = grid_of(updates)
+    if plot is not None:
+        write_plot(grid, summary.opened.place, plot)
+    if report is not None:
+        # In one step: a report that is looked at is not half of the next one.
+        write_text(report, page_of(summary, _facts(summary), grid, updates))
 
 
 def _show(summary: Summary, values: bool) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from splice.base.bare import original_class
 from splice.base.caches import cache_of, keys_and_values
 from splice.base.dense import device_of
 from splice.base.evaluating import evaluating
@@ -130,18 +131,26 @@ def initialize_kv_prefix_from_text(
             f"Need at least {layer.count} cached tokens, got {ids.shape[1]}: the text has fewer tokens than the adapter "
             "(`num_virtual_tokens`)"
         )
-    # No further: what stands later changes nothing before it, and layers with a sliding window would forget the first ones.
-    cache = _prefilled(_adapters(model), layer.base, ids[:, : layer.count])
+    # No further: what stands later changes nothing before it.
+    cache = _prefilled(_adapters(model), layer, ids[:, : layer.count])
     return initialize_kv_prefix_from_past_key_values(model, adapter_name=adapter_name, past_key_values=cache)
 
 
-def _prefilled(adapters: Adapters, network: nn.Module, ids: torch.Tensor) -> object:
+def _prefilled(adapters: Adapters, layer: CachedPrompt, ids: torch.Tensor) -> object:
     """The cache that the bare network has of these tokens."""
+    # Here, as where a cache is filled: whoever has such a network has imported transformers.
+    from transformers import DynamicCache
+
+    network = layer.base
+    # Not one that the network makes for itself, whose layers with a sliding window would forget the first tokens.
+    given = {"input_ids": ids.to(device_of(network)), "use_cache": True, layer.cache_name: DynamicCache()}
     # Dropout would be in every key and value from then on.
     with evaluating(network), adapters.selection.for_this_call(NOTHING):
-        cache = cache_of(network(input_ids=ids.to(device_of(network)), use_cache=True))
+        cache = cache_of(network(**given))
     if cache is None:
-        raise ValueError(f"{type(network).__name__} returns no cache; give `past_key_values` instead of a text")
+        raise ValueError(
+            f"{original_class(network).__name__} returns no cache; give `past_key_values` instead of a text"
+        )
     return cache
 
 
