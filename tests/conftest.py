@@ -14,7 +14,7 @@ import torch
 
 import splice
 from tests.bases import Base, generator
-from tests.hub import Hub, serving
+from tests.hub import Hub, as_the_real_one
 
 # There `peft` is splice, in a run of their own: `python -m tests.ecosystem`.
 collect_ignore = ["ecosystem"]
@@ -113,22 +113,7 @@ def _seeded() -> None:
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+def hub(tmp_path: Path) -> Iterator[Hub]:
     """A Hub that this process takes for the real one, and an empty cache."""
-    from huggingface_hub import constants, file_download
-
-    with serving() as hub:
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        for module in (constants, file_download):  # some releases have a copy
-            monkeypatch.setattr(
-                module,
-                "HUGGINGFACE_CO_URL_TEMPLATE",
-                hub.url + "/{repo_id}/resolve/{revision}/{filename}",
-                raising=False,
-            )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)
+    with as_the_real_one(tmp_path) as hub:
         yield hub

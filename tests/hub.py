@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
+
 TOKEN = "hf_of_the_owner"
 
 
@@ -85,6 +87,26 @@ def serving() -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def as_the_real_one(folder: Path) -> Iterator[Hub]:
+    """A Hub that this process takes for the real one while this lasts, with an empty cache in `folder`."""
+    from huggingface_hub import constants, file_download, hf_api
+
+    with serving() as hub, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        patch.delenv("HF_TOKEN", raising=False)
+        patch.setattr(constants, "ENDPOINT", hub.url)
+        patch.setattr(hf_api.api, "endpoint", hub.url)  # of the functions that are one object's methods
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        for module in (constants, file_download):  # some releases have a copy
+            patch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+        patch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+        patch.setattr(constants, "HF_TOKEN_PATH", str(folder / "no token"))
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield hub
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -428,3 +428,33 @@ def test_a_subclass_of_a_layer_is_a_layer(case: Case, checkpoint: Any) -> None:
     reference = peft.PeftModel.from_pretrained(build(), str(folder))
     ours = splice.PeftModel.from_pretrained(build(), folder)
     assert_close(run(ours, case.base.inputs(3)), run(reference, case.base.inputs(3)))
+
+
+NOTHING_SELECTED: list[dict[str, Any]] = [
+    {"target_modules": ["first"], "exclude_modules": ["secnd"]},
+    {"target_modules": ["first"], "exclude_modules": "secnd.*"},
+    {"target_modules": ["first"], "exclude_modules": ["second"]},
+    {"target_modules": ["frst"], "target_parameters": ["second.weight"]},
+    {"target_modules": [], "target_parameters": ["second.weight"]},
+    {"target_modules": ["first"], "target_parameters": ["secnd.weight"]},
+    {"target_modules": ["first"], "target_parameters": ["second.weight"]},
+]
+
+
+@pytest.mark.parametrize("fields", NOTHING_SELECTED, ids=str)
+@targeting
+def test_what_selects_nothing_is_named(method: Method, fields: dict[str, Any]) -> None:
+    """By the reference's key words, of a new adapter; a load says nothing of what the adapter lives without."""
+    if not fields.keys() <= fields_of(method):
+        pytest.skip("the method has no such field")
+    said = []
+    for library in (peft, splice):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            others: dict[str, Any] = {field: [] for field in method.default_modules}
+            config = library.get_peft_config({**Case(method, bases.LINEAR).config(), **others, **fields})
+            library.get_peft_model(bases.LINEAR.build(), config)
+        words = ("modules were excluded", "were set but no")
+        lines = [(w.category, str(w.message)) for w in caught if any(word in str(w.message) for word in words)]
+        said.append([(category, next(word for word in words if word in line)) for category, line in lines])
+    assert said[1] == said[0]

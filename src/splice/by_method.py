@@ -27,6 +27,7 @@ from splice.injecting import injected
 from splice.kinds.registry import Method, all_methods
 from splice.lazy import lazy_names
 from splice.model import classes_by_task
+from splice.surgery.isinstance_classes import refuse_patch
 from splice.surgery.layer_classes import layer_classes, stem
 from splice.surgery.tuner import Tuner
 
@@ -60,6 +61,10 @@ class TunerClass(type):
                 "`get_peft_model(model, config)` takes any."
             )
         return injected(config, model, adapter_name, low_cpu_mem_usage, state_dict)
+
+    def __setattr__(cls, name: str, value: object) -> None:
+        refuse_patch(cls, name)
+        super().__setattr__(name, value)
 
 
 @cache

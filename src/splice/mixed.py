@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from splice.config import PeftConfig
 from splice.loading.load import LoadResult
 from splice.model import PeftModel
+from splice.steps import set_additional_trainable_modules
 
 
 class PeftMixedModel(PeftModel):
@@ -45,14 +46,7 @@ class PeftMixedModel(PeftModel):
         Raises:
             ValueError: the config names a module that the adapter has no copy of.
         """
-        self.base_model.check_known([adapter_name])
-        copied = self.base_model.peft_config[adapter_name].target_rule().modules_to_save or ()
-        missing = [name for name in peft_config.target_rule().modules_to_save or () if name not in copied]
-        if missing:
-            raise ValueError(
-                f"adapter {adapter_name!r} has no copies of {missing}, and gets none later: name them in "
-                "`modules_to_save` of the config with which it is added."
-            )
+        set_additional_trainable_modules(self, peft_config, None, adapter_name)
 
     @property
     def active_adapter(self) -> list[str]:  # type: ignore[override]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol, cast
 
@@ -16,6 +16,7 @@ from splice.base.decoder_input import shift_tokens_right as shift_tokens_right
 from splice.base.embeddings import input_embeddings
 from splice.base.offload import at_hand
 from splice.base.weight_access import check_readable, dense_weight, is_plain
+from splice.base.zero3 import gathered
 from splice.checkpoint.types import PeftType
 from splice.config import PeftConfig
 from splice.errors import UnsupportedFeatureError
@@ -190,6 +191,21 @@ def get_quantization_config(model: nn.Module, method: str) -> object | None:
     """The quantisation settings in the model's config, where its weights are quantised by this method."""
     by, settings = quantisation(model)
     return settings if by == method else None
+
+
+@contextmanager
+def gather_params_ctx(
+    param: nn.Parameter | Iterable[nn.Parameter], modifier_rank: int | None = 0, fwd_module: nn.Module | None = None
+) -> Iterator[None]:
+    """Inside, parameters that DeepSpeed's ZeRO-3 has divided are whole.
+
+    Args:
+        param: one of them, or several.
+        modifier_rank: the process whose changes reach the others; None for reading alone.
+        fwd_module: accepted for compatibility.
+    """
+    with gathered([param] if isinstance(param, nn.Parameter) else param, modifier_rank):
+        yield
 
 
 @contextmanager

@@ -6,6 +6,7 @@ is what stands in the list for an adapter. Only transformers asks for it, releas
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,11 +14,14 @@ import torch
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, WeightTransform
 
 from splice.base.conversions import Stacking, renaming_by, stackings_in
+from splice.base.foreign_models import hot_swapping
 from splice.checkpoint.keys import PREFIX, parse_key
 from splice.config import PeftConfig, copy_config
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.names import Place
 from splice.kinds.registry import Method, all_methods, method_of
+from splice.loading.swapping import check_in_place
+from splice.surgery.tuner import tuner_of
 
 # What stands in files before the names of the base's own tensors, on layers that carry an adapter.
 _BASE = ".base_layer"
@@ -35,7 +39,14 @@ def build_peft_weight_mapping(
 
     Returns:
         `WeightRenaming`s and `WeightConverter`s of transformers; none where `weight_conversions` has none.
+
+    Raises:
+        ValueError: transformers is about to put the weights over those of an adapter of another rank or scale.
     """
+    # Asked of the caller, which makes this one call before it writes, and does not say here what it is going to do.
+    network = hot_swapping(sys._getframe(1))
+    if network is not None and peft_config is not None:
+        check_in_place(tuner_of(network)[0], adapter_name, peft_config)
     if not weight_conversions:
         return []
     methods = list(all_methods().values()) if peft_config is None else [method_of(peft_config)]

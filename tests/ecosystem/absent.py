@@ -18,34 +18,14 @@ MODULES: dict[str, str] = {
         "peft.tuners.adamss.asa_callback peft.tuners.adamss.utils peft.tuners.adaption_prompt.utils "
         "peft.tuners.boft.fbd peft.tuners.c3a.utils peft.tuners.osf.utils peft.tuners.poly.router "
         "peft.tuners.waveft.constants "
-        "peft.tuners.waveft.wavelet peft.tuners.waveft.waverec2d peft.tuners.xlora.classifier peft.tuners.lora.arrow "
-        "peft.tuners.shadow.layers peft.tuners.shadow.diffusion_models"
+        "peft.tuners.shadow.diffusion_models peft.tuners.shadow.layers "
+        "peft.tuners.waveft.wavelet peft.tuners.waveft.waverec2d peft.tuners.xlora.classifier peft.tuners.lora.arrow"
     ),
     "a mixed model's tuner is one like any other": "peft.tuners.mixed peft.tuners.mixed.model",
 }
 
-# Modules and names that are being built. They may be there already.
-TO_COME = (
-    "peft.auto peft.helpers peft.optimizers peft.optimizers.lorafa peft.optimizers.loraplus peft.optimizers.riemannian "
-    "peft.tuners.lora.conversion peft.tuners.lora.eva peft.tuners.lora.loraga peft.utils.hotswap "
-    "peft.utils.transformers_weight_conversion "
-    "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction AutoPeftModelForQuestionAnswering "
-    "AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification "
-    "convert_to_lora save_as_lora get_eva_state_dict initialize_lora_eva_weights preprocess_loraga "
-    "get_base_model_state_dict set_base_model_state_dict prepare_model_for_kbit_training "
-    "fsdp_auto_wrap_policy "
-    "gather_params_ctx check_deepspeed_zero3_enabled"
-)
-
 # Names: reason -> names, wherever the reference has them.
 NAMES: dict[str, str] = {
-    "adapters are planned and then committed, so there is no step of its own for modules that are saved whole": (
-        "_set_trainable set_additional_trainable_modules _prepare_prompt_learning_config"
-    ),
-    "for caches of transformers before version 4.36": (
-        "bloom_model_postprocess_past_key_value starcoder_model_postprocess_past_key_value"
-    ),
-    "a cache is filled where each layer computes": "map_cache_to_layer_device_map get_layer_device_map",
     "a layer keeps its class whatever stores its weight, so no class is made for a backend": (
         "GPTQLoraLinear SVDQuantLinear dequantize_bnb_weight get_bnb_param_type get_quantization_kwargs "
         "get_gptqmodel_quant_linear is_gptqmodel_quant_linear is_gptqmodel_awq_layer quantization_extra_repr "
@@ -73,7 +53,9 @@ NAMES: dict[str, str] = {
         "ACT2FN AdaptedAttention AdaptedAttentionGPT DUMMY_TARGET_MODULES FastBlockDiag GloraEmptyPath GloraLoraPath "
         "GloraPath GloraScalarPath GloraVectorPath ModelTypeConfig OrthLayer TRANSFORMERS_MODEL_CONFIG UniqueBaseGrad "
         "WAVELET_REDUCTIONS XLoraConv2dLayer XLoraEmbeddingLayer XLoraLayer XLoraLinearLayer convert_layers_to_xlora "
-        "get_fbd_cuda patch_environment prepare_config ShadowCache ShadowCarrier"
+        "get_fbd_cuda patch_environment prepare_config HashHook SVDHook UNSUPPORTED_LORA_MODULES find_equal_values "
+        "get_device_with_meta_params move_inputs_to_device estimate_gradients get_model_device get_target_modules "
+        "check_import_allowlist get_default_import_allowlist ShadowCache ShadowCarrier"
     ),
 }
 
@@ -94,5 +76,6 @@ CALLED: dict[str, str] = {
     ),
     "the default follows from the method of the config": "hotswap_adapter_from_state_dict",
     "a config is needed": "PeftModelForTokenClassification",
+    "made where a shadow is taken off its base, and by nobody else": "DetachedShadowModel",
     "the pairs of factors are told, not guessed from the order of the parameters": "LoraFAOptimizer",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ shows = pytest.mark.shows
 def _prepared(rank: int, folder: str) -> dict[str, Any]:
     import peft
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.state import PartialState
     from accelerate.utils import DistributedType
     from accelerate.utils.fsdp_utils import load_fsdp_model, save_fsdp_model
     from safetensors.torch import load_file
@@ -33,7 +35,8 @@ def _prepared(rank: int, folder: str) -> dict[str, Any]:
         state_dict_type="SHARDED_STATE_DICT",
     )
     accelerator = Accelerator(cpu=True)
-    # accelerate takes a plugin on accelerators alone; what it does with one is the same on a CPU.
+    # accelerate takes a plugin on accelerators alone; what it does with one is the same on a CPU. It asks both of its states.
+    PartialState().distributed_type = DistributedType.FSDP
     accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
     model: Any = adapted(base(), target_modules=TARGETS)
     assert isinstance(model, peft.PeftModel)
@@ -42,7 +45,7 @@ def _prepared(rank: int, folder: str) -> dict[str, Any]:
     found["losses"], found["tensors"] = trained(model, IDS[rank : rank + 1], optimizer=optimizer), tensors(model)
 
     # As Trainer does it: the gathered tensors on the main process, and nothing on the others.
-    gathered = {name: tensor.full_tensor() for name, tensor in accelerator.get_state_dict(model).items()}
+    gathered = accelerator.get_state_dict(model)
     model.save_pretrained(
         f"{folder}/main", state_dict=gathered if rank == 0 else {}, is_main_process=accelerator.is_main_process
     )
@@ -53,15 +56,17 @@ def _prepared(rank: int, folder: str) -> dict[str, Any]:
         saved = load_file(f"{folder}/{name}/adapter_model.safetensors")
         found[name] = far(saved, found["tensors"])
 
-    for adapter_only in (True, False):
-        save_fsdp_model(plugin, accelerator, model, f"{folder}/{adapter_only}", adapter_only=adapter_only)
+    for kind, adapter_only in itertools.product(("SHARDED", "FULL"), (True, False)):
+        plugin.set_state_dict_type(f"{kind}_STATE_DICT")
+        what = f"{kind.lower()}, adapter_only={adapter_only}"
+        save_fsdp_model(plugin, accelerator, model, f"{folder}/{what}", adapter_only=adapter_only)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.zero_()
         assert not any(tensor.any() for tensor in tensors(model).values())
-        load_fsdp_model(plugin, accelerator, model, f"{folder}/{adapter_only}", adapter_only=adapter_only)
-        found[f"sharded, adapter_only={adapter_only}"] = far(tensors(model), found["tensors"])
+        load_fsdp_model(plugin, accelerator, model, f"{folder}/{what}", adapter_only=adapter_only)
+        found[what] = far(tensors(model), found["tensors"])
     found["files"] = sorted(path.name for path in Path(folder, "main").iterdir())
 
     network = model.merge_and_unload()
@@ -89,8 +94,8 @@ def test_a_prepared_model_trains_as_the_whole_one(ranks: list[dict[str, Any]]) -
 @shows("accelerate", "FSDP2: gathered and sharded checkpoints, saved from every process or from the main one")
 def test_gathered_and_sharded_checkpoints_hold_the_adapter(ranks: list[dict[str, Any]]) -> None:
     for found in ranks:
-        for what in ("main", "own", "sharded, adapter_only=True", "sharded, adapter_only=False"):
-            assert found[what] == 0, what
+        kinds = [f"{kind}, adapter_only={alone}" for kind in ("sharded", "full") for alone in (True, False)]
+        assert {what: found[what] for what in ("main", "own", *kinds)} == dict.fromkeys(("main", "own", *kinds), 0)
         assert found["files"] == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 
 

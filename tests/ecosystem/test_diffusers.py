@@ -7,6 +7,7 @@ import json
 import tempfile
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -429,6 +430,43 @@ def test_unloading_gives_back_the_very_layers(hooked: bool) -> None:
     assert list(pipe.unet.state_dict()) == keys and torch.equal(image(pipe), image_before)
     gc.collect()
     assert [ref for ref in tensors if ref() is not None] == []
+
+
+@pytest.mark.shows("diffusers", "group offload with streams of CUDA: an adapter loaded, switched, taken off")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="streams need a CUDA GPU")
+@pytest.mark.parametrize("first", [True, False], ids=["offloaded first", "offloaded last"])
+def test_group_offload_with_streams(first: bool) -> None:
+    def step(pipe: Any) -> torch.Tensor:
+        text = draw(1, 8, 16, key="prompt", scale=1.0).cuda()
+        noise = draw(1, 4, 8, 8, key="latents", scale=1.0).cuda()
+        with torch.no_grad():
+            found: torch.Tensor = pipe.unet(noise, 1, text).sample.cpu()
+        return found
+
+    found = []
+    for streams in (False, True):
+        pipe = stable_diffusion()
+        one, two = (peft_file(pipe.unet, "unet", (*ATTENTION, "conv1"), rank, rank) for rank in (4, 2))
+        # On the GPU as a whole, for the figures to compare with; else each group of layers comes there for its call.
+        offload = pipe.unet.cuda if not streams else partial(
+            apply_group_offloading, pipe.unet, torch.device("cuda"), torch.device("cpu"), "leaf_level", use_stream=True
+        )  # fmt: skip
+        if first:
+            offload()
+        pipe.load_lora_weights(one, adapter_name="one")
+        if not first:
+            offload()
+        figures = [step(pipe)]
+        pipe.load_lora_weights(two, adapter_name="two")
+        pipe.set_adapters(["one", "two"], [0.5, 0.7])
+        figures.append(step(pipe))
+        pipe.delete_adapters("one")
+        figures.append(step(pipe))
+        pipe.unload_lora_weights()
+        found.append([*figures, step(pipe)])
+    for streamed, plain in zip(found[1], found[0]):
+        torch.testing.assert_close(streamed, plain, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(found[0][0], found[0][1])
 
 
 def test_a_load_that_fails_says_why_and_leaves_the_others() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import splice
 from tests.ranks import on_ranks
@@ -73,6 +74,9 @@ def _parallel(rank: int, folder: str) -> dict[str, Any]:
     torch.manual_seed(rank)
     model.add_adapter("new", lora(target_modules=["q_proj", "down_proj"], init_lora_weights=True))
     found["new"] = tensors(model, "new")
+    model.set_adapter("new")
+    found["losses of new"] = trained(model)
+    found["new, trained"] = tensors(model, "new")
 
     dora = lora(target_modules=["q_proj"], use_dora=True)
     found["dora"] = said(lambda: model.add_adapter("dora", dora))
@@ -144,6 +148,16 @@ def test_new_adapters_are_the_same_in_all_processes(ranks: list[dict[str, Any]])
     assert all(tensor.any() for key, tensor in one.items() if "lora_A" in key)
 
 
+def test_a_new_adapter_trains_as_on_whole_layers(ranks: list[dict[str, Any]]) -> None:
+    alone = adapted(base(), target_modules=["q_proj", "down_proj"])
+    start = {key: tensor for key, tensor in ranks[0]["new"].items() if "lora_" in key}
+    splice.set_peft_model_state_dict(alone, start)
+    losses = trained(alone)
+    for found in ranks:
+        assert found["losses of new"] == pytest.approx(losses, abs=1e-5)
+        assert far({key: found["new, trained"][key] for key in start}, tensors(alone)) < 1e-5
+
+
 def test_what_cannot_compute_with_parts_is_refused(ranks: list[dict[str, Any]]) -> None:
     for found in ranks:
         assert "q_proj: tensor parallelism divides its tensors among processes" in found["dora"]
@@ -157,3 +171,96 @@ def test_each_process_reads_its_own_part_of_the_file(tmp_path: Path) -> None:
         # Of each pair of factors one is halved: half the file and what each has of the other factor.
         for what in ("over", "new"):
             assert found["file"] * 0.5 < found[what] < found["file"] * 0.8, what
+
+
+# -- without a PeftModel: by transformers' own methods, and on what torch itself has divided
+
+
+def _by_transformers(rank: int, folder: str) -> dict[str, Any]:
+    warnings.simplefilter("ignore")
+    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {"target_modules": ["q_proj", "o_proj", "gate_proj", "down_proj"]}
+    plain = adapted(base(), **fields)
+    if rank == 0:
+        base().save_pretrained(f"{folder}/base")
+        plain.save_pretrained(f"{folder}/plain")
+    torch.distributed.barrier()
+    want, bare = logits(plain), logits(base())
+    model = parallel(f"{folder}/base")
+    model.load_adapter(f"{folder}/plain", adapter_name="one")
+    found["loaded"] = (logits(model) - want).abs().max().item()
+    model.disable_adapters()
+    found["disabled"] = (logits(model) - bare).abs().max().item()
+    model.enable_adapters()
+    # Each process calls it, and the first one alone asks for the adapter's tensors.
+    model.save_pretrained(f"{folder}/saved")
+    torch.distributed.barrier()
+    for name in ("saved", "plain"):
+        again = base()
+        again.load_adapter(f"{folder}/{name}")
+        found[f"{name}, in one process"] = (logits(again) - want).abs().max().item()
+    model.add_adapter(lora(**fields, init_lora_weights=True), "new")
+    model.set_adapter("new")
+    found["new"] = (logits(model) - bare).abs().max().item()
+    start = {key: tensor.clone() for key, tensor in model.get_adapter_state_dict("new").items()}
+    alone = base()
+    alone.load_adapter(peft_config=lora(**fields), adapter_state_dict=start, is_trainable=True)
+    found["losses"], found["losses alone"] = trained(model), trained(alone)
+    found["trained"] = far(model.get_adapter_state_dict("new"), alone.get_adapter_state_dict())
+    model.delete_adapter("new")
+    model.set_adapter("one")
+    found["deleted"] = (logits(model) - want).abs().max().item()
+    model = parallel(f"{folder}/base")
+    held = splice.load_peft_weights(f"{folder}/plain")
+    model.load_adapter(peft_config=lora(**fields), adapter_state_dict=held)
+    found["from memory"] = (logits(model) - want).abs().max().item()
+    return found
+
+
+@shows(
+    "transformers",
+    "tensor parallelism: `load_adapter`, `add_adapter`, training, `save_pretrained` of the network alone",
+)
+def test_transformers_own_methods_on_divided_layers(tmp_path: Path) -> None:
+    for found in on_ranks(_by_transformers, str(tmp_path)):
+        assert found.pop("losses") == pytest.approx(found.pop("losses alone"), abs=1e-5)
+        assert {what: far for what, far in found.items() if not far < 1e-5} == {}
+
+
+def blocks() -> Any:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+
+
+def _by_torch(rank: int, folder: str) -> dict[str, float]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(2))
+    fields: dict[str, Any] = {"target_modules": ["0", "2"], "lora_bias": True}
+    plain = adapted(blocks(), **fields)
+    wanted = plain(x)
+    wanted.square().sum().backward()
+    gradients = [p.grad for p in plain.parameters() if p.requires_grad]
+    if rank == 0:
+        plain.save_pretrained(f"{folder}/plain")
+    torch.distributed.barrier()
+    network = parallelize_module(
+        blocks(), init_device_mesh("cpu", (2,)), {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    )
+    model = splice.PeftModel.from_pretrained(network, f"{folder}/plain", is_trainable=True)
+    output = model(x)
+    output.square().sum().backward()
+    found = {"output": (output - wanted).abs().max().item()}
+    for index, (parameter, whole) in enumerate(zip((p for p in model.parameters() if p.requires_grad), gradients)):
+        found[f"gradient {index}"] = (parameter.grad.full_tensor() - whole).abs().max().item()
+    assert len(found) == 1 + len(gradients)
+    model.save_pretrained(f"{folder}/saved")
+    torch.distributed.barrier()
+    found["saved"] = (splice.PeftModel.from_pretrained(blocks(), f"{folder}/saved")(x) - wanted).abs().max().item()
+    return found
+
+
+def test_layers_that_torch_itself_has_divided(tmp_path: Path) -> None:
+    for found in on_ranks(_by_torch, str(tmp_path)):
+        assert {what: far for what, far in found.items() if not far < 1e-5} == {}

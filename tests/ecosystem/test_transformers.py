@@ -329,6 +329,36 @@ def test_what_the_reference_saved(name: str, place: Path, there: dict[str, Any])
     same(out(model), there["every_method"][name]["output"])
 
 
+@shows("transformers", "`hotswap=` of an adapter of another rank or scale: refused, with the call that does it")
+def test_an_adapter_of_another_rank_or_scale_is_not_put_over_one_that_stays_as_it_is(tmp_path: Path) -> None:
+    """transformers leaves the scale as it was, and tells of a rank when it has written."""
+    other = {
+        "rank": {"r": 4},
+        "alpha": {"lora_alpha": 1},
+        "alpha of one layer": {"alpha_pattern": {"0.self_attn.q_proj": 9}},
+    }
+    for name, options in {"one": {}, "two": {}, **other}.items():
+        trained = peft.get_peft_model(llama(), _lora(**{"r": 2, **options})())
+        fill(trained, name)
+        trained.save_pretrained(str(tmp_path / name))
+    model = llama()
+    model.load_adapter(str(tmp_path / "one"), adapter_name="mine")
+    before = out(model)
+    for name in other:
+        with pytest.raises(
+            ValueError, match=r"(r|lora_alpha)( of '.*q_proj')? is .* there and .* here.*hotswap_adapter"
+        ):
+            model.load_adapter(str(tmp_path / name), adapter_name="mine", hotswap=True)
+        assert torch.equal(out(model), before)
+    model.load_adapter(str(tmp_path / "two"), adapter_name="mine", hotswap=True)
+    for name in ("two", *other):
+        if name != "two":
+            peft.utils.hotswap.hotswap_adapter(model, str(tmp_path / name), "mine")
+        fresh = llama()
+        fresh.load_adapter(str(tmp_path / name))
+        same(out(model), out(fresh))
+
+
 def test_layers_that_are_tied_share_their_tensors_after_a_load() -> None:
     model = CASES["LoRA on embeddings, tied"][0]()
     model.load_adapter(

@@ -44,10 +44,20 @@ CASTS_FOR_A_CALL = frozenset(
 # Functions, by module and name, that put the base layers of a network back in the places of its adapted ones.
 TAKES_ADAPTERS_OFF = frozenset({("diffusers.utils.peft_utils", "recurse_remove_peft_layers")})
 
+# The function by which transformers loads an adapter. Whether that takes the place of another one stands in its arguments.
+LOADS_ADAPTERS = frozenset({("transformers.integrations.peft", "load_adapter")})
+
 
 def is_called_from(frame: FrameType, functions: frozenset[tuple[str, str]]) -> bool:
     """Whether `frame` runs one of these functions."""
     return (frame.f_globals.get("__name__"), frame.f_code.co_name) in functions
+
+
+def hot_swapping(frame: FrameType) -> nn.Module | None:
+    """The network on which `frame` is about to put weights over those of an adapter; None of any other frame."""
+    if not is_called_from(frame, LOADS_ADAPTERS) or not frame.f_locals.get("hotswap"):
+        return None
+    return cast("nn.Module | None", frame.f_locals.get("self"))
 
 
 # -- networks
@@ -275,9 +285,9 @@ def has_cache_place(module: nn.Module) -> bool:
     return "layer_idx" in module.__dict__
 
 
-def full_numel(parameter: torch.Tensor) -> int:
-    """The number of elements of `parameter`; of one that DeepSpeed's ZeRO has divided, those of all its parts."""
-    return getattr(parameter, "ds_numel", parameter.numel())
+def full_shape(parameter: torch.Tensor) -> torch.Size:
+    """The shape of `parameter`; of one that DeepSpeed's ZeRO has divided, that of all its parts together."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 # -- calls

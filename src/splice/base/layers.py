@@ -7,6 +7,7 @@ from enum import Enum
 from torch import nn
 
 from splice.base.backends.finding import linear_backend
+from splice.base.foreign_models import full_shape
 
 
 class LayerKind(Enum):
@@ -73,7 +74,8 @@ def features(layer: nn.Module) -> tuple[int, int]:
         return layer.embed_dim, 3 * layer.embed_dim
     weight = layer._parameters.get("weight")
     if kind_of(layer) is LayerKind.TRANSPOSED_LINEAR and weight is not None:
-        return weight.shape[0], weight.shape[1]
+        size_in, size_out = full_shape(weight)
+        return size_in, size_out
     backend = linear_backend(type(layer))
     if backend is not None:
         return backend.features(layer)

@@ -126,11 +126,16 @@ def is_tensor_parallel(layer: nn.Module) -> bool:
 def divided_dim(layer: nn.Module) -> int | None:
     """The one dimension in which tensor parallelism divides the weight of `layer`; None where it does in another way."""
     weight = layer._parameters.get("weight")
-    if not is_divided(weight) or weight.device_mesh.ndim != 1 or is_managed(layer):
+    return None if weight is None or is_managed(layer) else sharded_dim(weight)
+
+
+def sharded_dim(tensor: torch.Tensor) -> int | None:
+    """The one dimension in which `tensor` is divided; None of what is whole, or divided in another way."""
+    if not is_divided(tensor) or tensor.device_mesh.ndim != 1:
         return None
-    (placement,) = weight.placements
+    (placement,) = tensor.placements
     # By name: derived classes divide in stripes.
-    return cast("Shard", placement).dim % weight.dim() if type(placement).__name__ == "Shard" else None
+    return cast("Shard", placement).dim % tensor.dim() if type(placement).__name__ == "Shard" else None
 
 
 def empty_divided(layer: nn.Module, shape: Sequence[int], dim: int | None) -> DTensor:

@@ -9,6 +9,7 @@ from torch import nn
 
 from splice.base.bare import bare_copy, own_tensors
 from splice.base.dense_twin import tensors_to_copy, twins_in, values_to_copy
+from splice.base.foreign_models import full_shape
 from splice.base.sharding import is_divided
 from splice.config import PeftConfig
 from splice.errors import UnsupportedLayerError
@@ -77,7 +78,7 @@ class WholeModule(AdapterLayer):
             )
         return {
             cls.names.front + name: Slot(
-                tuple(tensor.shape),
+                tuple(full_shape(tensor)),
                 Role.TRAINED if isinstance(tensor, nn.Parameter) else Role.BUFFER,
                 dtype=tensor.dtype,
             )

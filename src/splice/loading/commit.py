@@ -13,6 +13,7 @@ from splice.base.dense import device_of
 from splice.base.offload import at_hand, is_offloaded
 from splice.base.sharding import divided_by_first, is_divided, whole_tensors
 from splice.base.weight_access import check_readable
+from splice.base.zero3 import gathered, is_zero3_enabled
 from splice.checkpoint.header import Entry
 from splice.checkpoint.parts import read_for
 from splice.checkpoint.tensors import Weights
@@ -184,6 +185,8 @@ def _values(placement: Placement) -> AbstractContextManager[None]:
 
 def _whole(base: nn.Module) -> AbstractContextManager[None]:
     """Inside, the parameters of `base` are whole."""
+    if is_zero3_enabled():
+        return gathered(base.parameters())
     divided = [(base._parameters, name) for name, tensor in base._parameters.items() if is_divided(tensor)]
     return whole_tensors(divided) if divided else nullcontext()
 

@@ -9,15 +9,16 @@ from splice.kinds.matching import value_for
 from splice.loading.config_fields import field_value
 
 
-def other_values(said: PeftConfig, kept: PeftConfig, paths: Collection[str]) -> list[str]:
+def other_values(said: PeftConfig, kept: PeftConfig, paths: Collection[str], also: Collection[str] = ()) -> list[str]:
     """A phrase for each field by which an adapter with the config `said` computes something else than one with `kept`.
 
     Args:
         said: the checkpoint's config.
         kept: the adapter's.
         paths: of its layers, for values of single layers.
+        also: further fields to compare, which the tensors would tell.
     """
-    theirs, own = said.computed(), kept.computed()
+    theirs, own = ({**c.computed(), **{field: field_value(c, field) for field in also}} for c in (said, kept))
     patterned = {field: pattern for pattern, field in kept.pattern_fields.items() if field in own and field in theirs}
     found = [_phrase(name, theirs[name], own[name]) for name in own if name in theirs and name not in patterned]
     # Not the fields but what they come to: one adapter may be written with patterns and without.

@@ -14,7 +14,7 @@ from torch import nn
 from splice.base.bare import original_class, own_tensors, walk_bare
 from splice.base.embeddings import input_embeddings, output_embeddings_path
 from splice.base.foreign_models import COMPILED, config_field, is_pretrained, model_tags, name_or_path, uncompiled
-from splice.base.sharding import divide_again, is_divided, whole
+from splice.base.sharding import divide_again, is_divided, is_sharded, whole
 from splice.checkpoint.card import CardFacts, write_card
 from splice.checkpoint.keys import PREFIX, format_key
 from splice.checkpoint.source import Source
@@ -156,6 +156,10 @@ def get_peft_model_state_dict(
         state_dict = {name.replace(COMPILED, ""): tensor for name, tensor in state_dict.items()}
     tuner, prefix = tuner_of(uncompiled(model))
     divide_again(tuner)
+    if not prefix and any(map(is_divided, model.parameters())) and not is_sharded(model):
+        # transformers asks so in the process that writes alone, while the others gather every tensor of the network in its
+        # order: they would wait for this one, or be sent a tensor that they have not asked for.
+        state_dict = {name: whole(tensor) for name, tensor in (state_dict or tuner.model.state_dict()).items()}
     tensors = tensors_to_save(tuner, adapter_name, state_dict, save_embedding_layers, partly=True)
     if prefix:
         return tensors

@@ -20,6 +20,7 @@ from splice.kinds.registry import all_methods, method_of
 from splice.kinds.swapping import Swapping
 from splice.loading.checking import refuse_or_warn
 from splice.loading.commit import build_loaded
+from splice.loading.kept_config import other_values
 from splice.loading.options import LoadOptions
 from splice.loading.published.fitting import fitted
 from splice.loading.wanted import NewAdapter
@@ -54,6 +55,24 @@ def check_configs(old: PeftConfig, new: PeftConfig) -> None:
     if method_of(old).name != method_of(new).name:
         raise ValueError(f"Incompatible PEFT types found: {method_of(old).name.value} and {method_of(new).name.value}")
     swapping_of(old).check(old, new)
+
+
+def check_in_place(tuner: Tuner, name: str, config: PeftConfig) -> None:
+    """Raise where tensors of an adapter with this config, put over those of `name` as they are, would compute something else.
+
+    Raises:
+        ValueError: there is no such adapter, or the two configs say other ranks, scales or ways to compute.
+    """
+    tuner.check_known([name])
+    own = tuner.peft_config[name]
+    check_configs(own, config)
+    others = other_values(config, own, tuner.placed[name], also=own.pattern_fields.values())
+    if others:
+        raise ValueError(
+            f"Hot swapping adapter {name!r} in this way puts tensors over tensors, and leaves ranks and scales as they are: "
+            f"{'; '.join(others)}. Call `hotswap_adapter(model, folder, {name!r})` (of `splice.hotswap`, or "
+            "`peft.utils.hotswap`), which brings them along."
+        )
 
 
 class _Exchange(NamedTuple):

@@ -8,9 +8,10 @@ from torch import nn
 
 from splice.base.foreign_models import model_type
 from splice.config import PeftConfig, TargetRule
-from splice.errors import NoMatchingPeftModuleError
-from splice.kinds.matching import matching_parameters
+from splice.errors import NoMatchingPeftModuleError, warn
+from splice.kinds.matching import TargetMatcher, matching_parameters
 from splice.kinds.registry import Method
+from splice.kinds.targets import NO_TARGETS
 from splice.kinds.targets import resolved_rule as resolved_rule
 from splice.kinds.targets import select as select
 from splice.loading.config_fields import field_value
@@ -77,3 +78,31 @@ def select_parameters(rule: TargetRule, modules: Mapping[str, nn.Module], adapte
     if entries and not found and not adapted:
         raise NoMatchingPeftModuleError(f"Target parameters {sorted(entries)} not found in the base model.")
     return found
+
+
+def say_what_selects_nothing(rule: TargetRule, modules: Mapping[str, nn.Module], found: Collection[str]) -> None:
+    """Warn of each field that names something and selects nothing: a misspelt name is not noticed otherwise.
+
+    Args:
+        rule: what a new adapter's config selects; something, or it would have been refused.
+        modules: all modules of the network, by path.
+        found: paths of the modules that are targets as a whole.
+    """
+    matcher, entries = TargetMatcher(rule), rule.target_parameters or []
+    if rule.exclude_modules and not any(map(matcher.excludes, filter(None, modules))):
+        warn(
+            f"You have passed exclude_modules={rule.exclude_modules} but no modules were excluded: the names are the ends of "
+            "paths, from a dot on, or one regular expression for whole paths."
+        )
+    if rule.target_modules and rule.target_modules != NO_TARGETS and entries and not found:
+        warn(
+            f"target_modules={rule.target_modules} were set but no module was matched: the adapter is on the parameters of "
+            "`target_parameters` alone.",
+            RuntimeWarning,
+        )
+    if entries and not any(matching_parameters(module, path, entries) for path, module in modules.items()):
+        warn(
+            f"target_parameters={entries} were set but no parameter was matched: the adapter is on the modules of "
+            "`target_modules` alone.",
+            RuntimeWarning,
+        )

@@ -38,7 +38,8 @@ def check_together(tuner: Tuner, config: PeftConfig) -> None:
                 stands_on is not None and config.peft_type == stands_on.of
             ):
                 continue
-            if not tuner.mixes_methods:
+            # Without a PeftModel around the network, each adapter was put on it by somebody who knows of the others.
+            if not tuner.mixes_methods and not tuner.stands_alone:
                 raise ValueError(
                     f"Cannot combine adapters with different peft types: {name!r} is {other.peft_type} and the new one is "
                     f"{config.peft_type}."

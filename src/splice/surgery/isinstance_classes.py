@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NoReturn, cast
 
+from splice.errors import UnsupportedFeatureError
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.module_copy import WholeModule
 from splice.kinds.network import NetworkLayer
@@ -29,6 +30,24 @@ class _Recognising(type):
         raise TypeError(
             f"{cls.__name__} recognises adapted layers and makes none: a layer keeps its own class and takes on the adapter. "
             "Put one on it with `inject_adapter_in_model(config, model)` or `get_peft_model(model, config)`."
+        )
+
+    def __setattr__(cls, name: str, value: object) -> None:
+        refuse_patch(cls, name)
+        super().__setattr__(name, value)
+
+
+def refuse_patch(cls: type, name: str) -> None:
+    """Raise where somebody sets an attribute on a class that only recognises: it would have no effect, in silence.
+
+    Raises:
+        UnsupportedFeatureError: it is not one of Python's own.
+    """
+    if not (name.startswith("__") and name.endswith("__")):
+        raise UnsupportedFeatureError(
+            f"`{cls.__name__}.{name} = ...` would have no effect: it recognises what carries adapters, and nothing "
+            f"runs what it has. Set `{name}` on the objects themselves (`for layer in model.modules(): if isinstance(layer, "
+            f"{cls.__name__}): layer.{name} = ...`), or register a forward hook on them."
         )
 
 

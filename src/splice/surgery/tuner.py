@@ -147,6 +147,11 @@ class Tuner(TunerViews, nn.Module):
                 return partial(asked, self)
             return getattr(self.model, name)
 
+    @property
+    def stands_alone(self) -> bool:
+        """Whether no PeftModel is around the network."""
+        return self.around.modules is self._modules
+
     def stand_in(self, modules: dict[str, nn.Module | None]) -> Callable[[], None]:
         """Let what acts on the call of the network have its tensors among these modules, those of a PeftModel.
 

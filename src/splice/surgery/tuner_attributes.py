@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
 from splice.base.foreign_models import config_as_dict
 from splice.config import PeftConfig
+from splice.errors import UnsupportedFeatureError
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.matching import TargetMatcher, matching_parameters
 from splice.kinds.registry import Method, method_of
@@ -58,6 +59,18 @@ class TunerViews:
     def get_model_config(model: nn.Module) -> dict[str, Any]:
         """The config of a network as a dict."""
         return config_as_dict(model) or {"model_type": "custom"}
+
+    @staticmethod
+    def _create_new_module(*args: object, **kwargs: object) -> NoReturn:
+        """Refuse to make a wrapper for a layer: there are none.
+
+        Raises:
+            UnsupportedFeatureError: always.
+        """
+        raise UnsupportedFeatureError(
+            "`_create_new_module` makes a layer that wraps another one, and here layers keep their place: put an adapter on "
+            "them with `inject_adapter_in_model(config, model)`, whose `target_modules` may be whole paths."
+        )
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool:

@@ -4,6 +4,10 @@ from splice import prepare_model_for_kbit_training as prepare_model_for_kbit_tra
 from splice.constants import *  # noqa: F403
 from splice.default_tables import *  # noqa: F403
 from splice.fsdp import fsdp_auto_wrap_policy as fsdp_auto_wrap_policy
+from splice.prefix_forms import *  # noqa: F403
+from splice.steps import prepare_prompt_learning_config as _prepare_prompt_learning_config  # noqa: F401
+from splice.steps import set_additional_trainable_modules as set_additional_trainable_modules
+from splice.steps import set_trainable as _set_trainable  # noqa: F401
 from splice.surgery.isinstance_classes import AuxiliaryTrainingWrapper as AuxiliaryTrainingWrapper
 from splice.surgery.isinstance_classes import ModulesToSaveWrapper as ModulesToSaveWrapper
 from splice.surgery.isinstance_classes import TrainableTokensWrapper as TrainableTokensWrapper

@@ -7,7 +7,7 @@ from torch import nn
 
 from splice.base.backends import aqlm, awq, bnb_4bit, bnb_8bit, eetq, fp8, gptq, hqq, inc, torchao
 from splice.base.backends.backend import Backend
-from splice.base.foreign_models import full_numel
+from splice.base.foreign_models import full_shape
 
 BACKENDS: tuple[Backend, ...] = tuple(
     module.BACKEND for module in (bnb_4bit, bnb_8bit, torchao, hqq, gptq, awq, aqlm, eetq, inc, fp8)
@@ -33,7 +33,7 @@ def numel_stood_for(parameter: torch.Tensor) -> int:
     """The number of values that `parameter` is, or that the codes in it stand for; of all processes' parts of it."""
     # Asked of parameters in great number: first what nearly all of them are.
     codes = None if type(parameter) is nn.Parameter else bnb_4bit.codes_in(parameter)
-    return full_numel(parameter) if codes is None else codes
+    return full_shape(parameter).numel() if codes is None else codes
 
 
 def linear_backend(cls: type) -> Backend | None:

@@ -8,7 +8,7 @@ from splice.base.layers import kind_of
 from splice.errors import UnsupportedLayerError, counted, warn
 from splice.kinds.layout import LaidOut, Layout
 from splice.loading.contributors.draft import Draft
-from splice.loading.targets import select
+from splice.loading.targets import say_what_selects_nothing, select
 
 
 def targets(draft: Draft) -> None:
@@ -21,6 +21,8 @@ def targets(draft: Draft) -> None:
     if not draft.on_layers:
         return
     selected = select(draft.rule, draft.modules)
+    if draft.is_new:
+        say_what_selects_nothing(draft.rule, draft.modules, selected)
     for path in draft.tied.left_out:
         selected.pop(path, None)
     if draft.method.passes_over:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from splice.base.collectives import joined, summed, with_summed_gradients
 from splice.base.layers import LayerKind, kind_of
-from splice.base.sharding import divided_dim, empty_divided, is_divided, local, mesh_group, part_of
+from splice.base.sharding import divided_dim, empty_divided, is_divided, local, mesh_group, part_of, sharded_dim
 from splice.errors import UnsupportedLayerError
 from splice.kinds.effect import Forward
 from splice.kinds.scale import add_scaled
@@ -53,7 +53,8 @@ class DividedLinear(OnLinear):
 
     def prepare(self, base: nn.Module, config: LoraConfig, path: str) -> None:
         super().prepare(base, config, path)
-        self.has_rows = divided_dim(base) == 0
+        # By its own factor: the weight is whole while a new adapter is made, and FSDP may divide it once more afterwards.
+        self.has_rows = sharded_dim(self.b) == 0
 
     def around(self, x: torch.Tensor, inner: Forward) -> torch.Tensor:
         y: torch.Tensor = inner(x)

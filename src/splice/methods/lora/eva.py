@@ -40,9 +40,9 @@ PrepareModelInputs = Callable[[Any, LoraConfig], Any]
 PrepareLayerInputs = Callable[[Any, Any, str], torch.Tensor]
 
 
-def forward_fn_dict(model: Any, model_input: Any) -> object:
-    """`model(**model_input)`."""
-    return model(**model_input)
+def forward_fn_dict(model: Any, inputs: Any) -> object:
+    """`model(**inputs)`."""
+    return model(**inputs)
 
 
 def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: LoraConfig) -> torch.Tensor:

@@ -1,0 +1,11 @@
+"""`peft.auto`."""
+
+from splice.auto import AutoPeftModel as AutoPeftModel
+from splice.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
+from splice.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
+from splice.auto import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering
+from splice.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
+from splice.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
+from splice.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+from splice.by_method import MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from splice.constants import TOKENIZER_CONFIG_NAME as TOKENIZER_CONFIG_NAME
