@@ -35,6 +35,7 @@ _PUBLIC = {
     "splice.injecting": ["inject_adapter_in_model"],
     "splice.checkpoint.types": ["PeftType", "TaskType"],
     "splice.config": ["PeftConfig", "PromptLearningConfig", "get_peft_config"],
+    "splice.converting_files": ["convert_files"],
     "splice.errors": [
         "AdapterMismatchError",
         "CheckpointError",

@@ -14,6 +14,7 @@ from splice.checkpoint.types import TaskType as TaskType
 from splice.config import PeftConfig as PeftConfig
 from splice.config import PromptLearningConfig as PromptLearningConfig
 from splice.config import get_peft_config as get_peft_config
+from splice.converting_files import convert_files as convert_files
 from splice.errors import AdapterMismatchError as AdapterMismatchError
 from splice.errors import CheckpointError as CheckpointError
 from splice.errors import NoMatchingPeftModuleError as NoMatchingPeftModuleError
@@ -156,6 +157,7 @@ __all__ = [
     "UnsupportedFeatureError",
     "base_gap",
     "cast_mixed_precision_params",
+    "convert_files",
     "find_kappa_target_modules",
     "get_base_model_state_dict",
     "get_layer_status",

@@ -72,7 +72,7 @@ def merge_files(
             f"there are {len(adapters)} adapters and {len(weights)} weights: give one weight for each adapter"
         )
     check_free(Path(out))
-    folder = read_base_folder(_local(base, base_revision))
+    folder = read_base_folder(local_base(base, base_revision))
     outline = outline_of(folder, dtype, task_class, trust_remote_code)
     names = [f"adapter {number}" for number in range(len(adapters))]
     model = PeftModel.from_pretrained(outline.network, adapters[0], names[0], **options)
@@ -95,7 +95,7 @@ def merge_files(
     return write_merged(folder, outline, changes, Path(out), identity, dtype, progress)
 
 
-def _local(base: str | os.PathLike[str], revision: str | None) -> Path:
+def local_base(base: str | os.PathLike[str], revision: str | None) -> Path:
     """The folder of the base, fetched from the Hub where it is an id of it."""
     path = Path(base)
     if path.is_dir():

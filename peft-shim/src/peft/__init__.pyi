@@ -92,6 +92,7 @@ from splice import XLoraConfig as XLoraConfig
 from splice import base_gap as base_gap
 from splice import cast_mixed_precision_params as cast_mixed_precision_params
 from splice import compose_cartridge_adapters as compose_cartridge_adapters
+from splice import convert_files as convert_files
 from splice import convert_to_lora as convert_to_lora
 from splice import create_arrow_model as create_arrow_model
 from splice import create_lorafa_optimizer as create_lorafa_optimizer

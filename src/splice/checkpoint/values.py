@@ -85,7 +85,8 @@ def _eight_bits(dtype: str) -> npt.NDArray[np.float32]:
         return (codes << 8).view(np.float16).astype(np.float32)
     if dtype == "F8_E8M0":
         powers = np.ldexp(np.float32(1), np.minimum(codes, 254).astype(np.int32) - 127)
-        return np.where(codes == 255, np.float32(np.nan), powers)
+        known: npt.NDArray[np.float32] = np.where(codes == 255, np.float32(np.nan), powers)
+        return known
     # F8_E4M3, which has NaN and no infinity.
     exponent, mantissa = (codes >> 3) & 15, (codes & 7).astype(np.float32)
     normal = np.ldexp(1 + mantissa / 8, exponent.astype(np.int32) - 7)

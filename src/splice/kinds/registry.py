@@ -16,6 +16,7 @@ from splice.config import PeftConfig, class_of
 from splice.discovery import find_methods
 from splice.errors import UnsupportedLayerError
 from splice.kinds.adapters import Adapters
+from splice.kinds.approximation import Approximation
 from splice.kinds.combining import Combine
 from splice.kinds.layer import AdapterLayer, Config
 from splice.kinds.network import NetworkLayer
@@ -103,6 +104,7 @@ class Method(NamedTuple):
         follows_ties: whether layers that are tied to adapted input embeddings always share their adapter layer's tensors.
         exclusive: whether only one of its adapters can take effect at a time.
         combine: how several adapters become one (`add_weighted_adapter`); None where they cannot.
+        approximation: how it takes the place of an adapter of another method; None where it cannot.
         swapping: how one adapter takes the place of another in a compiled model; None where that is not possible.
         readings: ways in which its adapters were written before, asked in turn where a checkpoint does not fit as it is.
         restated: a config for an earlier form of this network, put in words of the network as it is; mostly unchanged.
@@ -149,6 +151,7 @@ class Method(NamedTuple):
     follows_ties: bool = False
     exclusive: bool = False
     combine: Combine | None = None
+    approximation: Approximation | None = None
     swapping: Swapping | None = None
     readings: tuple[Reader, ...] = ()
     restated: Callable[[Config, nn.Module, Mapping[str, nn.Module]], PeftConfig] = _as_it_is

@@ -48,8 +48,12 @@ class BaseFolder(NamedTuple):
         return sum(entry.size for header in self.shards.values() for entry in header.entries.values())
 
 
-def read_base_folder(path: Path) -> BaseFolder:
+def read_base_folder(path: Path, may_lack_weights: bool = False) -> BaseFolder:
     """Read config, index and headers.
+
+    Args:
+        path: of the folder.
+        may_lack_weights: whether a folder of a config alone will do.
 
     Raises:
         CheckpointError: the folder holds no base model, or one that is damaged or incomplete.
@@ -64,7 +68,9 @@ def read_base_folder(path: Path) -> BaseFolder:
         )
     index = _fields(path / INDEX_NAME) if (path / INDEX_NAME).exists() else None
     names = [WHOLE_NAME] if index is None else sorted(set(index.get("weight_map", {}).values()))
-    if index is None and not (path / WHOLE_NAME).exists():
+    if index is None and not (path / WHOLE_NAME).exists() and may_lack_weights:
+        names = []
+    elif index is None and not (path / WHOLE_NAME).exists():
         found = sorted(each.name for each in path.glob("*") if each.suffix in _OTHER_WEIGHTS)
         raise UnsupportedFeatureError(
             f"{path}: there is neither {WHOLE_NAME} nor {INDEX_NAME}; there is {', '.join(found) or 'no file of weights'}. "

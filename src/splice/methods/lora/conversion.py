@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from splice.base.bare import walk_bare
+from splice.base.dense import device_of
 from splice.base.layers import LayerKind, kind_of
+from splice.base.offload import at_hand
 from splice.base.weight_access import weight_shape
 from splice.checkpoint.keys import PREFIX
 from splice.checkpoint.writing import write_checkpoint
@@ -192,9 +194,10 @@ def _why_not(layer: AdapterLayer) -> str:
 def _update(layer: AdapterLayer, path: str) -> torch.Tensor:
     """What the layer adds to the weight, (out, in), in float32 at least."""
     # Additive layers need nothing of the weight but its shape, so one that cannot be read does as well.
-    weight = layer.base._parameters.get("weight")
-    like = torch.zeros(weight_shape(layer.base), device=None if weight is None else weight.device)
-    found = layer.deltas({"weight": like}).get("weight")
+    # Others have it read where it is kept.
+    like = torch.zeros(weight_shape(layer.base), device=device_of(layer.base))
+    with at_hand([layer.base]):
+        found = layer.deltas({"weight": like}).get("weight")
     if found is None:
         what = f"{type(layer).__name__} on {path!r}"
         raise TypeError(f"Some module types on this model do not support LoRA conversion: {what}.")

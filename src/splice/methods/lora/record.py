@@ -15,6 +15,7 @@ from splice.kinds.layer import AdapterLayer
 from splice.kinds.registry import Method, register
 from splice.methods.default_targets import LORA_TARGETS
 from splice.methods.lora.alora import AloraLinear
+from splice.methods.lora.approximation import AsLora
 from splice.methods.lora.arrow import ArrowLinear, check_beside_router
 from splice.methods.lora.attention import LoraAttention
 from splice.methods.lora.attributes import CONTAINERS, LAYER_VIEWS, reset_lora_parameters
@@ -153,6 +154,7 @@ METHOD = register(
         layer_views=MappingProxyType({"lora_dropout": dropout_of, **LAYER_VIEWS}),
         layer_methods=MappingProxyType({"reset_lora_parameters": reset_lora_parameters}),
         default_targets=LORA_TARGETS,
+        approximation=AsLora(),
         combine=CombinedFactors(),
         swapping=RankSwapping(),
         readings=(as_plain, as_plain_elsewhere, as_stacked),
