@@ -186,3 +186,12 @@ def test_generated_tokens(case: Case, options: dict[str, Any], shared_checkpoint
     count = options.get("num_return_sequences", 1)
     assert torch.equal(mixed[:count], expected[:count])
     assert torch.equal(mixed[count : 2 * count], second[count : 2 * count])
+
+
+@every
+def test_hidden_states_are_given_to_whoever_asks(case: Case, shared_checkpoint: Any) -> None:
+    """Also where the part of the network that records them has another class: transformers looks them up by its name."""
+    model = splice.PeftModel.from_pretrained(case.base.build(), shared_checkpoint(case.base, case.config()))
+    with torch.no_grad():
+        base, ours = (m(**case.base.inputs(2), output_hidden_states=True) for m in (case.base.build(), model))
+    assert [name for name in ours if "hidden_states" in name] == [name for name in base if "hidden_states" in name]

@@ -539,3 +539,15 @@ def test_the_shadow_network_of_labels_by_itself(shared_checkpoint: Any) -> None:
     pair = load_both(base, shared_checkpoint(base, fields(base)))
     ours, theirs = (model.base_model.unload_shadow().eval() for model in (pair.ours, pair.reference))
     assert_close(ours(**padded(base)).logits, theirs(**padded(base)).logits)
+
+
+def test_a_head_that_is_saved_whole_counts_in_the_loss(shared_checkpoint: Any) -> None:
+    """That of the network, of which the adapter has a trained copy; the network alone adds no loss."""
+    folder = shared_checkpoint(DEEP, fields(DEEP, modules_to_save=["lm_head", "embed_tokens"]))
+    pair = load_both(DEEP, folder)
+    inputs = padded(DEEP)
+    assert losses(pair.ours, inputs) == pytest.approx(losses(pair.reference, inputs), rel=1e-5)
+    labels = inputs["input_ids"]
+    alone, theirs = (m.get_base_model()(**inputs, labels=labels).loss.item() for m in (pair.ours, pair.reference))
+    assert alone == pytest.approx(theirs, rel=1e-5)
+    assert alone < pair.ours(**inputs, labels=labels).loss.item()

@@ -55,7 +55,7 @@ NAMES: dict[str, str] = {
         "WAVELET_REDUCTIONS XLoraConv2dLayer XLoraEmbeddingLayer XLoraLayer XLoraLinearLayer convert_layers_to_xlora "
         "get_fbd_cuda patch_environment prepare_config HashHook SVDHook UNSUPPORTED_LORA_MODULES find_equal_values "
         "get_device_with_meta_params move_inputs_to_device estimate_gradients get_model_device get_target_modules "
-        "check_import_allowlist get_default_import_allowlist ShadowCache ShadowCarrier ShadowLayer"
+        "check_import_allowlist get_default_import_allowlist ShadowCache ShadowCarrier"
     ),
 }
 
@@ -66,7 +66,7 @@ CALLED: dict[str, str] = {
         "LNTuningLayer Linear LoHaLayer LoKrLayer LoraLayer ModulesToSaveWrapper MultiheadAttention OFTLayer ParamWrapper "
         "PrefixEncoder PromptEmbedding SVDConv2d SVDLinear TrainableTokensLayer TrainableTokensWrapper VeraLayer "
         "AdamssLayer BOFTLayer BeftLayer C3ALayer C3ALinear CPTEmbedding DeftLayer DeftLinear DeloraLayer DeloraLinear "
-        "CartridgeEncoder "
+        "CartridgeEncoder ShadowLayer "
         "GloraLayer GloraLinear GraloraLayer HRAConv2d HRALayer HRALinear HiraLayer LilyLayer Linear4bit Linear8bitLt "
         "MissLayer MissLinear MultitaskPromptEmbedding OSFLayer PeanutLayer PolyLayer PromptEncoder PsoftLayer PveraLayer "
         "RandLoraLayer RoadLayer ShiraLayer SupertuningLayer TinyLoraLayer UniLoraLayer VBLoRALayer WaveFTLayer WaveFTLinear"

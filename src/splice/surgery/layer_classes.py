@@ -37,7 +37,7 @@ def _is_of(layer: AdapterLayer, method: Method) -> bool:
 def layer_classes(name: PeftType) -> dict[str, type]:
     """The classes by which layers with an adapter of this method are recognised, by their names in the reference."""
     method = all_methods()[name]
-    if not method.layers:
+    if not method.layers and method.other_layer is None:
         return {}
     every = layer_of(
         f"{stem(method)}Layer",

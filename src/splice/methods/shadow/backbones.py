@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from splice.base.bare import original_class
@@ -12,6 +13,7 @@ from splice.base.foreign_models import config_of, field_of, input_embedding_laye
 from splice.base.signatures import named_arguments
 from splice.errors import UnsupportedLayerError
 from splice.methods.shadow.config import MIRROR, ShadowConfig
+from splice.methods.shadow.flux2 import STEMS, is_flux2, mirror_of_flux2, trained_flux2
 from splice.methods.shadow.mirror import WithoutValues, mirror_of
 from splice.methods.shadow.token_mlp import TokenMLP
 from splice.methods.shadow.trained import TrainedNetwork
@@ -45,7 +47,7 @@ def backbone_of(network: nn.Module, config: ShadowConfig, with_values: bool) -> 
     trunk = trunk_of(network)
     with nullcontext() if with_values else WithoutValues():
         if trunk.diffuses:
-            return _for_diffusion(network, config)
+            return _flux2(network, config, with_values) if is_flux2(network) else _for_diffusion(network, config)
         return _mirror(network, config) if config.shadow_model == MIRROR else _trained(network, config, with_values)
 
 
@@ -71,6 +73,19 @@ def _trained(network: nn.Module, config: ShadowConfig, with_values: bool) -> Bac
     }
     found.check_projection(width, own)
     return Backbone(found.module, own, False, frozenset(fixed), found.projection, found.is_projected or own != width)
+
+
+def _flux2(network: nn.Module, config: ShadowConfig, with_values: bool) -> Backbone:
+    if config.shadow_model == MIRROR:
+        module, fixed = mirror_of_flux2(network, config, with_values), frozenset[str]()
+    else:
+        module = trained_flux2(network, config.shadow_model, with_values)
+        fixed = frozenset(n for n, _ in module.named_parameters() if n.split(".")[1] in STEMS)
+    width = width_of(network)
+    projects = module.width != width
+    # It brings the features to the places that they were cut out of.
+    eye = nn.Parameter(torch.eye(width, module.width)) if projects and with_values else None
+    return Backbone(module, module.width, False, fixed, eye, projects)
 
 
 def _for_diffusion(network: nn.Module, config: ShadowConfig) -> Backbone:

@@ -150,6 +150,7 @@ class ShadowBlock(LaidOut):
         call = Hidden(one.arguments, args, kwargs)
         h = call.given
         for name, block, index in _parts(blocks, rows, h):
+            states.of[name].begin(h, call.named)
             s = states.of[name].at(h, block.path)
             h = block.shadowed(h, s) if index is None else h.index_copy(0, index, block.shadowed(h[index], s[index]))
         output = call.passed_to(inner, h)

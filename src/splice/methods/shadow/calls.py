@@ -42,8 +42,8 @@ class Source(Protocol):
         """
         ...
 
-    def of_hidden(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(batch, T, d), the state that it makes of the input of the first block, of the same shape."""
+    def of_hidden(self, hidden: torch.Tensor, call: Mapping[str, object]) -> torch.Tensor:
+        """(batch, T, d), the state that it makes of the input of the first block, of the same shape, called so."""
         ...
 
 

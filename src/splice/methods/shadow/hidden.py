@@ -21,6 +21,8 @@ class Hidden:
 
     def __init__(self, arguments: Sequence[str], args: Sequence[object], kwargs: Mapping[str, object]) -> None:
         self._name, self._args, self._kwargs = arguments[0], tuple(args), dict(kwargs)
+        # All that it is called with, by name.
+        self.named: Mapping[str, object] = {**dict(zip(arguments, args)), **kwargs}
 
     @property
     def given(self) -> torch.Tensor:

@@ -166,9 +166,10 @@ class ShadowNetwork(ReadsCall, NetworkLayer):
             )
         return {"inputs_embeds": cast_to(embedded, self._first)}
 
-    def of_hidden(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(batch, T, d), the state that it makes of the input of the first block, of the same shape."""
-        return self._projected(self.backbone.module(inputs_embeds=cast_to(hidden, self._first))[0])
+    def of_hidden(self, hidden: torch.Tensor, call: Mapping[str, object]) -> torch.Tensor:
+        """(batch, T, d), the state that it makes of the input of the first block, of the same shape, called so."""
+        given: dict[str, Any] = {"call": call} if self.diffuses else {}
+        return self._projected(self.backbone.module(inputs_embeds=cast_to(hidden, self._first), **given)[0])
 
     def _projected(self, state: torch.Tensor) -> torch.Tensor:
         return state if self.projection is None else F.linear(state, self.projection)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -14,10 +14,16 @@ from splice.kinds.call import Telling
 class State:
     """The state of one adapter."""
 
-    # Makes it of the input of the first block, (batch, T, d), where the network was given neither tokens nor embeddings.
-    of_hidden: Callable[[torch.Tensor], torch.Tensor]
+    # Makes it of the input of the first block, (batch, T, d), and the other arguments of that block, by name; where the
+    # network was given neither tokens nor embeddings.
+    of_hidden: Callable[[torch.Tensor, Mapping[str, object]], torch.Tensor]
     # As it is now, (batch, T, d), for all rows of the batch; None before the first block, in such a network.
     now: torch.Tensor | None = None
+
+    def begin(self, hidden: torch.Tensor, call: Mapping[str, object]) -> None:
+        """Be there, at the latest when the first block is called, so."""
+        if self.now is None:
+            self.now = self.of_hidden(hidden, call)
 
     def at(self, hidden: torch.Tensor, path: str) -> torch.Tensor:
         """As the block at `path` meets it, beside its input `hidden` (batch, T, d).
@@ -25,8 +31,7 @@ class State:
         Raises:
             ValueError: the two are not of the same tokens.
         """
-        if self.now is None:
-            self.now = self.of_hidden(hidden)
+        assert self.now is not None
         # Blocks may be on several devices.
         found = self.now = self.now.to(hidden.device)
         if found.shape[:-1] != hidden.shape[:-1]:

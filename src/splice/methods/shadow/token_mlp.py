@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -26,8 +27,8 @@ class TokenMLP(nn.Module):
             for _ in range(layers)
         )
 
-    def forward(self, inputs_embeds: torch.Tensor) -> tuple[torch.Tensor]:
-        """(batch, T, size) of (batch, T, size_in), in a tuple as networks of transformers give it."""
+    def forward(self, inputs_embeds: torch.Tensor, call: Mapping[str, object]) -> tuple[torch.Tensor]:
+        """(batch, T, size) of (batch, T, size_in), in a tuple as networks of transformers give it; `call` is not used."""
         s = cast(torch.Tensor, self.proj_in(inputs_embeds))
         for block in self.blocks:
             s = s + block(s)
