@@ -165,6 +165,20 @@ def test_a_head_that_old_classifiers_saved_by_themselves(where: str, tmp_path: P
     assert torch.equal(output(load(folder, broken.bert())), expected)
 
 
+def test_a_head_behind_a_stray_layer_of_a_block(tmp_path: Path) -> None:
+    """What the config names nowhere, in a numbered block, is refused; the head behind it is found all the same."""
+    made = parts(network=broken.bert(), target_modules=["query"], task_type="SEQ_CLS")
+    norm = {
+        f"{PREFIX}bert.encoder.layer.0.output.LayerNorm.{name}": torch.full((16,), 2.0) for name in ("weight", "bias")
+    }
+    folder = parts().write(tmp_path)  # a folder to write another adapter into
+    (folder / CONFIG).write_text(json.dumps({**made.config, "modules_to_save": None}), encoding="utf-8")
+    save_file({**norm, **made.tensors}, folder / SAFETENSORS, metadata={"format": "pt"})
+    with pytest.raises(splice.AdapterMismatchError) as caught:
+        load(folder, broken.bert())
+    assert "LayerNorm.weight" in str(caught.value) and "classifier" not in str(caught.value)
+
+
 def test_a_head_without_the_task_that_says_so(tmp_path: Path) -> None:
     made = parts(network=broken.bert(), target_modules=["query"], task_type="SEQ_CLS")
     expected = output(load(made.write(tmp_path / "straight"), broken.bert()))

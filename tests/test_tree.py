@@ -125,6 +125,19 @@ def test_names_after_merging_and_taking_off(case: Case, shared_checkpoint: Any) 
 
 
 @every
+def test_unloaded_nothing_is_left_on_what_was_around_the_base(case: Case, shared_checkpoint: Any) -> None:
+    model = loaded(case, shared_checkpoint)
+    network = model.unload()
+    assert [name for name, _ in model.named_modules()] == [
+        *("", "base_model", "base_model.model"),
+        *(f"base_model.model.{name}" for name, _ in network.named_modules() if name),
+    ]
+    assert {id(tensor) for tensor in model.state_dict(keep_vars=True).values()} == {
+        id(tensor) for tensor in network.state_dict(keep_vars=True).values()
+    }
+
+
+@every
 def test_exchanged_parameters_are_the_ones_that_compute(case: Case, shared_checkpoint: Any) -> None:
     """Whoever puts another Parameter object into the tree has it used: nothing keeps the old one."""
     model = loaded(case, shared_checkpoint)
