@@ -178,7 +178,7 @@ def test_a_head_behind_a_layer_of_a_block() -> None:
         for path in ("bert.encoder.layer.0.output.LayerNorm", "classifier")
         for n in ("weight", "bias")
     ]
-    wanted = NewAdapter(network, walk_bare(network), method_of(config), (), names)
+    wanted = NewAdapter(network, walk_bare(network), method_of(config), ())
     found = with_heads_and_biases(config, names, wanted)
     assert list(found.config.target_rule().modules_to_save or ()) == ["classifier"]
     assert config.modules_to_save is None

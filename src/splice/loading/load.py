@@ -107,7 +107,7 @@ def load_new(
     method = method_of(config)
     found = _planned(
         tuner,
-        lambda: NewAdapter(tuner.model, undo.modules, method, heads, checkpoint.names),
+        lambda: NewAdapter(tuner.model, undo.modules, method, heads),
         checkpoint,
         config,
         options,
