@@ -169,21 +169,26 @@ def test_rows_may_have_the_mixture_one_expert_or_none(theirs: Make) -> None:
     assert_close(rows, torch.stack([mixture[0], alone[1], run(BASE.build(), inputs)[2]]))
 
 
-def test_recomputed_blocks_mix_as_they_did(theirs: Make) -> None:
-    _, folder = theirs()
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"use_trainable_adapters": True}, {"xlora_depth": 3, "xlora_size": 6, "layerwise_scalings": True}]
+)
+def test_recomputed_blocks_mix_as_they_did(reentrant: bool, options: dict[str, Any], theirs: Make) -> None:
+    _, folder = theirs(**options)
     gradients = []
     for again in (False, True):
         model = ours(folder, is_trainable=True).train()
         if again:
-            # Said, as transformers 4 has it otherwise, and then a block cannot use what stands outside of it twice.
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
             model.enable_input_require_grads()
         torch.manual_seed(0)
         ids = BASE.inputs(3)["input_ids"]
         model(input_ids=ids, labels=ids).loss.backward()
-        gradients.append([p.grad for n, p in model.named_parameters() if n.startswith(CLASSIFIER)])
-    for once, twice in zip(*gradients):
-        assert_close(twice, once)
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    assert any(name.startswith(CLASSIFIER) for name in gradients[0])
+    for name, once in gradients[0].items():
+        assert once is not None, name
+        assert_close(gradients[1][name], once)
 
 
 def test_experts_are_trained_where_the_config_says(theirs: Make) -> None:
@@ -199,10 +204,45 @@ def test_off_and_away_is_the_base(theirs: Make) -> None:
     expected = run(BASE.build(), BASE.inputs(3))
     with model.disable_adapter():
         assert torch.equal(run(model, BASE.inputs(3)), expected)
-    with pytest.raises(NotImplementedError, match="'default' cannot be merged"):
-        model.merge_adapter()
     network = model.unload()
     assert torch.equal(run(network, BASE.inputs(3)), expected)
+
+
+def test_merged_it_is_the_sum_of_its_experts(theirs: Make) -> None:
+    """As in the reference, which does not say so; the router is back when they are taken out again."""
+    reference, folder = theirs()
+    model, inputs = ours(folder), BASE.inputs(3)
+    mixture = run(model, inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        reference.merge_adapter()
+    with pytest.warns(
+        splice.PeftWarning, match="'default' weighs its experts.*each expert is added in full.*Keep it unmerged"
+    ):
+        model.merge_adapter()
+    merged = run(model, inputs)
+    assert differ(merged, mixture)
+    assert_close(merged, run(reference, inputs), factor=3)
+    model.unmerge_adapter()
+    assert torch.equal(run(model, inputs), mixture)
+    with pytest.warns(splice.PeftWarning, match="Keep it unmerged"):
+        assert_close(run(model.merge_and_unload(), inputs), merged, factor=3)
+
+
+def test_experts_are_not_added_twice(theirs: Make) -> None:
+    """One that is in the weights would be weighed beside that."""
+    model, inputs = ours(theirs()[1]), BASE.inputs(3)
+    before = run(model, inputs)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"'1' without 'default' would have it take effect twice.*set_adapter"):
+            merge(adapter_names=["1"])
+        assert torch.equal(run(model, inputs), before)
+    model.set_adapter("1")
+    alone = run(model, inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.merge_adapter()
+    assert_close(run(model, inputs), alone, factor=3)
 
 
 def test_its_options_can_be_changed_as_in_the_reference(theirs: Make) -> None:

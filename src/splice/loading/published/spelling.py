@@ -47,7 +47,7 @@ def spelled(entries: Collection[str], plan: Plan | None, paths: Collection[str],
     # A model may have a child called `module` itself; that one is part of its paths.
     own_parts = {part for path in paths for part in path.split(".")}
     wrappers = _WRAPPERS - own_parts
-    if method.network_layer is None:
+    if method.on_layers:
         meant = {name: _bare(name, wrappers, method) for name in loose}
     else:
         known = frozenset() if plan is None else plan.redundant.union(key for key, _ in plan.slots())
@@ -70,7 +70,7 @@ def spelled(entries: Collection[str], plan: Plan | None, paths: Collection[str],
 
 
 def _notes(meant: Mapping[str, str], method: Method) -> list[str]:
-    if method.network_layer is not None:
+    if not method.on_layers:
         return [f"{old!r} is read as {new!r}" for old, new in meant.items() if old != new]
     notes = []
     lacking = [old for old, new in meant.items() if new == PREFIX + old]
@@ -128,13 +128,14 @@ def _unwrapped(name: str, wrappers: Collection[str]) -> str:
 
 def _of_network(name: str, wrappers: Collection[str], known: Collection[str]) -> str:
     """`name`, of a tensor of a network layer, as the plan knows it, without wrappers and without the adapter's name."""
-    name = _unwrapped(name, wrappers).removeprefix(SHORT_PREFIX)
-    if name in known or not name.startswith(_PROMPT):
+    name = _unwrapped(name, wrappers)
+    inner = name.removeprefix(SHORT_PREFIX)
+    if name in known or not inner.startswith(_PROMPT):
         return name
-    parts = name.split(".")
+    parts = inner.split(".")
     # The longest first: an adapter's name may have dots, and so has the tensor's own.
     own = (_PROMPT + ".".join(parts[start:]) for start in range(2, len(parts)))
-    found = next((own_name for own_name in own if own_name in known), name)
+    found = next((own_name for own_name in (inner, *own) if own_name in known), inner)
     # The table of virtual tokens, where nothing else makes them, has a name of its own in files.
     return "prompt_embeddings" if found not in known and name.endswith(".embedding.weight") else found
 
