@@ -153,6 +153,23 @@ def _divided(rank: int, folder: str) -> dict[str, Any]:
     model.set_adapter("default")
     found["trained"] = sorted({path.split(".")[-2] for path, p in model.named_parameters() if p.requires_grad})
 
+    # The outermost unit, whole after a call, has the head's: its flags are those that FSDP keeps, whoever tells the layer.
+    head = model.get_base_model().lm_head
+    told = {
+        "enabled": lambda on: head.enable_adapters(on),
+        "selected": lambda on: head.set_adapter("default" if on else "second"),
+        "flags": lambda on: head.set_requires_grad("default", on),
+    }
+    for name, tell in told.items():
+        flags = []
+        for on in (False, True):
+            logits(model)
+            tell(on)
+            model.reshard()
+            flags.append({p.requires_grad for path, p in head.named_parameters() if ".default" in path})
+        found[f"{name} alone"] = flags
+    model.set_adapter("default")
+
     # Every process saves, at once.
     model.save_pretrained(f"{folder}/divided")
     torch.distributed.barrier()
@@ -187,6 +204,11 @@ def test_unmerging_gives_back_the_bytes_of_divided_weights(divided: list[dict[st
 
 def test_a_switch_reaches_the_tensors_that_fsdp_keeps(divided: list[dict[str, Any]]) -> None:
     assert [found["trained"] for found in divided] == [["default"]] * 2
+
+
+def test_what_a_layer_alone_is_told_reaches_the_tensors_that_fsdp_keeps(divided: list[dict[str, Any]]) -> None:
+    for found in divided:
+        assert [found[f"{name} alone"] for name in ("enabled", "selected", "flags")] == [[{False}, {True}]] * 3
 
 
 def test_every_process_may_save_a_divided_adapter(divided: list[dict[str, Any]]) -> None:
@@ -236,6 +258,8 @@ def _units(rank: int) -> dict[str, Any]:
     shard(shared)
     before = tensors(shared)
     found["tied"] = said(shared.merge_adapter)
+    found["tied alone"] = said(shared.get_base_model().lm_head.merge)
+    found["tied for good"] = said(shared.merge_and_unload)
     found["unchanged"] = far(before, tensors(shared)), list(shared.base_model.merged)
     found["whole module"] = said(lambda: shared.add_adapter("whole", lora(modules_to_save=["norm"])))
 
@@ -281,7 +305,8 @@ def test_training_what_fsdp_does_not_know_says_so_once(units: list[dict[str, Any
 
 def test_what_cannot_be_done_to_divided_weights_is_refused_before_anything_changes(units: list[dict[str, Any]]) -> None:
     for found in units:
-        assert "lm_head: its weight is another layer's too, and is divided among processes" in found["tied"]
+        for how in ("tied", "tied alone", "tied for good"):
+            assert "lm_head: its weight is another layer's too, and is divided among processes" in found[how]
         assert found["unchanged"] == (0, [])
         assert "norm' cannot be saved whole" in found["whole module"]
         assert "before the model is divided" in found["whole module"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import splice
+from splice.loading import load
 from tests import bases
 from tests.bases import run
 from tests.comparing import differ
@@ -40,6 +41,7 @@ def test_an_empty_adapter_is_filled(case: Case, fill: Callable[[Any, Any], None]
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     fill(model, folder)
     assert torch.equal(run(model, case.base.inputs(2)), expected)
+    assert not any(buffer.requires_grad for buffer in model.buffers())
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
 
 
@@ -68,3 +70,28 @@ def test_a_fill_that_fails_leaves_the_adapter_empty(shared_checkpoint: Any) -> N
         model.load_adapter(None, "default", tensors=tensors)
     assert all(parameter is before[name] for name, parameter in model.named_parameters())
     assert not differ(run(case.base.build(), case.base.inputs(2)), run(case.base.build(), case.base.inputs(2)))
+
+
+def test_a_fill_that_fails_at_the_last_moment_leaves_the_adapter_empty(
+    shared_checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it has been given memory by then: the tensors without values are back, as the same objects."""
+    case = plain_cases(bases.LINEAR)[0]
+    folder = shared_checkpoint(case.base, case.config())
+    model = splice.get_peft_model(case.base.build(), splice.PeftConfig.from_pretrained(folder), low_cpu_mem_usage=True)
+    before = dict(model.named_parameters())
+    assert any(parameter.is_meta for parameter in before.values())
+
+    def fail(*given: object) -> None:
+        raise OSError("the disk is gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(load, "read_for", fail)
+        with pytest.raises(OSError, match="the disk is gone"):
+            model.load_adapter(folder, "default")
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == {
+        n: id(p) for n, p in before.items()
+    }
+    model.load_adapter(folder, "default")
+    expected = run(splice.PeftModel.from_pretrained(case.base.build(), folder), case.base.inputs(2))
+    assert torch.equal(run(model, case.base.inputs(2)), expected)

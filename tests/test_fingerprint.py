@@ -18,7 +18,7 @@ from torch import nn
 import splice
 from splice.checkpoint.format import METADATA_KEY
 from splice.loading import other_base
-from splice.loading.fingerprint import Match
+from splice.loading.fingerprint import Match, fingerprint_of
 from tests import bases
 from tests.broken import SAFETENSORS, Around, adapter_tensors, bert, by_reference, llama, load, output, parts, unchanged
 from tests.samples import Case, network_cases, plain_cases
@@ -147,6 +147,19 @@ def test_weights_that_cannot_be_compared(tmp_path: Path, monkeypatch: pytest.Mon
     one = llama()
     one.model.layers[0].self_attn.q_proj = Int8Linear(one.model.layers[0].self_attn.q_proj)
     assert match_of(folder, one) is Match.SAME  # as far as it can be seen
+
+
+def test_weights_that_are_elsewhere_while_it_is_saved(tmp_path: Path) -> None:
+    """ZeRO-3 leaves none of a weight's elements between calls: they are unknown, and not zeros."""
+    model = load(saved(tmp_path))
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    values, layer.weight.data = layer.weight.data, torch.empty(0)
+    found = fingerprint_of(model.base_model, "default")
+    model.save_pretrained(tmp_path / "gathered elsewhere")
+    layer.weight.data = values
+    unknown = [path for path, samples in zip(found.paths, found.samples) if samples.isnan().any()]
+    assert unknown == ["model.layers.0.self_attn.q_proj"]
+    assert torch.equal(output(load(tmp_path / "gathered elsewhere")), output(model))
 
 
 # -- another base

@@ -251,3 +251,65 @@ def test_two_adapters_in_one_backward() -> None:
     Blocks.reentrant = False
     for ours, expected in zip(both(Blocks), both(Whole)):
         assert torch.allclose(ours, expected, atol=1e-6)
+
+
+class _Watched(torch.autograd.Function):
+    """Does `run`, which a test sets, in the middle of a backward."""
+
+    run: Callable[[], None]
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        _Watched.run()
+        return grad
+
+
+def _backward() -> None:
+    _Watched.apply(torch.ones(1, requires_grad=True)).sum().backward()
+
+
+def test_what_a_failed_backward_kept_is_forgotten_with_the_next_call() -> None:
+    """Nobody is told of its end; while anything is kept, every call looks for what is its own."""
+    model = _model()
+    selection = model.base_model.selection
+    choice = selection.choice
+    model.set_adapter("second")
+
+    def fail() -> None:
+        selection.keep_for_backward(choice)
+        assert selection.current() == choice
+        raise RuntimeError("in the backward")
+
+    _Watched.run = fail
+    with pytest.raises(RuntimeError, match="in the backward"):
+        _backward()
+    _output(model)
+    assert selection._own_choices == 0 and not selection._kept.backwards
+
+
+def test_a_call_leaves_what_the_backward_of_another_thread_keeps() -> None:
+    model = _model()
+    selection = model.base_model.selection
+    choice = selection.choice
+    model.set_adapter("second")
+    kept, called, found = threading.Event(), threading.Event(), []
+
+    def wait() -> None:
+        selection.keep_for_backward(choice)
+        kept.set()
+        called.wait(20)
+        found.append(selection.current())
+
+    _Watched.run = wait
+    thread = threading.Thread(target=_backward)
+    thread.start()
+    assert kept.wait(20)
+    assert torch.equal(_output(model), _outputs(_model())["second"])
+    called.set()
+    thread.join(20)
+    assert found == [choice]
+    assert selection._own_choices == 0

@@ -61,6 +61,18 @@ def test_one_layer_told_alone(case: Case, shared_checkpoint: Any) -> None:
     assert not torch.equal(pair.assert_equal(), first)
 
 
+@pytest.mark.parametrize("case", plain_cases(BASE)[:3], ids=str)
+def test_a_layer_told_after_the_model_was_told(case: Case, shared_checkpoint: Any) -> None:
+    """What it was told before holds no more, and what it is told then does."""
+    pair = both(case, shared_checkpoint)
+    first = pair.assert_equal()
+    for told in (lambda layer: layer.set_adapter("second"), lambda layer: layer.enable_adapters(False)):
+        pair.each(lambda model: layers(model)[0].set_adapter("second"))
+        pair.each(lambda model: model.set_adapter("default"))
+        pair.each(lambda model, told=told: told(layers(model)[0]))
+        assert not torch.equal(pair.assert_equal(), first)
+
+
 @pytest.mark.parametrize("case", [case for case in plain_cases(BASE) if case.sample.merges], ids=str)
 def test_merging_one_layer(case: Case, shared_checkpoint: Any) -> None:
     pair = both(case, shared_checkpoint)

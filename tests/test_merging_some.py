@@ -109,6 +109,15 @@ def test_which_may_be_merged_alone() -> None:
         _model(("LORA", "DoRA")).base_model.merge_adapter(["b"])
 
 
+def test_what_stays_hides_only_what_it_shows() -> None:
+    """A trained bias hides the base's own: an update of the weight may be merged under it, one of the bias may not."""
+    model = _model(("trained bias", "LORA"))
+    model.base_model.merge_adapter(["b"])
+    assert list(model.base_model.merged) == ["b"]
+    with pytest.raises(ValueError, match="together"):
+        _model(("trained bias", "lora_bias")).base_model.merge_adapter(["b"])
+
+
 @pytest.mark.parametrize("case", [c for c in plain_cases(bases.LINEAR) if c.sample.merges], ids=str)
 def test_one_of_two_may_be_kept_for_good(case: Case, shared_checkpoint: Any) -> None:
     """The other one goes, so no order is at stake."""

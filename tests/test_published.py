@@ -17,7 +17,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 import splice
+from splice.base.bare import walk_bare
 from splice.errors import AdapterMismatchError, CheckpointError
+from splice.kinds.registry import method_of
+from splice.loading.published.heads import with_heads_and_biases
+from splice.loading.wanted import NewAdapter
 from tests import broken
 from tests.broken import BIN, CONFIG, PREFIX, SAFETENSORS, Parts, edited, llama, load, output, parts, unchanged
 
@@ -163,6 +167,21 @@ def test_a_head_that_old_classifiers_saved_by_themselves(where: str, tmp_path: P
         json.dumps({**fields, **({} if where == "no field" else {"modules_to_save": values[where]})})
     )
     assert torch.equal(output(load(folder, broken.bert())), expected)
+
+
+def test_a_head_behind_a_layer_of_a_block() -> None:
+    """A layer of a numbered block is no head, and what stands behind it in the file may be one."""
+    network = broken.bert()
+    config = splice.LoraConfig(target_modules=["query"])
+    names = [
+        f"{PREFIX}{path}.{n}"
+        for path in ("bert.encoder.layer.0.output.LayerNorm", "classifier")
+        for n in ("weight", "bias")
+    ]
+    wanted = NewAdapter(network, walk_bare(network), method_of(config), ())
+    found = with_heads_and_biases(config, names, wanted)
+    assert list(found.config.target_rule().modules_to_save or ()) == ["classifier"]
+    assert config.modules_to_save is None
 
 
 def test_a_head_without_the_task_that_says_so(tmp_path: Path) -> None:

@@ -75,6 +75,21 @@ def test_an_adapter_on_the_embeddings_stands_in_the_way(tmp_path: Path) -> None:
     assert torch.equal(output(model), before)
 
 
+def test_what_is_not_of_the_vocabulary_is_refused_as_without_the_option(tmp_path: Path) -> None:
+    """The option resizes where that helps; the report of what else does not fit is the same with it and without."""
+    wrong = parts()
+    name = next(name for name in wrong.tensors if "layers.0.self_attn.q_proj.lora_A" in name)
+    wrong.tensors[name] = torch.ones(4, 7)
+    folder, network = wrong.write(tmp_path), llama()
+    before, said = output(network), []
+    for options in ({}, {"resize_vocabulary": True}):
+        with unchanged(network), pytest.raises(splice.AdapterMismatchError) as caught:
+            load(folder, network, **options)
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+    assert torch.equal(output(network), before)
+
+
 def test_a_base_that_cannot_be_resized(tmp_path: Path) -> None:
     network = llama()
     network.resize_token_embeddings(48, mean_resizing=False)

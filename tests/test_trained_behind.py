@@ -187,6 +187,41 @@ def test_the_virtual_tokens_alone_are_refused_by_one_in_training(case: Case) -> 
     assert_same_tensors(splice.get_peft_model_state_dict(model), before)
 
 
+def in_tree(model: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items() if name.startswith("prompt_encoder.")}
+
+
+# What stands around a PeftModel where its tensors are gathered: nothing, data-parallel training of a compiled model.
+@pytest.mark.parametrize("front", ["", "module._orig_mod."], ids=["bare", "wrapped"])
+@every
+def test_names_of_a_wrapped_model_and_of_its_own_state_dict_are_understood(case: Case, front: str) -> None:
+    model = new(splice, case)
+    train(model, case, 1)
+    written = {name: tensor.clone() for name, tensor in splice.get_peft_model_state_dict(model).items()}
+    saved = new(splice, case)
+    saved.load_adapter(None, "default", tensors=written)
+    for given, expected in ((written, in_tree(saved)), (in_tree(model), in_tree(model))):
+        given = {front + name: tensor for name, tensor in given.items()}
+        loaded, filled = new(splice, case), new(splice, case)
+        loaded.load_adapter(None, "default", tensors=given)
+        assert not splice.set_peft_model_state_dict(filled, given).unexpected_keys
+        options = {"config": get_peft_config(case.config()), "tensors": given, "is_trainable": True}
+        made = splice.PeftModel.from_pretrained(case.base.build(), None, **options)
+        for other in (loaded, filled, made):
+            assert_same_tensors(in_tree(other), expected)
+
+
+@every
+def test_two_adapters_in_one_state_dict_are_not_mixed(case: Case) -> None:
+    model = new(splice, case)
+    raw = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("prompt_encoder.")}
+    both = {**raw, **{name.replace(".default.", ".other."): tensor + 1 for name, tensor in raw.items()}}
+    before = copy.deepcopy(splice.get_peft_model_state_dict(model))
+    with pytest.raises(AdapterMismatchError, match="unexpected, with no place"):
+        model.load_adapter(None, "default", tensors=both)
+    assert_same_tensors(splice.get_peft_model_state_dict(model), before)
+
+
 @every
 def test_an_empty_one_is_filled_with_all_it_is_made_of(case: Case, tmp_path: Path) -> None:
     trained = new(splice, case)

@@ -367,6 +367,19 @@ def test_hooks_of_the_user_fire_once(case: Case, shared_checkpoint: Any) -> None
     assert torch.equal(seen[0], seen[2])
 
 
+def test_hooks_on_what_holds_tensors_fire_once_and_for_their_own_adapter() -> None:
+    config = splice.LoraConfig(target_modules=["first", "second"], r=2)
+    model = splice.get_peft_model(bases.LINEAR.build(), config)
+    model.add_adapter("second", config)
+    fired: list[str] = []
+    layer = model.get_base_model().first
+    places = {"container": layer.lora_A, "own": layer.lora_A["default"], "other": layer.lora_A["second"]}
+    for name, module in places.items():
+        module.register_forward_pre_hook(lambda *_, name=name: fired.append(name))
+    run(model, bases.LINEAR.inputs(2))
+    assert sorted(fired) == ["container", "own"]
+
+
 # -- accelerate
 
 

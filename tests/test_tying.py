@@ -167,6 +167,14 @@ def test_as_targets(targets: list[str], tied: bool, tmp_path: Path) -> None:
         assert head.lora_B["default"].weight.data_ptr() == a.data_ptr()
 
 
+def test_an_expression_that_matches_both_ends_of_a_tie(tmp_path: Path) -> None:
+    """It cannot be taken apart: the head goes on being matched, and follows the embeddings all the same."""
+    targets = r".*(embed_tokens|lm_head|q_proj)"
+    model = equal(bases.TIED, tmp_path, target_modules=targets, ensure_weight_tying=True)
+    leaders = {path: set(layer.leaders) for path, layer in model.base_model.placed["default"].items() if layer.leaders}
+    assert leaders == {"lm_head": {"lora_A.weight", "lora_B.weight"}}
+
+
 def test_tied_layers_learn_as_one(tmp_path: Path) -> None:
     """A step of training keeps the two ends equal, as the reference's does."""
     folder = write_checkpoint(

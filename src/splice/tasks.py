@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
-from torch import Tensor, nn
+import torch  # by this name: it is what torch 2.6 looks for here where it compiles a `forward` of this file
+from torch import nn
 
 from splice.checkpoint.types import TaskType
 from splice.config import PeftConfig
@@ -37,14 +38,14 @@ class _TaskModel(PeftModel):
 class _LabelledModel(_TaskModel):
     def forward(  # type: ignore[override]
         self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        task_ids: Tensor | None = None,
+        task_ids: torch.Tensor | None = None,
         *,
         adapter_names: Sequence[str] | None = None,
         **kwargs: object,
@@ -82,17 +83,17 @@ class PeftModelForSeq2SeqLM(_TaskModel):
 
     def forward(  # type: ignore[override]
         self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        decoder_input_ids: Tensor | None = None,
-        decoder_attention_mask: Tensor | None = None,
-        decoder_inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        task_ids: Tensor | None = None,
+        task_ids: torch.Tensor | None = None,
         *,
         adapter_names: Sequence[str] | None = None,
         **kwargs: object,
@@ -146,17 +147,17 @@ class PeftModelForQuestionAnswering(_TaskModel):
 
     def forward(  # type: ignore[override]
         self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        start_positions: Tensor | None = None,
-        end_positions: Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        task_ids: Tensor | None = None,
+        task_ids: torch.Tensor | None = None,
         *,
         adapter_names: Sequence[str] | None = None,
         **kwargs: object,
@@ -189,13 +190,13 @@ class PeftModelForFeatureExtraction(_TaskModel):
 
     def forward(  # type: ignore[override]
         self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        task_ids: Tensor | None = None,
+        task_ids: torch.Tensor | None = None,
         *,
         adapter_names: Sequence[str] | None = None,
         **kwargs: object,

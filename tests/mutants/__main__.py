@@ -1,6 +1,7 @@
 """Change one line at a time of a seeded sample, run the tests that run through it, and count which changes are noticed.
 
     python -m tests.mutants --count 150 --seed 0 --jobs 2 --out mutants.jsonl
+    python -m tests.mutants --count 5 --only selection.py --tests tests/test_kept_selections.py --out few.jsonl
 
 First all tests are run once, a few cases of each, to see which of them run through which line. Nothing of the working tree
 is changed: every mutant is a copy of `src`. The tests run in a fork of this process, which has imported what is slow to
@@ -43,18 +44,16 @@ WORK, WAIT = 300, 1800
 FIRST = 40
 
 
-def files() -> list[Path]:
-    found = [
-        p for name in MUTATED for p in ([SPLICE / name] if name.endswith(".py") else (SPLICE / name).rglob("*.py"))
-    ]
+def files(only: Sequence[str] = MUTATED) -> list[Path]:
+    found = [p for name in only for p in ([SPLICE / name] if name.endswith(".py") else (SPLICE / name).rglob("*.py"))]
     return sorted(path for path in found if path.name != "__init__.py")
 
 
-def sample(count: int, seed: int) -> list[tuple[Path, Change]]:
+def sample(count: int, seed: int, only: Sequence[str] = MUTATED) -> list[tuple[Path, Change]]:
     """Lines that can be changed, all equally likely, and one change of each."""
     source = random.Random(seed)
     lines: dict[tuple[Path, int], list[Change]] = {}
-    for path in files():
+    for path in files(only):
         for change in changes_of(path):
             lines.setdefault((path, change.line), []).append(change)
     chosen = source.sample(sorted(lines), min(count, len(lines)))
@@ -71,14 +70,14 @@ def described(path: Path, change: Change) -> dict[str, Any]:
     }
 
 
-def measure(chosen: Sequence[tuple[Path, Change]], out: Path, jobs: int) -> Reached:
+def measure(chosen: Sequence[tuple[Path, Change]], out: Path, jobs: int, tests: Sequence[str] = ()) -> Reached:
     """Which tests run through the lines that are to be changed. Kept in `out`, and taken from there."""
     if out.exists():
         return Reached.read(out)
     lines: dict[str, set[int]] = {}
     for path, change in chosen:
         lines.setdefault(str(path), set()).update(lines_of_statement(path, change.line))
-    tests = sorted(str(path) for path in (ROOT / "tests").glob("test_*.py") if path.name not in LEFT_OUT)
+    tests = tests or sorted(str(path) for path in (ROOT / "tests").glob("test_*.py") if path.name not in LEFT_OUT)
     with tempfile.TemporaryDirectory(prefix="reached-") as folder:
         parts = [Path(folder, str(number)) for number in range(jobs)]
         children = []
@@ -186,7 +185,9 @@ def work(chosen: list[tuple[Path, Change]], out: Path, measured: Reached, quick:
         if not quick:
             # The slower ones, and then the other cases of all.
             whole = list(dict.fromkeys(test.partition("[")[0] for test in tests))
-            by = by or noticed_by(path, change, tests[first:], 10) or noticed_by(path, change, whole or ELSEWHERE, 10)
+            by = by or noticed_by(path, change, tests[first:], 10) or noticed_by(path, change, whole, 10)
+            # Last those where nobody measures: what only several processes show.
+            by = by or noticed_by(path, change, ELSEWHERE, 10)
         line = json.dumps({**shown, "by": by, "asked": len(tests), "seconds": round(time.monotonic() - began, 1)})
         with out.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -201,6 +202,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--only", nargs="+", default=MUTATED, help="files and folders of src/splice to change lines of")
+    parser.add_argument("--tests", nargs="+", default=(), help="files of tests to ask, in place of all")
     parser.add_argument("--quick", action="store_true", help="ask the fastest tests alone")
     parser.add_argument("--out", type=Path, default=ROOT / "mutants.jsonl")
     options = parser.parse_args()
@@ -217,8 +220,8 @@ def main() -> None:
     gc.freeze()  # what is here stays, and no fork is to look through it again
     assert not any(name.partition(".")[0] == "splice" for name in sys.modules)
     compileall.compile_dir(ROOT / "src", quiet=2)
-    chosen = sample(options.count, options.seed)
-    measured = measure(chosen, options.out.with_suffix(".reached.json"), options.jobs)
+    chosen = sample(options.count, options.seed, options.only)
+    measured = measure(chosen, options.out.with_suffix(".reached.json"), options.jobs, options.tests)
     workers = []
     for number in range(options.jobs):
         worker = os.fork()

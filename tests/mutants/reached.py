@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 # Asked about lines that run when splice is imported: every test does, and these fail first.
 AT_IMPORT = [f"tests/test_{name}.py" for name in ("words", "keys", "checkpoint", "tree", "selection", "saving")]
-# These run splice in other processes, where nobody measures; asked about lines that no other test runs through.
+# These run splice in other processes, where nobody measures; asked about what no other test notices.
 ELSEWHERE = ["tests/test_distributed.py"]
 # Neither run splice nor say anything of a line: texts, the shape of the code, types.
 LEFT_OUT = {f"test_{name}.py" for name in ("house", "docs", "site", "guide", "typed", "without_torch", "distributed")}

@@ -131,7 +131,7 @@ def plan_new(tuner: Tuner, checkpoint: Checkpoint, options: LoadOptions, heads: 
     method = method_of(config)
     found = _planned(
         tuner,
-        lambda: NewAdapter(tuner.model, undo.modules, method, heads, checkpoint.names),
+        lambda: NewAdapter(tuner.model, undo.modules, method, heads),
         checkpoint,
         config,
         options,

@@ -52,8 +52,8 @@ class Wanted(Protocol):
         """Whether another config gives another plan."""
         ...
 
-    def plan(self, config: PeftConfig) -> Plan:
-        """The plan with this config, fitted to nothing yet.
+    def plan(self, config: PeftConfig, held: Collection[str]) -> Plan:
+        """The plan with this config, for a checkpoint that holds these names; fitted to nothing yet.
 
         Raises:
             ValueError: there is none.
@@ -80,15 +80,13 @@ class NewAdapter(NamedTuple):
     method: Method
     # Names of task heads, which are saved whole beside what a config names.
     heads: Sequence[str]
-    # The keys of the checkpoint.
-    held: Collection[str] = ()
 
     @property
     def follows_config(self) -> bool:
         return True
 
-    def plan(self, config: PeftConfig) -> Plan:
-        return lay_out(self.network, config, self.method, self.heads, self.modules, held=self.held)
+    def plan(self, config: PeftConfig, held: Collection[str]) -> Plan:
+        return lay_out(self.network, config, self.method, self.heads, self.modules, held=held)
 
     def takes(self, shapes: Shapes, path: str, module: str, config: PeftConfig) -> bool:
         base = self.modules[module]
@@ -130,7 +128,7 @@ class PresentAdapter(NamedTuple):
     def follows_config(self) -> bool:
         return False
 
-    def plan(self, config: PeftConfig) -> Plan:
+    def plan(self, config: PeftConfig, held: Collection[str]) -> Plan:
         return self.kept
 
     def takes(self, shapes: Shapes, path: str, module: str, config: PeftConfig) -> bool:

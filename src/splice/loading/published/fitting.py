@@ -38,7 +38,7 @@ def fitted(wanted: Wanted, checkpoint: Checkpoint, config: PeftConfig) -> Fitted
     """
     mender = _Mender(wanted, checkpoint, config)
     try:
-        plan = fit(wanted.plan(config), checkpoint)
+        plan = fit(wanted.plan(config, checkpoint.names), checkpoint)
     except ValueError as error:
         mended = mender.mend(None)
         if mended is not None:
@@ -166,7 +166,7 @@ class _Mender:
 
     def _plan(self, config: PeftConfig, checkpoint: Checkpoint) -> Plan | None:
         try:
-            plan = fit(self.wanted.plan(config), checkpoint)
+            plan = fit(self.wanted.plan(config, checkpoint.names), checkpoint)
             return with_biases_of_base(plan) if self.lacks_biases else plan
         except (ValueError, TypeError):  # the config, as it is read here, cannot be applied: this is not what was meant
             return None

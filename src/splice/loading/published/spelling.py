@@ -6,7 +6,6 @@ the adapter's own name, as in a raw state dict of the reference.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -17,8 +16,8 @@ from splice.loading.plan import Plan
 
 # Modules that other libraries put around a part of a model while it is trained.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"})
-# What the table of virtual tokens is called in memory.
-_PROMPT = re.compile(r"(base_model\.)?prompt_encoder(\.[^.]+)?\.embedding\.weight")
+# Before the tensors of virtual tokens in memory: behind it an adapter's name and the tensor's own.
+_PROMPT = "prompt_encoder."
 
 
 class Spelled(NamedTuple):
@@ -47,7 +46,12 @@ def spelled(entries: Collection[str], plan: Plan | None, paths: Collection[str],
     loose = list(entries if plan is None else plan.unexpected)
     # A model may have a child called `module` itself; that one is part of its paths.
     own_parts = {part for path in paths for part in path.split(".")}
-    meant = {name: _bare(name, _WRAPPERS - own_parts, method) for name in loose}
+    wrappers = _WRAPPERS - own_parts
+    if method.on_layers:
+        meant = {name: _bare(name, wrappers, method) for name in loose}
+    else:
+        known = frozenset() if plan is None else plan.redundant.union(key for key, _ in plan.slots())
+        meant = {name: _of_network(name, wrappers, known) for name in loose}
     notes, hints = _notes(meant, method), []
     found = _adapter_name_in(meant.values(), plan, method)
     if found.several:
@@ -108,15 +112,32 @@ def _markers(method: Method) -> frozenset[str]:
 
 def _bare(name: str, wrappers: Collection[str], method: Method) -> str:
     """`name` with the prefix of the grammar, and without the components that wrappers put there."""
-    # Also around the PeftModel as a whole: then they stand before everything else.
-    while name.partition(".")[0] in wrappers:
-        name = name.partition(".")[2]
-    if not method.on_layers:
-        return "prompt_embeddings" if _PROMPT.fullmatch(name) else name
+    name = _unwrapped(name, wrappers)
     if name.startswith(SHORT_PREFIX) and name.split(".")[1] in method.tensor_names:
         return name  # what all layers share
     rest = ".".join(part for part in name.removeprefix(PREFIX).split(".") if part not in wrappers)
     return PREFIX + rest
+
+
+def _unwrapped(name: str, wrappers: Collection[str]) -> str:
+    """`name` without the components of what stands around the PeftModel as a whole: they come before everything else."""
+    while name.partition(".")[0] in wrappers:
+        name = name.partition(".")[2]
+    return name
+
+
+def _of_network(name: str, wrappers: Collection[str], known: Collection[str]) -> str:
+    """`name`, of a tensor of a network layer, as the plan knows it, without wrappers and without the adapter's name."""
+    name = _unwrapped(name, wrappers)
+    inner = name.removeprefix(SHORT_PREFIX)
+    if name in known or not inner.startswith(_PROMPT):
+        return name
+    parts = inner.split(".")
+    # The longest first: an adapter's name may have dots, and so has the tensor's own.
+    own = (_PROMPT + ".".join(parts[start:]) for start in range(2, len(parts)))
+    found = next((own_name for own_name in (inner, *own) if own_name in known), inner)
+    # The table of virtual tokens, where nothing else makes them, has a name of its own in files.
+    return "prompt_embeddings" if found not in known and name.endswith(".embedding.weight") else found
 
 
 def _tail(name: str, markers: Collection[str]) -> list[str]:
