@@ -70,8 +70,14 @@ def logits_of(model: nn.Module, ids: torch.Tensor, **options: Any) -> torch.Tens
 
 
 @torch.inference_mode()
-def added(calls: Mapping[str, Call], device: torch.device, rounds: int, tolerance: float = 1e-4) -> dict[str, float]:
-    """Seconds that each of the calls adds to the base's own.
+def added(
+    calls: Mapping[str, Call],
+    device: torch.device,
+    rounds: int,
+    tolerance: float = 1e-4,
+    time_of: Callable[[Call, int], float] | None = None,
+) -> dict[str, float]:
+    """Seconds that each of the calls adds to the base's own, by `time_of` or by the clock.
 
     Raises:
         AssertionError: they disagree. What computes something else may be as fast as it likes.
@@ -79,5 +85,6 @@ def added(calls: Mapping[str, Call], device: torch.device, rounds: int, toleranc
     for name, call in calls.items():
         if name != BASE:
             torch.testing.assert_close(call(), calls[REFERENCE](), rtol=tolerance, atol=tolerance)
-    samples = alternate({name: partial(timed, call, device, _REPEATS) for name, call in calls.items()}, rounds)
+    taken = time_of or (lambda call, repeats: timed(call, device, repeats))
+    samples = alternate({name: partial(taken, call, _REPEATS) for name, call in calls.items()}, rounds)
     return {name: samples[name].median - samples[BASE].median for name in calls if name != BASE}

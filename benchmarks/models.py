@@ -48,10 +48,10 @@ def write_checkpoint(base: nn.Module, folder: Path, targets: Sequence[str], rank
     return write_checkpoint_of(base, folder, fields)
 
 
-def write_checkpoint_of(base: nn.Module, folder: Path, fields: Mapping[str, Any]) -> Path:
-    """The same for any method; `fields` are those of its config."""
-    reference = import_module(REFERENCE)
-    model = reference.get_peft_model(copy.deepcopy(base), reference.get_peft_config(dict(fields)))
+def write_checkpoint_of(base: nn.Module, folder: Path, fields: Mapping[str, Any], library: str = REFERENCE) -> Path:
+    """The same for any method; `fields` are those of its config, and `library` is the one that writes it."""
+    writer = import_module(library)
+    model = writer.get_peft_model(copy.deepcopy(base), writer.get_peft_config(dict(fields)))
     for parameter in model.parameters():
         if parameter.requires_grad and not parameter.any():
             nn.init.normal_(parameter, std=0.02)
