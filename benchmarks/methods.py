@@ -36,23 +36,29 @@ from splice.kinds.registry import Method, all_methods
 # What the documentation shows of the last full run.
 FIGURES = Path(__file__).with_name("methods.json")
 
-# Fields that configs cannot do without, or whose defaults do not go with the sizes of a small model.
-_FIELDS: dict[str, Mapping[str, Any]] = {
+# Fields that configs cannot do without.
+REQUIRED: Mapping[str, Mapping[str, Any]] = {
     "ADALORA": {"total_step": 100},
-    "ADAPTION_PROMPT": {"adapter_len": 8, "adapter_layers": 4},
-    "C3A": {"block_size": 8},
+    "ADAPTION_PROMPT": {"adapter_len": 16, "adapter_layers": 1},
     "CARTRIDGE": {"num_virtual_tokens": 16},
     "CPT": {"cpt_token_ids": [4] * 16, "cpt_tokens_type_mask": [1] * 16, "cpt_mask": [1] * 16},
-    "IA3": {"feedforward_modules": ["down_proj"]},
-    "LN_TUNING": {"target_modules": ["input_layernorm", "post_attention_layernorm"]},
+    "IA3": {"feedforward_modules": []},
+    "LN_TUNING": {"target_modules": ["input_layernorm"]},
     "MULTITASK_PROMPT_TUNING": {"num_virtual_tokens": 16, "num_tasks": 4},
-    "OFT": {"oft_block_size": 8},
     "POLY": {"n_tasks": 4},
     "PREFIX_TUNING": {"num_virtual_tokens": 16},
     "PROMPT_TUNING": {"num_virtual_tokens": 16},
     "P_TUNING": {"num_virtual_tokens": 16},
     "SHADOW": {"target_modules": None},
     "TRAINABLE_TOKENS": {"target_modules": ["embed_tokens"], "token_indices": list(range(16))},
+}
+# Fields whose defaults do not go with the sizes of a small model, or leave a part of it out.
+_SMALL: Mapping[str, Mapping[str, Any]] = {
+    "ADAPTION_PROMPT": {"adapter_layers": 4},
+    "C3A": {"block_size": 8},
+    "IA3": {"feedforward_modules": ["down_proj"]},
+    "LN_TUNING": {"target_modules": ["input_layernorm", "post_attention_layernorm"]},
+    "OFT": {"oft_block_size": 8},
     "ROAD": {"group_size": 8},
     "VBLORA": {"vector_length": 8},
 }
@@ -82,7 +88,7 @@ class Figures:
 
 def rows(settings: Settings) -> Iterator[Row]:
     """A load and a call of every method, by the processor's time; a full run leaves its figures for the documentation."""
-    base: Any = llama(settings.pick(16, 4), settings.pick(256, 128), settings.device)
+    base: Any = llama(settings.pick(16, 4), 128, settings.device)
     base.config.use_cache = False  # else the reference refuses one of the methods
     found: dict[str, Figures] = {}
     plain = 0.0
@@ -108,7 +114,7 @@ def _load_row(name: str, base: nn.Module, checkpoint: Path, settings: Settings) 
         return processor_time(lambda: load(library, fresh, checkpoint))
 
     turns = {library: partial(candidate, library) for library in LIBRARIES}
-    samples = alternate(turns, rounds=settings.pick(7, 2))
+    samples = alternate(turns, rounds=settings.pick(5, 2))
     reference, ours = (samples[library].median * 1e3 for library in (REFERENCE, SPLICE))
     return row(f"load of {name}", reference, ours, "ms").at_least(1)
 
@@ -119,7 +125,7 @@ def _call_row(name: str, base: nn.Module, checkpoint: Path, settings: Settings) 
     for library in LIBRARIES:
         model = load(library, copy.deepcopy(base), checkpoint).eval()
         calls[library] = partial(logits_of, model, ids, **_CALLS.get(name, {}))
-    more = added(calls, settings.device, rounds=settings.pick(25, 3), time_of=processor_time)
+    more = added(calls, settings.device, rounds=settings.pick(15, 3), time_of=processor_time)
     reference, ours = (more[library] * 1e6 for library in (REFERENCE, SPLICE))
     return row(f"call with {name}, added in all", reference, ours, "us")
 
@@ -128,7 +134,12 @@ def _checkpoint(method: Method, base: Any, folder: Path) -> Path:
     """An adapter of the method, by the reference."""
     name = method.name.value
     place = folder / f"method {name}"
-    fields: dict[str, Any] = {"peft_type": name, "task_type": "CAUSAL_LM", **_FIELDS.get(name, {})}
+    fields: dict[str, Any] = {
+        "peft_type": name,
+        "task_type": "CAUSAL_LM",
+        **REQUIRED.get(name, {}),
+        **_SMALL.get(name, {}),
+    }
     if method.experts is not None:
         # By splice, as the reference loses what weighs the experts and draws it anew at each load. Two experts that are
         # alike give the same with all weights.
