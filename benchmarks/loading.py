@@ -25,9 +25,9 @@ def rows(settings: Settings) -> Iterator[Row]:
     checkpoint = write_checkpoint(base, settings.folder / "loading", LLAMA_TARGETS, rank=16)
     samples = alternate(
         {
-            REFERENCE: _load_of(REFERENCE, base, checkpoint, settings),
-            _LOW_MEMORY: _load_of(REFERENCE, base, checkpoint, settings, low_cpu_mem_usage=True),
-            SPLICE: _load_of(SPLICE, base, checkpoint, settings),
+            REFERENCE: load_of(REFERENCE, base, checkpoint, settings),
+            _LOW_MEMORY: load_of(REFERENCE, base, checkpoint, settings, low_cpu_mem_usage=True),
+            SPLICE: load_of(SPLICE, base, checkpoint, settings),
         },
         rounds=settings.pick(11, 2),
     )
@@ -57,16 +57,14 @@ def _fingerprint_row(base: nn.Module, checkpoint: Path, settings: Settings) -> R
 
     steps.compare_base = timed_compare
     try:
-        candidate = _load_of(SPLICE, base, place, settings)
+        candidate = load_of(SPLICE, base, place, settings)
         shares = [100 * spent[-1] / seconds for seconds in (candidate() for _ in range(settings.pick(21, 2)))]
     finally:
         steps.compare_base = compare
     return row("from_pretrained: comparing the base's fingerprint", 0, statistics.median(shares[1:]), "%").at_most(5)
 
 
-def _load_of(
-    library: str, base: nn.Module, checkpoint: Path, settings: Settings, **options: Any
-) -> Callable[[], float]:
+def load_of(library: str, base: nn.Module, checkpoint: Path, settings: Settings, **options: Any) -> Callable[[], float]:
     def candidate() -> float:
         fresh = copy.deepcopy(base)
         collect_garbage()

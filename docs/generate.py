@@ -16,10 +16,9 @@ _HERE = Path(__file__).parent
 sys.path[:0] = [str(_HERE), str(_HERE.parent)]
 
 import public  # noqa: E402  (beside this file, which is no package)
+from benchmarks.methods import REQUIRED, Figures, read_figures  # noqa: E402
 from parameters import parameters  # noqa: E402
 from rooms import drawing  # noqa: E402
-
-from benchmarks.methods import REQUIRED, Figures, read_figures  # noqa: E402
 
 _BEGIN, _END = "<!-- rooms: written by `make docs` -->", "<!-- end of rooms -->"
 _HEAD = """# Methods
@@ -35,16 +34,18 @@ created, trained and saved, switched, disabled and deleted, and may stand in a b
 _FIGURES = """
 ## What they cost
 
-**Parameters**: what a new adapter with the config's defaults trains on one linear layer of 4096 x 4096; of methods that act on
-the call, or on other layers, on a Llama of that width with one block, with 16 virtual tokens or 16 tokens. Of P-tuning most
-are needed in training alone.
+**Parameters**: what a new adapter with the config's defaults trains on one linear layer of 4096 x 4096; of methods that act
+on the call, or on other layers, on a Llama of that width with one block, with 16 virtual tokens or 16 tokens. Of P-tuning
+most are needed in training alone.
 
-**Load**: how many times as long the reference takes for the same checkpoint on the same base (a Llama of 16 blocks, hidden size
-128), by the processor's time, in turns. Where a decomposition of the weights is most of it, both do the same one.
+**Load**: how many times as long the reference takes for the same checkpoint on the same base (a Llama of 16 blocks, hidden
+size 128), by the processor's time, in turns. Where a decomposition of the weights is most of it, both do the same one.
 
-**Call**: what the adapter adds to the time of a call of that base with one token, beside what LoRA adds in splice; in brackets
-what it adds in the reference, in the same unit. Figures below a tenth are noise. `python -m benchmarks --only methods`
-measures both (`make bench` does too) and keeps them in `benchmarks/methods.json`, from which this page is made.
+**Call**: what the adapter adds to the time of a call of that base with one token, beside what LoRA adds in splice; in
+brackets what it adds in the reference, in the same unit. Differences below a tenth are noise.
+
+`python -m benchmarks --only methods` measures both (`make bench` does too) and keeps them in `benchmarks/methods.json`, from
+which `make docs` makes this page.
 
 | `peft_type` | parameters | load | call |
 |---|---|---|---|

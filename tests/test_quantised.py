@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,6 +91,24 @@ def test_so_it_does_with_every_option(way: Way, case: Case, shared_checkpoint: A
         return
     ours, dense = load(way, case, folder)
     assert_near(run(ours, INPUTS), run(dense, INPUTS), way)
+
+
+@backends
+@cases
+def test_a_new_one_is_loaded_onto_the_same_codes(way: Way, case: Case, tmp_path: Path) -> None:
+    """Also where what it is follows from the weight: the codes stand for the same one each time."""
+    try:
+        model = splice.get_peft_model(way.base(), splice.get_peft_config(case.config()))
+    except ValueError as error:
+        assert case.sample.refused_on_codes and re.search(case.sample.refused_on_codes, str(error))
+        pytest.skip("refused, as it says")
+    source = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.add_(torch.randn(parameter.shape, generator=source), alpha=0.1)
+    model.save_pretrained(tmp_path)
+    again = splice.PeftModel.from_pretrained(way.base(), tmp_path)
+    torch.testing.assert_close(run(again, INPUTS), run(model.eval(), INPUTS))
 
 
 @backends
