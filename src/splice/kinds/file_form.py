@@ -21,6 +21,8 @@ class FileForm:
 
     # Whether what is read is not what the layer holds, so that `slots` and `from_file` have to be asked.
     converts: ClassVar[bool] = False
+    # Suffixes of tensors that no checkpoint holds as they are, and that `to_file` works others out of.
+    works_with: ClassVar[frozenset[str]] = frozenset()
 
     def slots(self, slots: Mapping[str, Slot], config: Any) -> Mapping[str, Slot]:
         """What a checkpoint holds for a layer with these slots, by suffix."""
@@ -31,7 +33,8 @@ class FileForm:
 
         Args:
             layer: the adapter layer.
-            tensors: what it has in memory, by suffix, or what was given in the place of that; maybe not all.
+            tensors: what it has in memory, by suffix, or what was given in the place of that; maybe not all. Of what
+                `works_with` names, what was given alone.
         """
         yield from tensors.items()
 

@@ -217,12 +217,13 @@ def _given(
 ) -> dict[str, torch.Tensor]:
     """The tensors of a layer, by suffix, out of a state dict of the model."""
     names, found = layer.names, {}
-    for suffix, _ in layer.named_slots():
+    stored = dict(layer.named_slots())
+    for suffix in (*stored, *layer.file_form.works_with):
         spelled = tuple(name(path, suffix, adapter_name) for name in (names.in_tree, names.in_reference))
         tensor = _first(state_dict, spelled)
         if tensor is not None:
             found[suffix] = tensor
-        elif not partly:
+        elif not partly and suffix in stored:
             key = names.key(path, suffix)
             raise KeyError(f"the given state_dict has none of {spelled}, so {key} cannot be saved")
     return found

@@ -29,7 +29,7 @@ from splice.kinds.tensors import Held
 from splice.methods.prompts.attributes import PROMPT_METHODS, PROMPT_VIEWS
 from splice.methods.prompts.embedded import EmbeddedPrompt, embeddings_of
 from splice.methods.prompts.prompt import PROMPT_KEY, Call, Encoder, Prompt, PromptLayer, check_prompt
-from splice.methods.prompts.reparameterised import TrainedBehind
+from splice.methods.prompts.reparameterised import BEHIND, TrainedBehind, table_of
 from splice.methods.prompts.sizes import sizes_of
 
 # The type of a token that no loss counts and no step moves.
@@ -40,6 +40,8 @@ _TEMPLATE_OF_INPUT, _INPUT, _TEMPLATE_OF_LABEL = 1, 2, 3
 # The radius of tokens that stay where they are.
 _NOWHERE = 1e-10
 _MASK = "input_type_mask"
+# The suffixes of the tokens as they were, and of the steps.
+_TOKENS, _STEP = "embedding.weight", "delta_embedding.weight"
 
 
 @dataclass
@@ -105,26 +107,32 @@ class CPTEmbedding(Encoder):
 class _WithSteps(FileForm):
     """The table, and what it is made of where a step has been made."""
 
+    works_with = frozenset({_STEP})
+
     def to_file(self, layer: Stored, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         assert isinstance(layer, ContextPrompt)
-        yield PROMPT_KEY, layer.table_to_save()
-        if bool(layer.step.any()):
-            yield "prompt_encoder.embedding.weight", layer.table_tensor
-            yield "prompt_encoder.delta_embedding.weight", layer.step
+        table = table_of(layer, tensors)
+        if table is None:
+            return
+        yield PROMPT_KEY, table
+        step = tensors.get(_STEP, layer.step)
+        if bool(step.any()):
+            yield f"{BEHIND}{_TOKENS}", tensors[_TOKENS]
+            yield f"{BEHIND}{_STEP}", step
 
 
 class ContextPrompt(EmbeddedPrompt):
     """The tokens of examples, however a checkpoint holds them."""
 
     encoder = CPTEmbedding
-    step = Held("delta_embedding.weight")
+    step = Held(_STEP)
 
     @classmethod
     def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: CPTConfig) -> None:
         embeddings = embeddings_of(base)
         ids = torch.tensor(config.cpt_token_ids, device=device_of(embeddings))
-        tensors["embedding.weight"].copy_(embeddings(ids))
-        nn.init.zeros_(tensors["delta_embedding.weight"])
+        tensors[_TOKENS].copy_(embeddings(ids))
+        nn.init.zeros_(tensors[_STEP])
 
     def prepare(self, base: nn.Module, config: CPTConfig, path: str) -> None:
         super().prepare(base, config, path)
@@ -177,7 +185,7 @@ class CPT(ContextPrompt):
     def slots(cls, base: nn.Module, config: CPTConfig, path: str) -> dict[str, Slot]:
         (table,) = super().slots(base, config, path).values()
         step = Slot(table.shape, dtype=torch.float32, stored=False)
-        return {"embedding.weight": table._replace(role=Role.FIXED), "delta_embedding.weight": step}
+        return {_TOKENS: table._replace(role=Role.FIXED), _STEP: step}
 
 
 class TrainedCPT(TrainedBehind, ContextPrompt):
@@ -187,7 +195,7 @@ class TrainedCPT(TrainedBehind, ContextPrompt):
     def slots(cls, base: nn.Module, config: CPTConfig, path: str) -> dict[str, Slot]:
         shape = len(config.cpt_token_ids or ()), sizes_of(base, config)["token_dim"]
         fixed = Slot(shape, Role.FIXED, dtype=torch.float32)
-        return {"embedding.weight": fixed, "delta_embedding.weight": Slot(shape, dtype=torch.float32)}
+        return {_TOKENS: fixed, _STEP: Slot(shape, dtype=torch.float32)}
 
 
 class _HasLogits(Protocol):

@@ -37,14 +37,14 @@ class TableAndTensors(FileForm):
 
 def table_of(layer: PromptLayer, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
     """The table that `layer` would have with these tensors, by suffix; None where they are not all that it is made of."""
-    own = dict(layer.named_slots())
-    if any(suffix not in tensors for suffix in own):
+    own = {suffix: layer.tensor(suffix) for suffix in layer.registered}
+    if any(suffix not in tensors for suffix, _ in layer.named_slots()):
         return None
-    if all(tensors[suffix] is tensor for suffix, tensor in own.items()):
+    if all(tensors.get(suffix, tensor) is tensor for suffix, tensor in own.items()):
         return layer.table_to_save()
     # A layer of its own, since others may compute with the tensors that are on the model now.
     slots = {suffix: registered.slot for suffix, registered in layer.registered.items()}
-    given = {suffix: tensors[suffix].detach() if suffix in own else layer.tensor(suffix) for suffix in slots}
+    given = {suffix: tensors.get(suffix, tensor).detach() for suffix, tensor in own.items()}
     return type(layer)(layer.base, layer.config, "", slots, given).table_to_save()
 
 
