@@ -45,7 +45,7 @@ class Sample:
         draws_in_training: whether what it computes in training is drawn at random. The reference does so on every layer that
             was just adapted, splice on those of a base that is in training.
         refused_on_codes: what is said where an adapter of the full base is refused on a quantised one; empty where it is not.
-        made_on_codes: whether a new adapter can be made on a quantised base, also where one of the full base is refused there.
+        made_on_codes: whether a new adapter can be made on a quantised base, even if one of the full base is refused there.
         merges: whether its adapters can be merged into weights; neither library merges those of the others.
         row_by_row: whether an adapter gives the same for a row, whatever other rows of it are in the batch.
         reference_shares: whether the reference lets layers of all adapters share tensors, not of the first one alone.
