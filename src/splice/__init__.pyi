@@ -110,7 +110,7 @@ from splice.methods.unilora import UniLoraConfig as UniLoraConfig
 from splice.methods.vblora import VBLoRAConfig as VBLoRAConfig
 from splice.methods.vera import VeraConfig as VeraConfig
 from splice.methods.waveft.record import WaveFTConfig as WaveFTConfig
-from splice.methods.xlora import XLoraConfig as XLoraConfig
+from splice.methods.xlora.config import XLoraConfig as XLoraConfig
 from splice.mixed import PeftMixedModel as PeftMixedModel
 from splice.model import PeftModel as PeftModel
 from splice.status import get_layer_status as get_layer_status

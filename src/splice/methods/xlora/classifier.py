@@ -8,11 +8,11 @@ gives `y + g * sum_e s_e * B_e A_e (sigma_e * x)`, with the weight sigma_e of ea
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, ClassVar
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,9 +20,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from splice.base.bare import walk_bare
-from splice.checkpoint.types import PeftType
-from splice.config import PeftConfig
-from splice.errors import UnsupportedFeatureError, warn
+from splice.errors import UnsupportedFeatureError
 from splice.kinds.adapters import Adapters, adapters_on, layers_of
 from splice.kinds.additive import Additive
 from splice.kinds.call import Call, ReadsCall
@@ -30,93 +28,13 @@ from splice.kinds.effect import Effect, Forward
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.names import Names, SharedNames
 from splice.kinds.network import NetworkLayer
-from splice.kinds.registry import Experts, Method, register
 from splice.kinds.routed import check_can_be_mixed
 from splice.kinds.slot import Role, Slot
 from splice.kinds.tensors import Registered
+from splice.methods.xlora.config import XLoraConfig, names_of_experts
 from splice.selection import BASE, NOTHING, Choice, Mixture, Rows
 
-_CLASSIFIER = "internal_xlora_classifier"
-
-
-@dataclass
-class XLoraConfig(PeftConfig):
-    """Fields and defaults of the reference, in its order."""
-
-    # The `peft_type` of its checkpoints.
-    method: ClassVar[PeftType] = PeftType.XLORA
-
-    # Features of the base's hidden states; None for 4096, with a warning.
-    hidden_size: int | None = None
-    # The experts: any names -> folders or Hub ids of LoRA adapters. On the model they are called "0", "1"... in their order.
-    adapters: dict[str, str] | None = None
-    # Whether the weights of a token are a softmax over its experts; otherwise they are what the classifier gives.
-    enable_softmax: bool = True
-    # Whether there is a softmax over those weights that `top_k_lora` leaves.
-    enable_softmax_topk: bool = False
-    # Whether each layer has weights of its own; otherwise all have the same.
-    layerwise_scalings: bool = False
-    # How many linear layers the classifier has, at least 1.
-    xlora_depth: int = 1
-    # Features between them.
-    xlora_size: int = 2048
-    # Probability with which one of these is dropped in training.
-    xlora_dropout_p: float = 0.2
-    # Whether the experts are trained too.
-    use_trainable_adapters: bool = False
-    # What the classifier's output is divided by before the softmax.
-    softmax_temperature: float = 1.0
-    # How many experts a token is given, those of the largest weights; None for all.
-    top_k_lora: int | None = None
-    # Weight of the experts in the first call of the network. No effect: they are switched off in it.
-    scaling_pass_value: float = 0.0
-    # g, what the sum over the experts is multiplied with.
-    global_scaling_weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.hidden_size is None:
-            warn(
-                "No value was provided for `hidden_size`. This will be set to 4096 by default, please ensure that this is"
-            )
-            self.hidden_size = 4096
-        if self.adapters is None:
-            warn("No value was provided for `adapters`. This will be set to empty, please provide the adapters.")
-            self.adapters = {}
-        if self.enable_softmax_topk and self.top_k_lora is None:
-            warn("`enable_softmax_topk` enabled `top_k_lora` is not set")
-        if self.enable_softmax_topk and self.enable_softmax:
-            warn("`enable_softmax_topk` and `enable_softmax` are both enabled. This will result in worse performance.")
-        if self.top_k_lora is not None and self.top_k_lora < 1:
-            warn("`top_k_lora` value must be at least 1.")
-
-    def computed(self) -> dict[str, object]:
-        names = ("enable_softmax", "enable_softmax_topk", "softmax_temperature", "top_k_lora", "global_scaling_weight")
-        return {name: value for name, value in vars(self).items() if name in names}
-
-
-def _check(config: XLoraConfig) -> None:
-    if config.xlora_depth <= 0:
-        raise ValueError(f"`xlora_depth` must be at least 1, got {config.xlora_depth}")
-    if not config.adapters:
-        raise ValueError(
-            "X-LoRA weighs LoRA adapters, and `adapters` names none: give a dict from any names to folders or Hub ids, "
-            "in the config or as `from_pretrained(..., adapters=...)`."
-        )
-    if config.top_k_lora is not None and not 0 < config.top_k_lora <= len(config.adapters):
-        raise ValueError(f"`top_k_lora` is {config.top_k_lora}, of {len(config.adapters)} experts")
-
-
-def _places(config: XLoraConfig, options: Mapping[str, Any]) -> Mapping[str, str]:
-    given = options.get("adapters")
-    if given is not None:
-        config.adapters = dict(given)
-    return {str(number): place for number, place in enumerate((config.adapters or {}).values())}
-
-
-def names_of_experts(config: XLoraConfig) -> tuple[str, ...]:
-    """What the experts are called on the model."""
-    return tuple(map(str, range(len(config.adapters or ()))))
+CLASSIFIER = "internal_xlora_classifier"
 
 
 class _ClassifierNames(SharedNames):
@@ -156,8 +74,8 @@ class XLoraClassifier(ReadsCall, NetworkLayer):
         # As the base's first parameter, and not in float32 where that is in half precision: so the reference trains it.
         dtype = next((p.dtype for p in base.parameters() if p.is_floating_point()), torch.float32)
         for index, (size_in, size_out) in zip(cls.numbers_of(config), itertools.pairwise(sizes)):
-            found[f"{_CLASSIFIER}.layers.{index}.weight"] = Slot((size_out, size_in), dtype=dtype)
-            found[f"{_CLASSIFIER}.layers.{index}.bias"] = Slot((size_out,), dtype=dtype)
+            found[f"{CLASSIFIER}.layers.{index}.weight"] = Slot((size_out, size_in), dtype=dtype)
+            found[f"{CLASSIFIER}.layers.{index}.bias"] = Slot((size_out,), dtype=dtype)
         return found
 
     @staticmethod
@@ -247,37 +165,48 @@ class XLoraClassifier(ReadsCall, NetworkLayer):
         given = {**{k: v for k, v in kwargs.items() if k != "past_key_values"}, "use_cache": False}
         with torch.no_grad(), adapters.selection.for_this_call(Choice(*NOTHING)):
             bare = inner(*args, **{**given, "output_hidden_states": True, "return_dict": True})
-        weights = self.classify(bare.hidden_states[-1])
+        hidden, drops = bare.hidden_states[-1], list[torch.Tensor]()
+        weights = self.classify(hidden, drops)
         self.latest = weights
         if self.log is not None:
             self.log.append(weights)
-        if rows is not None:
-            weights = self._as_rows_say(weights, rows)
-        choice = Choice(rows=Mixture(self.experts, self._by_layer(weights), float(self.config.global_scaling_weight)))
-        with adapters.selection.for_this_call(choice):
+        mixture = Mixture(self.experts, self._by_layer(weights, rows), float(self.config.global_scaling_weight))
+        with adapters.selection.for_this_call(Choice(rows=mixture)):
             result = inner(*args, **given)
         if torch.is_grad_enabled():
-            self._keep(adapters, choice, result)
+            self._keep(adapters, mixture, result, lambda: self._by_layer(self.classify(hidden, drops), rows))
         return result
 
-    def classify(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(batch, T, layers, experts), the weights of the tokens with these hidden states (batch, T, dim)."""
+    def classify(self, hidden: torch.Tensor, drops: list[torch.Tensor]) -> torch.Tensor:
+        """(batch, T, layers, experts), the weights of the tokens with these hidden states (batch, T, dim).
+
+        `drops` are what features between the layers are multiplied with, in training; drawn where it is empty.
+        """
         config: XLoraConfig = self.config
         numbers = self.numbers_of(config)
-        out = hidden.to(self.tensor(f"{_CLASSIFIER}.layers.0.weight").dtype)
+        drawn = iter(list(drops))
+        out = hidden.to(self.tensor(f"{CLASSIFIER}.layers.0.weight").dtype)
         for index in numbers:
-            front = f"{_CLASSIFIER}.layers.{index}"
+            front = f"{CLASSIFIER}.layers.{index}"
             out = F.linear(out, self.tensor(f"{front}.weight"), self.tensor(f"{front}.bias"))
             if index != numbers[-1]:
-                out = F.dropout(F.relu(out), config.xlora_dropout_p, self.training)
+                out = F.relu(out)
+                if self.training and config.xlora_dropout_p:
+                    drop = next(drawn, None)
+                    if drop is None:
+                        drop = F.dropout(torch.ones_like(out), config.xlora_dropout_p)
+                        drops.append(drop)
+                    out = out * drop
         layers = len(self.expert_paths)
         out = out.reshape(*out.shape[:-1], layers if config.layerwise_scalings else 1, len(self.experts))
         out = out.expand(*out.shape[:-2], layers, len(self.experts))
         return torch.softmax(out / config.softmax_temperature, -1) if config.enable_softmax else out
 
-    def _by_layer(self, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _by_layer(self, weights: torch.Tensor, rows: Rows | None) -> dict[str, torch.Tensor]:
         """The weights as each layer takes them, (batch, T, experts): the largest alone, where the config says so."""
         config: XLoraConfig = self.config
+        if rows is not None:
+            weights = self._as_rows_say(weights, rows)
         if config.top_k_lora is not None:
             largest, chosen = weights.topk(config.top_k_lora, dim=-1)
             weights = torch.zeros_like(weights).scatter(-1, chosen, largest)
@@ -296,101 +225,32 @@ class XLoraClassifier(ReadsCall, NetworkLayer):
                 weights[index, ..., self.experts.index(name)] = 1.0
         return weights
 
-    def _keep(self, adapters: Adapters, choice: Choice, result: object) -> None:
-        """Let blocks that compute themselves again in the backward mix as they did."""
+    def _keep(
+        self, adapters: Adapters, mixture: Mixture, result: object, again: Callable[[], Mapping[str, torch.Tensor]]
+    ) -> None:
+        """Let blocks that compute themselves again in the backward mix as they did; `again` gives the same weights anew."""
+
+        def begin(_: object) -> None:
+            kept, weights = mixture, mixture.weights
+            if any(weight.requires_grad for weight in weights.values()):
+                # Reentrant checkpoints run a backward of their own for each block, which would go through the classifier
+                # and take its graph from the next one. So each block ends at these, and what has come together there is
+                # passed on once.
+                ends = {path: weight.detach().requires_grad_() for path, weight in weights.items()}
+                kept = replace(mixture, weights=ends)
+                torch.autograd.Variable._execution_engine.queue_callback(partial(_pass_on, ends, again))
+            adapters.selection.root.keep_for_backward(Choice(rows=kept))
+
         # Behind the hooks of the tensors themselves, with which the model keeps what was selected outside.
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and tensor.grad_fn is not None:
-                tensor.grad_fn.register_prehook(lambda _: adapters.selection.root.keep_for_backward(choice))
+                tensor.grad_fn.register_prehook(begin)
 
 
-def _active(adapters: Adapters) -> XLoraClassifier:
-    layers = layers_of(adapters, [*adapters.selection.active, *adapters.placed], XLoraClassifier)
-    return next(iter(layers.values()))
-
-
-def _set_topk(adapters: Adapters, value: int | None) -> None:
-    """How many experts a token is given from now on."""
-    _active(adapters).config.top_k_lora = value
-
-
-def _set_global_weight(adapters: Adapters, weight: float) -> None:
-    """What the sum over the experts is multiplied with from now on."""
-    _active(adapters).config.global_scaling_weight = weight
-
-
-def _global_weight(adapters: Adapters) -> float:
-    """What the sum over the experts is multiplied with."""
-    return float(_active(adapters).config.global_scaling_weight)
-
-
-def _set_pass_value(adapters: Adapters, value: float | None) -> None:
-    """Recorded alone: in the first call of the network the experts are switched off."""
-    layer = _active(adapters)
-    layer.config.scaling_pass_value = 1 / len(layer.experts) if value is None else value
-
-
-def _latest(adapters: Adapters) -> torch.Tensor | None:
-    """The weights of the last call, (batch, T, layers, experts)."""
-    return _active(adapters).latest
-
-
-def _log(adapters: Adapters) -> list[torch.Tensor]:
-    """The weights of all calls since `enable_scalings_logging`."""
-    return list(_active(adapters).log or ())
-
-
-def _start_log(adapters: Adapters) -> None:
-    """Keep the weights of all calls from now on."""
-    layer = _active(adapters)
-    layer.log = layer.log or []
-
-
-def _stop_log(adapters: Adapters) -> None:
-    """Keep them no longer, and forget those that were kept."""
-    _active(adapters).log = None
-
-
-def _clear_log(adapters: Adapters) -> None:
-    """Forget those that were kept."""
-    layer = _active(adapters)
-    layer.log = None if layer.log is None else []
-
-
-def _buckets(adapters: Adapters) -> dict[int, tuple[list[int], list[torch.Tensor]]]:
-    """The kept weights by the length of their sequences: with the numbers of the calls."""
-    found: dict[int, tuple[list[int], list[torch.Tensor]]] = {}
-    for number, weights in enumerate(_active(adapters).log or ()):
-        numbers, tensors = found.setdefault(weights.shape[1], ([], []))
-        numbers.append(number)
-        tensors.append(weights)
-    return found
-
-
-METHOD = register(
-    Method(
-        name=PeftType.XLORA,
-        summary="Weighs trained LoRA adapters for each token, by a classifier of the base's hidden states.",
-        config=XLoraConfig,
-        prefix="internal_xlora_",
-        tensor_names=frozenset({_CLASSIFIER}),
-        network_layer=XLoraClassifier,
-        experts=Experts(PeftType.LORA, _places),
-        tuner_methods=MappingProxyType(
-            {
-                "set_topk_lora": _set_topk,
-                "set_global_scaling_weight": _set_global_weight,
-                "get_global_scaling_weight": _global_weight,
-                "set_scaling_pass_value": _set_pass_value,
-                "get_latest_scalings": _latest,
-                "get_scalings_log": _log,
-                "enable_scalings_logging": _start_log,
-                "disable_scalings_logging": _stop_log,
-                "clear_scalings_log": _clear_log,
-                "get_bucketed_scalings_log": _buckets,
-            }
-        ),
-        check=_check,
-        paper="arXiv 2402.07148",
-    )
-)
+def _pass_on(ends: Mapping[str, torch.Tensor], again: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+    """Pass the gradients that have come together in `ends` on to the classifier, whose weights by layer they are of."""
+    given = {path: end.grad for path, end in ends.items() if end.grad is not None}
+    if given:
+        with torch.enable_grad():
+            weights = again()
+        torch.autograd.backward([weights[path] for path in given], list(given.values()))

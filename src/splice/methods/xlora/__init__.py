@@ -1,0 +1,1 @@
+"""X-LoRA: its config, its classifier and its record."""
