@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from splice.kinds.slot import Role
 from splice.loading.laying_out import lay_out
 from splice.loading.plan import Plan
 
+# Widths of layers that are quickly decomposed.
+_SMALL = (256, 512)
+
 
 def network(width: int) -> Any:
     """A Llama of one block on the meta device, in which `q_proj` is a layer of `width` x `width`."""
@@ -25,6 +29,10 @@ def network(width: int) -> Any:
     heads = {"num_attention_heads": width // 64, "num_key_value_heads": width // 64, "use_cache": False}
     with torch.device("meta"):
         return LlamaForCausalLM(LlamaConfig(**sizes, **heads))
+
+
+# Laying out changes nothing, so one is enough for all methods.
+_kept = cache(network)
 
 
 def fields_of(method: Method, required: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,14 +46,21 @@ def parameters(method: Method, width: int, required: Mapping[str, Any]) -> int |
     if method.experts is not None:
         return None
     config = get_peft_config(fields_of(method, required))
-    base = network(width)
     try:
-        plan = lay_out(base, config, method, new=True)
-    except UnsupportedFeatureError:  # the shapes follow from the values of the weight: they need some
-        layer = base.model.layers[0].self_attn.q_proj.to_empty(device="cpu")
-        torch.nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(0))
-        plan = lay_out(base, config, method, new=True)
-    return _trained(plan)
+        return _trained(lay_out(_kept(width), config, method, new=True))
+    except UnsupportedFeatureError:
+        # The shapes follow from the values of the weight. How many there are in all does not, and grows with the width:
+        # two small layers tell how, and values for a large one would take long to decompose.
+        first, second = (_on_values(method, size, config) for size in _SMALL)
+        return first + (second - first) * (width - _SMALL[0]) // (_SMALL[1] - _SMALL[0])
+
+
+def _on_values(method: Method, width: int, config: Any) -> int:
+    """The same, where `q_proj` has values."""
+    base = network(width)
+    layer = base.model.layers[0].self_attn.q_proj.to_empty(device="cpu")
+    torch.nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(0))
+    return _trained(lay_out(base, config, method, new=True))
 
 
 def _trained(plan: Plan) -> int:

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import sys
-import warnings
 from pathlib import Path
 from types import ModuleType
 
-import peft
 import pytest
-import torch
-from benchmarks.methods import REQUIRED, read_figures
+from benchmarks.methods import read_figures
 
 from splice import get_peft_config
 from splice.config import PeftConfig
@@ -31,12 +27,7 @@ def generator() -> ModuleType:
     return module
 
 
-GENERATOR = generator()
-# Beside the generator, and found by it.
-parameters, fields_of, network = (
-    getattr(sys.modules["parameters"], name) for name in ("parameters", "fields_of", "network")
-)
-WRITTEN: dict[Path, str] = GENERATOR.written()
+WRITTEN: dict[Path, str] = generator().written()
 
 
 @pytest.mark.parametrize("path", WRITTEN, ids=lambda path: str(path.relative_to(ROOT)))
@@ -65,23 +56,6 @@ def test_a_record_is_complete(method: Method) -> None:
     assert method.tensor_names or method.other_layer is not None
     ways = (method.layers, method.other_layer, method.network_layer)
     assert any(way for way in ways)
-
-
-@pytest.mark.parametrize("method", list(all_methods().values()), ids=lambda m: m.name.value)
-def test_the_parameters_in_the_table_are_those_of_the_reference(method: Method) -> None:
-    """On a smaller layer, as some of them decompose its weight; the page is made by the same function."""
-    required = REQUIRED.get(method.name.value, {})
-    found = parameters(method, 256, required)
-    if method.experts is not None:
-        assert found is None
-        return
-    base = network(256).to_empty(device="cpu")
-    for parameter in base.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs = peft.get_peft_model(base, peft.get_peft_config(fields_of(method, required)))
-    assert found == theirs.get_nb_trainable_parameters()[0]
 
 
 def test_every_method_that_was_measured_is_known() -> None:
