@@ -10,15 +10,16 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import forward, importing, loading, memory, switching
+from benchmarks import forward, importing, loading, memory, methods, quantised, switching
 from benchmarks.measure import Settings
 from benchmarks.report import Row, header, line, machine, write_json
 
 BENCHMARKS: dict[str, Callable[[Settings], Iterator[Row]]] = {
     "loading": loading.rows,
-    "methods": loading.method_rows,
+    "methods": methods.rows,
     "switching": switching.rows,
     "memory": memory.rows,
+    "quantised": quantised.rows,
     "decode": forward.decode_rows,
     "mixed": forward.mixed_rows,
     "importing": importing.rows,

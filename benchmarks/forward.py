@@ -25,16 +25,21 @@ _REPEATS = 4
 def decode_rows(settings: Settings) -> Iterator[Row]:
     """One token through a stack of small adapted linears: what is left is the cost of getting to the adapter at all."""
     count, width = settings.pick(64, 4), 128
-    base = linears(count, width, settings.device)
-    checkpoint = write_checkpoint(base, settings.folder / "decode", [str(i) for i in range(count)], rank=16)
+    yield decode_row(linears(count, width, settings.device), settings, "decode step").at_least(2.5)
+
+
+def decode_row(base: nn.Sequential, settings: Settings, what: str, tolerance: float = 1e-4) -> Row:
+    """What LoRA adds to each of these square layers."""
+    count, width = len(base), base[0].in_features
+    checkpoint = write_checkpoint(base, settings.folder / what, [str(i) for i in range(count)], rank=16)
     x = torch.randn(1, 1, width, device=settings.device)
     calls: dict[str, Call] = {BASE: partial(base, x)}
     for library in LIBRARIES:
         calls[library] = partial(load(library, copy.deepcopy(base), checkpoint), x)
     with one_thread():
-        more = added(calls, settings.device, rounds=settings.pick(200, 3))
+        more = added(calls, settings.device, settings.pick(200, 3), tolerance)
     reference, ours = (more[library] / count * 1e6 for library in LIBRARIES)
-    yield row(f"decode step, added by each adapted linear ({width}x{width})", reference, ours, "us").at_least(2.5)
+    return row(f"{what}, added by each adapted linear ({width}x{width})", reference, ours, "us")
 
 
 def mixed_rows(settings: Settings) -> Iterator[Row]:
@@ -70,8 +75,14 @@ def logits_of(model: nn.Module, ids: torch.Tensor, **options: Any) -> torch.Tens
 
 
 @torch.inference_mode()
-def added(calls: Mapping[str, Call], device: torch.device, rounds: int, tolerance: float = 1e-4) -> dict[str, float]:
-    """Seconds that each of the calls adds to the base's own.
+def added(
+    calls: Mapping[str, Call],
+    device: torch.device,
+    rounds: int,
+    tolerance: float = 1e-4,
+    time_of: Callable[[Call, int], float] | None = None,
+) -> dict[str, float]:
+    """Seconds that each of the calls adds to the base's own, by `time_of` or by the clock.
 
     Raises:
         AssertionError: they disagree. What computes something else may be as fast as it likes.
@@ -79,5 +90,6 @@ def added(calls: Mapping[str, Call], device: torch.device, rounds: int, toleranc
     for name, call in calls.items():
         if name != BASE:
             torch.testing.assert_close(call(), calls[REFERENCE](), rtol=tolerance, atol=tolerance)
-    samples = alternate({name: partial(timed, call, device, _REPEATS) for name, call in calls.items()}, rounds)
+    taken = time_of or (lambda call, repeats: timed(call, device, repeats))
+    samples = alternate({name: partial(taken, call, _REPEATS) for name, call in calls.items()}, rounds)
     return {name: samples[name].median - samples[BASE].median for name in calls if name != BASE}

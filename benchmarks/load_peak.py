@@ -1,4 +1,4 @@
-"""The process in which one load is watched: `python -m benchmarks.load_peak LIBRARY CHECKPOINT LAYERS WARM_UP`.
+"""The process in which one load is watched: `python -m benchmarks.load_peak LIBRARY CHECKPOINT LAYERS WARM_UP [--nf4]`.
 
 It prints a `Peak` as JSON. A process of its own, because what an earlier load has freed would hide what this one takes.
 """
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from benchmarks.measure import collect_garbage
-from benchmarks.models import llama, load
+from benchmarks.models import in_four_bits, llama, load
 
 WIDTH = 512
 WARM_UP_WIDTH = 64
@@ -51,9 +51,10 @@ class Watch:
             self.highest[name] = max(value, self.highest.get(name, 0))
 
 
-def base(layers: int, width: int) -> nn.Module:
+def base(layers: int, width: int, nf4: bool = False) -> nn.Module:
     """The model that is loaded onto."""
-    return llama(layers, width, torch.device("cpu"))
+    model = llama(layers, width, torch.device("cpu"))
+    return in_four_bits(model) if nf4 else model
 
 
 def main() -> None:
@@ -63,9 +64,10 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("layers", type=int)
     parser.add_argument("warm_up", type=Path)
+    parser.add_argument("--nf4", action="store_true")
     options = parser.parse_args()
-    load(options.library, base(1, WARM_UP_WIDTH), options.warm_up)
-    model = base(options.layers, WIDTH)
+    load(options.library, base(1, WARM_UP_WIDTH, options.nf4), options.warm_up)
+    model = base(options.layers, WIDTH, options.nf4)
     print(json.dumps(asdict(_watched(options.library, model, options.checkpoint))))
 
 

@@ -12,16 +12,7 @@ from typing import Any
 from torch import nn
 
 from benchmarks.measure import Samples, Settings, alternate, collect_garbage, timed
-from benchmarks.models import (
-    LIBRARIES,
-    LLAMA_TARGETS,
-    REFERENCE,
-    SPLICE,
-    llama,
-    load,
-    write_checkpoint,
-    write_checkpoint_of,
-)
+from benchmarks.models import LLAMA_TARGETS, REFERENCE, SPLICE, llama, load, write_checkpoint
 from benchmarks.report import Row, row
 
 _LOW_MEMORY = f"{REFERENCE} with low_cpu_mem_usage"
@@ -34,9 +25,9 @@ def rows(settings: Settings) -> Iterator[Row]:
     checkpoint = write_checkpoint(base, settings.folder / "loading", LLAMA_TARGETS, rank=16)
     samples = alternate(
         {
-            REFERENCE: _load_of(REFERENCE, base, checkpoint, settings),
-            _LOW_MEMORY: _load_of(REFERENCE, base, checkpoint, settings, low_cpu_mem_usage=True),
-            SPLICE: _load_of(SPLICE, base, checkpoint, settings),
+            REFERENCE: load_of(REFERENCE, base, checkpoint, settings),
+            _LOW_MEMORY: load_of(REFERENCE, base, checkpoint, settings, low_cpu_mem_usage=True),
+            SPLICE: load_of(SPLICE, base, checkpoint, settings),
         },
         rounds=settings.pick(11, 2),
     )
@@ -66,43 +57,14 @@ def _fingerprint_row(base: nn.Module, checkpoint: Path, settings: Settings) -> R
 
     steps.compare_base = timed_compare
     try:
-        candidate = _load_of(SPLICE, base, place, settings)
+        candidate = load_of(SPLICE, base, place, settings)
         shares = [100 * spent[-1] / seconds for seconds in (candidate() for _ in range(settings.pick(21, 2)))]
     finally:
         steps.compare_base = compare
     return row("from_pretrained: comparing the base's fingerprint", 0, statistics.median(shares[1:]), "%").at_most(5)
 
 
-# One method of every kind beside LoRA; on as many targets.
-_OTHERS: dict[str, dict[str, Any]] = {
-    "IA3": {"feedforward_modules": ["down_proj"]},
-    "LOHA": {"r": 8},
-    "OFT": {"oft_block_size": 32},
-    "VERA": {"r": 64},
-    "ADALORA": {"init_r": 12, "total_step": 100},
-}
-
-
-def method_rows(settings: Settings) -> Iterator[Row]:
-    """`from_pretrained` of adapters of other methods."""
-    layers = settings.pick(32, 2)
-    base = llama(layers, 512, settings.device)
-    for method, fields in _OTHERS.items():
-        # VeRA's shared matrices are as large as the largest layer: attention alone, so that they stay small.
-        targets = LLAMA_TARGETS[:4] if method == "VERA" else LLAMA_TARGETS
-        config = {"peft_type": method, "target_modules": list(targets), **fields}
-        checkpoint = write_checkpoint_of(base, settings.folder / method, config)
-        samples = alternate(
-            {library: _load_of(library, base, checkpoint, settings) for library in LIBRARIES},
-            rounds=settings.pick(5, 2),
-        )
-        what = f"from_pretrained of {method}, {layers * len(targets)} targets"
-        yield row(what, samples[REFERENCE].median * 1e3, samples[SPLICE].median * 1e3, "ms")
-
-
-def _load_of(
-    library: str, base: nn.Module, checkpoint: Path, settings: Settings, **options: Any
-) -> Callable[[], float]:
+def load_of(library: str, base: nn.Module, checkpoint: Path, settings: Settings, **options: Any) -> Callable[[], float]:
     def candidate() -> float:
         fresh = copy.deepcopy(base)
         collect_garbage()

@@ -70,6 +70,14 @@ def timed(call: Callable[[], object], device: torch.device, repeats: int = 1) ->
     return (time.perf_counter() - start) / repeats
 
 
+def processor_time(call: Callable[[], object], repeats: int = 1) -> float:
+    """Seconds that the processor spends on one of `repeats` calls on the CPU, whatever else the machine does meanwhile."""
+    start = time.process_time()
+    for _ in range(repeats):
+        call()
+    return (time.process_time() - start) / repeats
+
+
 def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -13,15 +13,18 @@ from benchmarks.models import LLAMA_TARGETS, REFERENCE, SPLICE, write_checkpoint
 from benchmarks.report import Row, row
 
 
-def rows(settings: Settings) -> Iterator[Row]:
-    """What the process grows by during `from_pretrained`, in multiples of the adapter's own bytes; on the CPU."""
+def rows(settings: Settings, *options: str) -> Iterator[Row]:
+    """What the process grows by during `from_pretrained`, in multiples of the adapter's own bytes; on the CPU.
+
+    `options` are for the process in which it loads.
+    """
     layers = settings.pick(32, 2)
     checkpoint = write_checkpoint(base(layers, WIDTH), settings.folder / "memory", LLAMA_TARGETS, rank=128)
     warm_up = write_checkpoint(base(1, WARM_UP_WIDTH), settings.folder / "memory-warm-up", LLAMA_TARGETS, rank=4)
 
     def measure(library: str) -> Peak:
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.load_peak"]
-        arguments = [library, str(checkpoint), str(layers), str(warm_up)]
+        arguments = [library, str(checkpoint), str(layers), str(warm_up), *options]
         return Peak(**json.loads(subprocess.check_output([*command, *arguments], text=True)))
 
     reference, ours = measure(REFERENCE), measure(SPLICE)

@@ -37,7 +37,23 @@ def llama(layers: int, hidden: int, device: torch.device, dtype: torch.dtype = t
     return model.eval().to(dtype)
 
 
-def linears(count: int, width: int, device: torch.device) -> nn.Module:
+def in_four_bits(model: nn.Module) -> nn.Module:
+    """The same model with its linear layers in nf4 of bitsandbytes, but for the head, as transformers loads one."""
+    bnb = import_module("bitsandbytes")
+    found = [(p, name, layer) for p in model.modules() for name, layer in p.named_children() if name != "lm_head"]
+    for parent, name, layer in found:
+        if isinstance(layer, nn.Linear):
+            bias = layer.bias is not None
+            new = bnb.nn.Linear4bit(
+                layer.in_features, layer.out_features, bias, compute_dtype=layer.weight.dtype, quant_type="nf4"
+            )
+            new.load_state_dict(layer.state_dict(), strict=False)
+            new.weight = new.weight.to(layer.weight.device)  # which quantises
+            setattr(parent, name, new.eval())
+    return model.requires_grad_(False)
+
+
+def linears(count: int, width: int, device: torch.device) -> nn.Sequential:
     """Nothing but square linear layers, one after the other."""
     return nn.Sequential(*(nn.Linear(width, width) for _ in range(count))).eval().to(device)
 
@@ -48,10 +64,10 @@ def write_checkpoint(base: nn.Module, folder: Path, targets: Sequence[str], rank
     return write_checkpoint_of(base, folder, fields)
 
 
-def write_checkpoint_of(base: nn.Module, folder: Path, fields: Mapping[str, Any]) -> Path:
-    """The same for any method; `fields` are those of its config."""
-    reference = import_module(REFERENCE)
-    model = reference.get_peft_model(copy.deepcopy(base), reference.get_peft_config(dict(fields)))
+def write_checkpoint_of(base: nn.Module, folder: Path, fields: Mapping[str, Any], library: str = REFERENCE) -> Path:
+    """The same for any method; `fields` are those of its config, and `library` is the one that writes it."""
+    writer = import_module(library)
+    model = writer.get_peft_model(copy.deepcopy(base), writer.get_peft_config(dict(fields)))
     for parameter in model.parameters():
         if parameter.requires_grad and not parameter.any():
             nn.init.normal_(parameter, std=0.02)

@@ -17,9 +17,11 @@ from splice.kinds.combining import Summed
 from splice.kinds.registry import Method, all_methods
 
 _HERE = Path(__file__).parent
-sys.path.insert(0, str(_HERE))
+sys.path[:0] = [str(_HERE), str(_HERE.parent)]
 
 import public  # noqa: E402  (beside this file, which is no package)
+from benchmarks.methods import REQUIRED, Figures, read_figures  # noqa: E402
+from parameters import parameters  # noqa: E402
 from rooms import drawing  # noqa: E402
 
 _BEGIN, _END = "<!-- rooms: written by `make docs` -->", "<!-- end of rooms -->"
@@ -30,6 +32,27 @@ created, trained and saved, switched, disabled and deleted, and may stand in a b
 
 | `peft_type` | what it does | config | on | merges | several active | weighted sums | paper |
 |---|---|---|---|---|---|---|---|
+"""
+
+
+_FIGURES = """
+## What they cost
+
+**Parameters**: what a new adapter with the config's defaults trains on one linear layer of 4096 x 4096; of methods that act
+on the call, or on other layers, on a Llama of that width with one block, with 16 virtual tokens or 16 tokens. Of P-tuning
+most are needed in training alone.
+
+**Load**: how many times as long the reference takes for the same checkpoint on the same base (a Llama of 16 blocks, hidden
+size 128), by the processor's time, in turns. Where a decomposition of the weights is most of it, both do the same one.
+
+**Call**: what the adapter adds to the time of a call of that base with one token, beside what LoRA adds in splice; in
+brackets what it adds in the reference, in the same unit. Differences below a tenth are noise.
+
+`python -m benchmarks --only methods` measures both (`make bench` does too) and keeps them in `benchmarks/methods.json`, from
+which `make docs` makes this page.
+
+| `peft_type` | parameters | load | call |
+|---|---|---|---|
 """
 
 
@@ -76,6 +99,15 @@ def row(method: Method) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
+def costs(method: Method, measured: Figures | None) -> str:
+    """One line of the second table; a method that came after the last measurement has no figures yet."""
+    count = parameters(method, 4096, REQUIRED.get(method.name.value, {}))
+    said = "by its experts" if count is None else f"{count:,}"
+    load = "not measured" if measured is None else f"{measured.load:.1f}x"
+    call = "not measured" if measured is None else f"{measured.call:.1f} ({measured.reference_call:.1f})"
+    return f"| `{method.name.value}` | {said} | {load} | {call} |"
+
+
 def _word(value: bool) -> str:
     return "yes" if value else "no"
 
@@ -83,7 +115,9 @@ def _word(value: bool) -> str:
 def page() -> str:
     """The whole page."""
     # By name: the order in which the methods were imported is nobody's choice.
-    return _HEAD + "\n".join(row(method) for _, method in sorted(all_methods().items())) + "\n"
+    methods, measured = [method for _, method in sorted(all_methods().items())], read_figures()
+    first, second = map(row, methods), (costs(method, measured.get(method.name.value)) for method in methods)
+    return "\n".join((_HEAD.rstrip("\n"), *first, _FIGURES.rstrip("\n"), *second, ""))
 
 
 def for_the_command_line() -> str:

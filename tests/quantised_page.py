@@ -120,7 +120,14 @@ def page(found: Mapping[tuple[str, str], str]) -> str:
 
 Written by `python -m tests.quantised_page`. Every method on every way to quantise that runs on a CPU: forward, training and
 merging, each beside the same adapter on the dense weights that the codes stand for (`tests/test_quantised.py`). "-" is what a
-method does not do, or is refused in words: PSOFT, and adapters of AdaMSS whose groups are those of the full weight.
+method does not do, or is refused in words:
+
+- **PSOFT**. A checkpoint holds how the singular directions of a weight are turned into one another, and not the directions.
+  They are worked out of the weight again, and of one that was quantised since they come with other signs and in another
+  order. The reference refuses codes too, so no such adapter was trained on them.
+- **AdaMSS**, of adapters that were made on the full weight: which row is in which group is worked out of the weight again,
+  and codes give other groups. One that is made on codes is trained, saved and loaded on the same codes, like every other
+  method (`test_a_new_one_is_loaded_onto_the_same_codes`).
 
 | method | {" | ".join(heads)} |
 |---|{"---|" * len(heads)}

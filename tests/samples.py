@@ -45,6 +45,7 @@ class Sample:
         draws_in_training: whether what it computes in training is drawn at random. The reference does so on every layer that
             was just adapted, splice on those of a base that is in training.
         refused_on_codes: what is said where an adapter of the full base is refused on a quantised one; empty where it is not.
+        made_on_codes: whether a new adapter can be made on a quantised base, even if one of the full base is refused there.
         merges: whether its adapters can be merged into weights; neither library merges those of the others.
         row_by_row: whether an adapter gives the same for a row, whatever other rows of it are in the batch.
         reference_shares: whether the reference lets layers of all adapters share tensors, not of the first one alone.
@@ -78,6 +79,7 @@ class Sample:
     call: Mapping[str, Any] = field(default_factory=dict)
     task: str | None = None
     refused_on_codes: str = ""
+    made_on_codes: bool = True
     merges: bool = True
     row_by_row: bool = True
     reference_shares: bool = True
@@ -179,6 +181,7 @@ SAMPLES: dict[PeftType, Sample] = {
     ),
     PeftType.PSOFT: Sample(
         refused_on_codes="PSOFT requires a weight in float32, float16 or bfloat16",
+        made_on_codes=False,
         config={"r": 3},
         small={"r": 2, "ab_svd_init": "pissa_init"},
         options={

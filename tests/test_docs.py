@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from benchmarks.methods import read_figures
 
 from splice import get_peft_config
 from splice.config import PeftConfig
@@ -55,6 +56,12 @@ def test_a_record_is_complete(method: Method) -> None:
     assert method.tensor_names or method.other_layer is not None
     ways = (method.layers, method.other_layer, method.network_layer)
     assert any(way for way in ways)
+
+
+def test_every_method_that_was_measured_is_known() -> None:
+    measured = read_figures()
+    assert measured.keys() <= {method.name.value for method in all_methods().values()}
+    assert not measured or measured["LORA"].call == 1
 
 
 def test_every_test_that_holds_a_promise_is_there() -> None:

@@ -94,6 +94,25 @@ def test_so_it_does_with_every_option(way: Way, case: Case, shared_checkpoint: A
 
 @backends
 @cases
+def test_a_new_one_is_loaded_onto_the_same_codes(way: Way, case: Case, tmp_path: Path) -> None:
+    """Also where what it is follows from the weight: the codes stand for the same one each time."""
+    config = splice.get_peft_config(case.config())
+    if not case.sample.made_on_codes:
+        with pytest.raises(ValueError, match=case.sample.refused_on_codes):
+            splice.get_peft_model(way.base(), config)
+        pytest.skip("refused, as it says")
+    model = splice.get_peft_model(way.base(), config)
+    source = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.add_(torch.randn(parameter.shape, generator=source), alpha=0.1)
+    model.save_pretrained(tmp_path)
+    again = splice.PeftModel.from_pretrained(way.base(), tmp_path)
+    torch.testing.assert_close(run(again, INPUTS), run(model.eval(), INPUTS))
+
+
+@backends
+@cases
 def test_it_is_trained_as_on_the_dense_base(way: Way, case: Case, shared_checkpoint: Any) -> None:
     both = load(way, case, shared_checkpoint(WIDE, case.config()), is_trainable=True)
     for model in both:

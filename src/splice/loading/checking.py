@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from splice.base.bare import walk_bare
@@ -84,18 +83,24 @@ def check_repeated(found: Fitted, weights: Weights) -> None:
         AdapterMismatchError: they differ.
     """
     names, sources = found.checkpoint.names, found.plan.sources
+    repeating: dict[str, list[tuple[str, bool]]] = {}
     for key, of in found.plan.repeated.items():
-        if key not in names or of.key not in sources:
-            continue
-        # Equal to the last bit: when they were saved they were one tensor.
-        one, two = weights.read([names[key], sources[of.key]])
-        one = one.T if of.transposed else one
-        # Of another shape: the caller chose to leave it out.
-        if one.shape == two.shape and not torch.equal(one, two):
-            raise AdapterMismatchError(
-                f"the checkpoint at {weights.place} has different tensors for {key} and {of.key}, and the layers share them "
-                "here. The model is unchanged. If they share them because they are tied, set `ensure_weight_tying` to False "
-                "in the config, or load the adapter onto a base that is not tied; otherwise the checkpoint was changed by "
-                "hand.",
-                mismatched=[key],
-            )
+        if key in names and of.key in sources and names[key] != sources[of.key]:
+            repeating.setdefault(of.key, []).append((key, of.transposed))
+    for leader, keys in repeating.items():
+        (own,) = weights.read([sources[leader]])
+        for key, transposed in keys:
+            wanted = own.T if transposed else own
+            # Equal to the last bit: when they were saved they were one tensor. Of another shape: the caller chose to leave
+            # it out.
+            if weights.entries[names[key]].shape == wanted.shape and not weights.says(names[key], wanted):
+                raise _differing(key, leader, weights.place)
+
+
+def _differing(key: str, leader: str, place: str) -> AdapterMismatchError:
+    return AdapterMismatchError(
+        f"the checkpoint at {place} has different tensors for {key} and {leader}, and the layers share them here. The model "
+        "is unchanged. If they share them because they are tied, set `ensure_weight_tying` to False in the config, or load "
+        "the adapter onto a base that is not tied; otherwise the checkpoint was changed by hand.",
+        mismatched=[key],
+    )

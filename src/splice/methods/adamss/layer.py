@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from splice.base.layers import features
+from splice.base.offload import at_hand
 from splice.base.weight_access import check_readable
 from splice.errors import AdapterMismatchError, UnsupportedFeatureError
 from splice.kinds.casting import cast_to
@@ -53,6 +54,11 @@ class AdamssLayer(WorkedOut):
     @classmethod
     def new_slots(cls, base: nn.Module, config: AdamssConfig, path: str) -> dict[str, Slot]:
         check_readable(base, path, "the adapter")
+        with at_hand([base]):
+            return cls._new_slots(base, config, path)
+
+    @classmethod
+    def _new_slots(cls, base: nn.Module, config: AdamssConfig, path: str) -> dict[str, Slot]:
         if original_weight(base).is_meta:
             raise UnsupportedFeatureError(
                 f"{path}: a new AdaMSS adapter is made for the values of the weight, and it is on the meta device. Load the "

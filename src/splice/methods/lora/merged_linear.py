@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import nn
 
-from splice.base.sharding import Part, part_in
+from splice.checkpoint.derived import Derived
 from splice.checkpoint.header import Entry
 from splice.checkpoint.tensors import Weights
 from splice.config import copy_config
@@ -26,7 +26,7 @@ _B = ".lora_B.weight"
 _GROUPS = 2
 
 
-class Unmerged:
+class Unmerged(Derived):
     """The tensors of such a checkpoint, each B (k out / n, k r / g, 1) as its plain form (out, k r)."""
 
     def __init__(self, weights: Weights, enabled: Sequence[bool], rank: int) -> None:
@@ -41,9 +41,6 @@ class Unmerged:
     def read(self, names: Sequence[str], into: Mapping[str, torch.Tensor] | None = None) -> list[torch.Tensor]:
         tensors = self.weights.read(names)
         return [_plain(t, self.enabled, self.rank) if name.endswith(_B) else t for name, t in zip(names, tensors)]
-
-    def read_part(self, name: str, part: Part) -> torch.Tensor:
-        return part_in(self.read([name])[0], part)
 
 
 def as_plain(

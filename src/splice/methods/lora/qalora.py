@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from splice.base.backends.finding import backend_of
 from splice.base.layers import features, kind_of
-from splice.base.sharding import Part, part_in
+from splice.checkpoint.derived import Derived
 from splice.checkpoint.header import Entry
 from splice.checkpoint.keys import PREFIX
 from splice.checkpoint.tensors import Weights
@@ -75,7 +75,7 @@ class QaloraLinear(OnLinear):
         return Factors(repeated(self.a, self.group), self.b, float(self.scale))
 
 
-class Repeated:
+class Repeated(Derived):
     """The tensors of such a checkpoint, with these A as those of plain LoRA."""
 
     def __init__(self, weights: Weights, names: frozenset[str], group: int) -> None:
@@ -93,9 +93,6 @@ class Repeated:
     def read(self, names: Sequence[str], into: Mapping[str, torch.Tensor] | None = None) -> list[torch.Tensor]:
         tensors = self.weights.read(names)
         return [repeated(t, self.group) if name in self.names else t for name, t in zip(names, tensors)]
-
-    def read_part(self, name: str, part: Part) -> torch.Tensor:
-        return part_in(self.read([name])[0], part)
 
 
 def as_plain_elsewhere(

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from splice.base.sharding import Part, part_in
+from splice.checkpoint.derived import Derived
 from splice.checkpoint.header import Entry
 from splice.checkpoint.keys import format_key, parse_key
 from splice.checkpoint.tensors import Weights
@@ -103,7 +103,7 @@ def _joined_b(config: LoraConfig, owner: str, parts: Mapping[str, Sequence[torch
 JOINS = MappingProxyType({"lora_A.weight": _joined_a, "lora_B.weight": _joined_b})
 
 
-class StackedExperts:
+class StackedExperts(Derived):
     """The tensors of such a checkpoint, with those of the experts joined."""
 
     def __init__(self, weights: Weights, plain: Mapping[str, str], joined: Mapping[str, _Joined]) -> None:
@@ -129,9 +129,6 @@ class StackedExperts:
                 stack = owners[name]
                 result.append(stack.a(tensors) if name.endswith("lora_A.weight") else stack.b(tensors))
         return result
-
-    def read_part(self, name: str, part: Part) -> torch.Tensor:
-        return part_in(self.read([name])[0], part)
 
 
 def as_stacked(

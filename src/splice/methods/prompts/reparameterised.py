@@ -6,11 +6,13 @@ too, under names that the reference leaves aside: a load for inference takes the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from splice.kinds.container import Holder
 from splice.kinds.file_form import FileForm, Stored
@@ -53,6 +55,16 @@ class TrainedBehind(PromptLayer):
     file_form = TableAndTensors()
 
 
+class _Undrawn(TorchFunctionMode):
+    """Inside, a module that is made gets no values: torch takes longer to draw nothing on the meta device than to draw."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        drawn = func in (nn.init.kaiming_uniform_, nn.init.uniform_)
+        return None if drawn else func(*args, **(kwargs or {}))
+
+
 class Reparameterised(TrainedBehind):
     """The table is what modules make of an embedding; they stand in the tree, beside it."""
 
@@ -72,7 +84,7 @@ class Reparameterised(TrainedBehind):
 
     @classmethod
     def slots(cls, base: nn.Module, config: Config, path: str) -> dict[str, Slot]:
-        with torch.device("meta"):
+        with torch.device("meta"), _Undrawn():
             tensors = _tensors_of(cls.behind(base, config))
         shapes = {"embedding.weight": cls.width(base, config), **{s: tuple(t.shape) for s, t in tensors.items()}}
         return {suffix: Slot(shape, dtype=torch.float32) for suffix, shape in shapes.items()}
@@ -86,7 +98,7 @@ class Reparameterised(TrainedBehind):
 
     def new_entry(self, container: str) -> Encoder:
         # Modules without values: each gets the tensors of its slots next.
-        with torch.device("meta"):
+        with torch.device("meta"), _Undrawn():
             modules = self.behind(self.base, self.config)
         entry = self.encoder(self)
         entry._modules.update({"embedding": Holder(), **modules})

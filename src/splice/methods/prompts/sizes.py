@@ -36,11 +36,13 @@ def sizes_of(network: nn.Module, config: PromptLearningConfig) -> dict[str, int]
     Raises:
         ValueError: the base model's config does not say one of them.
     """
-    base = _fields_of(network)
     submodules = 2 if config.task_type == TaskType.SEQ_2_SEQ_LM else 1
     found = {"num_transformer_submodules": config.num_transformer_submodules or submodules}
+    said = {field: getattr(config, field) for field in _SIZES}
+    # Checkpoints say all of them, and the fields of a config of transformers are copied each time.
+    base = {} if all(said.values()) else _fields_of(network)
     for field, names in _SIZES.items():
-        value = getattr(config, field) or next((base[name] for name in names if base.get(name) is not None), None)
+        value = said[field] or next((base[name] for name in names if base.get(name) is not None), None)
         if value is None:
             raise ValueError(f"Please specify `{field}` in `peft_config`: the base model's config has none of {names}")
         found[field] = value
