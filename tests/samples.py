@@ -172,6 +172,18 @@ SAMPLES: dict[PeftType, Sample] = {
             "uninitialised": {"init_weights": False},
         },
     ),
+    PeftType.FROD: Sample(
+        refused_on_codes="FRoD requires a weight in float32, float16 or bfloat16",
+        config={"sparse_rate": 0.1, "init_weights": False, "progressbar": False},
+        options={
+            "regenerated": {"save_projection": False, "projection_prng_key": 5},
+            "diagonal": {"sparse_rate": 0.0, "regularization_alpha": 0.1},
+            "bias_of_targets": {"bias": "frod_only"},
+            "unchanged": {"init_weights": True},
+        },
+        same_targets=True,
+        reference_calls_base=False,
+    ),
     PeftType.PSOFT: Sample(
         refused_on_codes="PSOFT requires a weight in float32, float16 or bfloat16",
         config={"r": 3},

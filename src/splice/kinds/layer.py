@@ -133,7 +133,7 @@ class AdapterLayer(OwnTensors, Effect, WeightEffect):
         return self.find(BIAS)
 
     def join(self, shared: AdapterLayer) -> None:
-        """Be told of what all layers of this adapter share; called once, of methods whose record has `shared`."""
+        """Be told of what all layers of this adapter share, before any is attached; of methods whose record has `shared`."""
 
     def shown(self, base: nn.Module) -> dict[str, torch.Tensor]:
         bias = self.trained_bias

@@ -219,8 +219,6 @@ class Tuner(TunerViews, nn.Module):
     def _share(self, name: str, layers: Sequence[AdapterLayer]) -> None:
         for shared in (layer for layer in layers if isinstance(layer, SharedTensors)):
             register(shared, name, Home(self._modules, self.added, self.model))
-            for layer in layers:
-                layer.join(shared)
 
     def take_slot(self, name: str) -> None:
         """Let the factors of an adapter lie in a slot, where there are slots and one is free."""

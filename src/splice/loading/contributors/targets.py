@@ -25,7 +25,7 @@ def targets(draft: Draft) -> None:
         selected.pop(path, None)
     if draft.method.passes_over:
         selected = _able(draft, selected)
-    if any(issubclass(layer_class, LaidOut) for layer_class in draft.method.layers.values()):
+    if any(issubclass(cls, LaidOut) for cls in (*draft.method.layers.values(), draft.method.shared) if cls is not None):
         draft.layout = Layout(selected)
     for path, base in selected.items():
         layer_class = draft.method.layer_for(base, path, draft.config)
