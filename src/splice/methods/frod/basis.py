@@ -43,13 +43,16 @@ def layers_by_kind(paths: Iterable[str]) -> dict[str, list[str]]:
 def basis_of(weights: Sequence[torch.Tensor], alpha: float) -> torch.Tensor:
     """V (in, in), of these weights (out, in) in float32; `alpha` keeps what is inverted from being singular."""
     together = torch.cat(list(weights))
+    basis: torch.Tensor
     if len(together) < together.shape[1]:
-        return torch.linalg.svd(together, full_matrices=True).Vh.T.contiguous()
+        basis = torch.linalg.svd(together, full_matrices=True).Vh.T.contiguous()
+        return basis
     q, r = torch.linalg.qr(together)
     ridge = alpha * torch.eye(r.shape[1])
     parts = q.split([len(weight) for weight in weights])
     mean = torch.stack([torch.linalg.inv(part.T @ part + ridge) for part in parts]).mean(0)
-    return r.T @ torch.linalg.eigh(mean).eigenvectors
+    basis = r.T @ torch.linalg.eigh(mean).eigenvectors
+    return basis
 
 
 def place_count(size: int, rate: float) -> int:
@@ -73,7 +76,7 @@ def in_basis(weight: torch.Tensor, basis: torch.Tensor) -> tuple[torch.Tensor, t
     weight, basis = weight.double(), basis.double()
     try:
         found = torch.linalg.solve(basis, weight.T).T
-    except torch.linalg.LinAlgError:  # a singular one
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined] # a singular one
         found = weight @ torch.linalg.pinv(basis, rtol=1e-6).T
     lengths = torch.linalg.vector_norm(found, dim=0)
     return torch.where(lengths > 1e-12, found / lengths.clamp_min(1e-12), 0.0), lengths

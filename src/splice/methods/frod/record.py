@@ -44,9 +44,7 @@ METHOD = register(
         summary="Writes all weights of a kind in one basis, and trains what each is there: a diagonal and a few numbers more.",
         config=FrodConfig,
         prefix="frod_",
-        tensor_names=frozenset(
-            {"frod_lambda_l", "frod_lambda_s_values", "frod_V", "frod_s_indices", "frod_s_size"}
-        ),
+        tensor_names=frozenset({"frod_lambda_l", "frod_lambda_s_values", "frod_V", "frod_s_indices", "frod_s_size"}),
         layers=MappingProxyType({LayerKind.LINEAR: FrodLayer, LayerKind.TRANSPOSED_LINEAR: FrodLayer}),
         shared=FrodBases,
         layer_views=MappingProxyType(
