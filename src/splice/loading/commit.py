@@ -155,10 +155,10 @@ def build_new(plan: Plan, config: PeftConfig, autocast: bool, on_meta: bool = Fa
     for item in built:
         with _values(item.placement):
             item.layer.begin()
-        if on_meta:
-            item.layer.leave_empty()
-            for suffix, leader in item.layer.leaders.items():
-                item.layer.keep(suffix, led[leader.path].tensor(leader.suffix))
+    for item in built if on_meta else ():  # after all have begun, some of which look at what they share
+        item.layer.leave_empty()
+        for suffix, leader in item.layer.leaders.items():
+            item.layer.keep(suffix, led[leader.path].tensor(leader.suffix))
     return built + _followers(plan, built, config)
 
 

@@ -110,11 +110,14 @@ class FrodLayer(UsesShared, WorkedOut):
 
     @classmethod
     def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: FrodConfig) -> None:
-        for suffix in ("frod_lambda_s_values", "frod_lambda_l"):
-            nn.init.zeros_(tensors[suffix]) if config.init_weights else nn.init.normal_(tensors[suffix], std=0.1)
+        values, lengths = tensors["frod_lambda_s_values"], tensors["frod_lambda_l"]
+        nn.init.zeros_(values) if config.init_weights else nn.init.normal_(values, std=0.1)
+        nn.init.zeros_(lengths)  # what the weight has there is added in the end
+        if not config.init_weights:
+            lengths += 0.1 * torch.randn_like(lengths)
 
     def prepare(self, base: nn.Module, config: FrodConfig, path: str) -> None:
-        self.kind, self.dropout = kind_at(path), config.frod_dropout
+        self.kind, self.dropout, self.r = kind_at(path), config.frod_dropout, features(base)[1]
 
     def join(self, shared: AdapterLayer) -> None:
         super().join(shared)

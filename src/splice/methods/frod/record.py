@@ -38,10 +38,20 @@ def _at_the_rate_of_another(
     return Reading(checkpoint, replace(config, sparse_rate=rate), (note,))
 
 
+def _notes(config: FrodConfig) -> list[str]:
+    if config.save_projection:
+        return []
+    return [
+        "its checkpoint holds no bases (`save_projection=False`), so they were worked out of the base's weights again. They "
+        "come out the same on the same kind of processor with the same version of torch alone; elsewhere the output may be "
+        "wrong. Where it was trained, save it with `save_projection=True`"
+    ]
+
+
 METHOD = register(
     Method(
         name=PeftType.FROD,
-        summary="Writes all weights of a kind in one basis, and trains what each is there: a diagonal and a few numbers more.",
+        summary="Writes all weights of a kind in one basis, and trains what each is there: a diagonal and a few more.",
         config=FrodConfig,
         prefix="frod_",
         tensor_names=frozenset({"frod_lambda_l", "frod_lambda_s_values", "frod_V", "frod_s_indices", "frod_s_size"}),
@@ -58,6 +68,7 @@ METHOD = register(
         ),
         default_targets=MappingProxyType({**LORA_TARGETS, "phi": ["q_proj", "v_proj"], "vit": ["query", "value"]}),
         readings=(_at_the_rate_of_another,),
+        loading_notes=_notes,
         paper="doi 10.1609/aaai.v40i31.39813",
     )
 )
