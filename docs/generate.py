@@ -1,14 +1,18 @@
 """Writes what is made from the code: `python docs/generate.py` (`make docs`).
 
-That is docs/methods.md, from the records of the methods; the drawing of the rooms in docs/architecture.md, from the imports;
-and the types of the public names and the pages of the API reference, from the table of those.
+That is docs/methods.md and what the command line knows of methods without importing them, from their records; the drawing of
+the rooms in docs/architecture.md, from the imports; and the types of the public names and the pages of the API reference,
+from the table of those.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import sys
 from pathlib import Path
 
+from splice.config import PeftConfig
 from splice.kinds.combining import Summed
 from splice.kinds.registry import Method, all_methods
 
@@ -82,6 +86,32 @@ def page() -> str:
     return _HEAD + "\n".join(row(method) for _, method in sorted(all_methods().items())) + "\n"
 
 
+def for_the_command_line() -> str:
+    """What `splice inspect` knows of the methods: JSON, one line for each, so that a new one is one line more."""
+    lines = [f'"{name.value}": {json.dumps(_known(method))}' for name, method in sorted(all_methods().items())]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _known(method: Method) -> dict[str, object]:
+    config = method.config
+    stored = [field for field in dataclasses.fields(config) if field.init and field.name not in config.runtime_fields]
+    return {
+        "summary": method.summary,
+        "tensors": sorted(method.tensor_names),
+        "whole_call": method.network_layer is not None,
+        "legacy": sorted(config.legacy_fields),
+        "fields": {field.name: _default(field, config) for field in stored},
+    }
+
+
+def _default(field: dataclasses.Field[object], config: type[PeftConfig]) -> object:
+    """What a field holds that nobody set, as a file spells it; null where it has no value of its own."""
+    if field.default_factory is not dataclasses.MISSING:
+        made = field.default_factory()
+        return dataclasses.asdict(made) if dataclasses.is_dataclass(made) and not isinstance(made, type) else made
+    return None if field.default is dataclasses.MISSING else field.default
+
+
 def architecture() -> str:
     """The page of the architecture with the rooms as the imports draw them now."""
     text = (_HERE / "architecture.md").read_text(encoding="utf-8")
@@ -95,6 +125,7 @@ def written() -> dict[Path, str]:
     pages = {_HERE / "methods.md": page(), _HERE / "architecture.md": architecture(), **reference}
     root = _HERE.parent
     stubs = {
+        root / "src" / "splice" / "cli" / "methods.json": for_the_command_line(),
         root / "src" / "splice" / "__init__.pyi": public.stub(),
         root / "peft-shim" / "src" / "peft" / "__init__.pyi": public.shim_stub(),
     }

@@ -86,16 +86,20 @@ def places() -> dict[str, str]:
 
 def stub() -> str:
     """The types of the public names: where each is imported from."""
-    imports = [
-        f"from {module} import {name} as {name}\n" for module, name in sorted((m, n) for n, m in places().items())
-    ]
+    imports = [_imported(module, name) for module, name in sorted((m, n) for n, m in places().items())]
     listed = "".join(f'    "{name}",\n' for name in splice.__all__)
     return f"{_STUB_HEAD}{''.join(imports)}\n__version__: str\n__all__ = [\n{listed}]\n"
 
 
+def _imported(module: str, name: str) -> str:
+    """The import of a name that is passed on, as the formatter writes it."""
+    line = f"from {module} import {name} as {name}\n"
+    return line if len(line) <= 121 else f"from {module} import (\n    {name} as {name},\n)\n"
+
+
 def shim_stub() -> str:
     """The same for the shim. What follows from the methods' records is not known before the program runs."""
-    imports = "".join(f"from splice import {name} as {name}\n" for name in sorted(places()))
+    imports = "".join(_imported("splice", name) for name in sorted(places()))
     return (
         f"{_STUB_HEAD}from typing import Any\n\n{imports}\n__version__: str\n\ndef __getattr__(name: str) -> Any: ...\n"
     )

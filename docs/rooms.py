@@ -18,6 +18,7 @@ _CALLED = tuple(sorted(path.stem for path in SRC.glob("[!_]*.py") if path.stem n
 
 # From the top down, with what each holds. A room imports from those below it, never the other way.
 ROOMS: dict[str, tuple[tuple[str, ...], str]] = {
+    "cli/": (("cli", "__main__"), "the program `splice`: a command is one file in commands/"),
     "what people call": (
         _CALLED,
         "PeftModel and its classes for tasks, reports, the functions other libraries use",

@@ -52,6 +52,9 @@ class Sample:
         merges: whether its adapters can be merged into weights; neither library merges those of the others.
         row_by_row: whether an adapter gives the same for a row, whatever other rows of it are in the batch.
         reference_shares: whether the reference lets layers of all adapters share tensors, not of the first one alone.
+        file_forms: fields with which checkpoints hold another form than memory, each under a name for the test's id, where
+            `options` has none: what tests of those need, such as training, does not go with it.
+        keeps_less_in_file: why such a form holds less than memory does, and is rounded; empty where it holds all.
         on_every_base: whether it is tested on every base model, and beside every method, in the place of all of its kind:
             what a base asks of an adapter is hosted by the kind, once. The others are tested on `bases.CORE`.
     """
@@ -84,6 +87,8 @@ class Sample:
     merges: bool = True
     row_by_row: bool = True
     reference_shares: bool = True
+    file_forms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    keeps_less_in_file: str = ""
     on_every_base: bool = False
 
 
@@ -223,6 +228,14 @@ SAMPLES: dict[PeftType, Sample] = {
         options={"projected": {"prefix_projection": True, "encoder_hidden_size": 6}},
         reference_generates=False,
         # It looks for the argument `past_key_values`, which transformers 5.24 calls `cache`.
+        not_on={"": frozenset({"bert_label", "llama_label", "bert_tokens", "bert_spans"})},
+    ),
+    PeftType.CARTRIDGE: Sample(
+        config={"num_virtual_tokens": 4},
+        small={"num_virtual_tokens": 2},
+        options={"none_frozen": {"num_frozen_tokens": 0}, "most_frozen": {"num_frozen_tokens": 3}},
+        reference_generates=False,
+        # As prefix tuning.
         not_on={"": frozenset({"bert_label", "llama_label", "bert_tokens", "bert_spans"})},
     ),
     PeftType.IA3: Sample(
@@ -391,6 +404,12 @@ SAMPLES: dict[PeftType, Sample] = {
         config={"r": 3, "num_vectors": 10, "vector_length": 2, "topk": 3, "init_vector_bank_bound": 0.8},
         small={"r": 2, "num_vectors": 300, "vector_length": 1, "topk": 2, "init_vector_bank_bound": 0.5},
         options={"bias_of_targets": {"bias": "vblora_only"}},
+        # Of such a checkpoint nobody can train, and the tests of options do.
+        file_forms={
+            "largest": {"save_only_topk_weights": True},
+            "wide_indices": {"save_only_topk_weights": True, "num_vectors": 300, "bias": "vblora_only"},
+        },
+        keeps_less_in_file="of the logits the largest alone, as their weights, which add up to 1",
     ),
     PeftType.RANDLORA: Sample(
         config={"r": 4, "randlora_alpha": 6},
@@ -451,6 +470,26 @@ SAMPLES: dict[PeftType, Sample] = {
         # later has the positions of the first one's layers.
         same_targets=True,
     ),
+    PeftType.SHIRA: Sample(
+        reference_calls_base=False,
+        config={"r": 1},
+        small={"r": 2, "random_seed": 3},
+        options={"uninitialised": {"init_weights": False, "random_seed": 5}},
+    ),
+    PeftType.SUPERTUNING: Sample(
+        reference_calls_base=False,
+        config={"sparsity": 0.8, "r": 2},
+        small={"sparsity": 0.5, "r": None},
+        options={
+            "entries_alone": {"r": None},
+            "smallest": {"select_top": False, "lora_alpha": 3},
+            "all_entries": {"sparsity": 0.0},
+            "worked_out": {"save_precomputed_indices": False},
+            "uninitialised": {"init_weights": False},
+        },
+        # Which entries are the largest cannot be told of codes.
+        not_on={"worked_out": frozenset({"wide"})},
+    ),
     PeftType.ADALORA: Sample(
         config={"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10},
         one_trained=True,
@@ -488,6 +527,17 @@ SAMPLES: dict[PeftType, Sample] = {
     PeftType.ADAPTION_PROMPT: Sample(
         config={"adapter_len": 3, "adapter_layers": 1}, small={"adapter_len": 2, "adapter_layers": 2}
     ),
+    PeftType.SHADOW: Sample(
+        config={"r": 4, "shadow_alpha": 0.5},
+        small={"r": 2, "shadow_hidden_size": 8, "shadow_intermediate_size": 6, "update_hidden_size": 3},
+        options={
+            "narrow": {"shadow_hidden_size": 8, "shadow_num_hidden_layers": 2},
+            "own_embeddings": {"share_embeddings": False},
+            "uninitialised": {"init_weights": False},
+        },
+        task="CAUSAL_LM",
+        merges=False,
+    ),
     PeftType.P_TUNING: Sample(
         stored_otherwise=True,
         config={"num_virtual_tokens": 4, "encoder_hidden_size": 6},
@@ -520,6 +570,7 @@ class Case:
             **targets,
             **self.sample.config,
             **self.sample.options.get(self.option, {}),
+            **self.sample.file_forms.get(self.option, {}),
             **changes,
         }
 
@@ -586,6 +637,11 @@ def network_cases(*chosen: Base, options: bool = False) -> list[Case]:
         if (b.name in _CORE_NETWORKS or SAMPLES[m.name].on_every_base) and SAMPLES[m.name].task in (None, b.task)
         for option in ("", *(SAMPLES[m.name].options if options else ()))
     ]
+
+
+def prompt_cases(*chosen: Base, options: bool = False) -> list[Case]:
+    """Those of the `network_cases` whose methods put virtual tokens into the input or the cache."""
+    return [case for case in network_cases(*chosen, options=options) if case.method.config.is_prompt_learning]
 
 
 def parameter_cases(*chosen: Base) -> list[Case]:

@@ -25,15 +25,15 @@ from tests.comparing import (
     tensors_in,
     trainable_names,
 )
-from tests.samples import Case, network_cases
+from tests.samples import Case, prompt_cases
 from tests.task_bases import BART, T5, TASKS, answer, labels_for
 
-CASES = network_cases(*TASKS)
+CASES = prompt_cases(*TASKS)
 # Where the reference can call the model at all.
 CALLED = [case for case in CASES if case.base.name not in case.sample.not_on.get("", ())]
 every = pytest.mark.parametrize("case", CASES, ids=str)
 called = pytest.mark.parametrize("case", CALLED, ids=str)
-generating = pytest.mark.parametrize("case", network_cases(T5, BART), ids=str)
+generating = pytest.mark.parametrize("case", prompt_cases(T5, BART), ids=str)
 pytestmark = pytest.mark.filterwarnings("ignore:.*detect padding", "ignore:Token type ids", "ignore:Position ids")
 
 

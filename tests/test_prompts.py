@@ -26,9 +26,9 @@ from tests.comparing import (
     tensors_in,
     trainable_names,
 )
-from tests.samples import Case, network_cases
+from tests.samples import Case, prompt_cases
 
-every = pytest.mark.parametrize("case", network_cases(bases.LLAMA, bases.GPT2, bases.TIED), ids=str)
+every = pytest.mark.parametrize("case", prompt_cases(bases.LLAMA, bases.GPT2, bases.TIED), ids=str)
 
 
 def padded(case: Case) -> Inputs:
@@ -214,7 +214,7 @@ def test_rows_are_right_or_refused(case: Case, shared_checkpoint: Any) -> None:
         assert_close(mixed, torch.stack(expected))
 
 
-@pytest.mark.parametrize("case", network_cases(bases.LLAMA), ids=str)
+@pytest.mark.parametrize("case", prompt_cases(bases.LLAMA), ids=str)
 def test_positions_in_the_cache_are_not_the_callers(case: Case, shared_checkpoint: Any) -> None:
     """`generate` of transformers 4 sends `cache_position`, counted without the virtual tokens."""
     model = splice.PeftModel.from_pretrained(case.base.build(), shared_checkpoint(case.base, case.config()))

@@ -149,12 +149,15 @@ def test_the_tensors_of_another_method(tmp_path: Path) -> None:
         splice.PeftModel.from_pretrained(model, folder)
 
 
-def test_a_method_that_is_not_there_yet(tmp_path: Path) -> None:
-    folder = _config(peft_type="SHADOW")(parts()).write(tmp_path)
+def test_a_method_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one of a later version of the reference."""
+    folder = _config()(parts()).write(tmp_path)
     model = llama()
+    splice.PeftConfig.from_pretrained(folder)
+    monkeypatch.delitem(splice.config._CLASSES, splice.PeftType.LORA)
     with (
         unchanged(model),
-        pytest.raises(KeyError, match="adapters of the method 'SHADOW' cannot be loaded by this version"),
+        pytest.raises(KeyError, match="adapters of the method 'LORA' cannot be loaded by this version"),
     ):
         load(folder, model)
 

@@ -91,7 +91,8 @@ def with_two(network: nn.Module, fields: dict[str, Any]) -> Any:
             for t in splice.get_peft_model_state_dict(model, adapter_name=name).values()
         ]
     for tensor in tensors:
-        tensor.data.copy_(torch.randn(tensor.shape))
+        if tensor.is_floating_point():  # others are indices
+            tensor.data.copy_(torch.randn(tensor.shape))
     return model.eval()
 
 

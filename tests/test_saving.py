@@ -18,7 +18,7 @@ from torch import nn
 
 import splice
 from splice.checkpoint.incoming import INCOMING_CONFIG
-from tests import broken
+from tests import bases, broken
 from tests.broken import (
     BIN,
     CONFIG,
@@ -33,6 +33,8 @@ from tests.broken import (
     output,
     parts,
 )
+from tests.comparing import assert_same_tensors
+from tests.samples import Case, plain_cases
 
 SAVING = tuple(f"{PACKAGE}/{name}.py" for name in ("loading/saving", "checkpoint/writing", "checkpoint/files"))
 CARD = "README.md"
@@ -534,6 +536,24 @@ def test_a_state_dict_of_the_whole_model(what: str, source: str, tmp_path: Path)
     for name in ours.keys() & expected.keys():
         assert torch.equal(ours[name], expected[name] * 2), name
     assert ours.keys() & expected.keys()
+
+
+@pytest.mark.parametrize("case", plain_cases(bases.LLAMA), ids=str)
+def test_a_state_dict_is_saved_as_if_it_were_on_the_model(case: Case, tmp_path: Path) -> None:
+    """Whatever a method works out of its tensors for a checkpoint, it works out of those that are given."""
+    models = []
+    for _ in range(2):
+        torch.manual_seed(4)
+        models.append(splice.get_peft_model(case.base.build(), splice.get_peft_config(case.config())))
+    model, other = models
+    own = [name for name in model.state_dict() if "default" in name.split(".")]
+    given = {n: t * 1.1 if n in own and t.is_floating_point() else t for n, t in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "given", state_dict=given)
+    other.load_state_dict(given)
+    other.save_pretrained(tmp_path / "own")
+    expected = broken.tensors_in(tmp_path / "own")
+    assert_same_tensors(broken.tensors_in(tmp_path / "given"), expected)
+    assert expected
 
 
 def test_shared_and_transposed_tensors_are_written_whole(tmp_path: Path) -> None:

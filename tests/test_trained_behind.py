@@ -25,8 +25,11 @@ def _is_trained_by_others(case: Case) -> bool:
     return layer_class is not None and layer_class.for_training(config) is not layer_class
 
 
-CASES = [case for case in network_cases(bases.LLAMA, T5, options=True) if _is_trained_by_others(case)]
+ALL = network_cases(bases.LLAMA, T5, options=True)
+CASES = [case for case in ALL if _is_trained_by_others(case)]
 every = pytest.mark.parametrize("case", CASES, ids=str)
+# Those as well that are trained as they are stored.
+every_one = pytest.mark.parametrize("case", ALL, ids=str)
 
 
 def new(library: Any, case: Case) -> Any:
@@ -68,16 +71,61 @@ def test_a_new_one_starts_learns_and_is_saved_as_in_the_reference(case: Case, tm
     assert_close(run(again, case.base.inputs(3)), run(ours.eval(), case.base.inputs(3)))
 
 
-@every
-def test_training_goes_on_as_if_it_had_never_stopped(case: Case, tmp_path: Path) -> None:
+def steps(model: Any, case: Case, optimizer: torch.optim.Optimizer, count: int, seed: int) -> list[float]:
+    """Losses of as many steps in training mode, with dropout where there is some."""
+    inputs = {**case.base.inputs(3), **labels_for(case.base)}
+    inputs.setdefault("labels", inputs["input_ids"])
+    inputs.pop("decoder_input_ids", None)
+    torch.manual_seed(seed)
+    losses = []
+    for _ in range(count):
+        loss = model.train()(**inputs).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def adam(model: Any) -> torch.optim.Optimizer:
+    """Which remembers what every parameter has been through, by its place among them."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+
+
+@pytest.mark.parametrize("way", ["loaded", "over a new one"])
+@every_one
+def test_training_goes_on_as_if_it_had_never_stopped(case: Case, way: str, tmp_path: Path) -> None:
+    """From the checkpoint and the optimizer's state, as a trainer resumes: loaded, or over an adapter that is made anew."""
     model = new(splice, case)
-    first = train(model, case, 2)
+    optimizer = adam(model)
+    first = steps(model, case, optimizer, 2, seed=1)
     model.save_pretrained(tmp_path)
-    unbroken = train(model, case, 3)
-    assert first[0] > unbroken[-1]
-    again = splice.PeftModel.from_pretrained(case.base.build(), tmp_path, is_trainable=True).train()
-    assert train(again, case, 3) == unbroken
+    remembered = copy.deepcopy(optimizer.state_dict())
+    unbroken = steps(model, case, optimizer, 3, seed=2)
+    assert first[0] != unbroken[0]
+    if way == "loaded":
+        again: Any = splice.PeftModel.from_pretrained(case.base.build(), tmp_path, is_trainable=True)
+    else:
+        torch.manual_seed(9)
+        again = splice.get_peft_model(case.base.build(), get_peft_config(case.config()))
+        again.load_adapter(tmp_path, "default", is_trainable=True)
+    resumed = adam(again)
+    resumed.load_state_dict(remembered)
+    assert steps(again, case, resumed, 3, seed=2) == unbroken
     assert_same_tensors(splice.get_peft_model_state_dict(again), splice.get_peft_model_state_dict(model))
+
+
+@every_one
+def test_what_a_trainer_gathered_is_saved_as_if_it_were_on_the_model(case: Case, tmp_path: Path) -> None:
+    """Averaged weights, say: the virtual tokens are those that they make, not those of the model."""
+    model, other = new(splice, case), new(splice, case)
+    gathered = {name: tensor * 1.1 for name, tensor in model.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "given", state_dict=gathered)
+    other.load_state_dict(gathered)
+    other.save_pretrained(tmp_path / "own")
+    assert_same_tensors(tensors_in(tmp_path / "given"), tensors_in(tmp_path / "own"))
+    assert_same_tensors(model.state_dict(), before)
 
 
 @every

@@ -193,10 +193,45 @@ def test_off_and_away_is_the_base(theirs: Make) -> None:
     expected = run(BASE.build(), BASE.inputs(3))
     with model.disable_adapter():
         assert torch.equal(run(model, BASE.inputs(3)), expected)
-    with pytest.raises(NotImplementedError, match="'default' cannot be merged"):
-        model.merge_adapter()
     network = model.unload()
     assert torch.equal(run(network, BASE.inputs(3)), expected)
+
+
+def test_merged_it_is_the_sum_of_its_experts(theirs: Make) -> None:
+    """As in the reference, which does not say so; the router is back when they are taken out again."""
+    reference, folder = theirs()
+    model, inputs = ours(folder), BASE.inputs(3)
+    mixture = run(model, inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        reference.merge_adapter()
+    with pytest.warns(
+        splice.PeftWarning, match="'default' weighs its experts.*each expert is added in full.*Keep it unmerged"
+    ):
+        model.merge_adapter()
+    merged = run(model, inputs)
+    assert differ(merged, mixture)
+    assert_close(merged, run(reference, inputs), factor=3)
+    model.unmerge_adapter()
+    assert torch.equal(run(model, inputs), mixture)
+    with pytest.warns(splice.PeftWarning, match="Keep it unmerged"):
+        assert_close(run(model.merge_and_unload(), inputs), merged, factor=3)
+
+
+def test_experts_are_not_added_twice(theirs: Make) -> None:
+    """One that is in the weights would be weighed beside that."""
+    model, inputs = ours(theirs()[1]), BASE.inputs(3)
+    before = run(model, inputs)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"'1' without 'default' would have it take effect twice.*set_adapter"):
+            merge(adapter_names=["1"])
+        assert torch.equal(run(model, inputs), before)
+    model.set_adapter("1")
+    alone = run(model, inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.merge_adapter()
+    assert_close(run(model, inputs), alone, factor=3)
 
 
 def test_its_options_can_be_changed_as_in_the_reference(theirs: Make) -> None:

@@ -30,6 +30,7 @@ _PUBLIC = {
         "AutoPeftModelForTokenClassification",
     ],
     "splice.gap": ["BaseGap", "base_gap"],
+    "splice.merging_files": ["merge_files"],
     "splice.mixed": ["PeftMixedModel"],
     "splice.injecting": ["inject_adapter_in_model"],
     "splice.checkpoint.types": ["PeftType", "TaskType"],

@@ -32,6 +32,7 @@ from splice.loading.report import LoadReport as LoadReport
 from splice.loading.saving import get_peft_model_state_dict as get_peft_model_state_dict
 from splice.loading.state import load_peft_weights as load_peft_weights
 from splice.loading.state import set_peft_model_state_dict as set_peft_model_state_dict
+from splice.merging_files import merge_files as merge_files
 from splice.methods.adalora.layers import AdaLoraConfig as AdaLoraConfig
 from splice.methods.adamss.config import AdamssConfig as AdamssConfig
 from splice.methods.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
@@ -77,6 +78,15 @@ from splice.methods.oft import OFTConfig as OFTConfig
 from splice.methods.osf import OSFConfig as OSFConfig
 from splice.methods.peanut import PeanutConfig as PeanutConfig
 from splice.methods.poly import PolyConfig as PolyConfig
+from splice.methods.prompts.cartridge.cartridge import CartridgeConfig as CartridgeConfig
+from splice.methods.prompts.cartridge.composing import compose_cartridge_adapters as compose_cartridge_adapters
+from splice.methods.prompts.cartridge.prefilling import (
+    initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values,
+)
+from splice.methods.prompts.cartridge.prefilling import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
+from splice.methods.prompts.cartridge.prefilling import (
+    prompt_embeddings_from_past_key_values as prompt_embeddings_from_past_key_values,
+)
 from splice.methods.prompts.cpt import CPTConfig as CPTConfig
 from splice.methods.prompts.multitask_prompt_tuning import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
 from splice.methods.prompts.multitask_prompt_tuning import MultitaskPromptTuningInit as MultitaskPromptTuningInit
@@ -90,6 +100,10 @@ from splice.methods.psoft import PsoftConfig as PsoftConfig
 from splice.methods.pvera import PveraConfig as PveraConfig
 from splice.methods.randlora import RandLoraConfig as RandLoraConfig
 from splice.methods.road import RoadConfig as RoadConfig
+from splice.methods.shadow.config import ShadowConfig as ShadowConfig
+from splice.methods.shira.mask_functions import random_mask as random_mask
+from splice.methods.shira.record import ShiraConfig as ShiraConfig
+from splice.methods.supertuning import SupertuningConfig as SupertuningConfig
 from splice.methods.tinylora import TinyLoraConfig as TinyLoraConfig
 from splice.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from splice.methods.unilora import UniLoraConfig as UniLoraConfig
@@ -151,6 +165,7 @@ __all__ = [
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
     "load_peft_weights",
+    "merge_files",
     "prepare_model_for_kbit_training",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",

@@ -210,3 +210,9 @@ class AutoPeftModelForFeatureExtraction(_AutoPeftModel):
 
     _target_peft_class = PeftModelForFeatureExtraction
     _auto_class = "AutoModel"
+
+
+def auto_class_of(config: PeftConfig) -> str | None:
+    """The class of transformers that finds the bases of adapters with this config; None where none does."""
+    wanted = PeftModel.class_for(config)
+    return next((cls._auto_class for cls in _AutoPeftModel.__subclasses__() if cls._target_peft_class is wanted), None)

@@ -77,7 +77,7 @@ def tuner_class(name: PeftType) -> type[Tuner]:
 def _shown_as(method: Method) -> type:
     """What a PeftModel of this method has for it: the encoder of its virtual tokens, or a tuner where it has none."""
     modules = [what for what in method.names.values() if isinstance(what, type) and issubclass(what, nn.Module)]
-    return modules[0] if modules and method.network_layer is not None else tuner_class(method.name)
+    return modules[0] if modules and not method.on_layers else tuner_class(method.name)
 
 
 # -- tables
@@ -145,6 +145,16 @@ def names_of_method(name: PeftType) -> dict[str, object]:
 
 # What the reference divides the package of a method into. Each of ours has all of its names.
 PARTS = ("config", "layer", "model", "bnb")
+# One more, of methods with functions of their own; others are called as ours are that have such functions.
+TOOLS = "utils"
+
+
+def parts_of(name: PeftType) -> tuple[str, ...]:
+    """What the package of a method is divided into."""
+    home = all_methods()[name].home
+    with_tools = {module for tool, module in public_names().items() if tool.islower() and module.startswith(home)}
+    named = sorted(module.rpartition(".")[2] for module in with_tools)
+    return tuple(dict.fromkeys((*PARTS, TOOLS, *named))) if with_tools else PARTS
 
 
 class MethodModules(MetaPathFinder, Loader):
@@ -157,9 +167,10 @@ class MethodModules(MetaPathFinder, Loader):
         """The method that a module is for; None where it is for none."""
         front = f"{self.package}."
         called, _, part = fullname.removeprefix(front).partition(".")
-        if not fullname.startswith(front) or (part and part not in PARTS) or called != called.lower():
+        if not fullname.startswith(front) or called != called.lower():
             return None
-        return next((name for name in all_methods() if name.value.lower() == called), None)
+        found = next((name for name in all_methods() if name.value.lower() == called), None)
+        return None if found is None or (part and part not in parts_of(found)) else found
 
     def find_spec(self, fullname: str, path: object, target: ModuleType | None = None) -> ModuleSpec | None:
         if self.method_in(fullname) is None:
@@ -172,7 +183,7 @@ class MethodModules(MetaPathFinder, Loader):
         module.__doc__ = f"`{module.__name__}`: the names of the method {name.value}."
         vars(module).update(names_of_method(name))
         if module.__spec__ is not None and module.__spec__.submodule_search_locations is not None:
-            get, tell = lazy_names(module.__name__, submodules=lambda: PARTS)
+            get, tell = lazy_names(module.__name__, submodules=lambda: parts_of(name))
             vars(module).update(__getattr__=get, __dir__=tell)
 
 

@@ -3,8 +3,9 @@
 No list names them. A config class registers when it is defined (`config.py`), a record when it is made
 (`kinds/registry.py`); both ask here first, so that whoever looks a method up finds all of them.
 
-What a method knows of other libraries' files stands in a file of its own, `foreign.py`. Readers of checkpoints find those
-alone, and do not import torch for it.
+What a method says without torch stands in files of its own beside it: of other libraries' files in `foreign.py`, of what its
+tensors are in `outline.py`, of engines in `engines.py`. Readers of checkpoints find those alone, and do not import torch for
+it.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from typing import TypeVar
 F = TypeVar("F", bound=Callable[..., object])
 
 _PACKAGE = "splice.methods"
-_FOREIGN = "foreign"
 _FACADE = "splice.tasks"
 # What a method has that is public: configs, the choices that are fields of these, and functions that say so.
 # With the end of the line before it and not `^`: what begins with fixed bytes is found six times as fast.
 _PUBLIC = (re.compile(rb"\nclass ([A-Z]\w*(?:Config|Init|Type))\b"), re.compile(rb"\n@public\n(?:@.*\n)*def (\w+)\b"))
 _found = False
-_found_foreign = False
+# The names of files beside methods that have been imported, wherever there are any.
+_found_beside: set[str] = set()
 
 
 def public(function: F) -> F:
@@ -49,12 +50,11 @@ def find_methods() -> None:
         raise
 
 
-def find_foreign() -> None:
-    """Import every module called `foreign` among the methods. After the first time it costs nothing."""
-    global _found_foreign
-    if not _found_foreign:
-        _walk(_PACKAGE, _FOREIGN)
-        _found_foreign = True
+def find_beside(name: str) -> None:
+    """Import every module called `name` among the methods. After the first time it costs nothing."""
+    if name not in _found_beside:
+        _walk(_PACKAGE, name)
+        _found_beside.add(name)
 
 
 def find_facade() -> None:

@@ -55,7 +55,8 @@ NAMES: dict[str, str] = {
         "TpInfo add_lora_tp_hooks_dtensor get_tp_plan_and_mesh dtensor_from_local_like"
     ),
     "at the path that it is from, and not wherever the reference imports it": (
-        "ALLOWED_COMPUTE_DTYPES UPCAST_DTYPES ALL_LAYERNORM_LAYERS INCLUDE_LINEAR_LAYERS_SHORTHAND"
+        "ALLOWED_COMPUTE_DTYPES UPCAST_DTYPES ALL_LAYERNORM_LAYERS INCLUDE_LINEAR_LAYERS_SHORTHAND "
+        "SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME"
     ),
     "what a load does with files of other layouts is part of the load": (
         "FlattenDims PeftConcatenate PermuteDims convert_peft_adapter_state_dict_for_transformers "
@@ -82,9 +83,10 @@ CALLED: dict[str, str] = {
         "LNTuningLayer Linear LoHaLayer LoKrLayer LoraLayer ModulesToSaveWrapper MultiheadAttention OFTLayer ParamWrapper "
         "PrefixEncoder PromptEmbedding SVDConv2d SVDLinear TrainableTokensLayer TrainableTokensWrapper VeraLayer "
         "AdamssLayer BOFTLayer BeftLayer C3ALayer C3ALinear CPTEmbedding DeftLayer DeftLinear DeloraLayer DeloraLinear "
+        "CartridgeEncoder "
         "GloraLayer GloraLinear GraloraLayer HRAConv2d HRALayer HRALinear HiraLayer LilyLayer Linear4bit Linear8bitLt "
         "MissLayer MissLinear MultitaskPromptEmbedding OSFLayer PeanutLayer PolyLayer PromptEncoder PsoftLayer PveraLayer "
-        "RandLoraLayer RoadLayer TinyLoraLayer UniLoraLayer VBLoRALayer WaveFTLayer WaveFTLinear"
+        "RandLoraLayer RoadLayer ShiraLayer SupertuningLayer TinyLoraLayer UniLoraLayer VBLoRALayer WaveFTLayer WaveFTLinear"
     ),
     "all tuners are made in the same way": (
         "AdaLoraModel BaseTuner AdamssModel AdaptionPromptModel OSFModel TinyLoraModel UniLoraModel XLoraModel"

@@ -21,6 +21,7 @@ from splice import BdLoraConfig as BdLoraConfig
 from splice import BeftConfig as BeftConfig
 from splice import C3AConfig as C3AConfig
 from splice import CPTConfig as CPTConfig
+from splice import CartridgeConfig as CartridgeConfig
 from splice import CheckpointError as CheckpointError
 from splice import CordaConfig as CordaConfig
 from splice import DeftConfig as DeftConfig
@@ -73,7 +74,10 @@ from splice import PsoftConfig as PsoftConfig
 from splice import PveraConfig as PveraConfig
 from splice import RandLoraConfig as RandLoraConfig
 from splice import RoadConfig as RoadConfig
+from splice import ShadowConfig as ShadowConfig
+from splice import ShiraConfig as ShiraConfig
 from splice import StartedConfig as StartedConfig
+from splice import SupertuningConfig as SupertuningConfig
 from splice import TaskType as TaskType
 from splice import TinyLoraConfig as TinyLoraConfig
 from splice import TrainableTokensConfig as TrainableTokensConfig
@@ -87,6 +91,7 @@ from splice import WaveFTConfig as WaveFTConfig
 from splice import XLoraConfig as XLoraConfig
 from splice import base_gap as base_gap
 from splice import cast_mixed_precision_params as cast_mixed_precision_params
+from splice import compose_cartridge_adapters as compose_cartridge_adapters
 from splice import convert_to_lora as convert_to_lora
 from splice import create_arrow_model as create_arrow_model
 from splice import create_lorafa_optimizer as create_lorafa_optimizer
@@ -100,12 +105,17 @@ from splice import get_model_status as get_model_status
 from splice import get_peft_config as get_peft_config
 from splice import get_peft_model as get_peft_model
 from splice import get_peft_model_state_dict as get_peft_model_state_dict
+from splice import initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values
+from splice import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
 from splice import initialize_lora_eva_weights as initialize_lora_eva_weights
 from splice import inject_adapter_in_model as inject_adapter_in_model
 from splice import load_peft_weights as load_peft_weights
+from splice import merge_files as merge_files
 from splice import prepare_model_for_kbit_training as prepare_model_for_kbit_training
 from splice import preprocess_corda as preprocess_corda
 from splice import preprocess_loraga as preprocess_loraga
+from splice import prompt_embeddings_from_past_key_values as prompt_embeddings_from_past_key_values
+from splice import random_mask as random_mask
 from splice import replace_lora_weights_loftq as replace_lora_weights_loftq
 from splice import save_as_lora as save_as_lora
 from splice import set_base_model_state_dict as set_base_model_state_dict

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from splice.base.foreign_models import forward_places, is_hooked
+from splice.base.offload import KEPT
 
 # Under which attributes an adapted layer, a parent whose fused path is switched off, and a network with adapters keep what
 # they carry.
@@ -133,7 +134,7 @@ def bare_copy(module: nn.Module, memo: dict[int, object]) -> nn.Module:
     # Not `copy.deepcopy(module)` with the adapters taken out again: it would copy every one of them first.
     cls = original_class(module)
     clone = empty_instance(cls)
-    hooks = (HOST, GUARD, "_hf_hook", "_old_forward", "_diffusers_hook", "forward")
+    hooks = (HOST, GUARD, KEPT, "_hf_hook", "_old_forward", "_diffusers_hook", "forward")
     state = {k: v for k, v in module.__dict__.items() if k not in hooks}
     host, standing = cast("CarriedHost | None", carried(module, HOST)), forward_places(module)
     patched = (standing[-1].forward if standing else None) if host is None else host.own_forward

@@ -6,6 +6,7 @@ A cache does not know its tokens. Who has to know them notes them on it; a deep 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 
@@ -27,6 +28,44 @@ def length_of(cache: object | None) -> int:
     # Tuples of tensors, as before transformers 5, cannot be asked.
     measure = getattr(cache, "get_seq_length", None)
     return 0 if measure is None else int(measure())
+
+
+def keys_and_values(cache: object) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The keys and the values of each layer in a cache, (batch, heads, tokens, size of a head), from the first token on.
+
+    Args:
+        cache: a cache of transformers (of an encoder-decoder: what its decoder has of its own tokens), or pairs of tensors.
+
+    Raises:
+        TypeError: it is something else.
+        ValueError: a layer has dropped its first tokens, as those with a sliding window do, or stores them as codes.
+    """
+    # Here, since whoever has such a cache has imported transformers.
+    from transformers import Cache, EncoderDecoderCache
+
+    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    if isinstance(own, Cache):
+        return [_kept(layer, index) for index, layer in enumerate(own.layers)]
+    pairs = [tuple(layer[:2]) for layer in own] if isinstance(own, (tuple, list)) else None
+    if pairs is None or not all(len(pair) == 2 and all(torch.is_tensor(part) for part in pair) for pair in pairs):
+        raise TypeError(
+            "Unsupported `past_key_values` type. Expected a cache of transformers, or a tuple of (keys, values) for each "
+            f"layer, got {type(cache).__name__}"
+        )
+    return cast("list[tuple[torch.Tensor, torch.Tensor]]", pairs)
+
+
+def _kept(layer: Any, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of a layer of a cache of transformers."""
+    if not layer.is_initialized:
+        raise ValueError(f"Empty `past_key_values`: layer {index} holds nothing")
+    length, there = int(layer.get_seq_length()), layer.keys.shape[-2]
+    if length > there:
+        raise ValueError(
+            f"layer {index} of `past_key_values` (a {type(layer).__name__}) has seen {length} tokens and holds {there}: the "
+            "first ones are gone, or stored in another form. Run the model on fewer tokens, or with a plain DynamicCache."
+        )
+    return layer.keys[:, :, :length], layer.values[:, :, :length]
 
 
 def note_tokens(cache: object | None, tokens: torch.Tensor) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol, cast
 
 from torch import nn
 
-from splice.base.foreign_models import is_pretrained
+from splice.base.foreign_models import backbone_path, is_pretrained
 
 # What is done to the weights of all experts to stack them into one parameter; a second step joins the parts of each.
 # By class name and dimension, so that releases of transformers without these classes need no case of their own.
@@ -66,6 +66,26 @@ def renaming_by(steps: Iterable[_Step]) -> Callable[[str], str] | None:
         for step in steps:
             key, _ = step.rename_source_key(key)
         return key.removesuffix(".weight")
+
+    return rename
+
+
+def key_renaming_of(network: nn.Module) -> Callable[[str], str | None]:
+    """Name of a tensor in the files of `network` -> its name in the network; None of one that is joined with others."""
+    steps = _steps(network)
+    names = {name for name, _ in network.named_parameters(remove_duplicate=False)}
+    names.update(name for name, _ in network.named_buffers(remove_duplicate=False))
+    front = f"{backbone_path(network)}." if backbone_path(network) else ""
+
+    def rename(key: str) -> str | None:
+        for step in steps:
+            key, matched = step.rename_source_key(key)
+            if matched is not None and _operations(step):
+                return None
+        # The files of a network with a head, read into one without, and the other way round.
+        if front and key not in names:
+            key = key.removeprefix(front) if key.startswith(front) else front + key
+        return key
 
     return rename
 

@@ -59,8 +59,32 @@ def in_linear_layout(layer: nn.Module, weight: torch.Tensor) -> torch.Tensor:
 def added(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     """A new tensor `weight + delta`, summed in the wider dtype and rounded once to the dtype of `weight`."""
     # The other order, the delta cast down and then added, rounds twice.
-    wide = torch.promote_types(weight.dtype, delta.dtype)
-    return (weight.detach().to(wide) + delta.to(device=weight.device, dtype=wide)).to(weight.dtype)
+    wide, weight = torch.promote_types(weight.dtype, delta.dtype), weight.detach()
+    if not _goes_by_rows(weight, delta):
+        return (weight.to(wide) + delta.to(device=weight.device, dtype=wide)).to(weight.dtype)
+    # A few rows after the other: whole copies of both in the wider dtype take most of the time and of the memory of a merge.
+    result = torch.empty_like(weight)
+    count = max(1, _AT_ONCE // max(1, weight[0].numel()))
+    for begin in range(0, len(weight), count):
+        rows = slice(begin, begin + count)
+        result[rows] = weight[rows].to(wide) + delta[rows]
+    return result
+
+
+# Numbers that are summed at once: so few that they stay in the processor's cache.
+_AT_ONCE = 1 << 18
+
+
+def _goes_by_rows(weight: torch.Tensor, delta: torch.Tensor) -> bool:
+    plain = type(weight) is torch.Tensor and type(delta) is torch.Tensor and weight.dtype is not delta.dtype
+    return (
+        plain
+        and weight.device.type == delta.device.type == "cpu"
+        and weight.shape == delta.shape
+        and weight.numel() > _AT_ONCE
+        and weight.is_contiguous()
+        and not delta.requires_grad
+    )
 
 
 def as_now(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

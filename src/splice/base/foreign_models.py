@@ -12,6 +12,7 @@ Objects of our own are never asked so: what they can do stands in their class or
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from types import FrameType
 from typing import Any, NamedTuple, TypeVar, cast
@@ -112,6 +113,25 @@ def uses_checkpointing(modules: Iterable[nn.Module]) -> bool:
     return any(vars(module).get(flag, getattr(type(module), flag, False)) for module in modules)
 
 
+# Under which name a module keeps the function by which blocks that it is, or that it calls, compute themselves again.
+_CHECKPOINTING = "_gradient_checkpointing_func"
+
+
+def checkpointing_places(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, ForwardPlace]]:
+    """Those of `modules` with a function that computes blocks again in the backward, and where it is."""
+    return [(m, ForwardPlace(vars(m), _CHECKPOINTING)) for m in modules if _CHECKPOINTING in vars(m)]
+
+
+def records_as(cls: type[nn.Module], base: type[nn.Module]) -> None:
+    """Let networks of the class `cls`, made from `base`, record the hidden states that they are asked for."""
+    # transformers looks up by the name of a network's class which outputs of layers it records, and gives none of any other.
+    recorded = getattr(base, "_can_record_outputs", None)
+    modeling = sys.modules.get("transformers.modeling_utils")
+    registry = {} if modeling is None else vars(modeling).get("_CAN_RECORD_REGISTRY", {})
+    if recorded is not None:
+        dict.__setitem__(registry, str(cls), recorded)
+
+
 def backbone_path(network: nn.Module) -> str:
     """The name of the child that holds all layers but the head's; "" where there is no such child."""
     return getattr(network, "base_model_prefix", "")
@@ -147,6 +167,12 @@ def config_of(network: nn.Module) -> object | None:
     return network.__dict__.get("config")
 
 
+def diffusion_config(network: nn.Module) -> object | None:
+    """The config of a model of diffusers; None of any other network."""
+    # Under a name of its own: `config` is a property there.
+    return network.__dict__.get("_internal_dict")
+
+
 def config_as_dict(network: nn.Module) -> dict[str, object]:
     """The fields of the network's config; empty where it has none."""
     config = config_of(network)
@@ -166,9 +192,19 @@ def field_of(config: object, name: str) -> object:
     return config.get(name) if isinstance(config, dict) else getattr(config, name, None)
 
 
+def has_field(config: object, name: str) -> bool:
+    """Whether a config, which may be a dict, has the field `name`, under this name or as another one's."""
+    # Configs of transformers know some fields by several names, so their dict does not tell.
+    return name in config if isinstance(config, dict) else hasattr(config, name)
+
+
 def set_config_field(network: nn.Module, name: str, value: object) -> None:
     """Set a field of `config_of(network)`, which has to be there."""
-    config = config_of(network)
+    set_field(config_of(network), name, value)
+
+
+def set_field(config: object, name: str, value: object) -> None:
+    """Set a field of a config, which may be a dict."""
     if isinstance(config, dict):
         config[name] = value
     else:

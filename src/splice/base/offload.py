@@ -1,8 +1,8 @@
-"""Tensors that accelerate keeps elsewhere between calls, in memory or on disk: bringing them, and changing them there.
+"""Tensors that are kept elsewhere between calls, in memory or on disk: bringing them, and changing them there.
 
-A module whose tensors are kept elsewhere has a hook, and has them on the meta device except while it is called. The hook
-looks them up in a map, often of the whole model, which reads from a dict, from files that accelerate wrote, or from a
-checkpoint.
+A module whose tensors are kept elsewhere has a hook, and has them on the meta device except while it is called. The hook is
+accelerate's, or stands under `KEPT`. It looks them up in a map, often of the whole model, which reads from a dict, from
+files that accelerate wrote, or from a checkpoint.
 """
 
 from __future__ import annotations
@@ -20,10 +20,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+# Where a module has the hook of something else than accelerate that keeps its tensors elsewhere.
+KEPT = "splice_kept_elsewhere"
+
 
 class OffloadingHook(Protocol):
-    """accelerate's hook on a module whose weights it keeps elsewhere between calls."""
+    """What brings the weights of a module that are kept elsewhere between calls: accelerate's hook, or one under `KEPT`."""
 
+    # Where the module computes; None where nobody says.
+    execution_device: int | str | torch.device | None
     # Where they are, by their names in the module.
     weights_map: Mapping[str, torch.Tensor]
     # The devices that they had before, by their names.
@@ -43,11 +48,17 @@ class OffloadingHook(Protocol):
 def execution_device(layer: nn.Module) -> torch.device | None:
     """Where accelerate's hook on `layer` computes; None without a hook, or where the hook does not say."""
     # The weights cannot tell: between calls an offloaded layer has them on `meta`.
-    for hook in _hooks(layer):
-        # Other hooks have no device. By name: accelerate may not be installed.
-        if any(cls.__name__ == "AlignDevicesHook" for cls in type(hook).__mro__) and hook.execution_device is not None:
+    # Other hooks have no device. By name: accelerate may not be installed.
+    aligning = [h for h in _hooks(layer) if any(cls.__name__ == "AlignDevicesHook" for cls in type(h).__mro__)]
+    for hook in (*aligning, *_kept(layer)):
+        if hook.execution_device is not None:
             return torch.device(hook.execution_device)
     return None
+
+
+def _kept(module: nn.Module) -> list[OffloadingHook]:
+    hook: OffloadingHook | None = module.__dict__.get(KEPT)
+    return [] if hook is None else [hook]
 
 
 def _hooks(module: nn.Module) -> list[Any]:
@@ -58,8 +69,9 @@ def _hooks(module: nn.Module) -> list[Any]:
 
 
 def offloading_hooks(module: nn.Module) -> list[OffloadingHook]:
-    """The hooks by which accelerate offloads the weights of `module`; none where it does not."""
-    return [hook for hook in _hooks(module) if type(hook).__name__ == "AlignDevicesHook" and hook.offload]
+    """The hooks that bring the weights of `module`; none where they are in the module."""
+    own = _kept(module)
+    return own or [hook for hook in _hooks(module) if type(hook).__name__ == "AlignDevicesHook" and hook.offload]
 
 
 def is_offloaded(module: nn.Module) -> bool:

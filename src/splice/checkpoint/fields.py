@@ -33,7 +33,8 @@ def read_fields(text: bytes, place: str) -> dict[str, object]:
         # Editors of Windows put a byte order mark in front. The bytes are decoded here and not by `json.loads`, which would
         # take UTF-16 and UTF-32 as well: no other reader of adapters does.
         fields = json.loads(text.decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    # Brackets inside brackets by the thousand are no config either.
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{place} is not valid JSON: {error}") from error
     if not isinstance(fields, dict):
         raise CheckpointError(f"{place} holds a JSON {type(fields).__name__}; an adapter config is an object")

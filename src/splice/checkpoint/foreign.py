@@ -1,7 +1,7 @@
 """Files that are no adapters of this format: what they are, told by how their fields and tensors are named.
 
 Other libraries' forms of one method's adapters are that method's business: it registers them (`register_foreign`) in a file
-of its own called `foreign.py`, and `find_foreign` imports that file without the method. Here are those of no single method.
+of its own called `foreign.py`, and `find_beside` imports that file without the method. Here are those of no single method.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
-from splice.discovery import find_foreign
+from splice.discovery import find_beside
 
 LFS_START = b"version https://git-lfs"
 
@@ -61,7 +61,7 @@ def register_foreign(names: Iterable[ForeignNames] = (), configs: Iterable[Forei
 
 def foreign_names(names: Collection[str]) -> str | None:
     """A sentence if most of these tensors are named as another library names its own."""
-    find_foreign()
+    find_beside("foreign")
     # Those of methods before the general ones. Half of the tensors will do: files have tensors without telling names.
     patterns: dict[str, list[str]] = {}
     remedies: dict[str, str] = {}
@@ -77,7 +77,7 @@ def foreign_names(names: Collection[str]) -> str | None:
 
 def what_config(fields: Mapping[str, object]) -> str:
     """What a config without `peft_type` is, as a sentence with a space in front; "" where nothing is known."""
-    find_foreign()
+    find_beside("foreign")
     if fields and {name for name, value in fields.items() if value is not None} <= _OF_THE_BASE:
         return _ONLY_THE_BASE if any(fields.values()) else ""
     entries = sorted((*_CONFIGS, *_GENERAL_CONFIGS), key=lambda entry: not entry.certain)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
+from splice.base.foreign_models import checkpointing_places
 from splice.base.signatures import named_arguments
 from splice.kinds.effect import Action, Effect, Forward
 from splice.kinds.layer import AdapterLayer, Config
@@ -70,3 +74,33 @@ class AddsToBlock(AdapterLayer):
 
 def _with_first(output: object, first: torch.Tensor) -> object:
     return (first, *output[1:]) if isinstance(output, tuple) else first
+
+
+@contextmanager
+def around_checkpoints(network: nn.Module, around: Callable[[nn.Module, Forward], Forward]) -> Iterator[None]:
+    """Inside, what is put around a block stands outside of the checkpoint by which it computes itself again in a backward.
+
+    What travels from block to block beside the hidden states has its own way through the graph then, and the checkpoint
+    sees the block alone.
+
+    Args:
+        network: that holds the blocks.
+        around: what is called in the place of a block, given the block and what computes it with its checkpoint.
+    """
+    found = checkpointing_places(network.modules())
+    kept = [(place, place.forward) for _, place in found]
+    try:
+        for module, place in found:
+            place.put(partial(_checkpointed, place.forward, around, module))
+        yield
+    finally:
+        for place, before in kept:
+            place.put(before)
+
+
+def _checkpointed(
+    checkpoint: Forward, around: Callable[[nn.Module, Forward], Forward], owner: nn.Module, run: Forward, *args: object
+) -> object:
+    # A block has the function itself, or what calls it has it: then `run` is the block, or a method of it.
+    block = run.__self__ if isinstance(run, MethodType) else run
+    return around(block if isinstance(block, nn.Module) else owner, partial(checkpoint, run))(*args)

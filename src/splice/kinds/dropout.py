@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from torch import nn
 
 from splice.kinds.additive import Additive
 from splice.kinds.layer import AdapterLayer
 
 
+class Drops(Protocol):
+    """An adapter layer that drops features in training."""
+
+    # With this probability.
+    dropout: float
+
+    @property
+    def training(self) -> bool:
+        """Whether it is being trained."""
+        ...
+
+
 class DropoutView(nn.Dropout):
     """The dropout of an adapter layer, as a module; its `p` is that of the layer."""
 
-    def __init__(self, layer: Additive) -> None:
+    def __init__(self, layer: Drops) -> None:
         self.__dict__["layer"] = layer
         super().__init__(layer.dropout)
         self.training = layer.training
@@ -19,7 +33,7 @@ class DropoutView(nn.Dropout):
     @property
     def p(self) -> float:
         """The probability with which an input of the update is set to zero in training."""
-        layer: Additive = self.__dict__["layer"]
+        layer: Drops = self.__dict__["layer"]
         return layer.dropout
 
     @p.setter

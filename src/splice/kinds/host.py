@@ -105,3 +105,10 @@ def first_conflict(layers: Mapping[str, AdapterLayer], names: Sequence[str]) -> 
             if why:
                 return one, two, why
     return None
+
+
+def name_of(layer: AdapterLayer) -> str:
+    """The name of the adapter that an attached layer is of."""
+    host = host_of(layer.base)
+    assert host is not None
+    return next(name for name, own in host.layers.items() if own is layer)

@@ -20,6 +20,8 @@ class Layout:
 
     # Path -> base layer.
     targets: Mapping[str, nn.Module]
+    # The network that they are in; None where somebody asks about one target alone.
+    network: nn.Module | None = None
 
     @cached_property
     def positions(self) -> dict[str, int]:

@@ -83,7 +83,7 @@ class Method(NamedTuple):
         other_layer: the adapter layer for every other base layer, whatever it is; None where it cannot be put on them.
         divided_layers: the adapter layer in the place of another one where tensor parallelism divides the base layer.
         parameters_layer: the adapter layer for bare parameters of a module; None where it cannot be put on them.
-        network_layer: the adapter layer for the network as a whole, of methods that act on its call: prompt learning.
+        network_layer: the adapter layer for the network as a whole, of methods that act on its call; some are on layers too.
         experts: adapters of another method that its own stand on; None for none.
         shared: what holds the tensors that all layers of an adapter use; None where each layer has its own only.
         groups: which tensors its layers share with one before them, given the targets in their order: path -> suffix -> path
@@ -143,7 +143,7 @@ class Method(NamedTuple):
     call_arguments: frozenset[str] = frozenset()
     loss_term: Callable[[Adapters, str], torch.Tensor] | None = None
     default_targets: Mapping[str, list[str] | str] = MappingProxyType({})
-    find_targets: Callable[[nn.Module, Mapping[str, nn.Module]], str] | None = None
+    find_targets: Callable[[nn.Module, Mapping[str, nn.Module]], str | set[str]] | None = None
     passes_over: bool = False
     default_modules: Mapping[str, Mapping[str, list[str]]] = MappingProxyType({})
     follows_ties: bool = False
@@ -164,6 +164,11 @@ class Method(NamedTuple):
     names: Mapping[str, object] = MappingProxyType({})
     paper: str = ""
     summary: str = ""
+
+    @property
+    def on_layers(self) -> bool:
+        """Whether its adapters are on layers, be it beside what they put on the call of the network."""
+        return bool(self.layers) or self.other_layer is not None or self.network_layer is None
 
     @property
     def home(self) -> str:

@@ -32,6 +32,15 @@ class Slot(NamedTuple):
     stored: bool = True
     # In memory. None for that of the adapter: the base's, or float32 where the base is in half precision.
     dtype: torch.dtype | None = None
+    # Of a buffer that a checkpoint holds: whether the state dict of no module has it. The reference has it in no module.
+    hidden: bool = False
+    # Of indices: how many things there are to choose from, for each row of the tensor or one number for all of it.
+    choices: tuple[int, ...] = ()
+
+    @property
+    def persistent(self) -> bool:
+        """Whether the state dict of the module has it, of a buffer."""
+        return self.stored and not self.hidden
 
     @property
     def drawn_in(self) -> torch.dtype:

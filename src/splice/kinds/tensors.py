@@ -152,7 +152,7 @@ class OwnTensors:
                 holder = below
             # Not `register_buffer` and `register_parameter`: their checks of every name are most of what a load would cost.
             registry: Registry = holder._buffers if slot.role is Role.BUFFER else holder._parameters
-            if slot.role is Role.BUFFER and not slot.stored:
+            if slot.role is Role.BUFFER and not slot.persistent:
                 holder._non_persistent_buffers_set.add(name)
         else:
             registry, name = self.loose, container

@@ -23,8 +23,14 @@ class WeightEffect:
     starts_from_weight: ClassVar[bool] = False
     # Whether `deltas` gives and takes `weight` as (out, in), however the base stores it.
     linear_layout: ClassVar[bool] = True
-    # Whether the base with the merged tensors computes what the adapter does; where not, merging says so.
+    # Whether the base with the merged tensors computes what the adapter does; where not, merging says what is lost.
     merges_exactly: bool = True
+    # What that is, and what to do about it, for messages that begin with the adapter.
+    lost_when_merged: ClassVar[str] = (
+        "computes something on this layer that no weight does: merged, the output is another one."
+    )
+    # Other adapters that are merged with it: it has them take effect.
+    merged_with: tuple[str, ...] = ()
     # Whether it goes on computing while it is merged: the base's own tensors cannot hold what it is.
     stays_merged: bool = False
 

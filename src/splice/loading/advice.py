@@ -105,7 +105,7 @@ def _other_method(plan: Plan, method: Method) -> str | None:
 def _holds(names: Collection[str], other: Method, method: Method) -> bool:
     """Whether tensors of `other`, that `method` has none of, are among `names`."""
     own = other.tensor_names - method.tensor_names
-    if other.network_layer is not None:
+    if not other.on_layers:
         return any(name in own for name in names)
     return any(parse_key(name, own) for name in names)
 

@@ -23,7 +23,7 @@ from splice.kinds.module_copy import WholeModule
 from splice.kinds.names import BIAS
 from splice.kinds.shared import SharedTensors
 from splice.kinds.trained_bias import copy_bias
-from splice.loading.converting import cast_whole, from_file
+from splice.loading.converting import from_file, indices
 from splice.loading.plan import Plan
 from splice.loading.tying import tensors_for
 from splice.surgery.placement import Built, Placement
@@ -133,10 +133,11 @@ def _build_loaded(
 def _moved(
     tensor: torch.Tensor, device: torch.device, dtype: torch.dtype, placement: Placement, suffix: str
 ) -> torch.Tensor:
+    if not dtype.is_floating_point:
+        tensor = indices(tensor, placement.slots[suffix], dtype, placement.key(suffix))
     if tensor.dtype is dtype and tensor.device == device:
         return tensor
-    whole = tensor if dtype.is_floating_point else cast_whole(tensor, dtype, placement.key(suffix))
-    return whole.to(device=device, dtype=dtype)
+    return tensor.to(device=device, dtype=dtype)
 
 
 def build_new(plan: Plan, config: PeftConfig, autocast: bool, on_meta: bool = False) -> list[Built]:

@@ -27,7 +27,7 @@ from splice.kinds.worked_out import WorkedOut
 from splice.loading.checking import check_base_copies, check_repeated, refuse_or_warn
 from splice.loading.commit import build_loaded
 from splice.loading.config_fields import field_names, field_value
-from splice.loading.converting import cast_whole, from_file
+from splice.loading.converting import from_file, indices
 from splice.loading.fingerprint import Match
 from splice.loading.kept_config import other_values
 from splice.loading.opening import open_checkpoint
@@ -96,6 +96,30 @@ def load_new(
     Where the caller asked for it, the base is resized first; `undo` takes that back.
     """
     name = options.adapter_name
+    found = plan_new(tuner, checkpoint, options, heads, undo)
+    plan, config = found.plan, found.config
+    write_back(config, plan)
+    built = build_loaded(plan, config, found.checkpoint.weights, options.autocast, _room(tuner, found, options, undo))
+    tuner.commit(name, config, built, freeze_base, undo.modules, plan)
+    # The flags of this adapter alone: loading one never changes those of another.
+    if options.is_trainable:
+        tuner.set_requires_grad(name, True)
+    elif config.trained_biases() != "none":
+        _leave_biases_trainable(built)
+    return _finished(tuner, found, options)
+
+
+def plan_new(tuner: Tuner, checkpoint: Checkpoint, options: LoadOptions, heads: Sequence[str], undo: Undo) -> Fitted:
+    """The plan by which a checkpoint becomes a new adapter of the network, with all that can be checked before that.
+
+    Of the adapters that it stands on, and of layers that the base calls more than once, more than the plan is made: `undo`
+    takes that back.
+
+    Raises:
+        AdapterMismatchError: the checkpoint does not fit.
+        ValueError: the config cannot be applied to this network.
+    """
+    name = options.adapter_name
     tuner.check_new(name)
     # A copy: the caller's config is never changed, and several loads may be given the same one.
     config = copy_config(checkpoint.config, inference_mode=not options.is_trainable)
@@ -114,17 +138,7 @@ def load_new(
         options,
         undo,
     )
-    found = found._replace(warnings=(*found.warnings, *_lost_patterns(found, method)))
-    plan, config = found.plan, found.config
-    write_back(config, plan)
-    built = build_loaded(plan, config, found.checkpoint.weights, options.autocast, _room(tuner, found, options, undo))
-    tuner.commit(name, config, built, freeze_base, undo.modules, plan)
-    # The flags of this adapter alone: loading one never changes those of another.
-    if options.is_trainable:
-        tuner.set_requires_grad(name, True)
-    elif config.trained_biases() != "none":
-        _leave_biases_trainable(built)
-    return _finished(tuner, found, options)
+    return found._replace(warnings=(*found.warnings, *_lost_patterns(found, method)))
 
 
 def load_experts(tuner: Tuner, config: PeftConfig, options: LoadOptions, undo: Undo) -> None:
@@ -299,8 +313,9 @@ def _overwrite(tuner: Tuner, found: Fitted, options: LoadOptions, undo: Undo) ->
     for key, (tensor, own) in (*_biases_of_base(found.plan, layers).items(), *_converted(found, layers).items()):
         live[key] = tensor
         values.append(own)
+    slots = {p.layer_class.names.key(p.path, s): slot for p in found.plan.placements for s, slot in p.slots.items()}
     values = [
-        value if tensor.is_floating_point() else cast_whole(value, tensor.dtype, key)
+        value if tensor.is_floating_point() else indices(value, slots[key], tensor.dtype, key)
         for (key, tensor), value in zip(live.items(), values)
     ]
     # For a moment the adapter takes twice its memory; without the copies what fails later could not be undone.

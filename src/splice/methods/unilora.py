@@ -160,7 +160,9 @@ class UniLoraLayer(LaidOut, Additive):
         # The vector stands on each layer as well, and is everywhere the same one.
         slots = {"unilora_theta_d": Slot((config.theta_d_length,), stored=False)}
         for factor, shape in (("A", (config.r, size_in)), ("B", (size_out, config.r))):
-            slots[f"unilora_indices_{factor}"] = Slot(shape, Role.BUFFER, config.save_indices, torch.int64)
+            slots[f"unilora_indices_{factor}"] = Slot(
+                shape, Role.BUFFER, config.save_indices, torch.int64, choices=(config.theta_d_length,)
+            )
             slots[f"unilora_scales_{factor}"] = Slot(shape, Role.BUFFER, config.save_indices)
         return slots
 

@@ -131,6 +131,13 @@ class XLoraClassifier(ReadsCall, NetworkLayer):
 
     names: Names = _ClassifierNames()
     on_tuner = True
+    # Merged it is the sum of the experts, as in the reference.
+    mergeable, merges_exactly, changed_names = True, False, ()
+    lost_when_merged = (
+        "weighs its experts for each token, which no weight does: merged, each expert is added in full for every token, and "
+        "the output is another one. Keep it unmerged to keep its router, or have one expert alone in the weights: "
+        "`set_adapter` and the expert's name first."
+    )
     # The weights of the last call, (batch, T, layers, experts); None before the first.
     latest: torch.Tensor | None = None
     # Those of all calls since somebody asked for them; None while nobody does.
@@ -187,6 +194,7 @@ class XLoraClassifier(ReadsCall, NetworkLayer):
             for place, layer in layers_of(adapters, [name], AdapterLayer).items():
                 check_can_be_mixed(layer, f"expert {name!r} on {place!r}", "X-LoRA")
         self.experts, self.expert_paths = names_of_experts(config), self.paths(base, config)
+        self.merged_with = self.experts
 
     def tensors_by_role(self, role: Role) -> Iterator[Registered]:
         yield from super().tensors_by_role(role)
@@ -194,6 +202,9 @@ class XLoraClassifier(ReadsCall, NetworkLayer):
         if self.config.use_trainable_adapters and adapters is not None:
             for layer in (layer for name in self.experts for layer in layers_of(adapters, [name], Additive).values()):
                 yield from layer.tensors_by_role(role)
+
+    def deltas(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {}  # the experts have theirs
 
     @classmethod
     def call_context(cls, adapters: Adapters, names: Sequence[str], call: Call) -> AbstractContextManager[None]:

@@ -10,6 +10,7 @@ from typing import ClassVar, SupportsIndex, TypeAlias
 from torch import nn
 
 from splice.base.bare import empty_instance
+from splice.base.foreign_models import records_as
 
 # The class of the layer as it was, and what was put in front of it, one after the other.
 Recipe: TypeAlias = "tuple[type[nn.Module], tuple[type[Generated], ...]]"
@@ -46,6 +47,7 @@ def generated(mixin: type[Generated], base: type[nn.Module]) -> type[nn.Module]:
             **mixin.members_for(base),
         }
         found = _made[mixin, base] = type(f"Adapted{original.__name__}", (mixin, base), members)
+        records_as(found, original)
     return found
 
 

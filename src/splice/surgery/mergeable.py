@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from splice.base.offload import shelf_of
 from splice.base.weight_access import bias_of, dense_tensors, is_plain, why_unwritable
@@ -62,6 +62,27 @@ def _hidden(host: Host, adapter: AdapterLayer) -> set[str]:
     return {*adapter.replaced(dense_tensors(host.base)), *(("bias",) if adapter.trained_bias is not None else ())}
 
 
+def with_companions(hosts: Iterable[Host], names: Sequence[str], active: Iterable[str]) -> list[str]:
+    """These adapters, behind those that are merged with them.
+
+    Raises:
+        ValueError: an active adapter that is not among them makes something of one that is.
+    """
+    found, active = list(names), set(active)
+    for name, adapter in ((name, adapter) for host in hosts for name, adapter in host.layers.items()):
+        if not adapter.merged_with:
+            continue
+        twice = next((other for other in adapter.merged_with if other in names), None)
+        if name in names:
+            found = [*adapter.merged_with, *found]
+        elif name in active and twice is not None:
+            raise ValueError(
+                f"merging {twice!r} without {name!r} would have it take effect twice: {name!r} is active, and makes "
+                f"something of it. Merge {name!r}, or make {twice!r} the active adapter first (`set_adapter`)."
+            )
+    return list(dict.fromkeys(found))
+
+
 def check_mergeable(hosts: Iterable[Host], names: Iterable[str]) -> None:
     """Raise for what cannot be merged, while nothing has been changed yet.
 
@@ -85,10 +106,7 @@ def check_mergeable(hosts: Iterable[Host], names: Iterable[str]) -> None:
             if not adapter.mergeable:
                 raise NotImplementedError(f"{what} cannot be merged: what it does is no change of weights")
             if not adapter.merges_exactly:
-                warn(
-                    f"{what} computes something on this layer that no weight does: merged, the output is another one.",
-                    PeftWarning,
-                )
+                warn(f"{what} {adapter.lost_when_merged}", PeftWarning)
             _check_at_hand(host, what)
             _check_writable(host, adapter, what)
             lacking = [n for n in adapter.changed_names if n != "weight" and not _has(host, n)]

@@ -7,8 +7,9 @@ stays as it is for that one, and a new one takes its place on the adapted layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -30,7 +31,7 @@ from splice.kinds.tensors import Registry
 from splice.selection import Selection
 from splice.surgery.encoding import before_merging, encoded
 from splice.surgery.loss import MergeReport, StorageLoss, losses_of
-from splice.surgery.mergeable import check_mergeable, check_order, still_to_merge
+from splice.surgery.mergeable import check_mergeable, check_order, still_to_merge, with_companions
 from splice.surgery.putting import Before, Merged, check_apart, held_twice, put, take_out
 
 
@@ -115,6 +116,35 @@ def _forget(host: Host) -> None:
     host.stored = None
 
 
+class ToMerge(NamedTuple):
+    """A layer that a merge would change, for who wants the result elsewhere than in the model."""
+
+    # What works out the layer's tensors after the merge.
+    work_out: Callable[[], Mapping[str, torch.Tensor]]
+    # Path of the layer whose weight after the merge is this one's too; its own where it shares none.
+    leader: str
+
+
+def to_merge(hosts: Mapping[str, Host], names: Sequence[str], safe_merge: bool) -> dict[str, ToMerge]:
+    """Path of each layer that merging these adapters would change -> what it comes to. No layer is changed.
+
+    Raises:
+        As `merge`; with `safe_merge` as a layer is worked out.
+    """
+    check_order(hosts.values(), names)
+    concerned = [host for host in hosts.values() if still_to_merge(host, names)]
+    check_mergeable(concerned, names)
+    ties = _ties(hosts, concerned, names)
+
+    def work_out(host: Host) -> Mapping[str, torch.Tensor]:
+        return merged_tensors(host, names, safe_merge).tensors
+
+    return {
+        host.path: ToMerge(partial(work_out, ties.get(host.path, host)), ties.get(host.path, host).path)
+        for host in concerned
+    }
+
+
 def merge_layer(host: Host, adapter_names: list[str] | None, safe_merge: bool) -> None:
     """`merge` on one layer alone."""
     names = left_to_merge(host, adapter_names)
@@ -159,12 +189,15 @@ def adapters_to_merge(
 
     Raises:
         TypeError: `adapter_names` is a string.
+        ValueError: an active adapter that is not among them makes something of one that is.
     """
     asked, known = _named(adapter_names, selection.active), list(known)
     names = [name for name in asked if name in known]
     if len(names) < len(asked):
         # What other libraries pass on may name adapters of other models; a typo should not give the base in silence.
         warn(f"There is no adapter {next(n for n in asked if n not in known)!r} to merge; there are {known}.")
+    hosts = list(hosts)
+    names = with_companions(hosts, names, selection.active)
     if not selection.merged:
         return names
     # On some layer: one that was merged alone must not keep the others from it.

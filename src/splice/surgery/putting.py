@@ -158,9 +158,8 @@ def take_out(hosts: Sequence[Host]) -> None:
     Raises:
         RuntimeError: some were merged for good; nothing has been changed.
     """
-    final = [
-        host.path for host in hosts if host.merged and not (host.originals or host.shelved) and host.stored is None
-    ]
+    changed = [host for host in hosts if any(host.layers[name].changed_names for name in host.merged)]
+    final = [host.path for host in changed if not (host.originals or host.shelved) and host.stored is None]
     if final:
         raise RuntimeError(
             f"{', '.join(map(repr, final[:5]))}: merged for good by a `merge_and_unload` that was cut short, so the weights "

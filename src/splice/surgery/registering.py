@@ -31,7 +31,8 @@ def register(adapter: AdapterLayer, name: str, home: Home, owner: Owner | None =
             entry.train(container.training)
         container._modules[name] = entry
         for module in entry.modules() if entry._modules else (entry,):
-            module.__dict__["owner"] = owner
+            if isinstance(module, Holder):  # others are the base's own kinds, and are called
+                module.__dict__["owner"] = owner
     for suffix, (registry, path, slot) in adapter.registered.items() if adapter.loose else ():
         if registry is not adapter.loose:
             continue
@@ -46,7 +47,7 @@ def register(adapter: AdapterLayer, name: str, home: Home, owner: Owner | None =
         is_buffer = slot.role is Role.BUFFER
         in_tree = container._buffers if is_buffer else container._parameters
         in_tree[name] = registry[path]
-        if is_buffer and not slot.stored:
+        if is_buffer and not slot.persistent:
             container._non_persistent_buffers_set.add(name)
         adapter.registered[suffix] = Registered(in_tree, name, slot)
         if is_offloaded(container):

@@ -217,8 +217,12 @@ class Tuner(TunerViews, nn.Module):
             self._base_changes.make(self.model, modules)
 
     def _share(self, name: str, layers: Sequence[AdapterLayer]) -> None:
-        for shared in (layer for layer in layers if isinstance(layer, SharedTensors)):
-            register(shared, name, Home(self._modules, self.added, self.model))
+        for common in (layer for layer in layers if isinstance(layer, (SharedTensors, NetworkLayer))):
+            if isinstance(common, SharedTensors):  # which the layers have been told of
+                register(common, name, Home(self._modules, self.added, self.model))
+                continue
+            for layer in layers:  # a network layer is attached like any other
+                layer.join(common)
 
     def take_slot(self, name: str) -> None:
         """Let the factors of an adapter lie in a slot, where there are slots and one is free."""
@@ -431,8 +435,8 @@ class Tuner(TunerViews, nn.Module):
                 vars(module)["training"] = False  # past `__setattr__`, which is most of what `eval()` costs
             else:  # a class with rules of its own
                 module.train(False)
-        for host in self.hosts.values():
-            for module in host.added.values():
+        for added in (self.added, *(host.added for host in self.hosts.values())):
+            for module in added.values():
                 module.train(False)
         self.training = False
 

@@ -51,6 +51,8 @@ class Undo:
             module.training = False
         for module in self.training:
             module.training = True
+        for module in self.tuner.added.values():
+            module.train(self.tuner_training)
         for host in self.tuner.hosts.values():
             for module in host.added.values():
                 module.train(host.base.training)

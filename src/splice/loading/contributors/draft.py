@@ -58,8 +58,8 @@ class Draft:
 
     @property
     def on_layers(self) -> bool:
-        """Whether the method is put on layers, and not on the call of the network as a whole."""
-        return self.method.network_layer is None
+        """Whether the method is put on layers, and not on the call of the network alone."""
+        return self.method.on_layers
 
     def place(self, path: str, base: nn.Module, layer_class: type[AdapterLayer]) -> None:
         """Add an adapter layer of `layer_class` on `base`, and what it says about fields that the config leaves open."""

@@ -26,5 +26,7 @@ def network_layer(draft: Draft) -> None:
             placed, keys = trained, frozenset(placed.keys.values()).difference(trained.keys.values())
         draft.redundant |= keys
     draft.placements.append(placed)
+    for below, companion in layer_class.companions(draft.modules[path], path).items():
+        draft.placements.append(Placement.of(below, draft.modules[below], companion, draft.config))
     # Asked of the network and not of that module: only the network's config knows the sizes.
     draft.resolved.update(layer_class.resolved(draft.network, draft.config))

@@ -25,8 +25,9 @@ def targets(draft: Draft) -> None:
         selected.pop(path, None)
     if draft.method.passes_over:
         selected = _able(draft, selected)
-    if any(issubclass(cls, LaidOut) for cls in (*draft.method.layers.values(), draft.method.shared) if cls is not None):
-        draft.layout = Layout(selected)
+    own = (*draft.method.layers.values(), draft.method.other_layer, draft.method.shared)
+    if any(layer_class is not None and issubclass(layer_class, LaidOut) for layer_class in own):
+        draft.layout = Layout(selected, draft.network)
     for path, base in selected.items():
         layer_class = draft.method.layer_for(base, path, draft.config)
         draft.place(path, base, layer_class)

@@ -95,7 +95,7 @@ class _Mender:
             return None
         names = self._without_repeats(meant.names)
         found = self._tried(self.config, names) if len(names) < len(meant.names) else None
-        if found is not None or wanted.method.network_layer is not None:
+        if found is not None or not wanted.method.on_layers:
             return found or self._tried(self.config, names)
         layers = _layers(names, self.checkpoint.entries, wanted.method)
         if not layers:  # only what all layers share, which is nowhere and so cannot have moved

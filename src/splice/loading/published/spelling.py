@@ -66,7 +66,7 @@ def spelled(entries: Collection[str], plan: Plan | None, paths: Collection[str],
 
 
 def _notes(meant: Mapping[str, str], method: Method) -> list[str]:
-    if method.network_layer is not None:
+    if not method.on_layers:
         return [f"{old!r} is read as {new!r}" for old, new in meant.items() if old != new]
     notes = []
     lacking = [old for old, new in meant.items() if new == PREFIX + old]
@@ -111,7 +111,7 @@ def _bare(name: str, wrappers: Collection[str], method: Method) -> str:
     # Also around the PeftModel as a whole: then they stand before everything else.
     while name.partition(".")[0] in wrappers:
         name = name.partition(".")[2]
-    if method.network_layer is not None:
+    if not method.on_layers:
         return "prompt_embeddings" if _PROMPT.fullmatch(name) else name
     if name.startswith(SHORT_PREFIX) and name.split(".")[1] in method.tensor_names:
         return name  # what all layers share

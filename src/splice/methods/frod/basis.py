@@ -7,6 +7,7 @@ matrices, as higher-order generalised singular value decompositions have it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 
 import torch
 
@@ -22,7 +23,7 @@ def kind_at(path: str) -> str:
 def _block_of(path: str, position: int) -> int:
     """The number of the block that the layer at `path` is in; its position among the targets where it is in none."""
     parts = path.split(".")
-    for name, number in zip(parts, parts[1:]):
+    for name, number in pairwise(parts):
         if name == "layers" and number.isdigit():
             return int(number)
     return next((int(part) for part in parts if part.isdigit()), position)

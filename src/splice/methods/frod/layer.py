@@ -54,7 +54,7 @@ class FrodBases(LaidOut, SharedTensors):
             count = place_count(size, config.sparse_rate)
             # In the base's own dtype, whatever that of the adapter is: U was worked out of what was rounded so.
             slots[f"frod_V.{kind}"] = Slot((size, size), Role.BUFFER, stored, dtype_of(base))
-            slots[f"frod_s_indices.{kind}"] = Slot((2, count), Role.BUFFER, stored, torch.int64)
+            slots[f"frod_s_indices.{kind}"] = Slot((2, count), Role.BUFFER, stored, torch.int64, choices=(size, size))
             slots[f"frod_s_size.{kind}"] = Slot((2,), Role.BUFFER, stored, torch.int64)
         return dict(sorted(slots.items(), key=lambda item: _ORDER.index(item[0].partition(".")[0])))
 

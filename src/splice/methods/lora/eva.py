@@ -8,14 +8,14 @@ those that explain the largest share of the variance of their layer get them. B 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from splice.base.evaluating import evaluating
 from splice.base.layers import LayerKind, features, kind_of
 from splice.checkpoint.keys import PREFIX
 from splice.discovery import public
@@ -195,7 +195,7 @@ class _Collector:
 
         handles = [self.layers[path].register_forward_pre_hook(hook(path)) for path in paths]
         try:
-            with _evaluating(self.model):
+            with evaluating(self.model):
                 self.forward(self.model, batch)
         finally:
             for handle in handles:
@@ -216,18 +216,6 @@ def _moved(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, (list, tuple)):
         return type(batch)(_moved(value, device) for value in batch)
     return batch.to(device) if isinstance(batch, torch.Tensor) else batch
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, `model` is in eval mode; module by module it is what it was afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _decomposed(collect: _Collector, batches: Iterable[Any], config: LoraConfig, shows: bool) -> list[_Seen]:

@@ -130,7 +130,9 @@ class OnLinear(LowRank):
 
     def own_update(self) -> torch.Tensor:
         """`scale * B A`, (out, in)."""
-        return self.scale * product(self.b, self.a)
+        update = product(self.b, self.a)
+        # In place where nobody asks for gradients: it is as large as the weight.
+        return self.scale * update if update.requires_grad else update.mul_(self.scale)
 
     def delta_weight(self, weight: torch.Tensor) -> torch.Tensor | None:
         return self.own_update()

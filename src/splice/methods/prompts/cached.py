@@ -80,6 +80,41 @@ class CachedPrompt(PromptLayer):
             text = f"{self.method}: layers {skipped} have no room for its keys and values, and go without them."
             warn(text)
 
+    def check_fillable(self) -> None:
+        """Raise where these keys and values cannot be replaced by others.
+
+        Raises:
+            ValueError: they follow from other tensors, have no place in memory yet, or are not those of the layers in order.
+        """
+        if self.table().is_meta:
+            raise ValueError(f"{self.method}: the adapter's tensors are on the meta device; load it first")
+        if self.decodes and self.submodules != 1:
+            raise ValueError(
+                f"{self.method}: of an encoder-decoder, decoder layer l has what the table holds for layer 2 l modulo the "
+                "number of layers, so that it cannot hold the cache of each; the adapter has to be trained from noise"
+            )
+
+    @torch.no_grad()
+    def take(self, table: torch.Tensor) -> None:
+        """Have these keys and values, (n, layers * 2 * heads * size of a head), in the place of those that are there.
+
+        Raises:
+            ValueError: as `check_fillable`, or the shape is another one.
+        """
+        self.check_fillable()
+        wanted = tuple(self.table().shape)
+        if tuple(table.shape) != wanted:
+            raise ValueError(
+                f"Invalid `prompt_embeddings` shape. Expected {wanted}, for {self.count} virtual tokens and {self.layers} "
+                f"layers, got {tuple(table.shape)}. The adapter is unchanged."
+            )
+        for suffix, part in self.parts_of(table).items():
+            self.tensor(suffix).copy_(part)
+
+    def parts_of(self, table: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """The tensors, by suffix, that hold this table."""
+        return {"embedding.weight": table}
+
     def virtual_tokens(self, call: Call) -> torch.Tensor:
         return self.table().view(1, self.count, 2 * self.layers, self.heads, -1)
 
@@ -161,6 +196,12 @@ class CachedPrompt(PromptLayer):
         """Layers that recompute themselves are called without the cache: the virtual tokens would be lost in silence."""
         if uses_checkpointing(self.base.modules()):
             raise ValueError(_checkpointing_text(self.method))
+
+
+def computed_sizes(config: PromptLearningConfig) -> dict[str, object]:
+    """What a table's shape does not tell of how it is read; filled in from the base where it is None."""
+    sizes = {"num_attention_heads": config.num_attention_heads, "num_layers": config.num_layers}
+    return {name: size for name, size in sizes.items() if size is not None}
 
 
 def method_name(config: PromptLearningConfig) -> str:

@@ -14,7 +14,7 @@ from splice.checkpoint.types import PeftType
 from splice.config import PromptLearningConfig
 from splice.kinds.registry import Method, register
 from splice.methods.prompts.attributes import PROMPT_METHODS, PROMPT_VIEWS
-from splice.methods.prompts.cached import CachedPrompt
+from splice.methods.prompts.cached import CachedPrompt, computed_sizes
 from splice.methods.prompts.prompt import Encoder, PromptLayer, check_prompt, token_count
 from splice.methods.prompts.reparameterised import Reparameterised
 from splice.methods.prompts.sizes import cache_sizes_of
@@ -30,6 +30,8 @@ class PrefixTuningConfig(PromptLearningConfig):
 
     # The `peft_type` of its checkpoints.
     method: ClassVar[PeftType] = PeftType.PREFIX_TUNING
+    # A field of cartridges, whose files hold the same table: it says how a cartridge is trained.
+    legacy_fields: ClassVar[frozenset[str]] = frozenset({"num_frozen_tokens"})
 
     # "zero" for keys and values that start at zero (they still take attention from the text); None for random ones.
     init_weights: str | None = None
@@ -44,9 +46,7 @@ class PrefixTuningConfig(PromptLearningConfig):
             raise ValueError(f"`init_weights` must be 'zero' or None, got {self.init_weights!r}")
 
     def computed(self) -> dict[str, object]:
-        # Filled in from the base where they are None.
-        sizes = {"num_attention_heads": self.num_attention_heads, "num_layers": self.num_layers}
-        return {name: size for name, size in sizes.items() if size is not None}
+        return computed_sizes(self)
 
 
 class PrefixEncoder(Encoder):
@@ -98,6 +98,12 @@ class ProjectedPrefix(Reparameterised, Prefix):
     def table(self) -> torch.Tensor:
         table: torch.Tensor = self.module("transform")(self.table_tensor)
         return table
+
+    def check_fillable(self) -> None:
+        raise ValueError(
+            "Initialization from KV cache is not supported for prefix tuning with `prefix_projection=True`: keys and values "
+            "are what a network makes of other tensors. Make the adapter without it."
+        )
 
 
 METHOD = register(

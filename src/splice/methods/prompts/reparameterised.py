@@ -18,20 +18,38 @@ from splice.kinds.layer import Config
 from splice.kinds.slot import Slot
 from splice.methods.prompts.prompt import PROMPT_KEY, Encoder, PromptLayer, PromptNames
 
+# What the names of these tensors begin with.
+BEHIND = "prompt_encoder."
+
 
 class TableAndTensors(FileForm):
     """A checkpoint holds the table, which is what the reference reads, and what it is made of."""
 
     def to_file(self, layer: Stored, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         assert isinstance(layer, PromptLayer)
-        yield PROMPT_KEY, layer.table_to_save()
+        table = table_of(layer, tensors)
+        if table is not None:
+            yield PROMPT_KEY, table
         yield from tensors.items()
 
 
-class TrainedBehind(PromptLayer):
-    """A prompt that is trained by other tensors than its table. A checkpoint holds these behind `prompt_encoder.`."""
+def table_of(layer: PromptLayer, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """The table that `layer` would have with these tensors, by suffix; None where they are not all that it is made of."""
+    own = dict(layer.named_slots())
+    if any(suffix not in tensors for suffix in own):
+        return None
+    if all(tensors[suffix] is tensor for suffix, tensor in own.items()):
+        return layer.table_to_save()
+    # A layer of its own, since others may compute with the tensors that are on the model now.
+    slots = {suffix: registered.slot for suffix, registered in layer.registered.items()}
+    given = {suffix: tensors[suffix].detach() if suffix in own else layer.tensor(suffix) for suffix in slots}
+    return type(layer)(layer.base, layer.config, "", slots, given).table_to_save()
 
-    names = PromptNames(keys=MappingProxyType({PROMPT_KEY: PROMPT_KEY}), front="prompt_encoder.")
+
+class TrainedBehind(PromptLayer):
+    """A prompt that is trained by other tensors than its table. A checkpoint holds these behind `BEHIND`."""
+
+    names = PromptNames(keys=MappingProxyType({PROMPT_KEY: PROMPT_KEY}), front=BEHIND)
     file_form = TableAndTensors()
 
 

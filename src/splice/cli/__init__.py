@@ -1,0 +1,1 @@
+"""The program `splice`: what its commands share. Nothing below imports from here."""

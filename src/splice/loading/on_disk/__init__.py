@@ -1,0 +1,1 @@
+"""Merging adapters into the files of a base model, without ever holding the model."""

@@ -1,0 +1,135 @@
+"""Writing one file of a merged model: what stays is copied by the system, what changes is worked out and put in its place."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from io import RawIOBase
+from pathlib import Path
+
+import torch
+
+from splice.checkpoint.header import Entry
+from splice.errors import CheckpointError
+from splice.loading.on_disk.changes import Changes
+from splice.loading.on_disk.from_files import raw_bytes, read_tensor
+from splice.loading.on_disk.layout import Piece, Shard
+
+# Bytes that are copied at once: often enough to show progress.
+_STEP = 1 << 26
+
+
+def write_shard(source: Path, target: Path, shard: Shard, changes: Changes, progress: Callable[[int], object]) -> None:
+    """Write the whole file `target`; `source` is the base's.
+
+    Args:
+        source: the base's file of the same tensors.
+        target: the new file, which must not have its final name yet.
+        shard: what stands in it.
+        changes: what works out the tensors that change.
+        progress: called with the number of bytes that have been written since the last time.
+
+    Raises:
+        OSError: the disk is full, or a file cannot be read.
+    """
+    with open(source, "rb", buffering=0) as old, open(target, "wb", buffering=0) as new:
+        _put(new, memoryview(shard.head), 0)
+        progress(len(shard.head))
+        for stretch in _copied(shard):
+            _copy(old, new, stretch, source, progress)
+        by_layer = defaultdict(list)
+        for offset, piece in shard.pieces:
+            if piece.is_copied and piece.file == shard.name:
+                continue
+            path = None if piece.changed is None else changes.by_layer.get(piece.changed)
+            if path is not None and piece.changed not in changes.copies:
+                by_layer[path].append((offset, piece))
+                continue
+            _put(new, raw_bytes(_base_or_copy(piece, source, changes).to(piece.dtype)), offset)
+            progress(piece.size)
+        # While one layer is written, the next one is worked out; not more than that, for the memory it takes.
+        with ThreadPoolExecutor(1) as writer:
+            before: Future[int] | None = None
+            for path, places in by_layer.items():
+                ready = _worked_out(path, places, changes)
+                if before is not None:
+                    progress(before.result())
+                before = writer.submit(_put_all, new, ready)
+            if before is not None:
+                progress(before.result())
+
+
+def _worked_out(path: str, places: list[tuple[int, Piece]], changes: Changes) -> list[tuple[int, memoryview]]:
+    tensors, found = changes.layers[path].work_out(), []
+    for offset, piece in places:
+        assert piece.changed is not None
+        tensor = tensors[piece.changed.rpartition(".")[2]]
+        assert tuple(tensor.shape) == piece.shape
+        found.append((offset, raw_bytes(tensor.to(piece.dtype))))
+    return found
+
+
+def _put_all(file: RawIOBase, places: list[tuple[int, memoryview]]) -> int:
+    for offset, data in places:
+        _put(file, data, offset)
+    return sum(len(data) for _, data in places)
+
+
+def _base_or_copy(piece: Piece, source: Path, changes: Changes) -> torch.Tensor:
+    if piece.changed is not None:
+        return changes.copies[piece.changed]
+    assert piece.source is not None
+    return read_tensor(source.with_name(piece.file), piece.source)
+
+
+def _copied(shard: Shard) -> Iterator[tuple[int, int, int]]:
+    """Stretches whose bytes are the base's: where each begins in the base's file, where in the new one, and its length."""
+    run: tuple[int, int, int] | None = None
+    for offset, piece in shard.pieces:
+        if not piece.is_copied or piece.file != shard.name:
+            continue
+        entry: Entry | None = piece.source
+        assert entry is not None
+        if run is not None and run[0] + run[2] == entry.offset and run[1] + run[2] == offset:
+            run = (run[0], run[1], run[2] + entry.size)
+            continue
+        if run is not None:
+            yield run
+        run = (entry.offset, offset, entry.size)
+    if run is not None:
+        yield run
+
+
+def _copy(
+    old: RawIOBase, new: RawIOBase, stretch: tuple[int, int, int], source: Path, progress: Callable[[int], object]
+) -> None:
+    begin, offset, size = stretch
+    done = 0
+    while done < size:
+        count = _copy_some(old, new, begin + done, offset + done, min(_STEP, size - done))
+        if not count:
+            raise CheckpointError(f"{source} ends before its tensors do: it has been changed meanwhile")
+        done += count
+        progress(count)
+
+
+def _copy_some(old: RawIOBase, new: RawIOBase, begin: int, offset: int, count: int) -> int:
+    # By the system, where it can: without the detour through our memory, and on some file systems without writing at all.
+    if sys.platform == "linux":
+        with suppress(OSError):  # not between these two file systems
+            return os.copy_file_range(old.fileno(), new.fileno(), count, begin, offset)
+    old.seek(begin)
+    data = old.read(count)
+    _put(new, memoryview(data), offset)
+    return len(data)
+
+
+def _put(file: RawIOBase, data: memoryview, offset: int) -> None:
+    file.seek(offset)
+    done = 0
+    while done < len(data):
+        done += file.write(data[done:]) or 0

@@ -1,0 +1,1 @@
+"""Cartridges: their keys and values, the prefill that these start from, and several of them as one."""

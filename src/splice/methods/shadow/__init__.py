@@ -1,0 +1,1 @@
+"""AdaLoRA: its layers, the budget of its ranks, and its record."""

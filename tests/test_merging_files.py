@@ -1,0 +1,347 @@
+"""Merging into the files of a base: the very bytes that the loaded model gives, or a refusal before anything is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+
+import splice
+from splice.errors import PeftError, UnsupportedFeatureError
+from splice.merging_files import merge_files
+from tests import bases
+from tests.samples import Case, plain_cases
+
+SHARD = "40KB"
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found.update(load_file(file))
+    return found
+
+
+def assert_same_files(one: Path, other: Path) -> None:
+    """Both hold the same tensors, to the byte, and the index of the first tells where each is."""
+    first, second = tensors_of(one), tensors_of(other)
+    assert first.keys() == second.keys()
+    for name, tensor in second.items():
+        assert first[name].dtype == tensor.dtype and torch.equal(first[name], tensor), name
+    index = (
+        json.loads((one / "model.safetensors.index.json").read_text()) if len(list(one.glob("*.json"))) > 2 else None
+    )
+    if index is not None and "weight_map" in index:
+        assert index["weight_map"].keys() == first.keys()
+        for name, shard in index["weight_map"].items():
+            assert name in load_file(one / shard)
+        assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in first.values())
+
+
+def tiny(tied: bool = False, **fields: Any) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        tie_word_embeddings=tied,
+        pad_token_id=0,
+        **fields,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config)
+
+
+def saved(model: Any, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    model.to(dtype).save_pretrained(folder, max_shard_size=SHARD)
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def trained(
+    base: Path, config: Any, folder: Path, dtype: torch.dtype = torch.float32, auto: Any = AutoModelForCausalLM
+) -> Path:
+    model = splice.get_peft_model(auto.from_pretrained(base, dtype=dtype), config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+def in_memory(base: Path, adapter: Path, folder: Path, dtype: Any = "auto", auto: Any = AutoModelForCausalLM) -> Path:
+    model = splice.PeftModel.from_pretrained(auto.from_pretrained(base, dtype=dtype), adapter)
+    model.merge_and_unload().save_pretrained(folder, max_shard_size=SHARD)
+    return folder
+
+
+def cases() -> list[Case]:
+    return [case for case in plain_cases(bases.LLAMA, bases.TIED) if case.sample.merges]
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_files_are_those_of_the_merged_model(case: Case, shared_checkpoint: Any, tmp_path: Path) -> None:
+    adapter = shared_checkpoint(case.base, case.config())
+    model = splice.PeftModel.from_pretrained(case.base.build(), adapter)
+    layers = [layer for layers in model.base_model.placed.values() for layer in layers.values()]
+    if not all(layer.mergeable for layer in layers):
+        pytest.skip("cannot be merged")
+    case.base.build().save_pretrained(tmp_path / "base", max_shard_size=SHARD)
+    model.merge_and_unload().save_pretrained(tmp_path / "memory", max_shard_size=SHARD)
+    written = merge_files(tmp_path / "base", [adapter], tmp_path / "out")
+    assert written.changed
+    assert_same_files(tmp_path / "out", tmp_path / "memory")
+
+
+CONFIGS = {
+    "dora": splice.LoraConfig(target_modules=["q_proj", "down_proj", "embed_tokens"], use_dora=True),
+    "head": splice.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "embedding_copied": splice.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
+    "both_ends": splice.LoraConfig(target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True),
+    "one_end": splice.LoraConfig(target_modules=["lm_head"]),
+    "token_rows": splice.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3, 5]),
+    "norms": splice.LNTuningConfig(target_modules=["input_layernorm"]),
+}
+
+
+@pytest.mark.parametrize(("tied", "dtype"), [(False, torch.float32), (True, torch.bfloat16)], ids=["untied", "tied"])
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.filterwarnings("ignore")
+def test_heads_and_ties(name: str, tied: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+    base = saved(tiny(tied), tmp_path / "base", dtype)
+    adapter = trained(base, CONFIGS[name].__class__(**CONFIGS[name].to_dict()), tmp_path / "adapter", dtype)
+    merge_files(base, [adapter], tmp_path / "out")
+    reference = in_memory(base, adapter, tmp_path / "memory")
+    assert_same_files(tmp_path / "out", reference)
+    inputs = torch.arange(10)[None]
+    one, other = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype="auto") for folder in (tmp_path / "out", reference)
+    )
+    assert torch.equal(one(inputs).logits, other(inputs).logits)
+    assert one.config.tie_word_embeddings == other.config.tie_word_embeddings
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    assert (tmp_path / "out" / "generation_config.json").exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_another_dtype_is_that_of_a_model_loaded_so(tmp_path: Path) -> None:
+    base = saved(tiny(), tmp_path / "base")
+    adapter = trained(base, splice.LoraConfig(target_modules=["q_proj"]), tmp_path / "adapter")
+    merge_files(base, [adapter], tmp_path / "out", dtype=torch.bfloat16)
+    assert_same_files(tmp_path / "out", in_memory(base, adapter, tmp_path / "memory", torch.bfloat16))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
+
+
+def test_several_adapters_and_weights(tmp_path: Path) -> None:
+    base = saved(tiny(), tmp_path / "base")
+    one = trained(base, splice.LoraConfig(target_modules=["q_proj"]), tmp_path / "one")
+    two = trained(base, splice.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), tmp_path / "two")
+    merge_files(base, [one, two], tmp_path / "both")
+    model = splice.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), one, "one")
+    model.load_adapter(two, "two")
+    model.base_model.set_adapter(["one", "two"])
+    model.merge_and_unload().save_pretrained(tmp_path / "memory")
+    assert_same_files(tmp_path / "both", tmp_path / "memory")
+
+    merge_files(base, [one, two], tmp_path / "weighed", weights=[0.25, 2.0])
+    model = splice.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), one, "one")
+    model.load_adapter(two, "two")
+    model.add_weighted_adapter(["one", "two"], [0.25, 2.0], "sum", combination_type="cat")
+    model.set_adapter("sum")
+    model.merge_and_unload().save_pretrained(tmp_path / "memory of weighed")
+    assert_same_files(tmp_path / "weighed", tmp_path / "memory of weighed")
+    with pytest.raises(PeftError, match="there are 2 adapters and 1 weights: give one weight for each adapter"):
+        merge_files(base, [one, two], tmp_path / "none", weights=[1.0])
+
+
+def test_files_of_a_network_without_its_head(tmp_path: Path) -> None:
+    """Such files name their tensors without the prefix; the head comes with the adapter."""
+    torch.manual_seed(0)
+    base = tmp_path / "base"
+    LlamaModel(tiny().config).save_pretrained(base, max_shard_size=SHARD)
+    config = splice.LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"])
+    adapter = trained(base, config, tmp_path / "adapter", auto=AutoModelForSequenceClassification)
+    merge_files(base, [adapter], tmp_path / "out", task_class="LlamaForSequenceClassification")
+    reference = in_memory(base, adapter, tmp_path / "memory", auto=AutoModelForSequenceClassification)
+    inputs = torch.arange(10)[None]
+    one, other = (AutoModelForSequenceClassification.from_pretrained(f) for f in (tmp_path / "out", reference))
+    assert torch.equal(one(inputs).logits, other(inputs).logits)
+
+
+def test_what_is_joined_while_it_loads(tmp_path: Path) -> None:
+    """transformers stacks the experts of these files; beside them all merges, in them nothing."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=2,
+        vocab_size=64,
+    )
+    base = saved(MixtralForCausalLM(config), tmp_path / "base")
+    adapter = trained(base, splice.LoraConfig(target_modules=["q_proj"]), tmp_path / "adapter")
+    merge_files(base, [adapter], tmp_path / "out")
+    assert_same_files(tmp_path / "out", in_memory(base, adapter, tmp_path / "memory"))
+    stacked = any("experts.gate_up_proj" in name for name, _ in MixtralForCausalLM(config).named_parameters())
+    if stacked and not any("experts.gate_up_proj" in name for name in tensors_of(base)):
+        names = ["mlp.experts.gate_up_proj"]
+        adapter = trained(base, splice.LoraConfig(target_modules=[], target_parameters=names), tmp_path / "experts")
+        with pytest.raises(UnsupportedFeatureError, match=r"in parts .* call `merge_and_unload` instead"):
+            merge_files(base, [adapter], tmp_path / "none")
+        assert not (tmp_path / "none").exists()
+
+
+# -- refusals
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    base = saved(tiny(), tmp_path / "base")
+    adapter = trained(base, splice.LoraConfig(target_modules=["q_proj"]), tmp_path / "adapter")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("kept")
+    with pytest.raises(FileExistsError, match=r"out exists already, and nothing there is overwritten"):
+        merge_files(base, [adapter], tmp_path / "out")
+    assert (tmp_path / "out" / "mine").read_text() == "kept"
+    (tmp_path / "out" / "mine").unlink()
+    merge_files(base, [adapter], tmp_path / "out")
+    assert tensors_of(tmp_path / "out")
+
+
+def test_what_is_no_base(tmp_path: Path) -> None:
+    base = saved(tiny(), tmp_path / "base")
+    adapter = trained(base, splice.LoraConfig(target_modules=["q_proj"]), tmp_path / "adapter")
+
+    quantised = saved(tiny(), tmp_path / "quantised")
+    config = json.loads((quantised / "config.json").read_text())
+    (quantised / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes"}})
+    )
+    with pytest.raises(UnsupportedFeatureError, match=r"stored quantised \(bitsandbytes\)"):
+        merge_files(quantised, [adapter], tmp_path / "out")
+
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "config.json").write_text(json.dumps(config))
+    (pickled / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UnsupportedFeatureError, match=r"there is pytorch_model.bin. Load the model and save it"):
+        merge_files(pickled, [adapter], tmp_path / "out")
+
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(splice.CheckpointError, match=r"config.json cannot be read"):
+        merge_files(tmp_path / "empty", [adapter], tmp_path / "out")
+
+    (base / sorted(p.name for p in base.glob("*.safetensors"))[1]).unlink()
+    with pytest.raises(splice.CheckpointError, match=r"index.json names .*, and there is no such file"):
+        merge_files(base, [adapter], tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_files_that_lack_a_tensor(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    tiny().save_pretrained(base)
+    tensors = load_file(base / "model.safetensors")
+    adapter = trained(base, splice.LoraConfig(target_modules=["q_proj"]), tmp_path / "adapter")
+    del tensors["model.norm.weight"]
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(splice.CheckpointError, match=r"the files lack 'model.norm.weight'"):
+        merge_files(base, [adapter], tmp_path / "out")
+
+
+def test_an_adapter_that_is_no_change_of_weights(tmp_path: Path) -> None:
+    base = saved(tiny(), tmp_path / "base")
+    config = splice.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    adapter = trained(base, config, tmp_path / "adapter")
+    with pytest.raises((NotImplementedError, UnsupportedFeatureError)):
+        merge_files(base, [adapter], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# -- cut short
+
+
+SCRIPT = """
+import sys, os, signal
+import splice.loading.on_disk.merging as merging
+from splice.merging_files import merge_files
+stop, count = int(sys.argv[4]), 0
+def advance(size):
+    global count
+    count += 1
+    if count == stop:
+        os.kill(os.getpid(), signal.SIGKILL)
+merge_files(sys.argv[1], [sys.argv[2]], sys.argv[3], progress=merging.Progress(lambda left, all: None, advance))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+def test_killed_merges_leave_nothing_and_go_on(tmp_path: Path) -> None:
+    base = saved(tiny(), tmp_path / "base")
+    adapter = trained(base, splice.LoraConfig(target_modules="all-linear"), tmp_path / "adapter")
+    out = tmp_path / "out"
+    script = tmp_path / "merge.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    for stop in (1, 9, 20):
+        ended = subprocess.run(
+            [sys.executable, script, base, adapter, out, str(stop)], capture_output=True, timeout=300
+        )
+        assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+        assert not out.exists()
+    written = merge_files(base, [adapter], out)
+    assert written.resumed
+    assert_same_files(out, in_memory(base, adapter, tmp_path / "memory"))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_was_finished_of_another_merge_is_not_taken(tmp_path: Path) -> None:
+    base = saved(tiny(), tmp_path / "base")
+    one = trained(base, splice.LoraConfig(target_modules=["q_proj"]), tmp_path / "one")
+    two = trained(base, splice.LoraConfig(r=4, target_modules=["q_proj"]), tmp_path / "two")
+    script = tmp_path / "merge.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    subprocess.run([sys.executable, script, base, one, tmp_path / "out", "10"], capture_output=True, timeout=300)
+    assert (tmp_path / ".out.merging").exists()
+    assert not merge_files(base, [two], tmp_path / "out").resumed
+    assert_same_files(tmp_path / "out", in_memory(base, two, tmp_path / "memory"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="nothing is locked there")
+def test_two_merges_into_one_place(tmp_path: Path) -> None:
+    base = saved(tiny(), tmp_path / "base")
+    adapter = trained(base, splice.LoraConfig(target_modules=["q_proj"]), tmp_path / "adapter")
+    script = tmp_path / "merge.py"
+    script.write_text(textwrap.dedent(SCRIPT.replace("os.kill(os.getpid(), signal.SIGKILL)", "signal.pause()")))
+    with subprocess.Popen([sys.executable, script, base, adapter, tmp_path / "out", "5"]) as other:
+        try:
+            until = time.monotonic() + 120
+            while not list((tmp_path / ".out.merging").glob("*")) and time.monotonic() < until:
+                time.sleep(0.1)
+            with pytest.raises(PeftError, match="another process is merging into"):
+                merge_files(base, [adapter], tmp_path / "out")
+        finally:
+            os.kill(other.pid, signal.SIGKILL)
+    merge_files(base, [adapter], tmp_path / "out")
