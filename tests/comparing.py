@@ -69,6 +69,8 @@ def load_both(base: Base, folder: Path, *more: Path, dtype: torch.dtype = torch.
 def _load(library: Any, network: nn.Module, folder: Path, more: tuple[Path, ...], options: dict[str, Any]) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore" if library is peft else "error")
+        # Some adapters are right on the machine alone that they were made on, which here is this one.
+        warnings.filterwarnings("ignore", ".*elsewhere the output may be wrong")
         model = library.PeftModel.from_pretrained(network, str(folder), **options)
         for name, extra in zip(("second", "third"), more):
             model.load_adapter(str(extra), adapter_name=name, **options)

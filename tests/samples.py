@@ -37,6 +37,10 @@ class Sample:
         reference_calls_base: whether the reference calls the base layer's own forward, and does not compute in its place.
         stored_otherwise: whether what is trained is not what checkpoints hold, which tests/test_trained_behind.py is about.
         reference_generates: whether the reference's `generate` gives what its forwards do, one after the other.
+        reference_on_other_bases: whether the reference gets its adapters right on a base with other weights than those they
+            were made for, where they can be loaded on it.
+        has_own_weight: whether its adapters compute with a weight of their own, worked out when they were put on, so that
+            another weight of the layer changes nothing.
         any_base: whether its adapters can be loaded on a base with other weights than those they were made for.
         reference_unmerges: whether the reference can take what is merged out again, and merges an adapter only once.
         call: arguments that every call of a model with such an adapter needs -> a value for each row.
@@ -64,6 +68,8 @@ class Sample:
     reference_mixes: bool = False
     mixing_lacks: frozenset[str] = frozenset()
     reference_scales: bool = False
+    reference_on_other_bases: bool = True
+    has_own_weight: bool = False
     any_base: bool = True
     reference_unmerges: bool = True
     in_any_order: bool = True
@@ -178,6 +184,21 @@ SAMPLES: dict[PeftType, Sample] = {
             "patterns": {"rank_pattern": {"first|q_proj|up": 3, "second": 0.3}},
             "uninitialised": {"init_weights": False},
         },
+    ),
+    PeftType.FROD: Sample(
+        refused_on_codes="FRoD requires a weight in float32, float16 or bfloat16",
+        config={"sparse_rate": 0.1, "init_weights": False, "progressbar": False},
+        options={
+            "regenerated": {"save_projection": False, "projection_prng_key": 5},
+            "diagonal": {"sparse_rate": 0.0, "regularization_alpha": 0.1},
+            "bias_of_targets": {"bias": "frod_only"},
+            "unchanged": {"init_weights": True},
+        },
+        same_targets=True,
+        reference_calls_base=False,
+        # It works U out of another basis than the one that it computes with, that of the checkpoint.
+        reference_on_other_bases=False,
+        has_own_weight=True,
     ),
     PeftType.PSOFT: Sample(
         refused_on_codes="PSOFT requires a weight in float32, float16 or bfloat16",

@@ -182,6 +182,8 @@ def test_half_precision_bases(case: Case, dtype: torch.dtype, autocast: bool, sh
 @pytest.mark.parametrize("autocast", [True, False])
 @few
 def test_half_precision_files_on_a_float32_base(case: Case, autocast: bool, shared_checkpoint: Any) -> None:
+    if not case.sample.reference_on_other_bases:
+        pytest.skip("the reference gets it wrong")
     folder = shared_checkpoint(case.base, case.config(), dtype=torch.bfloat16)
     pair = load_both(case.base, folder, autocast_adapter_dtype=autocast)
     assert _dtypes(pair.ours) == _dtypes(pair.reference)
@@ -252,7 +254,9 @@ def test_saved_again_the_files_are_the_same(case: Case, shared_checkpoint: Any, 
     folder = shared_checkpoint(case.base, case.with_head())
     pair = load_both(case.base, folder)
     pair.reference.save_pretrained(str(tmp_path / "peft"), save_embedding_layers=False)
-    pair.ours.save_pretrained(str(tmp_path / "splice"), save_embedding_layers=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", splice.errors.PeftWarning)
+        pair.ours.save_pretrained(str(tmp_path / "splice"), save_embedding_layers=False)
     theirs, ours = tmp_path / "peft", tmp_path / "splice"
     assert_same_tensors(tensors_in(ours), tensors_in(folder))
     assert_same_tensors(tensors_in(ours), tensors_in(theirs))

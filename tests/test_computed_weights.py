@@ -32,7 +32,12 @@ WAYS: dict[str, Callable[[nn.Module], Any]] = {
 }
 BASES = (bases.LINEAR, bases.CONV1D, bases.CONV2D, bases.EMBEDDING)
 CASES = [
-    case for case in plain_cases(*BASES) if case.sample.merges and case.sample.any_base and not case.method.exclusive
+    case
+    for case in plain_cases(*BASES)
+    if case.sample.merges
+    and case.sample.any_base
+    and case.sample.reference_on_other_bases
+    and not case.method.exclusive
 ]
 DORA = {"peft_type": "LORA", "r": 2, "use_dora": True, "target_modules": ["first", "second"]}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import socket
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -268,6 +269,36 @@ def test_a_compiled_graph_is_not_made_again(case: Case, shared_checkpoint: Any) 
                 parameter.mul_(1.01)
     model.load_adapter(shared_checkpoint(case.base, case.config(), seed=3), "default")
     assert_close(run(compiled, inputs), run(model, inputs))
+    assert graphs == 1
+
+
+@linear
+def test_the_graph_of_a_first_call_is_not_made_again(case: Case, shared_checkpoint: Any) -> None:
+    """Of a thread that has called nothing before; nor do adapters on layers of another class make it invalid."""
+    torch._dynamo.reset()
+    graphs = 0
+
+    def backend(graph: Any, example: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    class Another(torch.nn.Linear):
+        pass
+
+    model = splice.PeftModel.from_pretrained(case.base.build(), shared_checkpoint(case.base, case.config()))
+    compiled = torch.compile(model.get_base_model(), fullgraph=True, backend=backend)
+    inputs, found = case.base.inputs(3), []
+
+    def calls() -> None:
+        found.append(run(compiled, inputs))
+        splice.get_peft_model(torch.nn.Sequential(Another(2, 2)), splice.LNTuningConfig(target_modules=["0"]))
+        found.append(run(compiled, inputs))
+
+    thread = threading.Thread(target=calls)
+    thread.start()
+    thread.join()
+    assert_close(found[1], run(model, inputs))
     assert graphs == 1
 
 

@@ -43,6 +43,7 @@ from splice.methods.c3a import C3AConfig as C3AConfig
 from splice.methods.deft import DeftConfig as DeftConfig
 from splice.methods.delora import DeloraConfig as DeloraConfig
 from splice.methods.fourierft import FourierFTConfig as FourierFTConfig
+from splice.methods.frod.config import FrodConfig as FrodConfig
 from splice.methods.glora import GloraConfig as GloraConfig
 from splice.methods.gralora import GraloraConfig as GraloraConfig
 from splice.methods.hira import HiraConfig as HiraConfig

@@ -28,6 +28,7 @@ from splice import DeftConfig as DeftConfig
 from splice import DeloraConfig as DeloraConfig
 from splice import EvaConfig as EvaConfig
 from splice import FourierFTConfig as FourierFTConfig
+from splice import FrodConfig as FrodConfig
 from splice import GloraConfig as GloraConfig
 from splice import GraloraConfig as GraloraConfig
 from splice import HRAConfig as HRAConfig

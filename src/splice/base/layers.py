@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
+import torch
 from torch import nn
 
 from splice.base.backends.finding import linear_backend
@@ -52,6 +53,8 @@ def _kind_of_class(cls: type) -> LayerKind | None:
 def kind_of(layer: nn.Module) -> LayerKind | None:
     """The kind of `layer`, or None where adapters cannot be put on it."""
     cls = type(layer)
+    if torch.compiler.is_compiling():  # a graph that looked into the table would be thrown away whenever that grows
+        return _kind_of_class(cls)
     if cls not in _found:
         _found[cls] = _kind_of_class(cls)
     return _found[cls]

@@ -19,7 +19,12 @@ class _Computing(threading.local):
 
     # Hosts of the layers whose forward is running, the innermost last; each with tensors that stand in for its own, by name.
     # A tuple that is exchanged and never changed, so that going back to what was before cannot fail.
-    stack: tuple[tuple[Host, Mapping[str, torch.Tensor]], ...] = ()
+    stack: tuple[tuple[Host, Mapping[str, torch.Tensor]], ...]
+
+    def __init__(self) -> None:
+        # Not a default of the class: a graph that is compiled at a thread's first call takes note that the thread has no
+        # entry of its own, and is thrown away once it has one.
+        self.stack = ()
 
 
 computing = _Computing()

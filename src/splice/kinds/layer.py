@@ -133,7 +133,10 @@ class AdapterLayer(OwnTensors, Effect, WeightEffect):
         return self.find(BIAS)
 
     def join(self, shared: AdapterLayer) -> None:
-        """Be told of what all layers of this adapter have in common, once for each: shared tensors, a network layer."""
+        """Be told of what all layers of this adapter have in common, once for each: shared tensors, a network layer.
+
+        Of tensors before any layer is attached, of a network layer when all are about to be.
+        """
 
     def shown(self, base: nn.Module) -> dict[str, torch.Tensor]:
         bias = self.trained_bias

@@ -151,3 +151,10 @@ class SharedNames(Names):
 
     def path_in_tree(self, path: str) -> str:
         return SHORT_PREFIX
+
+
+class SharedInContainersNames(SharedNames):
+    """The same, where the whole of a name is that of a container, inside one for all of its first component."""
+
+    def place(self, suffix: str) -> Place:
+        return Place(suffix, "")

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from splice.base.dense import as_now, in_linear_layout
+from splice.base.offload import at_hand
+from splice.base.sharding import whole_tensors
 from splice.base.weight_access import bias_of, check_readable, computed_weight, dense_from, dense_weight, is_plain
 from splice.kinds.host import host_of, in_order
 from splice.kinds.layer import AdapterLayer
@@ -58,6 +60,12 @@ def original_weight(layer: nn.Module) -> torch.Tensor:
             return dense_weight(layer) if host is None or not host.stored else dense_from(layer, host.stored)
     assert weight is not None
     return in_linear_layout(layer, weight.detach())
+
+
+def weight_at_hand(layer: nn.Module) -> torch.Tensor:
+    """`original_weight` of any layer of the network, also of one whose tensors are kept elsewhere, or divided."""
+    with at_hand(layer.modules()), whole_tensors((layer._parameters, name) for name in list(layer._parameters)):
+        return original_weight(layer)
 
 
 def tensor_in_use(layer: nn.Module, name: str, asking: AdapterLayer) -> torch.Tensor | None:

@@ -20,7 +20,7 @@ class WorkedOut(Additive):
     """
 
     reads_weight = True
-    # Whether the base had no values yet (the meta device), so that the first call works them out.
+    # Whether there were no values yet to work them out of (the meta device), so that the first call does.
     waits: bool = False
 
     def work_out(self, weight: torch.Tensor) -> None:
@@ -28,20 +28,25 @@ class WorkedOut(Additive):
         raise NotImplementedError
 
     def prepare(self, base: nn.Module, config: Config, path: str) -> None:
-        self._work_out()
+        self.work_out_now()
+
+    def is_outdated(self) -> bool:
+        """Whether they have to be worked out before they are used; asked at every call."""
+        return self.waits
 
     @torch.no_grad()
-    def _work_out(self) -> None:
+    def work_out_now(self) -> None:
+        """Work them out of what is there now."""
         weight = original_weight(self.base)
         self.waits = weight.is_meta
         self.work_out(weight)
 
     def around(self, x: torch.Tensor, inner: Forward) -> torch.Tensor:
-        if self.waits:
-            self._work_out()
+        if self.is_outdated():
+            self.work_out_now()
         return super().around(x, inner)
 
     def deltas(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        if self.waits:
-            self._work_out()
+        if self.is_outdated():
+            self.work_out_now()
         return super().deltas(tensors)

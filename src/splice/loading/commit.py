@@ -22,6 +22,7 @@ from splice.kinds.layer import AdapterLayer
 from splice.kinds.layout import LaidOut
 from splice.kinds.module_copy import WholeModule
 from splice.kinds.names import BIAS
+from splice.kinds.shared import SharedTensors
 from splice.kinds.trained_bias import copy_bias
 from splice.loading.converting import from_file, indices
 from splice.loading.plan import Plan
@@ -63,7 +64,7 @@ def build_loaded(
             read.update(_read_divided(placement, plan.sources, weights))
         for placement in batch:
             tensors = tensors_for(placement, led) if placement.leaders else {}
-            item = _build_loaded(placement, plan.sources, read, config, autocast, room, tensors)
+            item = _build_loaded(placement, plan.sources, read, config, autocast, room, tensors, _shared(built))
             built.append(item)
             if placement.path in leading:
                 led[placement.path] = item.layer
@@ -104,8 +105,9 @@ def _build_loaded(
     autocast: bool,
     room: Mapping[Where, torch.Tensor],
     tensors: dict[str, torch.Tensor],
+    shared: AdapterLayer | None,
 ) -> Built:
-    """Build one layer; `tensors` are those that it shares with layers before it."""
+    """Build one layer; `tensors` are those that it shares with layers before it, `shared` is what all layers share."""
     device = device_of(placement.base)
     if placement.in_file is not None:
         found = {suffix: read[sources[key]] for suffix, key in placement.keys.items() if key in sources}
@@ -126,7 +128,7 @@ def _build_loaded(
         tensors = {s: tensors[s] if s in tensors else fresh[s] for s in placement.slots}
     elif placement.leaders:  # which came first, and a save has the order of the layer
         tensors = {suffix: tensors[suffix] for suffix in placement.slots}
-    return _build(placement, config, tensors)
+    return _build(placement, config, tensors, shared)
 
 
 def _moved(
@@ -149,16 +151,16 @@ def build_new(plan: Plan, config: PeftConfig, autocast: bool, on_meta: bool = Fa
         tensors = new_tensors(placement, config, autocast)
         tensors.update(tensors_for(placement, led) if placement.leaders else {})
         with _values(placement):
-            built.append(_build(placement, config, tensors))
+            built.append(_build(placement, config, tensors, _shared(built)))
         if placement.path in leading:
             led[placement.path] = built[-1].layer
     for item in built:
         with _values(item.placement):
             item.layer.begin()
-        if on_meta:
-            item.layer.leave_empty()
-            for suffix, leader in item.layer.leaders.items():
-                item.layer.keep(suffix, led[leader.path].tensor(leader.suffix))
+    for item in built if on_meta else ():  # after all have begun, some of which look at what they share
+        item.layer.leave_empty()
+        for suffix, leader in item.layer.leaders.items():
+            item.layer.keep(suffix, led[leader.path].tensor(leader.suffix))
     return built + _followers(plan, built, config)
 
 
@@ -170,7 +172,12 @@ def _leading(plan: Plan) -> set[str]:
 def _followers(plan: Plan, built: Sequence[Built], config: PeftConfig) -> list[Built]:
     """The layers that share the tensors of others."""
     layers = {item.placement.path: item.layer for item in built}
-    return [_build(p, config, tensors_for(p, layers)) for p in plan.followers]
+    return [_build(p, config, tensors_for(p, layers), _shared(built)) for p in plan.followers]
+
+
+def _shared(built: Sequence[Built]) -> AdapterLayer | None:
+    """What all layers of the adapter share, which is built first; None where they share nothing."""
+    return built[0].layer if built and isinstance(built[0].layer, SharedTensors) else None
 
 
 def _values(placement: Placement) -> AbstractContextManager[None]:
@@ -223,14 +230,15 @@ def _own_bias(placement: Placement) -> torch.Tensor:
     return bias
 
 
-def _build(placement: Placement, config: PeftConfig, tensors: Mapping[str, torch.Tensor]) -> Built:
+def _build(
+    placement: Placement, config: PeftConfig, tensors: Mapping[str, torch.Tensor], shared: AdapterLayer | None
+) -> Built:
     config = placement.own_config or config
     given = (placement.base, config, placement.path, placement.slots, tensors)
-    if placement.layer_class.reads_weight:
-        with _whole(placement.base):
-            layer = placement.layer_class(*given)
-    else:
+    with _whole(placement.base) if placement.layer_class.reads_weight else nullcontext():
         layer = placement.layer_class(*given)
+        if shared is not None:
+            layer.join(shared)
     if placement.own_config is not None:
         layer.own_config = placement.own_config
     if placement.leaders:

@@ -23,6 +23,7 @@ from splice.kinds.original import original_tensor
 from splice.kinds.reading import Checkpoint
 from splice.kinds.registry import Method, method_of
 from splice.kinds.shared import SharedTensors
+from splice.kinds.worked_out import WorkedOut
 from splice.loading.checking import check_base_copies, check_repeated, refuse_or_warn
 from splice.loading.commit import build_loaded
 from splice.loading.config_fields import field_names, field_value
@@ -320,7 +321,16 @@ def _overwrite(tuner: Tuner, found: Fitted, options: LoadOptions, undo: Undo) ->
     # For a moment the adapter takes twice its memory; without the copies what fails later could not be undone.
     before = [tensor.clone() for tensor in live.values()]
     undo.also(lambda: _copy(zip(live.values(), before)))
+    undo.also(lambda: _work_out_again(layers.values()))
     _copy(zip(live.values(), values))
+    _work_out_again(layers.values())
+
+
+def _work_out_again(layers: Iterable[AdapterLayer]) -> None:
+    """Work out what follows from tensors that changed: calls of a compiled graph would not ask."""
+    for layer in layers:
+        if isinstance(layer, WorkedOut) and layer.is_outdated():
+            layer.work_out_now()
 
 
 def _give_memory(plan: Plan, layers: dict[str, AdapterLayer]) -> Callable[[], None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -61,7 +61,8 @@ def save(
         # Gathered by all processes, in one order: those that do not write take part.
         found = tensors_to_save(tuner, name, state_dict, save_embedding_layers)
         tensors = {key: whole(tensor) for key, tensor in found.items()}
-        _warn_of_shards(tensors, state_dict is None)
+        if state_dict is None:
+            _warn_of_shards(tensors, _without_elements(tuner, name))
         config = tuner.peft_config[name]
         if initial is not None:
             config, tensors = _for_unchanged_base(config, tensors, initial)
@@ -302,9 +303,19 @@ def _first(state_dict: Mapping[str, torch.Tensor], names: tuple[str, ...]) -> to
     return None
 
 
-def _warn_of_shards(tensors: Mapping[str, torch.Tensor], own: bool) -> None:
-    empty = [name for name, tensor in tensors.items() if tensor.numel() == 0]
-    if own and empty:
+def _without_elements(tuner: Tuner, name: str) -> set[str]:
+    """The keys of tensors that were planned without elements: a method trains nothing there."""
+    slots = (
+        (path, layer, s, item.slot)
+        for path, layer in tuner.placed[name].items()
+        for s, item in layer.registered.items()
+    )
+    return {layer.names.key(path, suffix) for path, layer, suffix, slot in slots if 0 in slot.shape}
+
+
+def _warn_of_shards(tensors: Mapping[str, torch.Tensor], known: Collection[str]) -> None:
+    empty = [name for name, tensor in tensors.items() if tensor.numel() == 0 and name not in known]
+    if empty:
         warn(
             f"{counted(len(empty), 'tensor has', 'tensors have')} no elements ({empty[0]}): under ZeRO-3 or FSDP, gather the "
             "parameters and pass them as `state_dict`. What is written now cannot be loaded.",

@@ -302,7 +302,7 @@ def share(adapter: AdapterLayer, host: Host) -> None:
     """
     for shared in adapter.shared:
         assert shared.home is not None
-        for path in _containers(shared):
+        for path in _on_layers(shared):
             module = shared.home.modules[path]
             assert module is not None
             host.base._modules[path] = host.added[path] = module
@@ -312,11 +312,16 @@ def unshare(adapter: AdapterLayer, host: Host) -> None:
     """Take back what `share` did, unless another adapter of the layer shares as well."""
     if not adapter.shared:  # nearly all methods: others need not be looked through
         return
-    others = {path for other in host.layers.values() for shared in other.shared for path in _containers(shared)}
+    others = {path for other in host.layers.values() for shared in other.shared for path in _on_layers(shared)}
     for shared in adapter.shared:
-        for path in [path for path in _containers(shared) if path not in others]:
+        for path in [path for path in _on_layers(shared) if path not in others]:
             host.base._modules.pop(path, None)
             host.added.pop(path, None)
+
+
+def _on_layers(shared: AdapterLayer) -> list[str]:
+    """The containers that every layer names; not those inside others, each of which is for some of the layers."""
+    return [path for path in _containers(shared) if "." not in path]
 
 
 def _containers(adapter: AdapterLayer) -> list[str]:

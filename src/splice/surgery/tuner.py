@@ -223,9 +223,10 @@ class Tuner(TunerViews, nn.Module):
 
     def _share(self, name: str, layers: Sequence[AdapterLayer]) -> None:
         for common in (layer for layer in layers if isinstance(layer, (SharedTensors, NetworkLayer))):
-            if isinstance(common, SharedTensors):  # a network layer is attached like any other
+            if isinstance(common, SharedTensors):  # which the layers have been told of
                 register(common, name, Home(self._modules, self.added, self.model))
-            for layer in layers:
+                continue
+            for layer in layers:  # a network layer is attached like any other
                 layer.join(common)
 
     def take_slot(self, name: str) -> None:

@@ -27,7 +27,7 @@ def targets(draft: Draft) -> None:
         selected.pop(path, None)
     if draft.method.passes_over:
         selected = _able(draft, selected)
-    own = (*draft.method.layers.values(), draft.method.other_layer)
+    own = (*draft.method.layers.values(), draft.method.other_layer, draft.method.shared)
     if any(layer_class is not None and issubclass(layer_class, LaidOut) for layer_class in own):
         draft.layout = Layout(selected, draft.network)
     for path, base in selected.items():
