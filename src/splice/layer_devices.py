@@ -37,7 +37,8 @@ def get_layer_device_map(model: nn.Module) -> dict[int, Device] | None:
     if main is None:  # also where all of it computes in memory
         return None
     config: Any = text_config(model)
-    count = int(field_of(config, "num_hidden_layers") or 0)
+    layers = field_of(config, "num_hidden_layers")
+    count = layers if isinstance(layers, int) else 0
     devices: dict[int, Device] = dict.fromkeys(range(count), main) if "" in found else {}
     for path, device in found.items():
         numbers = re.findall(r"\.(\d+)(?=\.)", f".{path}.")
