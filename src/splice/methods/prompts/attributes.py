@@ -11,8 +11,9 @@ from torch import nn
 from splice.base.foreign_models import input_embedding_layer
 from splice.config import PromptLearningConfig
 from splice.kinds.adapters import Adapters, layers_of
+from splice.methods.prompts.cache import Cache
 from splice.methods.prompts.cached import CachedPrompt
-from splice.methods.prompts.prompt import Cache, PromptLayer
+from splice.methods.prompts.prompt import PromptLayer
 
 
 def prompt_layer(adapters: Adapters, adapter_name: str) -> PromptLayer:

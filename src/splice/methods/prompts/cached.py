@@ -21,15 +21,9 @@ from splice.kinds.casting import check_values
 from splice.kinds.effect import Forward
 from splice.kinds.layer import Config
 from splice.kinds.slot import Slot
-from splice.methods.prompts.prompt import (
-    TYPED,
-    Cache,
-    Call,
-    Prompt,
-    PromptLayer,
-    main_input,
-    token_count,
-)
+from splice.methods.prompts.cache import Cache
+from splice.methods.prompts.counts import token_count
+from splice.methods.prompts.prompt import TYPED, Call, Prompt, PromptLayer, main_input
 from splice.methods.prompts.sizes import cache_sizes_of, rooms_of
 
 _CACHES = {"past_key_values", "cache"}

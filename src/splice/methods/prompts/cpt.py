@@ -27,8 +27,10 @@ from splice.kinds.registry import Method, register
 from splice.kinds.slot import Role, Slot
 from splice.kinds.tensors import Held
 from splice.methods.prompts.attributes import PROMPT_METHODS, PROMPT_VIEWS
+from splice.methods.prompts.counts import check_prompt
 from splice.methods.prompts.embedded import EmbeddedPrompt, embeddings_of
-from splice.methods.prompts.prompt import PROMPT_KEY, Call, Encoder, Prompt, PromptLayer, check_prompt
+from splice.methods.prompts.names import PROMPT_KEY
+from splice.methods.prompts.prompt import Call, Encoder, Prompt, PromptLayer
 from splice.methods.prompts.reparameterised import BEHIND, TrainedBehind, table_of
 from splice.methods.prompts.sizes import sizes_of
 

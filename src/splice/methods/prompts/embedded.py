@@ -25,7 +25,8 @@ from splice.kinds.casting import check_values
 from splice.kinds.effect import Forward
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.network import network_layers
-from splice.methods.prompts.prompt import TYPED, Cache, Call, Prompt, PromptLayer, main_input, prompt_of_rows
+from splice.methods.prompts.cache import Cache
+from splice.methods.prompts.prompt import TYPED, Call, Prompt, PromptLayer, main_input, prompt_of_rows
 from splice.selection import Choice, Rows
 
 # The models that answer for every token: their labels grow with the input.

@@ -26,8 +26,9 @@ from splice.kinds.slot import Slot
 from splice.kinds.tasks import TASK_IDS, ReadsTasks, check_tasks, tasks_of_call
 from splice.kinds.tensors import Held
 from splice.methods.prompts.attributes import PROMPT_METHODS, PROMPT_VIEWS
+from splice.methods.prompts.counts import check_prompt
 from splice.methods.prompts.embedded import EmbeddedPrompt, embeddings_of
-from splice.methods.prompts.prompt import Call, Encoder, Prompt, PromptLayer, check_prompt
+from splice.methods.prompts.prompt import Call, Encoder, Prompt, PromptLayer
 from splice.methods.prompts.starts import StartedConfig, start_tokens
 
 

@@ -17,8 +17,9 @@ from splice.config import PromptLearningConfig
 from splice.errors import warn
 from splice.kinds.registry import Method, register
 from splice.methods.prompts.attributes import PROMPT_METHODS, PROMPT_VIEWS
+from splice.methods.prompts.counts import check_prompt, token_count
 from splice.methods.prompts.embedded import EmbeddedPrompt
-from splice.methods.prompts.prompt import Encoder, PromptLayer, check_prompt, token_count
+from splice.methods.prompts.prompt import Encoder, PromptLayer
 from splice.methods.prompts.reparameterised import Reparameterised
 from splice.methods.prompts.sizes import sizes_of
 

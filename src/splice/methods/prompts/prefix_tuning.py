@@ -15,7 +15,8 @@ from splice.config import PromptLearningConfig
 from splice.kinds.registry import Method, register
 from splice.methods.prompts.attributes import PROMPT_METHODS, PROMPT_VIEWS
 from splice.methods.prompts.cached import CachedPrompt, computed_sizes
-from splice.methods.prompts.prompt import Encoder, PromptLayer, check_prompt, token_count
+from splice.methods.prompts.counts import check_prompt, token_count
+from splice.methods.prompts.prompt import Encoder, PromptLayer
 from splice.methods.prompts.reparameterised import Reparameterised
 from splice.methods.prompts.sizes import cache_sizes_of
 

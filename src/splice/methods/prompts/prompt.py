@@ -9,82 +9,33 @@ come about.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from splice.base.signatures import named_arguments
-from splice.checkpoint.keys import SHORT_PREFIX
 from splice.checkpoint.types import TaskType
-from splice.config import PromptLearningConfig
 from splice.errors import UnsupportedFeatureError, warn
 from splice.kinds.container import Holder
 from splice.kinds.effect import Effect, Forward
 from splice.kinds.layer import Config
-from splice.kinds.module_copy import WholeModule
-from splice.kinds.names import CopyNames, Names, Place
+from splice.kinds.names import Names
 from splice.kinds.network import NetworkLayer
 from splice.kinds.slot import Slot
 from splice.kinds.tensors import Held
+from splice.methods.prompts.cache import Cache
+from splice.methods.prompts.counts import token_count
+from splice.methods.prompts.names import PromptHead, PromptNames
 from splice.methods.prompts.sizes import sizes_of
 from splice.selection import Rows
 
 # What a network is called with, by name.
 Call = dict[str, Any]
-PROMPT_KEY = "prompt_embeddings"
 # The tasks whose models get the caller's `token_type_ids`.
 TYPED = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS)
-
-
-class Cache(Protocol):
-    """Keys and values of the tokens so far, as transformers has them; what is asked of them here."""
-
-    @property
-    def is_compileable(self) -> bool:
-        """Whether its length is fixed."""
-        ...
-
-    def get_seq_length(self) -> int:
-        """How many tokens it holds, the virtual ones among them."""
-        ...
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> object:
-        """Add keys and values (batch, heads, tokens, size of a head) to those of one layer."""
-        ...
-
-
-class PromptHead(WholeModule):
-    """A module saved whole beside virtual tokens: the reference names it without `model.`, as they wrap nothing."""
-
-    names = CopyNames("modules_to_save", "original_module.", prefix=SHORT_PREFIX)
-
-
-@dataclass(frozen=True, eq=False)
-class PromptNames(Names):
-    """Of virtual tokens: a checkpoint has their table under one name, and all else beside the network's paths."""
-
-    # Nothing is wrapped by them.
-    base: str = ""
-    # Suffix -> key, where they differ.
-    keys: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({"embedding.weight": PROMPT_KEY}))
-    # What stands before the suffix of any other tensor in a checkpoint.
-    front: str = ""
-
-    def key(self, path: str, suffix: str) -> str:
-        return self.keys.get(suffix, self.front + suffix)
-
-    def place(self, suffix: str) -> Place:
-        return Place("prompt_encoder", suffix)
-
-    def path_in_tree(self, path: str) -> str:
-        return ""
-
-    def path_in_reference(self, path: str) -> str:
-        return ""
 
 
 class Encoder(Holder):
@@ -331,21 +282,3 @@ def prompt_of_rows(layers: Mapping[str, Effect], rows: Rows, main: torch.Tensor)
             f"{first.task}. Choose adapters with the same `num_virtual_tokens` and no '__base__', or call them one by one."
         )
     return Prompt(tuple(parts), count, short)
-
-
-def token_count(config: PromptLearningConfig) -> int:
-    """The number of virtual tokens, of a config that was checked."""
-    assert config.num_virtual_tokens is not None
-    return config.num_virtual_tokens
-
-
-def check_prompt(config: PromptLearningConfig) -> None:
-    """Raise ValueError for a config that no prompt-learning method can work with."""
-    count = config.num_virtual_tokens
-    if not isinstance(count, int) or isinstance(count, bool) or count <= 0:
-        raise ValueError(f"`num_virtual_tokens` should be a positive integer, got {count!r}")
-    if config.task_type is None:
-        raise ValueError(
-            f"a {config.peft_type} config needs a `task_type`: it decides where the virtual tokens go. "
-            f"One of {', '.join(member.value for member in TaskType)}."
-        )

@@ -13,8 +13,9 @@ from torch import nn
 from splice.checkpoint.types import PeftType
 from splice.kinds.registry import Method, register
 from splice.methods.prompts.attributes import PROMPT_METHODS, PROMPT_VIEWS
+from splice.methods.prompts.counts import check_prompt
 from splice.methods.prompts.embedded import EmbeddedPrompt
-from splice.methods.prompts.prompt import Encoder, check_prompt
+from splice.methods.prompts.prompt import Encoder
 from splice.methods.prompts.starts import StartedConfig, start_tokens
 
 

@@ -18,7 +18,8 @@ from splice.kinds.container import Holder
 from splice.kinds.file_form import FileForm, Stored
 from splice.kinds.layer import Config
 from splice.kinds.slot import Slot
-from splice.methods.prompts.prompt import PROMPT_KEY, Encoder, PromptLayer, PromptNames
+from splice.methods.prompts.names import PROMPT_KEY, PromptNames
+from splice.methods.prompts.prompt import Encoder, PromptLayer
 
 # What the names of these tensors begin with.
 BEHIND = "prompt_encoder."

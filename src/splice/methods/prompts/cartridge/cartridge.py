@@ -25,7 +25,9 @@ from splice.kinds.slot import Role, Slot
 from splice.kinds.tensors import Held
 from splice.methods.prompts.attributes import PROMPT_METHODS, PROMPT_VIEWS
 from splice.methods.prompts.cached import CachedPrompt, computed_sizes
-from splice.methods.prompts.prompt import PROMPT_KEY, Encoder, check_prompt
+from splice.methods.prompts.counts import check_prompt
+from splice.methods.prompts.names import PROMPT_KEY
+from splice.methods.prompts.prompt import Encoder
 from splice.methods.prompts.reparameterised import BEHIND
 
 _FROZEN, _TRAINED = "frozen_embedding", "trainable_embedding"

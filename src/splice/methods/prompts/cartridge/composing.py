@@ -17,7 +17,7 @@ from splice.config import copy_config, parse_config
 from splice.discovery import public
 from splice.errors import CheckpointError
 from splice.methods.prompts.cartridge.cartridge import CartridgeConfig
-from splice.methods.prompts.prompt import PROMPT_KEY
+from splice.methods.prompts.names import PROMPT_KEY
 
 # What has to be the same, or the tables have other columns.
 _ALIKE = ("task_type", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
