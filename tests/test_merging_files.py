@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -345,3 +347,66 @@ def test_two_merges_into_one_place(tmp_path: Path) -> None:
         finally:
             os.kill(other.pid, signal.SIGKILL)
     merge_files(base, [adapter], tmp_path / "out")
+
+
+# -- a base that is large
+
+
+def write_large(folder: Path, layers: int) -> Any:
+    """A bfloat16 Llama of 7 billion's widths in eight shards of zeros, which take no room on a disk; and its outline."""
+    config = LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        vocab_size=32000,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        network = LlamaForCausalLM(config)
+    shapes = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
+    names, weight_map = list(shapes), {}
+    count = -(-len(names) // 8)
+    for number in range(8):
+        file, begin, fields = f"model-{number + 1:05d}-of-00008.safetensors", 0, {}
+        for name in names[number * count : (number + 1) * count]:
+            size = 2 * math.prod(shapes[name])
+            fields[name] = {"dtype": "BF16", "shape": shapes[name], "data_offsets": [begin, begin + size]}
+            begin, weight_map[name] = begin + size, file
+        text = json.dumps(fields).encode()
+        with open(folder / file, "wb") as opened:
+            opened.write(len(text).to_bytes(8, "little") + text)
+            opened.truncate(8 + len(text) + begin)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return network
+
+
+LARGE = """
+import resource, sys
+from splice.merging_files import merge_files
+merge_files(sys.argv[1], [sys.argv[2]], sys.argv[3])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is counted otherwise elsewhere")
+def test_six_gigabytes_in_one(tmp_path: Path) -> None:
+    """The whole process, with torch and transformers in it, stays below a gigabyte."""
+    network = write_large(tmp_path / "base", layers=14)
+    config = splice.LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"])
+    model = splice.get_peft_model(network, config, low_cpu_mem_usage=True)
+    tensors = {k: torch.randn(v.shape) * 0.01 for k, v in splice.get_peft_model_state_dict(model).items()}
+    model.peft_config["default"].save_pretrained(tmp_path / "adapter")
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
+    arguments = [sys.executable, "-c", LARGE, tmp_path / "base", tmp_path / "adapter", tmp_path / "out"]
+    ended = subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=1500)
+    assert int(ended.stdout) < 1000
+    a = tensors["base_model.model.model.layers.5.mlp.up_proj.lora_A.weight"]
+    b = tensors["base_model.model.model.layers.5.mlp.up_proj.lora_B.weight"]
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+    name = "model.layers.5.mlp.up_proj.weight"
+    with safe_open(tmp_path / "out" / index[name], "pt") as file:
+        assert torch.equal(file.get_tensor(name), (0.5 * (b @ a)).to(torch.bfloat16))
