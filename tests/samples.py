@@ -187,6 +187,7 @@ SAMPLES: dict[PeftType, Sample] = {
     ),
     PeftType.FROD: Sample(
         refused_on_codes="FRoD requires a weight in float32, float16 or bfloat16",
+        made_on_codes=False,
         config={"sparse_rate": 0.1, "init_weights": False, "progressbar": False},
         options={
             "regenerated": {"save_projection": False, "projection_prng_key": 5},

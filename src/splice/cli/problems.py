@@ -35,7 +35,7 @@ def problems_of(
         *_of_the_method(opened, method),
         *_of_the_pickle(opened),
         *_of_the_names(opened, method, layers),
-        *_of_the_tensors(opened),
+        *_of_the_tensors(opened, layers),
         *(_of_the_ranks(opened, outline, layers) if outline else ()),
         *_of_the_targets(opened, layers),
     ]
@@ -101,11 +101,14 @@ def _of_the_names(opened: Opened, method: Known | None, layers: Sequence[Layer])
         yield Problem(f"it holds tensors of the base that its config does not speak of: {listed(paths)}.", False)
 
 
-def _of_the_tensors(opened: Opened) -> Iterator[Problem]:
+def _of_the_tensors(opened: Opened, layers: Sequence[Layer]) -> Iterator[Problem]:
     entries = opened.header.entries
     empty = [name for name, entry in entries.items() if 0 in entry.shape]
     if empty:
-        yield Problem(f"{counted(len(empty), 'tensor')} without any values: {listed(empty)}.")
+        # Some methods have tensors that may be empty; a layer of nothing else was saved while its values were elsewhere.
+        gone = any(all(0 in entry.shape for entry in layer.entries.values()) for layer in layers)
+        rank_gone = any(layer.rank == 0 for layer in layers)
+        yield Problem(f"{counted(len(empty), 'tensor')} without any values: {listed(empty)}.", gone or rank_gone)
     codes = [name for name, entry in entries.items() if entry.dtype in ("U8", "I8")]
     if codes:
         yield Problem(f"{counted(len(codes), 'tensor')} of whole numbers, as quantised weights are: {listed(codes)}.")
