@@ -205,6 +205,7 @@ def test_a_method_written_for_the_reference_is_refused(name: str) -> None:
     assert found == wanted != (None, "")
 
 
-def test_a_method_that_is_not_built_cannot_be_registered() -> None:
+def test_a_method_that_is_not_built_cannot_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(utilities, "all_methods", dict)
     with pytest.raises(splice.UnsupportedFeatureError, match=r"CONTRIBUTING\.md"):
         utilities.register_peft_method(name="shadow", config_cls=peft.ShadowConfig, model_cls=peft.ShadowModel)

@@ -66,7 +66,7 @@ CALLED: dict[str, str] = {
         "LNTuningLayer Linear LoHaLayer LoKrLayer LoraLayer ModulesToSaveWrapper MultiheadAttention OFTLayer ParamWrapper "
         "PrefixEncoder PromptEmbedding SVDConv2d SVDLinear TrainableTokensLayer TrainableTokensWrapper VeraLayer "
         "AdamssLayer BOFTLayer BeftLayer C3ALayer C3ALinear CPTEmbedding DeftLayer DeftLinear DeloraLayer DeloraLinear "
-        "CartridgeEncoder ShadowLayer "
+        "CartridgeEncoder FrodLayer ShadowLayer "
         "GloraLayer GloraLinear GraloraLayer HRAConv2d HRALayer HRALinear HiraLayer LilyLayer Linear4bit Linear8bitLt "
         "MissLayer MissLinear MultitaskPromptEmbedding OSFLayer PeanutLayer PolyLayer PromptEncoder PsoftLayer PveraLayer "
         "RandLoraLayer RoadLayer ShiraLayer SupertuningLayer TinyLoraLayer UniLoraLayer VBLoRALayer WaveFTLayer WaveFTLinear"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import secrets
 import sys
+import threading
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-if sys.platform != "win32":
-    import fcntl
+from splice.checkpoint.locking import Lock
 
 
 def write_text(path: Path, text: str) -> None:
@@ -30,13 +31,21 @@ def alone_in(folder: Path) -> Iterator[None]:
     if sys.platform == "win32":
         yield
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    key = (threading.get_ident(), os.path.realpath(folder))
+    left = _held.get(key)
+    if left is not None:
+        # By an interrupt between two lines, and kept by its traceback: this thread would wait for itself.
+        left.close()
+    lock = _held[key] = Lock(folder)
     try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        lock.take()
         yield
     finally:
-        os.close(descriptor)
+        lock.close()
+
+
+# Those that are held, by thread and folder.
+_held: weakref.WeakValueDictionary[tuple[int, str], Lock] = weakref.WeakValueDictionary()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from splice.base.dense import dtype_of
 from splice.base.layers import LayerKind, features, kind_of
-from splice.base.weight_access import is_plain
+from splice.base.weight_access import check_readable, is_plain
 from splice.errors import UnsupportedFeatureError, UnsupportedLayerError
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.layout import LaidOut, Layout
@@ -41,6 +41,7 @@ class FrodBases(LaidOut, SharedTensors):
     def shared_slots(cls, targets: Sequence[tuple[str, nn.Module]], config: FrodConfig) -> dict[str, Slot]:
         first: dict[str, tuple[str, nn.Module]] = {}
         for path, base in targets:
+            check_readable(base, path, "FRoD")
             before, other = first.setdefault(kind_at(path), (path, base))
             if features(other)[0] != features(base)[0]:
                 raise UnsupportedLayerError(

@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import nn
 
-from splice.checkpoint.derived import Derived
 from splice.checkpoint.header import Entry
 from splice.checkpoint.tensors import Weights
 from splice.config import copy_config
+from splice.kinds.derived import Derived
 from splice.kinds.reading import Checkpoint, Reading
 from splice.methods.lora.config import LoraConfig
 

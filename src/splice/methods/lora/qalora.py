@@ -16,11 +16,11 @@ from torch.nn import functional as F
 
 from splice.base.backends.finding import backend_of
 from splice.base.layers import features, kind_of
-from splice.checkpoint.derived import Derived
 from splice.checkpoint.header import Entry
 from splice.checkpoint.keys import PREFIX
 from splice.checkpoint.tensors import Weights
 from splice.config import copy_config
+from splice.kinds.derived import Derived
 from splice.kinds.effect import Factors
 from splice.kinds.reading import Checkpoint, Reading
 from splice.kinds.slot import Slot

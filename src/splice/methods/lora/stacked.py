@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from splice.checkpoint.derived import Derived
 from splice.checkpoint.header import Entry
 from splice.checkpoint.keys import format_key, parse_key
 from splice.checkpoint.tensors import Weights
 from splice.config import copy_config
+from splice.kinds.derived import Derived
 from splice.kinds.reading import Checkpoint, Reading
 from splice.methods.lora.config import TENSOR_NAMES, LoraConfig
 from splice.methods.lora.experts import Stack, experts_of, joined_ranks, joined_values, part_values, restated, scale_of
