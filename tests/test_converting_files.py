@@ -134,6 +134,15 @@ def test_prompts_change_no_weight(tmp_path: Path) -> None:
         convert_files(tmp_path / "adapter", tmp_path / "base", tmp_path / "out", TO)
 
 
+def test_nothing_is_written_for_an_adapter_that_does_nothing(tmp_path: Path) -> None:
+    model = splice.get_peft_model(bases.LLAMA.build(), splice.LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "adapter")
+    bases.LLAMA.build().save_pretrained(tmp_path / "base")
+    with pytest.raises(UnsupportedFeatureError, match="adds zeros to every layer"):
+        convert_files(tmp_path / "adapter", tmp_path / "base", tmp_path / "out", TO)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_program(tmp_path: Path) -> None:
     ran = run_program("convert", EXAMPLE, "--base", BASE, "--out", tmp_path / "one", "--rank", "2")
     assert ran.code == 0 and "rank 2, largest error" in ran.out and "relative error" in ran.out

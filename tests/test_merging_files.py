@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -186,11 +187,25 @@ def test_files_of_a_network_without_its_head(tmp_path: Path) -> None:
     LlamaModel(tiny().config).save_pretrained(base, max_shard_size=SHARD)
     config = splice.LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"])
     adapter = trained(base, config, tmp_path / "adapter", auto=AutoModelForSequenceClassification)
-    merge_files(base, [adapter], tmp_path / "out", task_class="LlamaForSequenceClassification")
+    merge_files(base, [adapter], tmp_path / "out")
     reference = in_memory(base, adapter, tmp_path / "memory", auto=AutoModelForSequenceClassification)
     inputs = torch.arange(10)[None]
     one, other = (AutoModelForSequenceClassification.from_pretrained(f) for f in (tmp_path / "out", reference))
     assert torch.equal(one(inputs).logits, other(inputs).logits)
+    assert one.config.architectures == other.config.architectures == ["LlamaForSequenceClassification"]
+    assert one.config.id2label == other.config.id2label
+
+
+def test_a_head_with_more_labels_than_the_base_says(tmp_path: Path) -> None:
+    """How many there are follows from the adapter; the merged model says so too."""
+    base = saved(tiny(), tmp_path / "base")
+    network = AutoModelForSequenceClassification.from_pretrained(base, num_labels=5)
+    model = splice.get_peft_model(network, splice.LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "adapter")
+    merge_files(base, [tmp_path / "adapter"], tmp_path / "out")
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert merged.config.num_labels == 5
+    assert torch.equal(merged.score.weight, model.base_model.model.score.modules_to_save["default"].weight)
 
 
 def test_what_is_joined_while_it_loads(tmp_path: Path) -> None:
@@ -327,8 +342,10 @@ def test_what_was_finished_of_another_merge_is_not_taken(tmp_path: Path) -> None
     script.write_text(textwrap.dedent(SCRIPT))
     subprocess.run([sys.executable, script, base, one, tmp_path / "out", "10"], capture_output=True, timeout=300)
     assert (tmp_path / ".out.merging").exists()
-    assert not merge_files(base, [two], tmp_path / "out").resumed
-    assert_same_files(tmp_path / "out", in_memory(base, two, tmp_path / "memory"))
+    shutil.rmtree(one)
+    two.rename(one)  # told by what it holds, not by where it lies
+    assert not merge_files(base, [one], tmp_path / "out").resumed
+    assert_same_files(tmp_path / "out", in_memory(base, one, tmp_path / "memory"))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="nothing is locked there")

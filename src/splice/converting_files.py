@@ -26,8 +26,7 @@ from splice.kinds.registry import all_methods
 from splice.kinds.weight_delta import WeightUpdate
 from splice.loading.on_disk.base_folder import BaseFolder, read_base_folder
 from splice.loading.on_disk.changes import changes_of
-from splice.loading.on_disk.outline import outline_of
-from splice.merging_files import local_base
+from splice.merging_files import base_for, local_base
 from splice.surgery.merging import ToMerge
 from splice.tasks import PeftModel
 
@@ -58,7 +57,7 @@ def convert_files(
     rank: int | None = None,
     error: float | None = None,
     base_revision: str | None = None,
-    task_class: str | None = None,
+    class_name: str | None = None,
     trust_remote_code: bool = False,
     advance: Callable[[int, int], object] | None = None,
     **options: Any,
@@ -76,7 +75,7 @@ def convert_files(
         error: in place of a rank, the largest error of a layer's update relative to its norm (Frobenius); 0.01 where
             neither is given.
         base_revision: of the base on the Hub.
-        task_class: class of transformers to build the base with, where not the one that its config names.
+        class_name: of a class of transformers to make the base with; None for what the adapter and the config say.
         trust_remote_code: run code that lies in the base's folder.
         advance: told how many layers of how many are done.
         **options: of `PeftModel.from_pretrained`.
@@ -100,8 +99,8 @@ def convert_files(
         raise FileExistsError(f"{out} holds an adapter already, and nothing there is overwritten")
     folder = read_base_folder(local_base(base, base_revision), may_lack_weights=True)
     # In float32, whatever the files hold: what an update is, is the difference of two weights.
-    outline = outline_of(folder, torch.float32, task_class, trust_remote_code)
-    model = PeftModel.from_pretrained(outline.network, adapter, _NAME, **options)
+    stored = base_for(folder, adapter, torch.float32, class_name, trust_remote_code, options)
+    model = PeftModel.from_pretrained(stored.network, adapter, _NAME, **options)
     source = _source(model, folder)
     layers: dict[str, Approximated] = {}
     tensors: dict[str, torch.Tensor] = dict(_copied(source.copies))
@@ -110,6 +109,8 @@ def convert_files(
         tensors.update(layer.tensors)
         if advance is not None:
             advance(len(layers), len(source.updates))
+    if not any(layer.rank for layer in layers.values()):
+        raise UnsupportedFeatureError("the adapter adds zeros to every layer: there is nothing to convert")
     config = approximation.config(source, layers)
     write_checkpoint(Path(out), tensors, config.to_json(config.auto_mapping), safe_serialization=True)
     return Converted(Path(out), tuple(layers.values()))

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from splice import __version__
+from splice.base_from_config import empty_base
+from splice.checkpoint.tensors import memory_of
 from splice.errors import CheckpointError, PeftError
 from splice.loading.on_disk.base_folder import BaseFolder, read_base_folder
+from splice.loading.on_disk.base_on_disk import BaseOnDisk, base_on_disk
 from splice.loading.on_disk.changes import changes_of
 from splice.loading.on_disk.merging import Progress, Written, check_free, write_merged
-from splice.loading.on_disk.outline import outline_of
+from splice.loading.opening import open_checkpoint
+from splice.loading.options import LoadOptions
+from splice.loading.saving import get_peft_model_state_dict
 from splice.surgery.merging import adapters_to_merge
 from splice.tasks import PeftModel
 
@@ -31,7 +37,7 @@ def merge_files(
     dtype: torch.dtype | None = None,
     safe_merge: bool = False,
     base_revision: str | None = None,
-    task_class: str | None = None,
+    class_name: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
     **options: Any,
@@ -49,7 +55,7 @@ def merge_files(
         dtype: of the merged model's floating tensors; None for the one that each tensor of the base has.
         safe_merge: refuse values that are not finite.
         base_revision: of the base on the Hub.
-        task_class: class of transformers to build the base with, where not the one that its config names.
+        class_name: of a class of transformers to make the base with; None for what the adapter and the config say.
         trust_remote_code: run code that lies in the base's folder.
         progress: told how many bytes have been written.
         **options: of `PeftModel.from_pretrained`, for each adapter.
@@ -73,26 +79,41 @@ def merge_files(
         )
     check_free(Path(out))
     folder = read_base_folder(local_base(base, base_revision))
-    outline = outline_of(folder, dtype, task_class, trust_remote_code)
+    stored = base_for(folder, adapters[0], dtype, class_name, trust_remote_code, options)
     names = [f"adapter {number}" for number in range(len(adapters))]
-    model = PeftModel.from_pretrained(outline.network, adapters[0], names[0], **options)
+    model = PeftModel.from_pretrained(stored.network, adapters[0], names[0], **options)
     for name, adapter in zip(names[1:], adapters[1:], strict=True):
         model.load_adapter(adapter, name, **options)
+    identity = {
+        "base": _identity(folder),
+        "adapters": [_digest(model, name) for name in names],
+        "weights": None if weights is None else list(weights),
+        "dtype": str(dtype),
+        "safe": safe_merge,
+        "versions": [__version__, torch.__version__],
+    }
     if weights is not None:
         model.add_weighted_adapter(names, list(weights), _MERGED, combination_type="cat")
         names = [_MERGED]
-    model.base_model.set_adapter(names)
     tuner = model.base_model
+    tuner.set_adapter(names)
     names = adapters_to_merge(tuner.hosts.values(), tuner.selection, tuner.peft_config, names)
     changes = changes_of(tuner.hosts, names, safe_merge)
-    identity = {
-        "base": _identity(folder),
-        "adapters": [_digest(Path(adapter)) for adapter in adapters],
-        "weights": None if weights is None else list(weights),
-        "dtype": str(dtype),
-        "class": task_class,
-    }
-    return write_merged(folder, outline, changes, Path(out), identity, dtype, progress)
+    return write_merged(folder, stored, changes, Path(out), identity, dtype, progress)
+
+
+def base_for(
+    folder: BaseFolder,
+    adapter: str | os.PathLike[str],
+    dtype: torch.dtype | None,
+    class_name: str | None,
+    trust_remote_code: bool,
+    options: Mapping[str, Any],
+) -> BaseOnDisk:
+    """The base that lies in `folder`, of the class that the adapter is for."""
+    checkpoint = open_checkpoint(adapter, None, LoadOptions.plain(options), None)
+    network = empty_base(str(folder.path), checkpoint, None, class_name, trust_remote_code)
+    return base_on_disk(network, folder, dtype)
 
 
 def local_base(base: str | os.PathLike[str], revision: str | None) -> Path:
@@ -117,13 +138,12 @@ def _identity(folder: BaseFolder) -> list[list[object]]:
     return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
-def _digest(adapter: Path) -> str:
-    if not adapter.is_dir():
-        return str(adapter)
-    found = hashlib.sha256()
-    for file in sorted(adapter.glob("adapter_*")):
-        found.update(file.name.encode())
-        with open(file, "rb") as opened:
-            while block := opened.read(1 << 20):
-                found.update(block)
+def _digest(model: PeftModel, name: str) -> str:
+    """What tells an adapter from others: its config and its values, wherever they came from."""
+    found = hashlib.sha256(model.peft_config[name].to_json().encode())
+    for key, tensor in sorted(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).items()):
+        found.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        tensor = tensor.detach().contiguous()
+        if tensor.numel():
+            found.update(memory_of(tensor))
     return found.hexdigest()

@@ -30,7 +30,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 _IOV_MAX = 1024
 # Bytes that are compared at a time.
 _PIECE = 1 << 19
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Weights(Protocol):
@@ -80,9 +80,9 @@ class SafetensorsFile:
             raise CheckpointError(f"{path} is a folder, not a file")
         # Opened once, and read through this descriptor alone: a save that gives the file's name to another one meanwhile
         # changes nothing of what is read here.
-        self._descriptor = os.open(path, os.O_RDONLY | _BINARY)
-        weakref.finalize(self, os.close, self._descriptor)
-        header = read_header(path, self._descriptor)
+        self.descriptor = os.open(path, os.O_RDONLY | _BINARY)
+        weakref.finalize(self, os.close, self.descriptor)
+        header = read_header(path, self.descriptor)
         self.path = path
         self.place = str(path)
         self.entries = header.entries
@@ -105,7 +105,7 @@ class SafetensorsFile:
         entry = self.entries[name]
         tensor = torch.empty(part.shape, dtype=DTYPES[entry.dtype])
         if tensor.numel():
-            memory = _memory(tensor)
+            memory = memory_of(tensor)
             length, starts = _stretches(entry.shape, part)
             size = length * tensor.element_size()
             for index, start in enumerate(starts):
@@ -131,12 +131,12 @@ class SafetensorsFile:
 
     def _fill(self, tensors: Sequence[torch.Tensor], offset: int) -> None:
         """Read a run of tensors that lie behind one another, straight into their own memory."""
-        self._fill_memory([_memory(tensor) for tensor in tensors], offset)
+        self._fill_memory([memory_of(tensor) for tensor in tensors], offset)
 
     def _fill_memory(self, targets: list[memoryview], offset: int) -> None:
         wanted = sum(map(len, targets))
         while wanted:
-            count = _read_into(self._descriptor, targets, offset)
+            count = _read_into(self.descriptor, targets, offset)
             if count == 0:
                 raise CheckpointError(f"{self.path} was cut off while it was read")
             offset, wanted = offset + count, wanted - count
@@ -148,8 +148,8 @@ def _in_words(data: torch.Tensor) -> torch.Tensor:
     return data if len(data) % 8 else data.view(torch.int64)
 
 
-def _memory(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous tensor, to be written to."""
+def memory_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor, to be read or written as bytes; it is only there as long as the tensor is."""
     # By address: `tensor.numpy()` would need numpy, and knows no bfloat16.
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
@@ -221,7 +221,7 @@ class TensorsInMemory:
         # Whether nobody else has these tensors, so that they need no copy. True of those that were just unpickled.
         self.hand_over = hand_over
         self.entries = {
-            name: Entry(_NAMES.get(t.dtype, str(t.dtype)), tuple(t.shape), 0, t.numel() * t.element_size())
+            name: Entry(DTYPE_NAMES.get(t.dtype, str(t.dtype)), tuple(t.shape), 0, t.numel() * t.element_size())
             for name, t in tensors.items()
         }
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Mapping
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import nn
 
-from splice.auto import auto_class_of
 from splice.base.bare import original_class
 from splice.base.foreign_models import key_renaming
-from splice.config import PeftConfig
+from splice.base_from_config import empty_base
 from splice.errors import AdapterMismatchError, PeftError
 from splice.kinds.reading import Checkpoint
 from splice.kinds.registry import method_of
@@ -30,7 +25,6 @@ from splice.tasks import PeftModel
 
 # What is wrong with a config or with a base, of whichever library it is.
 _REFUSALS = (PeftError, ValueError, TypeError, KeyError, NotImplementedError, ImportError)
-_OPTIONS = LoadOptions("default", False, True, False, None, True, {}, 0.0)
 
 
 class Verdict(NamedTuple):
@@ -65,7 +59,7 @@ def verify(adapter: str, subfolder: str | None, revision: str | None, base: str,
         ValueError: transformers is not installed, or knows no such base.
     """
     place = str(Path(adapter).parent) if Path(adapter).is_file() else adapter
-    options = _OPTIONS._replace(extra={"subfolder": subfolder, "revision": revision}, started=time.perf_counter())
+    options = LoadOptions.plain({"subfolder": subfolder, "revision": revision})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         checkpoint = _opened(place, options, None)
@@ -101,50 +95,3 @@ def _verdict(network: nn.Module, checkpoint: Checkpoint, options: LoadOptions) -
     layers = sum(not issubclass(placement.layer_class, SharedTensors) for placement in plan.placements)
     notes = (*checkpoint.notes, *found.notes, *found.warnings, *method_of(found.config).loading_notes(found.config))
     return Verdict(name, len(plan.sources), tensors, layers, notes=notes)
-
-
-def empty_base(place: str, checkpoint: Checkpoint, labels: int | None) -> nn.Module:
-    """The base that an adapter is for, on the meta device: made from its config, without weights and as if not quantised.
-
-    Args:
-        place: a folder, the file of a config, or an id of the Hub.
-        checkpoint: the adapter's; it says what the base is for.
-        labels: how many labels the head of a classifier has; None for as many as the adapter's own head.
-    """
-    if find_spec("transformers") is None:
-        raise ValueError("the base is made from its config by transformers: pip install 'splice[transformers]'")
-    if not Path(place).exists() and (place.startswith((".", "/", "~")) or place.count("/") > 1):
-        raise ValueError(f"there is no base at {place!r}: it is a folder, the file of a config, or an id of the Hub")
-    transformers: Any = import_module("transformers")
-    transformers.logging.set_verbosity_error()
-    config = transformers.AutoConfig.from_pretrained(place)
-    count = _labels(checkpoint) if labels is None else labels
-    if count is not None:
-        config.num_labels = count
-    with torch.device("meta"):
-        made: nn.Module = _maker(transformers, config, checkpoint.config)(config)
-    return made
-
-
-def _maker(transformers: Any, config: Any, adapter: PeftConfig) -> Any:
-    """What makes the base: by the adapter's task, else by what either config names, else any class for such a config."""
-    auto = auto_class_of(adapter)
-    if auto is not None:
-        return getattr(transformers, auto).from_config
-    mapping = adapter.auto_mapping or {}
-    named = [mapping.get("base_model_class"), *(config.architectures or ())]
-    # Of transformers itself and nothing else: an adapter is a stranger's, and importing a module runs its code.
-    known = [getattr(transformers, name) for name in named if name in dir(transformers)]
-    return known[0]._from_config if known else transformers.AutoModel.from_config
-
-
-def _labels(checkpoint: Checkpoint) -> int | None:
-    """How many labels the head has that an adapter saves whole; None where it saves none."""
-    heads = PeftModel.class_for(checkpoint.config).heads
-    shapes = [
-        entry.shape
-        for name, entry in checkpoint.weights.entries.items()
-        if name.endswith(".weight") and set(name.split(".")) & set(heads) and len(entry.shape) == 2
-    ]
-    # Of a head of several layers the last one, in the order of their names, gives the labels.
-    return shapes[-1][0] if shapes else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -29,6 +30,11 @@ class LoadOptions(NamedTuple):
     # Of any type: most of them are passed on to the download as they came.
     extra: Mapping[str, Any]
     started: float
+
+    @classmethod
+    def plain(cls, extra: Mapping[str, Any]) -> LoadOptions:
+        """Those of a load that asks for nothing but what is in `extra`, beginning now."""
+        return cls("default", False, True, False, None, True, extra, time.perf_counter())
 
     @property
     def ignores_sizes(self) -> bool:

@@ -33,7 +33,7 @@ _SHOWN = 10
 )
 @click.option("--base-revision", help="Branch, tag or commit of the base on the Hub.")
 @click.option(
-    "--class", "task_class", help="Class of transformers to build the base with, if not the one its config names."
+    "--class", "class_name", help="Class of transformers that makes the base; else as adapter and config say."
 )
 @click.option("--trust-remote-code", is_flag=True, help="Run code that lies in the base's folder.")
 @of_the_hub
@@ -46,7 +46,7 @@ def command(
     rank: str | None,
     error: float | None,
     base_revision: str | None,
-    task_class: str | None,
+    class_name: str | None,
     trust_remote_code: bool,
     subfolder: str | None,
     revision: str | None,
@@ -69,7 +69,7 @@ def command(
             rank=of_all,
             error=error,
             base_revision=base_revision,
-            task_class=task_class,
+            class_name=class_name,
             trust_remote_code=trust_remote_code,
             advance=advance,
             **{name: value for name, value in given.items() if value is not None},

@@ -32,7 +32,7 @@ _DTYPES = ("bfloat16", "float16", "float32", "float64")
 @click.option("--base-revision", help="Branch, tag or commit of the base on the Hub.")
 @click.option("--revision", help="Branch, tag or commit of the adapters on the Hub.")
 @click.option(
-    "--class", "task_class", help="Class of transformers to build the base with, if not the one its config names."
+    "--class", "class_name", help="Class of transformers that makes the base; else as adapter and config say."
 )
 @click.option("--trust-remote-code", is_flag=True, help="Run code that lies in the base's folder.")
 @json_option
@@ -45,7 +45,7 @@ def command(
     safe: bool,
     base_revision: str | None,
     revision: str | None,
-    task_class: str | None,
+    class_name: str | None,
     trust_remote_code: bool,
     as_json: bool,
 ) -> int:
@@ -66,7 +66,7 @@ def command(
             dtype=None if dtype is None else getattr(torch, dtype),
             safe_merge=safe,
             base_revision=base_revision,
-            task_class=task_class,
+            class_name=class_name,
             trust_remote_code=trust_remote_code,
             progress=merging.Progress(begin, advance),
             **({} if revision is None else {"revision": revision}),

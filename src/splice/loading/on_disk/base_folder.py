@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from splice.checkpoint.header import Entry, Header, read_header
+from splice.checkpoint.header import Entry
+from splice.checkpoint.tensors import SafetensorsFile
 from splice.errors import CheckpointError, UnsupportedFeatureError
 
 WHOLE_NAME = "model.safetensors"
@@ -25,8 +26,8 @@ class BaseFolder(NamedTuple):
     path: Path
     # The fields of its config.
     config: Mapping[str, Any]
-    # Name of a shard's file -> its header, in the order of the names.
-    shards: Mapping[str, Header]
+    # Name of a shard's file -> the file, in the order of the names. Each is opened once: what replaces it later is not read.
+    shards: Mapping[str, SafetensorsFile]
     # The fields of the index; None where one file holds all.
     index_fields: Mapping[str, Any] | None
     # Names of the files to be carried along: tokenizer, settings of generation, code.
@@ -35,17 +36,7 @@ class BaseFolder(NamedTuple):
     @property
     def entries(self) -> dict[str, tuple[str, Entry]]:
         """Name of a tensor in the files -> the shard that holds it, and where."""
-        return {name: (shard, entry) for shard, header in self.shards.items() for name, entry in header.entries.items()}
-
-    @property
-    def largest(self) -> int:
-        """Bytes of the largest tensor."""
-        return max((entry.size for header in self.shards.values() for entry in header.entries.values()), default=0)
-
-    @property
-    def size(self) -> int:
-        """Bytes of all tensors."""
-        return sum(entry.size for header in self.shards.values() for entry in header.entries.values())
+        return {name: (shard, entry) for shard, file in self.shards.items() for name, entry in file.entries.items()}
 
 
 def read_base_folder(path: Path, may_lack_weights: bool = False) -> BaseFolder:
@@ -76,25 +67,25 @@ def read_base_folder(path: Path, may_lack_weights: bool = False) -> BaseFolder:
             f"{path}: there is neither {WHOLE_NAME} nor {INDEX_NAME}; there is {', '.join(found) or 'no file of weights'}. "
             "Load the model and save it with `save_pretrained`, which writes safetensors."
         )
-    shards = {name: _header(path, name) for name in names}
+    shards = {name: _shard(path, name) for name in names}
     folder = BaseFolder(path, config, shards, index, tuple(sorted(_others(path))))
     for name, shard in (index or {}).get("weight_map", {}).items():
         if name not in shards[shard].entries:
             raise CheckpointError(f"{path}: {INDEX_NAME} says that {shard} holds {name!r}, and it does not")
     seen: dict[str, str] = {}
-    for shard, header in shards.items():
-        for name in header.entries:
+    for shard, file in shards.items():
+        for name in file.entries:
             if seen.setdefault(name, shard) != shard:
                 raise CheckpointError(f"{path}: both {seen[name]} and {shard} hold {name!r}")
     return folder
 
 
-def _header(folder: Path, name: str) -> Header:
+def _shard(folder: Path, name: str) -> SafetensorsFile:
     if Path(name).name != name:
         raise CheckpointError(f"{folder}: {INDEX_NAME} names {name!r}, which is no file of this folder")
     if not (folder / name).exists():
         raise CheckpointError(f"{folder}: {INDEX_NAME} names {name}, and there is no such file")
-    return read_header(folder / name)
+    return SafetensorsFile(folder / name)
 
 
 def _fields(path: Path) -> dict[str, Any]:

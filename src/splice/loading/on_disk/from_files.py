@@ -2,63 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, MutableMapping
-from pathlib import Path
-from typing import cast
 
 import torch
 from torch import nn
 
-from splice.checkpoint.header import Entry
-from splice.errors import CheckpointError
-
-TORCH_DTYPES = {
-    "BF16": torch.bfloat16,
-    "BOOL": torch.bool,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-
-
-def read_tensor(path: Path, entry: Entry) -> torch.Tensor:
-    """The values of a tensor in a file of safetensors, in memory of their own.
-
-    Raises:
-        CheckpointError: the file has become shorter since its header was read.
-    """
-    # Not a map of the file: its pages would stay in memory beside the result.
-    values = torch.empty(entry.size, dtype=torch.uint8)
-    if entry.size:
-        view, done = _view(values), 0
-        with open(path, "rb", buffering=0) as file:
-            file.seek(entry.offset)
-            while done < entry.size:
-                count = file.readinto(view[done:])
-                if not count:
-                    raise CheckpointError(f"{path} ends before its tensors do: it has been changed meanwhile")
-                done += count
-    return values.view(TORCH_DTYPES[entry.dtype]).view(entry.shape)
-
-
-def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor as files hold them."""
-    flat = tensor.detach().contiguous().view(-1)
-    return _view(flat.view(torch.uint8)) if flat.numel() else memoryview(b"")
-
-
-def _view(values: torch.Tensor) -> memoryview:
-    # numpy's arrays are buffers, which older stubs of numpy do not say.
-    return memoryview(cast(bytes, values.numpy()))
+from splice.checkpoint.tensors import SafetensorsFile
 
 
 class FromFiles(MutableMapping[str, torch.Tensor]):
@@ -67,7 +16,8 @@ class FromFiles(MutableMapping[str, torch.Tensor]):
     offload_buffers = False
     execution_device = torch.device("cpu")
 
-    def __init__(self, files: Mapping[str, tuple[Path, Entry]]) -> None:
+    def __init__(self, files: Mapping[str, tuple[SafetensorsFile, str]]) -> None:
+        # Name on the layer -> the file that has it, and its name there.
         self.files = dict(files)
         # What has come since.
         self.own: dict[str, torch.Tensor] = {}
@@ -81,7 +31,10 @@ class FromFiles(MutableMapping[str, torch.Tensor]):
         return self
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self.own[name] if name in self.own else read_tensor(*self.files[name])
+        if name in self.own:
+            return self.own[name]
+        file, key = self.files[name]
+        return file.read([key])[0]
 
     def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
         self.own[name] = tensor
@@ -115,12 +68,3 @@ class FromFiles(MutableMapping[str, torch.Tensor]):
 
     def __deepcopy__(self, memo: object) -> FromFiles:
         return FromFiles(self.files)
-
-
-def sync(path: Path) -> None:
-    """Return once a file or a folder is on the disk itself."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

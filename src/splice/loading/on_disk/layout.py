@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 
 from splice.checkpoint.header import Entry
+from splice.checkpoint.tensors import DTYPE_NAMES, DTYPES
 from splice.errors import CheckpointError, UnsupportedFeatureError
 from splice.loading.on_disk.base_folder import BaseFolder
+from splice.loading.on_disk.base_on_disk import BaseOnDisk, read_as
 from splice.loading.on_disk.changes import Changes
-from splice.loading.on_disk.from_files import DTYPE_NAMES, TORCH_DTYPES
-from splice.loading.on_disk.outline import Outline, read_as
 
 # Of the header, as the safetensors library pads it: so that the values begin at a multiple of it.
 _ALIGNMENT = 8
@@ -34,6 +34,8 @@ class Piece(NamedTuple):
     source: Entry | None
     # The base's file that they are in; empty of a tensor that the base's files lack.
     file: str
+    # Their name there; likewise.
+    stored: str
     # Its name in the network, where the merge changes it; None where the base's values stay.
     changed: str | None
 
@@ -42,10 +44,10 @@ class Piece(NamedTuple):
         """Bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    @property
-    def is_copied(self) -> bool:
-        """Whether the very bytes of the base are written."""
-        return self.changed is None and self.source is not None and self.dtype == TORCH_DTYPES[self.source.dtype]
+    def is_copied_from(self, file: str) -> bool:
+        """Whether the very bytes of that file of the base are written."""
+        own = self.changed is None and self.source is not None and self.dtype == DTYPES[self.source.dtype]
+        return own and self.file == file
 
 
 class Shard(NamedTuple):
@@ -64,12 +66,12 @@ class Shard(NamedTuple):
         return len(self.head) + sum(piece.size for _, piece in self.pieces)
 
 
-def lay_out(folder: BaseFolder, outline: Outline, changes: Changes, dtype: torch.dtype | None) -> list[Shard]:
+def lay_out(folder: BaseFolder, base: BaseOnDisk, changes: Changes, dtype: torch.dtype | None) -> list[Shard]:
     """Decide what stands where.
 
     Args:
         folder: of the base model.
-        outline: its model.
+        base: its model.
         changes: what the merge changes.
         dtype: of all floating tensors; None for the one that each has.
 
@@ -77,15 +79,15 @@ def lay_out(folder: BaseFolder, outline: Outline, changes: Changes, dtype: torch
         UnsupportedFeatureError: a tensor that changes stands in the files in parts.
         CheckpointError: the files lack a tensor of the model.
     """
-    _check_complete(folder, outline, changes)
-    names = {key: name for name, key in outline.stored.items()}
+    _check_complete(folder, base, changes)
+    names = {key: name for name, key in base.stored.items()}
     shards = []
-    for shard, header in folder.shards.items():
-        entries = sorted(header.entries.items(), key=lambda item: item[1].offset)
-        pieces = [_piece(key, (shard, entry), names.get(key), outline, changes, dtype) for key, entry in entries]
+    for shard, file in folder.shards.items():
+        entries = sorted(file.entries.items(), key=lambda item: item[1].offset)
+        pieces = [_piece(key, (shard, entry), names.get(key), base, changes, dtype) for key, entry in entries]
         if shard == max(folder.shards):
-            pieces += [_extra(name, folder, outline, changes, dtype) for name in _untied(outline, changes)]
-        shards.append(_shard(shard, header.metadata, pieces))
+            pieces += [_extra(name, folder, base, changes, dtype) for name in _untied(base, changes)]
+        shards.append(_shard(shard, file.metadata, pieces))
     return shards
 
 
@@ -93,67 +95,72 @@ def _piece(
     key: str,
     place: tuple[str, Entry],
     name: str | None,
-    outline: Outline,
+    base: BaseOnDisk,
     changes: Changes,
     dtype: torch.dtype | None,
 ) -> Piece:
     """A tensor that the base's files have too."""
     file, entry = place
     if name is None or changes.origin(name) is None:
-        return Piece(key, read_as(entry, dtype), entry.shape, entry, file, None)
-    return _changed(key, name, outline, changes, dtype)
+        return Piece(key, read_as(entry, dtype), entry.shape, entry, file, key, None)
+    return _changed(key, name, base, changes, dtype)
 
 
-def _extra(name: str, folder: BaseFolder, outline: Outline, changes: Changes, dtype: torch.dtype | None) -> Piece:
+def _extra(name: str, folder: BaseFolder, base: BaseOnDisk, changes: Changes, dtype: torch.dtype | None) -> Piece:
     """A tensor that the base's files have none of its own for."""
     if changes.origin(name) is not None:
-        return _changed(name, name, outline, changes, dtype)
-    stored = next(each for each in outline.tied_to(name) if each in outline.stored)
-    file, entry = folder.entries[outline.stored[stored]]
-    return Piece(name, read_as(entry, dtype), entry.shape, entry, file, None)
+        return _changed(name, name, base, changes, dtype)
+    stored = next(each for each in base.tied_to(name) if each in base.stored)
+    file, entry = folder.entries[base.stored[stored]]
+    return Piece(name, read_as(entry, dtype), entry.shape, entry, file, base.stored[stored], None)
 
 
-def _changed(key: str, name: str, outline: Outline, changes: Changes, dtype: torch.dtype | None) -> Piece:
+def _changed(key: str, name: str, base: BaseOnDisk, changes: Changes, dtype: torch.dtype | None) -> Piece:
     tensor = changes.copies.get(name)
     if tensor is None:
         owner, _, leaf = name.rpartition(".")
-        tensor = outline.network.get_submodule(owner)._parameters[leaf]
+        tensor = base.network.get_submodule(owner)._parameters[leaf]
         assert tensor is not None
     wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-    return Piece(key, wanted, tuple(tensor.shape), None, "", name)
+    return Piece(key, wanted, tuple(tensor.shape), None, "", "", name)
 
 
 def _all_the_same(names: tuple[str, ...], changes: Changes) -> bool:
     return len({changes.origin(name) for name in names}) == 1
 
 
-def _untied(outline: Outline, changes: Changes) -> Iterator[str]:
+def _untied(base: BaseOnDisk, changes: Changes) -> Iterator[str]:
     """Names of tensors that need an entry and that the files have none for."""
     for name in changes.copies:
-        if name not in outline.stored and len(outline.tied_to(name)) == 1:
+        if name not in base.stored and len(base.tied_to(name)) == 1:
             yield name
-    for names in outline.ties:
+    for names in base.ties:
         if _all_the_same(names, changes):
             continue
-        stored = [name for name in names if name in outline.stored]
+        stored = [name for name in names if name in base.stored]
         known = {changes.origin(name) for name in stored}
         yield from (name for name in names if name not in stored and changes.origin(name) not in known)
 
 
-def is_untied(outline: Outline, changes: Changes) -> bool:
+def is_untied(base: BaseOnDisk, changes: Changes) -> bool:
     """Whether tensors that are one parameter of the base differ after the merge."""
-    return any(not _all_the_same(names, changes) for names in outline.ties)
+    return any(not _all_the_same(names, changes) for names in base.ties)
 
 
-def _check_complete(folder: BaseFolder, outline: Outline, changes: Changes) -> None:
+def has_new_head(base: BaseOnDisk, changes: Changes) -> bool:
+    """Whether the adapter brings whole modules that the base's files have nothing of."""
+    return any(name not in base.stored and len(base.tied_to(name)) == 1 for name in changes.copies)
+
+
+def _check_complete(folder: BaseFolder, base: BaseOnDisk, changes: Changes) -> None:
     lacking: list[str] = []
     joined: list[str] = []
-    for name in outline.lacking:
+    for name in base.lacking:
         if name in changes.copies:
             continue
-        changed = any(changes.origin(each) is not None for each in outline.tied_to(name))
+        changed = any(changes.origin(each) is not None for each in base.tied_to(name))
         (joined if changed else lacking).append(name)
-    unknown = [key for key in folder.entries if key not in set(outline.stored.values())]
+    unknown = [key for key in folder.entries if key not in set(base.stored.values())]
     if joined:
         raise UnsupportedFeatureError(
             f"{folder.path}: the files keep {_some(joined)} in parts or under names that transformers puts together as it "

@@ -14,17 +14,17 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
+from splice.base.bare import original_class
 from splice.checkpoint.files import write_text
 from splice.errors import PeftError
 from splice.loading.on_disk.base_folder import CONFIG_NAME, INDEX_NAME, BaseFolder
+from splice.loading.on_disk.base_on_disk import BaseOnDisk
 from splice.loading.on_disk.changes import Changes
-from splice.loading.on_disk.from_files import sync
-from splice.loading.on_disk.layout import Shard, is_untied, lay_out
-from splice.loading.on_disk.outline import Outline
+from splice.loading.on_disk.layout import Shard, has_new_head, is_untied, lay_out
 from splice.loading.on_disk.writing import write_shard
 
 if sys.platform != "win32":
@@ -32,6 +32,8 @@ if sys.platform != "win32":
 
 _UNFINISHED = ".unfinished"
 _TIED = "tie_word_embeddings"
+# What configs of transformers say of a head.
+_OF_HEADS = ("id2label", "label2id", "problem_type")
 
 
 class Progress(NamedTuple):
@@ -87,7 +89,7 @@ def check_free(out: Path) -> None:
 
 def write_merged(
     folder: BaseFolder,
-    outline: Outline,
+    base: BaseOnDisk,
     changes: Changes,
     out: Path,
     identity: Mapping[str, object],
@@ -98,7 +100,7 @@ def write_merged(
 
     Args:
         folder: of the base model.
-        outline: its model, with the adapters on it.
+        base: its model, with the adapters on it.
         changes: what merging them changes.
         out: the folder to be made.
         identity: what tells this merge from others: the files it reads, and how they are merged. What an earlier start with
@@ -113,7 +115,7 @@ def write_merged(
     """
     check_free(out)
     places = Places.of(out)
-    shards = lay_out(folder, outline, changes, dtype)
+    shards = lay_out(folder, base, changes, dtype)
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     with _alone(places):
         check_free(out)
@@ -123,11 +125,11 @@ def write_merged(
             progress.begin(left, sum(shard.size for shard in shards))
         advance = progress.advance if progress is not None else _ignored
         _write_all(folder, places, [shard for shard in shards if shard.name not in done], changes, advance)
-        _write_others(folder, outline, changes, shards, places, dtype)
+        _write_others(folder, base, changes, shards, places, dtype)
         if places.out.exists():
             places.out.rmdir()  # it is empty
         os.rename(places.work, places.out)
-        sync(places.out.parent)
+        _sync(places.out.parent)
     changed = sum(piece.changed is not None for shard in shards for _, piece in shard.pieces)
     return Written(out, sum(shard.size for shard in shards), changed, tuple(sorted(done)))
 
@@ -176,21 +178,30 @@ def _write_all(
         waiting = []
         for shard in shards:
             unfinished = places.work / (shard.name + _UNFINISHED)
-            write_shard(folder.path / shard.name, unfinished, shard, changes, advance)
+            write_shard(folder.shards, unfinished, shard, changes, advance)
             waiting.append(disk.submit(_finish, unfinished, places.work / shard.name))
         for each in waiting:
             each.result()
 
 
+def _sync(path: Path) -> None:
+    """Return once a file or a folder is on the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _finish(unfinished: Path, final: Path) -> None:
     # On the disk before it has its name: after a power cut, too, what has a name is whole.
-    sync(unfinished)
+    _sync(unfinished)
     os.replace(unfinished, final)
 
 
 def _write_others(
     folder: BaseFolder,
-    outline: Outline,
+    base: BaseOnDisk,
     changes: Changes,
     shards: list[Shard],
     places: Places,
@@ -200,13 +211,12 @@ def _write_others(
     for name in folder.others:
         shutil.copy2(folder.path / name, places.work / name)
     config = dict(folder.config)
-    if is_untied(outline, changes):
+    if is_untied(base, changes):
         _untie(config)
     if dtype is not None:
         _set_dtype(config, str(dtype).removeprefix("torch."))
-    cls = type(outline.network).__name__
-    if config.get("architectures") and cls not in config["architectures"]:
-        config["architectures"] = [cls]
+    if has_new_head(base, changes):
+        _take_head(config, base)
     if config == folder.config:
         shutil.copy2(folder.path / CONFIG_NAME, places.work / CONFIG_NAME)
     else:
@@ -217,6 +227,13 @@ def _write_others(
         index = {**folder.index_fields, "metadata": {**folder.index_fields.get("metadata", {}), "total_size": total}}
         index["weight_map"] = dict(sorted(weight_map.items()))
         write_text(places.work / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+
+
+def _take_head(config: dict[str, object], base: BaseOnDisk) -> None:
+    """Say of which class the model is that has the adapter's head, and what its labels are."""
+    own: dict[str, object] = cast(Any, base.network).config.to_dict()
+    config["architectures"] = [original_class(base.network).__name__]
+    config.update({name: own[name] for name in _OF_HEADS if own.get(name) is not None})
 
 
 def _untie(config: dict[str, object]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from io import RawIOBase
@@ -13,21 +13,26 @@ from pathlib import Path
 
 import torch
 
-from splice.checkpoint.header import Entry
+from splice.checkpoint.tensors import SafetensorsFile, memory_of
 from splice.errors import CheckpointError
 from splice.loading.on_disk.changes import Changes
-from splice.loading.on_disk.from_files import raw_bytes, read_tensor
 from splice.loading.on_disk.layout import Piece, Shard
 
 # Bytes that are copied at once: often enough to show progress.
 _STEP = 1 << 26
 
 
-def write_shard(source: Path, target: Path, shard: Shard, changes: Changes, progress: Callable[[int], object]) -> None:
-    """Write the whole file `target`; `source` is the base's.
+def write_shard(
+    files: Mapping[str, SafetensorsFile],
+    target: Path,
+    shard: Shard,
+    changes: Changes,
+    progress: Callable[[int], object],
+) -> None:
+    """Write the whole file `target`.
 
     Args:
-        source: the base's file of the same tensors.
+        files: those of the base, by name.
         target: the new file, which must not have its final name yet.
         shard: what stands in it.
         changes: what works out the tensors that change.
@@ -35,21 +40,22 @@ def write_shard(source: Path, target: Path, shard: Shard, changes: Changes, prog
 
     Raises:
         OSError: the disk is full, or a file cannot be read.
+        CheckpointError: a file of the base was cut off meanwhile.
     """
-    with open(source, "rb", buffering=0) as old, open(target, "wb", buffering=0) as new:
+    with open(target, "wb", buffering=0) as new:
         _put(new, memoryview(shard.head), 0)
         progress(len(shard.head))
         for stretch in _copied(shard):
-            _copy(old, new, stretch, source, progress)
+            _copy(files[shard.name], new, stretch, progress)
         by_layer = defaultdict(list)
         for offset, piece in shard.pieces:
-            if piece.is_copied and piece.file == shard.name:
+            if piece.is_copied_from(shard.name):
                 continue
-            path = None if piece.changed is None else changes.by_layer.get(piece.changed)
-            if path is not None and piece.changed not in changes.copies:
+            path = None if piece.changed in changes.copies else changes.by_layer.get(piece.changed or "")
+            if path is not None:
                 by_layer[path].append((offset, piece))
                 continue
-            _put(new, raw_bytes(_base_or_copy(piece, source, changes).to(piece.dtype)), offset)
+            _put_tensor(new, _base_or_copy(piece, files, changes).to(piece.dtype), offset)
             progress(piece.size)
         # While one layer is written, the next one is worked out; not more than that, for the memory it takes.
         with ThreadPoolExecutor(1) as writer:
@@ -63,36 +69,33 @@ def write_shard(source: Path, target: Path, shard: Shard, changes: Changes, prog
                 progress(before.result())
 
 
-def _worked_out(path: str, places: list[tuple[int, Piece]], changes: Changes) -> list[tuple[int, memoryview]]:
+def _worked_out(path: str, places: list[tuple[int, Piece]], changes: Changes) -> list[tuple[int, torch.Tensor]]:
     tensors, found = changes.layers[path].work_out(), []
     for offset, piece in places:
         assert piece.changed is not None
         tensor = tensors[piece.changed.rpartition(".")[2]]
         assert tuple(tensor.shape) == piece.shape
-        found.append((offset, raw_bytes(tensor.to(piece.dtype))))
+        found.append((offset, tensor.to(piece.dtype)))
     return found
 
 
-def _put_all(file: RawIOBase, places: list[tuple[int, memoryview]]) -> int:
-    for offset, data in places:
-        _put(file, data, offset)
-    return sum(len(data) for _, data in places)
+def _put_all(file: RawIOBase, places: list[tuple[int, torch.Tensor]]) -> int:
+    return sum(_put_tensor(file, tensor, offset) for offset, tensor in places)
 
 
-def _base_or_copy(piece: Piece, source: Path, changes: Changes) -> torch.Tensor:
+def _base_or_copy(piece: Piece, files: Mapping[str, SafetensorsFile], changes: Changes) -> torch.Tensor:
     if piece.changed is not None:
         return changes.copies[piece.changed]
-    assert piece.source is not None
-    return read_tensor(source.with_name(piece.file), piece.source)
+    return files[piece.file].read([piece.stored])[0]
 
 
 def _copied(shard: Shard) -> Iterator[tuple[int, int, int]]:
     """Stretches whose bytes are the base's: where each begins in the base's file, where in the new one, and its length."""
     run: tuple[int, int, int] | None = None
     for offset, piece in shard.pieces:
-        if not piece.is_copied or piece.file != shard.name:
+        if not piece.is_copied_from(shard.name):
             continue
-        entry: Entry | None = piece.source
+        entry = piece.source
         assert entry is not None
         if run is not None and run[0] + run[2] == entry.offset and run[1] + run[2] == offset:
             run = (run[0], run[1], run[2] + entry.size)
@@ -105,27 +108,34 @@ def _copied(shard: Shard) -> Iterator[tuple[int, int, int]]:
 
 
 def _copy(
-    old: RawIOBase, new: RawIOBase, stretch: tuple[int, int, int], source: Path, progress: Callable[[int], object]
+    old: SafetensorsFile, new: RawIOBase, stretch: tuple[int, int, int], progress: Callable[[int], object]
 ) -> None:
     begin, offset, size = stretch
     done = 0
     while done < size:
-        count = _copy_some(old, new, begin + done, offset + done, min(_STEP, size - done))
+        count = _copy_some(old.descriptor, new, begin + done, offset + done, min(_STEP, size - done))
         if not count:
-            raise CheckpointError(f"{source} ends before its tensors do: it has been changed meanwhile")
+            raise CheckpointError(f"{old.place} was cut off while it was read")
         done += count
         progress(count)
 
 
-def _copy_some(old: RawIOBase, new: RawIOBase, begin: int, offset: int, count: int) -> int:
+def _copy_some(old: int, new: RawIOBase, begin: int, offset: int, count: int) -> int:
     # By the system, where it can: without the detour through our memory, and on some file systems without writing at all.
     if sys.platform == "linux":
         with suppress(OSError):  # not between these two file systems
-            return os.copy_file_range(old.fileno(), new.fileno(), count, begin, offset)
-    old.seek(begin)
-    data = old.read(count)
+            return os.copy_file_range(old, new.fileno(), count, begin, offset)
+    os.lseek(old, begin, os.SEEK_SET)
+    data = os.read(old, count)
     _put(new, memoryview(data), offset)
     return len(data)
+
+
+def _put_tensor(file: RawIOBase, tensor: torch.Tensor, offset: int) -> int:
+    tensor = tensor.detach().contiguous()
+    if tensor.numel():
+        _put(file, memory_of(tensor), offset)
+    return tensor.nbytes
 
 
 def _put(file: RawIOBase, data: memoryview, offset: int) -> None:

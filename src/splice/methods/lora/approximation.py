@@ -13,14 +13,12 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
-from splice.base.bare import walk_bare
 from splice.base.layers import LayerKind, kind_of
 from splice.checkpoint.keys import PREFIX
-from splice.config import PeftConfig, TargetRule
+from splice.config import PeftConfig
 from splice.errors import UnsupportedFeatureError
 from splice.kinds.approximation import Approximated, Source, Update, Wanted
-from splice.kinds.targets import select
-from splice.methods.lora.config import LoraConfig
+from splice.methods.lora.conversion import config_in_place_of
 
 _LINEAR = (LayerKind.LINEAR, LayerKind.TRANSPOSED_LINEAR)
 _CONVOLUTIONS = (LayerKind.CONV1D, LayerKind.CONV2D, LayerKind.CONV3D)
@@ -41,27 +39,8 @@ class AsLora:
     def config(self, source: Source, layers: Mapping[str, Approximated]) -> PeftConfig:
         ranks = {path: layer.rank for path, layer in layers.items() if layer.rank}
         common = max(ranks.values(), default=1, key=list(ranks.values()).count)
-        rule = source.config.target_rule()
-        as_named = TargetRule(rule.target_modules, rule.exclude_modules, modules_to_save=rule.modules_to_save)
-        targets, excluded = rule.target_modules, rule.exclude_modules
-        if not targets or set(select(as_named, walk_bare(source.network))) != set(ranks):
-            targets, excluded = sorted(ranks), None
-        patterns = {path: rank for path, rank in ranks.items() if rank != common}
-        old = source.config
-        return LoraConfig(
-            task_type=old.task_type,
-            auto_mapping=old.auto_mapping,
-            base_model_name_or_path=old.base_model_name_or_path,
-            revision=old.revision,
-            r=common,
-            lora_alpha=common,
-            target_modules=targets,
-            exclude_modules=excluded,
-            modules_to_save=_saved(rule.modules_to_save or [], list(source.copies)),
-            rank_pattern=dict(patterns),
-            alpha_pattern=dict(patterns),
-            inference_mode=True,
-        )
+        saved = _saved(source.config.target_rule().modules_to_save or [], list(source.copies))
+        return config_in_place_of(source.config, source.network, ranks, common, False, saved)
 
 
 def _saved(named: list[str], copies: list[str]) -> list[str] | None:

@@ -107,7 +107,9 @@ def convert_to_lora(
         ranks[path] = len(a)
         if len(a):
             tensors[f"{front}{path}.lora_A.weight"], tensors[f"{front}{path}.lora_B.weight"] = a, b
-    return _config(adapters.model, config, layers, ranks, rank), tensors
+    by_share = isinstance(rank, float)
+    saved = _saved(config.target_rule().modules_to_save, layers)
+    return config_in_place_of(config, adapters.model, ranks, 1 if by_share else int(rank), by_share, saved), tensors
 
 
 @public
@@ -223,24 +225,33 @@ def _with_progress(layers: Mapping[str, AdapterLayer], progressbar: bool) -> Ite
     return cast("Iterable[tuple[str, AdapterLayer]]", tqdm(layers.items(), desc="Converting", unit="layer"))
 
 
-def _config(
-    network: nn.Module,
+def config_in_place_of(
     config: PeftConfig,
-    layers: Mapping[str, AdapterLayer],
+    network: nn.Module,
     ranks: Mapping[str, int],
-    rank: float,
+    common: int,
+    says_all: bool,
+    saved: list[str] | None,
 ) -> LoraConfig:
-    """The config of the LoRA: of the adapter's layers, by the names that its own config has for them if these say it all."""
+    """The config of a LoRA of scale 1 that takes the place of an adapter with this `config`.
+
+    Args:
+        config: of the adapter; its names for layers are kept where they say it all.
+        network: that it is on.
+        ranks: of the layers that the LoRA is on, by path.
+        common: the rank that needs no saying.
+        says_all: whether the config is to name the rank of every layer none the less.
+        saved: modules that are saved whole.
+    """
     rule = config.target_rule()
-    common = 1 if isinstance(rank, float) else int(rank)
     as_named = TargetRule(rule.target_modules, rule.exclude_modules, modules_to_save=rule.modules_to_save)
     targets, excluded = rule.target_modules, rule.exclude_modules
     if not targets or set(select(as_named, walk_bare(network))) != set(ranks):
         targets, excluded = set(ranks), None
     if not isinstance(targets, str):
         targets = set(targets)
-    said = isinstance(rank, float) or isinstance(targets, str)
-    patterns = {path: found for path, found in ranks.items() if said or found != common}
+    says_all = says_all or isinstance(targets, str)
+    patterns = {path: found for path, found in ranks.items() if says_all or found != common}
     return LoraConfig(
         task_type=config.task_type,
         auto_mapping=config.auto_mapping,
@@ -250,7 +261,7 @@ def _config(
         lora_alpha=common,
         target_modules=targets,
         exclude_modules=excluded if isinstance(excluded, str) else set(excluded or ()),
-        modules_to_save=_saved(rule.modules_to_save, layers),
+        modules_to_save=saved,
         rank_pattern=dict(patterns),
         alpha_pattern=dict(patterns),
     )

@@ -1,24 +1,25 @@
-"""A base model without its weights: all layers, on the meta device, that read their tensors from the files when asked."""
+"""A base model whose tensors stay in its files: all its layers, on the meta device, that read theirs when asked."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from importlib import import_module
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from splice.base.conversions import key_renaming_of
+from splice.base.foreign_models import is_pretrained
 from splice.base.offload import KEPT
 from splice.checkpoint.header import Entry
-from splice.errors import CheckpointError, PeftError
+from splice.checkpoint.tensors import DTYPES
+from splice.errors import CheckpointError
 from splice.loading.on_disk.base_folder import BaseFolder
-from splice.loading.on_disk.from_files import TORCH_DTYPES, FromFiles
+from splice.loading.on_disk.from_files import FromFiles
 
 
-class Outline(NamedTuple):
+class BaseOnDisk(NamedTuple):
     """The model, and which of its tensors the files hold under which name."""
 
     # On the meta device.
@@ -35,22 +36,17 @@ class Outline(NamedTuple):
         return next((names for names in self.ties if name in names), (name,))
 
 
-def outline_of(
-    folder: BaseFolder, dtype: torch.dtype | None, task_class: str | None = None, trust_remote_code: bool = False
-) -> Outline:
-    """Build the model of `folder` on the meta device.
+def base_on_disk(network: nn.Module, folder: BaseFolder, dtype: torch.dtype | None) -> BaseOnDisk:
+    """Let the layers of `network` have their tensors from the files of `folder`.
 
     Args:
-        folder: of the base model.
+        network: the base model, on the meta device.
+        folder: of its files.
         dtype: that its floating tensors are read in; None for the one that each is stored in.
-        task_class: class of transformers to build with, where not the one that the config names.
-        trust_remote_code: run code that lies in the folder.
 
     Raises:
-        PeftError: transformers is not installed, or the config names no class that transformers has.
-        CheckpointError: the files lack tensors of the model.
+        CheckpointError: a tensor has another shape in the files than in the network.
     """
-    network = _network(folder, task_class, trust_remote_code)
     rename = key_renaming_of(network)
     own = dict(_tensors(network))
     stored = {}
@@ -65,35 +61,11 @@ def outline_of(
     ties = tuple(tuple(names) for names in by_parameter.values() if len(names) > 1)
     known = {each for names in (*ties, *((name,) for name in own)) if any(n in stored for n in names) for each in names}
     lacking = tuple(name for name, _ in network.named_parameters(remove_duplicate=False) if name not in known)
-    outline = Outline(network, stored, ties, lacking)
+    base = BaseOnDisk(network, stored, ties, lacking)
     entries = {name: folder.entries[key] for name, key in stored.items()}
     _take_dtypes(network, entries, dtype)
-    _read_when_asked(outline, folder)
-    return outline
-
-
-def _network(folder: BaseFolder, task_class: str | None, trust_remote_code: bool) -> nn.Module:
-    try:
-        transformers: Any = import_module("transformers")
-    except ImportError as error:
-        raise PeftError(
-            f"to merge into files, transformers is needed, and {error.name} is not installed: "
-            "`pip install 'splice[transformers]'`"
-        ) from error
-    config = transformers.AutoConfig.from_pretrained(str(folder.path), trust_remote_code=trust_remote_code)
-    names = [task_class] if task_class else list(config.architectures or ())
-    found = next((name for name in names if name in dir(transformers)), None)
-    with torch.device("meta"):
-        if found is not None:
-            maker = vars(transformers).get(found) or getattr(transformers, found)
-            network = maker.from_config(config) if found.startswith("AutoModel") else maker(config)
-        elif trust_remote_code:
-            network = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
-        else:
-            raise PeftError(
-                f"{folder.path}: the config names the class {names}, and transformers has none of this name"
-            )
-    return cast(nn.Module, network.eval())
+    _read_when_asked(base, folder)
+    return base
 
 
 def _tensors(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -103,11 +75,11 @@ def _tensors(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _tie(network: nn.Module, folder: BaseFolder, stored: Mapping[str, str]) -> None:
     """Tie what transformers ties as it loads these files."""
-    tie: Any = getattr(network, "tie_weights", None)  # a network of transformers, whose name for it is public
-    if tie is None:
+    if not is_pretrained(network):
         return
+    tying: Any = network
     before = dict(network.named_parameters(remove_duplicate=False))
-    tie()
+    tying.tie_weights()
     after = dict(network.named_parameters(remove_duplicate=False))
     for name, parameter in after.items():
         same = [other for other, p in after.items() if p is parameter and other in stored]
@@ -118,18 +90,8 @@ def _tie(network: nn.Module, folder: BaseFolder, stored: Mapping[str, str]) -> N
 
 
 def _equal(folder: BaseFolder, one: str, other: str) -> bool:
-    (shard, first), (second_shard, second) = folder.entries[one], folder.entries[other]
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
-        return False
-    step = 1 << 24
-    with open(folder.path / shard, "rb") as a, open(folder.path / second_shard, "rb") as b:
-        for begin in range(0, first.size, step):
-            count = min(step, first.size - begin)
-            a.seek(first.offset + begin)
-            b.seek(second.offset + begin)
-            if a.read(count) != b.read(count):
-                return False
-    return True
+    (shard, _), (second, _) = folder.entries[one], folder.entries[other]
+    return folder.shards[second].says(other, folder.shards[shard].read([one])[0])
 
 
 def _take_dtypes(network: nn.Module, entries: Mapping[str, tuple[str, Entry]], dtype: torch.dtype | None) -> None:
@@ -152,20 +114,20 @@ def _take_dtypes(network: nn.Module, entries: Mapping[str, tuple[str, Entry]], d
 
 def read_as(entry: Entry, dtype: torch.dtype | None) -> torch.dtype:
     """The dtype that a tensor of the files is read in, where floating ones are to be of `dtype`."""
-    own = TORCH_DTYPES[entry.dtype]
+    own = DTYPES[entry.dtype]
     return dtype if dtype is not None and own.is_floating_point else own
 
 
-def _read_when_asked(outline: Outline, folder: BaseFolder) -> None:
+def _read_when_asked(base: BaseOnDisk, folder: BaseFolder) -> None:
     """Let each layer get its tensors from the files whenever somebody needs them at hand."""
-    for path, module in outline.network.named_modules():
+    for path, module in base.network.named_modules():
         names = {leaf: f"{path}.{leaf}" if path else leaf for leaf in module._parameters}
         files = {}
         for leaf, name in names.items():
-            found = next((each for each in outline.tied_to(name) if each in outline.stored), None)
+            found = next((each for each in base.tied_to(name) if each in base.stored), None)
             if found is not None:
-                shard, entry = folder.entries[outline.stored[found]]
-                files[leaf] = (folder.path / shard, entry)
+                key = base.stored[found]
+                files[leaf] = (folder.shards[folder.entries[key][0]], key)
         if names:
             # Also where the files have nothing: it says that what an adapter puts there has values.
             module.__dict__[KEPT] = FromFiles(files)

@@ -1,0 +1,91 @@
+"""A base model without weights, made from its config alone: to plan on, or to read its weights when they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from splice.auto import auto_class_of
+from splice.config import PeftConfig
+from splice.kinds.reading import Checkpoint
+from splice.tasks import PeftModel
+
+
+def empty_base(
+    place: str,
+    checkpoint: Checkpoint,
+    labels: int | None = None,
+    class_name: str | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """The base that an adapter is for, on the meta device: made from its config, without weights and as if not quantised.
+
+    Args:
+        place: a folder, the file of a config, or an id of the Hub.
+        checkpoint: the adapter's; it says what the base is for.
+        labels: how many labels the head of a classifier has; None for as many as the adapter's own head.
+        class_name: of a class of transformers that makes it; None for what the adapter and the config say.
+        trust_remote_code: run code that lies beside the config.
+
+    Raises:
+        OSError: the config cannot be found.
+        ValueError: transformers is not installed, or knows no such base.
+    """
+    if find_spec("transformers") is None:
+        raise ValueError("the base is made from its config by transformers: pip install 'splice[transformers]'")
+    if not Path(place).exists() and (place.startswith((".", "/", "~")) or place.count("/") > 1):
+        raise ValueError(f"there is no base at {place!r}: it is a folder, the file of a config, or an id of the Hub")
+    transformers: Any = import_module("transformers")
+    transformers.logging.set_verbosity_error()
+    config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+    count = _labels(checkpoint) if labels is None else labels
+    if count is not None:
+        config.num_labels = count
+    with torch.device("meta"):
+        if class_name is not None and class_name not in dir(transformers):
+            raise ValueError(f"transformers has no class {class_name!r} to make the base with")
+        names = [class_name] if class_name else _classes(config, checkpoint.config)
+        # Of transformers itself and nothing else: an adapter is a stranger's, and importing a module runs its code.
+        known = [getattr(transformers, name) for name in names if name in dir(transformers)]
+        return _made(known or [transformers.AutoModel], config, trust_remote_code)
+
+
+def _classes(config: Any, adapter: PeftConfig) -> list[str]:
+    """What may make the base: by the adapter's task first, else by what either config names."""
+    mapping = adapter.auto_mapping or {}
+    found = [auto_class_of(adapter), mapping.get("base_model_class"), *(config.architectures or ())]
+    return [name for name in found if name]
+
+
+def _made(classes: Sequence[Any], config: Any, trust_remote_code: bool) -> nn.Module:
+    for number, cls in enumerate(classes):
+        is_auto = cls.__name__.startswith("AutoModel")
+        try:
+            made: nn.Module = (
+                cls.from_config(config, trust_remote_code=trust_remote_code) if is_auto else cls._from_config(config)
+            )
+        except ValueError:
+            # A model for pictures and text is none of those that its task is otherwise looked up among.
+            if not is_auto or number + 1 == len(classes):
+                raise
+            continue
+        return made.eval()
+    raise AssertionError("there is always one")
+
+
+def _labels(checkpoint: Checkpoint) -> int | None:
+    """How many labels the head has that an adapter saves whole; None where it saves none."""
+    heads = PeftModel.class_for(checkpoint.config).heads
+    shapes = [
+        entry.shape
+        for name, entry in checkpoint.weights.entries.items()
+        if name.endswith(".weight") and set(name.split(".")) & set(heads) and len(entry.shape) == 2
+    ]
+    # Of a head of several layers the last one, in the order of their names, gives the labels.
+    return shapes[-1][0] if shapes else None
