@@ -141,6 +141,7 @@ class OnLinear(LowRank):
 class LoraLinear(OnLinear):
     """LoRA on a linear layer: what decoding meets on every layer, so its tensors are kept at hand."""
 
+    reads_values = False
     stacked_names = OnLinear.factor_names
 
     def prepare(self, base: nn.Module, config: LoraConfig, path: str) -> None:
@@ -227,6 +228,8 @@ class OnEmbedding(LowRank):
 class LoraEmbedding(OnEmbedding):
     """LoRA on an embedding."""
 
+    reads_values = False
+
 
 class OnConvolution(LowRank):
     """On a convolution: a convolution to r channels, then a pointwise one with the groups of the base.
@@ -268,6 +271,8 @@ class OnConvolution(LowRank):
 
 class LoraConv(OnConvolution):
     """LoRA on a convolution."""
+
+    reads_values = False
 
 
 def product(b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
