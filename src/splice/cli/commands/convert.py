@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _SHOWN = 10
 
 
-@click.command
+@click.command(short_help="Write an adapter as one of another method.")
 @click.argument("adapter")
 @click.option("--to", "method", help="The method of the new adapter; there is one so far.")
 @click.option("--base", required=True, help="Folder of the base model, or its id on the Hub; a config alone may do.")
