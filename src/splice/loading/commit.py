@@ -64,7 +64,8 @@ def build_loaded(
             read.update(_read_divided(placement, plan.sources, weights))
         for placement in batch:
             tensors = tensors_for(placement, led) if placement.leaders else {}
-            item = _build_loaded(placement, plan.sources, read, config, autocast, room, tensors, _shared(built))
+            given = (read, weights.lends, config, autocast, room, tensors)
+            item = _build_loaded(placement, plan.sources, *given, _shared(built))
             built.append(item)
             if placement.path in leading:
                 led[placement.path] = item.layer
@@ -101,24 +102,28 @@ def _build_loaded(
     placement: Placement,
     sources: Mapping[str, str],
     read: dict[str, torch.Tensor],
+    lent: bool,
     config: PeftConfig,
     autocast: bool,
     room: Mapping[Where, torch.Tensor],
     tensors: dict[str, torch.Tensor],
     shared: AdapterLayer | None,
 ) -> Built:
-    """Build one layer; `tensors` are those that it shares with layers before it, `shared` is what all layers share."""
+    """Build one layer; `tensors` are those that it shares with layers before it, `shared` is what all layers share.
+
+    Of what was read `lent` it gets copies.
+    """
     device = device_of(placement.base)
     if placement.in_file is not None:
         found = {suffix: read[sources[key]] for suffix, key in placement.keys.items() if key in sources}
         for suffix, given in from_file(placement, found).items():
-            tensors[suffix] = _moved(given, device, placement.dtype(suffix, autocast), placement, suffix)
+            tensors[suffix] = _moved(given, device, placement.dtype(suffix, autocast), placement, suffix, lent)
     for suffix, key in placement.keys.items() if placement.in_file is None else ():
         name = sources.get(key)
         if name is not None:
             given, own = read.pop(name), room.get((placement.path, suffix)) if room else None
             if own is None:
-                tensors[suffix] = _moved(given, device, placement.dtype(suffix, autocast), placement, suffix)
+                tensors[suffix] = _moved(given, device, placement.dtype(suffix, autocast), placement, suffix, lent)
             else:
                 tensors[suffix] = own if given is own else own.copy_(given)
     if BIAS in placement.slots and BIAS not in tensors:
@@ -132,12 +137,12 @@ def _build_loaded(
 
 
 def _moved(
-    tensor: torch.Tensor, device: torch.device, dtype: torch.dtype, placement: Placement, suffix: str
+    tensor: torch.Tensor, device: torch.device, dtype: torch.dtype, placement: Placement, suffix: str, lent: bool
 ) -> torch.Tensor:
     if not dtype.is_floating_point:
         tensor = indices(tensor, placement.slots[suffix], dtype, placement.key(suffix))
     if tensor.dtype is dtype and tensor.device == device:
-        return tensor
+        return tensor.clone() if lent else tensor
     return tensor.to(device=device, dtype=dtype)
 
 
