@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from torch import nn
@@ -13,6 +13,8 @@ from splice.fleet.registering import Registered
 from splice.fleet.slots import SlotsReport, slots
 from splice.fleet.store import AdapterStore
 from splice.loading.options import LoadOptions
+from splice.surgery.seating import slot_rows
+from splice.surgery.slot_rows import SlotRows
 from splice.surgery.tuner import Tuner
 
 
@@ -45,6 +47,20 @@ class ManyAdapters(nn.Module):
             if tuner.store is not None:
                 tuner.store.moved()
             return report
+
+    def slot_rows(self, adapter_names: Sequence[str]) -> SlotRows:
+        """Adapters for the rows of batches, by their slots: for `adapter_names` of a call that is compiled or captured.
+
+        Args:
+            adapter_names: one for each row, "__base__" for none; all of them in slots.
+
+        Returns:
+            What such calls take in the place of names. `assign` gives the rows other adapters, and nothing is compiled again.
+
+        Raises:
+            ValueError: an adapter is unknown, or a part of it is in no slot.
+        """
+        return slot_rows(self.base_model, adapter_names)
 
     def register_adapters(
         self,

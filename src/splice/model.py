@@ -29,6 +29,7 @@ from splice.many_adapters import ManyAdapters
 from splice.model_attributes import ModelViews
 from splice.surgery.calls import call_network
 from splice.surgery.dequantising import dequantised
+from splice.surgery.slot_rows import SlotRows
 from splice.surgery.tuner import Tuner
 from splice.surgery.undo import Undo
 from splice.tuner_commands import combine
@@ -526,7 +527,7 @@ class PeftModel(ManyAdapters, ModelViews):
 
     # -- calling
 
-    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, adapter_names: Sequence[str] | SlotRows | None = None, **kwargs: Any) -> Any:
         """Call the base model with the active adapters, or with one adapter for each row of the batch.
 
         Args:
@@ -538,7 +539,7 @@ class PeftModel(ManyAdapters, ModelViews):
         # Asked first: in a decode step a call less, and nearly no adapter has such a term.
         return self.base_model.with_loss_terms(output) if self.base_model.loss_terms else output
 
-    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, adapter_names: Sequence[str] | SlotRows | None = None, **kwargs: Any) -> Any:
         """Call the base model's `generate`; `adapter_names` as in `forward`."""
         generate = cast(Callable[..., Any], self.get_base_model().generate)
         return self._call(generate, adapter_names, True, *args, **kwargs)
@@ -546,7 +547,7 @@ class PeftModel(ManyAdapters, ModelViews):
     def _call(
         self,
         function: Callable[..., T],
-        adapter_names: Sequence[str] | None,
+        adapter_names: Sequence[str] | SlotRows | None,
         generates: bool,
         *args: object,
         **kwargs: object,

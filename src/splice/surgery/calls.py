@@ -14,6 +14,8 @@ from splice.base.sharding import is_managed, is_sharded
 from splice.errors import PeftWarning, counted, warn
 from splice.kinds.call import Call
 from splice.selection import BASE, Choice, Rows
+from splice.surgery.seating import note_seats
+from splice.surgery.slot_rows import SlotRows
 from splice.surgery.tuner import Tuner
 
 T = TypeVar("T")
@@ -30,7 +32,7 @@ def call_network(
     function: Callable[..., T],
     args: Sequence[object],
     options: dict[str, object],
-    adapter_names: Sequence[str] | None,
+    adapter_names: Sequence[str] | SlotRows | None,
     generates: bool,
     training: bool,
 ) -> T:
@@ -69,7 +71,7 @@ def _call(
     function: Callable[..., T],
     args: Sequence[object],
     options: dict[str, object],
-    adapter_names: Sequence[str] | None,
+    adapter_names: Sequence[str] | SlotRows | None,
     generates: bool,
     training: bool,
 ) -> T:
@@ -83,7 +85,9 @@ def _call(
         return result
 
 
-def _brought_in(tuner: Tuner, adapter_names: Sequence[str] | None, training: bool) -> AbstractContextManager[None]:
+def _brought_in(
+    tuner: Tuner, adapter_names: Sequence[str] | SlotRows | None, training: bool
+) -> AbstractContextManager[None]:
     """Inside, those adapters that the call uses and that are registered are on the network."""
     if tuner.store is None:
         return nullcontext()
@@ -93,13 +97,16 @@ def _brought_in(tuner: Tuner, adapter_names: Sequence[str] | None, training: boo
     return tuner.store.using(_names_in(tuner, adapter_names))
 
 
-def _names_in(tuner: Tuner, adapter_names: Sequence[str] | None) -> Sequence[str]:
+def _names_in(tuner: Tuner, adapter_names: Sequence[str] | SlotRows | None) -> Sequence[str]:
     """The adapters that a call uses: those of its rows, or the selected ones."""
-    by_row = adapter_names is not None and tuner.selection.enabled
-    return adapter_names if by_row and adapter_names is not None else tuner.selection.current().names
+    if adapter_names is None or not tuner.selection.enabled:
+        return tuner.selection.current().names
+    if isinstance(adapter_names, SlotRows):  # of which one that has left its slot is not brought back to it
+        return [name for name in adapter_names.names if name in tuner.placed]
+    return adapter_names
 
 
-def _keep_for_backward(tuner: Tuner, result: object, adapter_names: Sequence[str] | None) -> None:
+def _keep_for_backward(tuner: Tuner, result: object, adapter_names: Sequence[str] | SlotRows | None) -> None:
     """Let what a backward of `result` recomputes (gradient checkpointing) use the adapters that computed it."""
     selection, store = tuner.selection, tuner.store
     choice = selection.current()
@@ -112,21 +119,31 @@ def _keep_for_backward(tuner: Tuner, result: object, adapter_names: Sequence[str
 
 
 def _chosen(
-    tuner: Tuner, adapter_names: Sequence[str] | None, generates: bool, training: bool, given: Sequence[object]
+    tuner: Tuner,
+    adapter_names: Sequence[str] | SlotRows | None,
+    generates: bool,
+    training: bool,
+    given: Sequence[object],
 ) -> AbstractContextManager[None]:
     # Where adapters are switched off, all rows are the base's, whatever their names.
     if adapter_names is None or not tuner.selection.enabled:
         return nullcontext()
     _check_rows(tuner, adapter_names, training)
-    rows = tuner.rows(adapter_names, generates)
+    if isinstance(adapter_names, SlotRows):
+        rows = adapter_names.rows(tuner, generates)
+    else:
+        rows = note_seats(tuner, tuner.rows(adapter_names, generates))
     rows.note_sizes(given)
     chosen = tuner.selection.for_this_call(Choice(rows=rows))
     return _measured(tuner, rows, chosen) if generates else chosen
 
 
-def _check_rows(tuner: Tuner, adapter_names: Sequence[str], training: bool, registered: Container[str] = ()) -> None:
+def _check_rows(
+    tuner: Tuner, adapter_names: Sequence[str] | SlotRows, training: bool, registered: Container[str] = ()
+) -> None:
     """Raise where rows of a batch cannot have these adapters now, nor when those that are `registered` are brought in."""
-    if not isinstance(adapter_names, (list, tuple)):
+    by_slots = isinstance(adapter_names, SlotRows)
+    if not by_slots and not isinstance(adapter_names, (list, tuple)):
         raise TypeError(f"adapter_names must be a list or a tuple of names, got {type(adapter_names).__name__}")
     if training:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode; call `model.eval()` first.")
@@ -135,6 +152,12 @@ def _check_rows(tuner: Tuner, adapter_names: Sequence[str], training: bool, regi
             f"Cannot pass `adapter_names` when there are merged adapters ({tuner.merged}), please call "
             "`unmerge_adapter` first."
         )
+    if isinstance(adapter_names, SlotRows):
+        if torch.is_grad_enabled():
+            raise ValueError(
+                "rows by slots give no gradients: call inside `torch.no_grad()` or `torch.inference_mode()`, or pass names"
+            )
+        return
     absent = {name for name in adapter_names if name != BASE and name not in tuner.peft_config}
     unknown = sorted(name for name in absent if name not in registered)
     if unknown:

@@ -19,7 +19,7 @@ from splice.config import PeftConfig
 from splice.errors import warn
 from splice.kinds.adapters import Adapters
 from splice.kinds.call import ReadsCall
-from splice.kinds.host import Host, first_conflict
+from splice.kinds.host import first_conflict
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.module_copy import WholeModule
 from splice.kinds.network import NetworkLayer
@@ -136,6 +136,13 @@ class Tuner(TunerViews, nn.Module):
                     loss = loss + term(self, name)
             cast(_HasLoss, output).loss = loss
         return output
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.reserved_slots is not None:  # of a copy: all else is there by now
+            names, self.reserved_slots.awaited = self.reserved_slots.awaited, ()
+            for name in names:
+                self.take_slot(name)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -321,11 +328,6 @@ class Tuner(TunerViews, nn.Module):
         self._trained.forget(name)
         self._in_order.forget(name)
 
-    @property
-    def is_bare(self) -> bool:
-        """Whether the network is as it was before the first adapter came."""
-        return not self.peft_config and not self.adapted
-
     def of_method(self, method: PeftType) -> Collection[str]:
         """The adapters of a method, in the order they came."""
         return self._of_method.get(method, {}).keys()
@@ -487,11 +489,6 @@ class Tuner(TunerViews, nn.Module):
         self.training = False
 
     # -- merging and taking off
-
-    @property
-    def hosts(self) -> dict[str, Host]:
-        """What the adapted layers carry, by path."""
-        return {path: layer.splice_host for path, layer in self.adapted.items()}
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Add the adapters (the active ones, if none are named) to the base weights; see `surgery/merging.py`."""

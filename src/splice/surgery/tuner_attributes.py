@@ -10,6 +10,7 @@ from torch import nn
 from splice.base.foreign_models import config_as_dict
 from splice.config import PeftConfig
 from splice.errors import UnsupportedFeatureError
+from splice.kinds.host import Host
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.matching import TargetMatcher, matching_parameters
 from splice.kinds.registry import Method, method_of
@@ -28,6 +29,16 @@ class TunerViews:
     selection: Selection
     # What the last merge did; None before the first.
     merge_report: MergeReport | None = None
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether the network is as it was before the first adapter came."""
+        return not self.peft_config and not self.adapted
+
+    @property
+    def hosts(self) -> dict[str, Host]:
+        """What the adapted layers carry, by path."""
+        return {path: layer.splice_host for path, layer in self.adapted.items()}
 
     @property
     def merged(self) -> list[str]:
