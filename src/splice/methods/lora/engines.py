@@ -12,7 +12,7 @@ from splice.checkpoint.types import PeftType
 
 _LINEAR, _EMBEDDING = {"lora_A.weight", "lora_B.weight"}, {"lora_embedding_A", "lora_embedding_B"}
 # Variants that are more or something else than a product of A and B; no engine reads the field, and each would be wrong.
-_OTHER_PRODUCTS = {
+OTHER_PRODUCTS = {
     "use_bdlora": "A or B is block-diagonal",
     "use_qalora": "A is for averaged inputs",
     "kasa_config": "the product has a diagonal in the middle",
@@ -42,7 +42,7 @@ register_limits(
                 "rank_pattern": "it scales every layer by the config's own rank",
                 "alpha_pattern": "it scales every layer by the config's own alpha",
                 "alora_invocation_tokens": "the adapter would be on from the first token",
-                **_OTHER_PRODUCTS,
+                **OTHER_PRODUCTS,
             }
         ),
     ),
@@ -67,7 +67,7 @@ register_limits(
                 "rank_pattern": "it scales every layer by the config's own rank",
                 "alpha_pattern": "it scales every layer by the config's own alpha",
                 "alora_invocation_tokens": "the adapter would be on from the first token",
-                **_OTHER_PRODUCTS,
+                **OTHER_PRODUCTS,
             }
         ),
         modules=frozenset(
@@ -92,7 +92,7 @@ register_limits(
                 "bias": "it supports no trained biases",
                 "lora_bias": "it supports no trained biases",
                 "alpha_pattern": "it scales every layer by the config's own alpha",
-                **_OTHER_PRODUCTS,
+                **OTHER_PRODUCTS,
             }
         ),
     ),
