@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,7 +121,7 @@ def translate_files(
     else:
         _check_method(parts, target)
         fields = bases.fields() if target.needs_base else {}
-        _write_file(lambda path: target.write(parts, fields, path), place)
+        notes += _write_file(lambda path: target.write(parts, fields, path), place)
     told = tuple(TranslatedPart(part.component, _layers(part), len(part.tensors)) for part in parts)
     return Translated(place, found.dialect, dialect, told, tuple(notes))
 
@@ -192,14 +192,15 @@ def _write_folder(parts: list[Part], place: Path) -> None:
                 shutil.rmtree(work)
 
 
-def _write_file(write: Callable[[Path], None], place: Path) -> None:
+def _write_file(write: Callable[[Path], Sequence[str]], place: Path) -> Sequence[str]:
     place = place.absolute()
     is_new = not place.parent.exists()
     place.parent.mkdir(parents=True, exist_ok=True)
     try:
         with beside(place) as new:
-            write(new)
+            notes = write(new)
             os.replace(new, place)
+            return notes
     except BaseException:
         if is_new:
             with suppress(OSError):  # somebody else has put something there

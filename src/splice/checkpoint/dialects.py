@@ -45,9 +45,9 @@ class Dialect(NamedTuple):
     recognises: Callable[[Collection[str]], bool] | None
     # What such a file holds; raises where it cannot be told.
     read: Callable[[Weights, PathsOf], list[Part]] | None
-    # Writes the file; given the fields of the base's config, empty where they are not known. Raises before it begins where
-    # that cannot be done.
-    write: Callable[[Sequence[Part], Mapping[str, object], Path], None]
+    # Writes the file, and gives a line for each thing that its readers should know; given the fields of the base's config,
+    # empty where they are not known. Raises before it begins where that cannot be done.
+    write: Callable[[Sequence[Part], Mapping[str, object], Path], Sequence[str]]
     # Whether the base has to be known to write it.
     needs_base: bool = False
 

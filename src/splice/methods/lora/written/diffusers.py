@@ -121,7 +121,7 @@ def _worked_out(weights: Weights, names: Mapping[str, str], alphas: Mapping[str,
     return {**fields_of(scales), "use_dora": MAGNITUDE in suffixes, "lora_bias": UP_BIAS in suffixes}
 
 
-def _write(parts: Sequence[Part], base: Mapping[str, object], path: Path) -> None:
+def _write(parts: Sequence[Part], base: Mapping[str, object], path: Path) -> Sequence[str]:
     tensors: dict[str, Unread] = {}
     noted: dict[str, object] = {}
     for part in parts:
@@ -138,6 +138,7 @@ def _write(parts: Sequence[Part], base: Mapping[str, object], path: Path) -> Non
         noted.update({f"{component}.{name}": value for name, value in fields.items()})
     text = json.dumps(noted, indent=2, sort_keys=True)
     write_tensors(path, tensors, {"format": "pt", _METADATA: text})
+    return ()
 
 
 def _fields(component: str, fields: Mapping[str, object], layers: Collection[str]) -> dict[str, object]:

@@ -23,6 +23,12 @@ _SUFFIXES = {"lora_down.weight": DOWN, "lora_up.weight": UP}
 _ALPHA = "alpha"
 # Of code that is not diffusers': there several layers of these models are one.
 _OTHER_CODE = re.compile(r"^(double_blocks|single_blocks|joint_blocks|diffusion_model|blocks|layers)_\d")
+# Layers whose alphas diffusers 0.42 reads from such files under names that it then finds nowhere.
+_PROJECTION = re.compile(r"\.(to_[qkv]|to_out\.0|[qkv]_proj|out_proj)$")
+_OF_DIFFUSERS = (
+    "layers differ in alpha: sd-scripts, A1111 and ComfyUI give each its own, diffusers gives all projections of attention "
+    "the most frequent one; for diffusers write it as `diffusers`"
+)
 _PREFIX = re.compile("^(" + "|".join(prefix for many in KOHYA_PREFIXES.values() for prefix in many) + ")")
 
 
@@ -81,8 +87,9 @@ def _part(
     return Part(component, fields_of(scales), unread_in(weights, names))
 
 
-def _write(parts: Sequence[Part], base: Mapping[str, object], path: Path) -> None:
+def _write(parts: Sequence[Part], base: Mapping[str, object], path: Path) -> Sequence[str]:
     tensors: dict[str, Unread] = {}
+    notes: list[str] = []
     has_two = any(part.component == "text_encoder_2" for part in parts)
     for part in parts:
         layers = factors_of(part, "kohya's form", (DOWN, UP))
@@ -104,7 +111,11 @@ def _write(parts: Sequence[Part], base: Mapping[str, object], path: Path) -> Non
             tensors[f"{front}.lora_down.weight"] = layers[layer].down
             tensors[f"{front}.lora_up.weight"] = layers[layer].up
             tensors[f"{front}.{_ALPHA}"] = made(torch.tensor(float(layers[layer].scale.alpha)))
+        alphas = {factors.scale.alpha for factors in layers.values()}
+        if len(alphas) > 1 and any(_PROJECTION.search(layer) for layer in layers):
+            notes.append(_OF_DIFFUSERS)
     write_tensors(path, tensors, {"format": "pt"})
+    return tuple(dict.fromkeys(notes))
 
 
 KOHYA = Dialect("kohya", "LORA", "adapter.safetensors", _recognises, _read, _write)

@@ -77,7 +77,7 @@ class _Tensor(NamedTuple):
         return self.name == _EMBEDDINGS
 
 
-def _write(parts: Sequence[Part], base: Mapping[str, object], path: Path) -> None:
+def _write(parts: Sequence[Part], base: Mapping[str, object], path: Path) -> Sequence[str]:
     if find_spec("gguf") is None:
         raise PeftError("files of llama.cpp are written by the package `gguf`: pip install 'splice[gguf]'")
     gguf: Any = import_module("gguf")
@@ -105,6 +105,7 @@ def _write(parts: Sequence[Part], base: Mapping[str, object], path: Path) -> Non
         writer.add_key_value(gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS, tokens, kinds.ARRAY, kinds.UINT32)
     _put(writer, tensors, alpha)
     flush(path)
+    return ()
 
 
 def _put(writer: Any, tensors: Sequence[_Tensor], alpha: float) -> None:
