@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cached_property
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -75,9 +76,7 @@ class Bases:
 
     def _place(self, component: str) -> str:
         assert self._base is not None
-        folder = Path(self._base)
-        if not folder.exists():
-            folder = self._from_hub()
+        folder = self._folder
         if not (folder / _PIPELINE).exists():
             return str(folder)
         there = sorted(path.parent.name for path in folder.glob(f"*/{_CONFIG}"))
@@ -86,8 +85,11 @@ class Bases:
             raise PeftError(f"{self._base} {said}; it has {', '.join(there)}")
         return str(folder / component)
 
-    def _from_hub(self) -> Path:
+    @cached_property
+    def _folder(self) -> Path:
         base = str(self._base)
+        if Path(base).exists():
+            return Path(base)
         if base.startswith((".", "/", "~")) or base.count("/") > 1:
             raise CheckpointError(
                 f"there is no base at {base!r}: it is a folder, the file of a config, or an id of the Hub"

@@ -21,6 +21,8 @@ OTHER_PRODUCTS = {
     "trainable_token_indices": "rows of embeddings are trained beside it",
 }
 
+_CONVERT = "convert it with `splice convert --to gguf`; llama.cpp's own script knows the config's lora_alpha alone"
+
 # vLLM, as documented for 0.14 to 0.22:
 # - ranks: docs.vllm.ai/en/v0.14.0/api/vllm/config/lora/ (`MaxLoRARanks`; 16 without the option)
 # - fields: docs.vllm.ai/en/latest/api/vllm/lora/peft_helper/ (DoRA and saved modules are refused, `bias` can be "none" alone,
@@ -79,7 +81,8 @@ register_limits(
 
 # llama.cpp, as its `convert_lora_to_gguf.py` (ggml-org/llama.cpp) does it:
 # - tensors: A, B and the two of embeddings; any other ends the conversion with "Not a lora_A or lora_B tensor"
-# - scale: `lora_alpha` of the config, divided by the rank of each tensor; no other field is read but aLoRA's tokens
+# - scale: `lora_alpha` of the config, divided by the rank of each tensor; no other field is read but aLoRA's tokens. `splice
+#   convert --to gguf` (written/llama_cpp.py) multiplies what differs into the tensors, and refuses what is refused here
 register_limits(
     "llama.cpp",
     PeftType.LORA,
@@ -88,12 +91,11 @@ register_limits(
         refused=MappingProxyType(
             {
                 "use_dora": "it does not support DoRA",
-                "use_rslora": "it scales by lora_alpha / r",
                 "bias": "it supports no trained biases",
                 "lora_bias": "it supports no trained biases",
-                "alpha_pattern": "it scales every layer by the config's own alpha",
                 **OTHER_PRODUCTS,
             }
         ),
+        noted=MappingProxyType({"use_rslora": _CONVERT, "alpha_pattern": _CONVERT}),
     ),
 )

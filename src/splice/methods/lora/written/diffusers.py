@@ -13,7 +13,7 @@ from splice.checkpoint.tensors import Weights
 from splice.checkpoint.unread import Unread, unread_in, write_tensors
 from splice.errors import CheckpointError, PeftError, UnsupportedFeatureError
 from splice.methods.lora.written.components import COMPONENTS, guessed, is_text, with_text_front, without_text_front
-from splice.methods.lora.written.factors import DOWN, MAGNITUDE, UP, UP_BIAS, factors_of
+from splice.methods.lora.written.factors import DOWN, MAGNITUDE, UP, UP_BIAS, factors_of, left_out
 from splice.methods.lora.written.scales import Scale, fields_of, targets
 
 # Where diffusers keeps the configs: fields of all components, each with its component in front.
@@ -138,7 +138,7 @@ def _write(parts: Sequence[Part], base: Mapping[str, object], path: Path) -> Seq
         noted.update({f"{component}.{name}": value for name, value in fields.items()})
     text = json.dumps(noted, indent=2, sort_keys=True)
     write_tensors(path, tensors, {"format": "pt", _METADATA: text})
-    return ()
+    return [note for part in parts for note in left_out(part)]
 
 
 def _fields(component: str, fields: Mapping[str, object], layers: Collection[str]) -> dict[str, object]:

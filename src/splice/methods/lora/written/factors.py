@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from splice.checkpoint.dialects import Part
-from splice.checkpoint.keys import parse_key
+from splice.checkpoint.engines import is_on
+from splice.checkpoint.keys import PREFIX, parse_key
 from splice.checkpoint.unread import Unread
-from splice.errors import UnsupportedFeatureError
+from splice.errors import UnsupportedFeatureError, counted
 from splice.methods.lora.engines import OTHER_PRODUCTS
 from splice.methods.lora.written.scales import Scale, scale_in
 
@@ -27,6 +28,10 @@ REFUSED: Mapping[str, tuple[str, str]] = {
     "alora_invocation_tokens": ("the adapter is on from certain tokens on alone", _MERGE),
     **{name: (why, AS_PLAIN) for name, why in OTHER_PRODUCTS.items()},
 }
+
+
+# What stands behind the path of a layer with an adapter, of the base's own weight beside it: a copy, of embeddings.
+_REPEATED = ".base_layer.weight"
 
 
 class Factors(NamedTuple):
@@ -62,12 +67,14 @@ def factors_of(part: Part, program: str, suffixes: Iterable[str], also: Iterable
     """
     for name in REFUSED.keys() - set(also):
         value = part.fields.get(name)
-        if value not in (None, False, [], {}, "none"):
+        if is_on(value):
             why, remedy = REFUSED[name]
             raise UnsupportedFeatureError(f"{program} has no place for {name}={value!r}: {why}; {remedy}")
     known, layers = set(suffixes), dict[str, dict[str, Unread]]()
     for key, tensor in part.tensors.items():
         parsed = parse_key(key, _NAMES)
+        if parsed is None and _repeated(key):
+            continue
         if parsed is None:
             raise UnsupportedFeatureError(
                 f"{program} has no place for {key!r}, a part of the base that is saved whole; {_MERGE}"
@@ -83,3 +90,18 @@ def factors_of(part: Part, program: str, suffixes: Iterable[str], also: Iterable
             raise UnsupportedFeatureError(f"{path!r} has no {lacking[0]}: the adapter is damaged")
         found[path] = Factors(tensors, scale_in(part.fields, path, tensors[pair[0]].shape[0]))
     return found
+
+
+def left_out(part: Part) -> list[str]:
+    """A line where the file repeats weights of the base, which no other program has a place for."""
+    found = [key for key in part.tensors if _repeated(key)]
+    if not found:
+        return []
+    return [
+        f"{counted(len(found), 'tensor')} of the file repeat the base's own, and are left out ({found[0]}): if they were "
+        "trained or have more rows than the base's, the base that is used has to have them"
+    ]
+
+
+def _repeated(key: str) -> bool:
+    return key.startswith(PREFIX) and key.endswith(_REPEATED)

@@ -14,7 +14,7 @@ from splice.checkpoint.tensors import Weights
 from splice.checkpoint.unread import Unread, made, unread_in, write_tensors
 from splice.errors import PeftError, UnsupportedFeatureError
 from splice.methods.lora.written.components import KOHYA_PREFIXES, guessed, with_text_front
-from splice.methods.lora.written.factors import DOWN, UP, factors_of
+from splice.methods.lora.written.factors import DOWN, UP, factors_of, left_out
 from splice.methods.lora.written.scales import Scale, fields_of
 from splice.methods.lora.written.underscores import flattened, path_of
 from splice.methods.lora.written.unet_blocks import from_numbered, is_numbered, is_numbered_there, to_numbered
@@ -111,6 +111,7 @@ def _write(parts: Sequence[Part], base: Mapping[str, object], path: Path) -> Seq
             tensors[f"{front}.lora_down.weight"] = layers[layer].down
             tensors[f"{front}.lora_up.weight"] = layers[layer].up
             tensors[f"{front}.{_ALPHA}"] = made(torch.tensor(float(layers[layer].scale.alpha)))
+        notes += left_out(part)
         alphas = {factors.scale.alpha for factors in layers.values()}
         if len(alphas) > 1 and any(_PROJECTION.search(layer) for layer in layers):
             notes.append(_OF_DIFFUSERS)

@@ -19,7 +19,7 @@ import torch
 from splice.checkpoint.dialects import Dialect, Part
 from splice.checkpoint.files import flush
 from splice.errors import PeftError, UnsupportedFeatureError
-from splice.methods.lora.written.factors import DOWN, EMBEDDING_DOWN, EMBEDDING_UP, UP, Factors, factors_of
+from splice.methods.lora.written.factors import DOWN, EMBEDDING_DOWN, EMBEDDING_UP, UP, Factors, factors_of, left_out
 
 
 class _Architecture(NamedTuple):
@@ -105,7 +105,7 @@ def _write(parts: Sequence[Part], base: Mapping[str, object], path: Path) -> Seq
         writer.add_key_value(gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS, tokens, kinds.ARRAY, kinds.UINT32)
     _put(writer, tensors, alpha)
     flush(path)
-    return ()
+    return left_out(part)
 
 
 def _put(writer: Any, tensors: Sequence[_Tensor], alpha: float) -> None:
@@ -137,7 +137,7 @@ def _values(tensor: _Tensor, alpha: float) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _architecture(base: Mapping[str, object], config: Mapping[str, object]) -> _Architecture:
-    named = [name for names in (config.get("architectures"), base.get("architectures")) for name in _list(names)]
+    named = list(dict.fromkeys((*_list(config.get("architectures")), *_list(base.get("architectures")))))
     found = next((_ARCHITECTURES[name] for name in named if name in _ARCHITECTURES), None)
     if found is None:
         known = ", ".join(_ARCHITECTURES)
