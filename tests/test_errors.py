@@ -397,7 +397,7 @@ def test_an_interrupt_at_every_line_leaves_the_model_as_it_was(name: str, tmp_pa
 
 
 POINTS: dict[str, tuple[str, ...]] = {
-    "the reader": ("splice.checkpoint.tensors.SafetensorsFile.read",),
+    "the reader": ("splice.checkpoint.tensors.SafetensorsFile.begin_to_read",),
     "the reader's system call": ("os.preadv",),
     "an adapter layer": ("splice.kinds.layer.AdapterLayer.__init__",),
     "attaching a layer": ("splice.surgery.tuner.attach",),

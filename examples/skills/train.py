@@ -3,12 +3,14 @@
 Run from the repository root: `.venv/bin/python examples/skills/train.py`. It replaces `base/` and `adapters/`.
 """
 
+import json
 import random
 import sys
 import time
 from collections.abc import Callable
 
 import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -17,9 +19,12 @@ from skills import (
     ADAPTERS_FOLDER,
     ALPHABET,
     BASE_FOLDER,
+    END,
     END_ID,
+    ID_OF,
     LONGEST_WORD,
     NEUTRAL_TAG,
+    PADDING,
     PADDING_ID,
     SHORTEST_WORD,
     SKILLS,
@@ -108,6 +113,7 @@ def train_base() -> None:
     base = new_base()
     fit(base, tagged_examples, BASE_STEPS, peak_rate=2e-3, label="base")
     base.save_pretrained(BASE_FOLDER)
+    save_tokenizer()
     report(base, "base", "copy")
 
 
@@ -126,6 +132,28 @@ def train_adapter(skill: str) -> None:
     model.save_pretrained(str(folder))
     (folder / "README.md").unlink(missing_ok=True)
     report(model, skill, skill)
+
+
+def save_tokenizer() -> None:
+    """Write beside the base what `skills.encode` does, for programs that look for a tokenizer there.
+
+    Unknown characters are padding. Its chat template makes the prompt of a word, and of a conversation the last word
+    alone: the base has never seen two.
+    """
+    tokenizer = Tokenizer(models.WordLevel(ID_OF, unk_token=PADDING))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.save(str(BASE_FOLDER / "tokenizer.json"))
+    # Not by transformers, which names the class in a way that its older versions do not know.
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END,
+        "pad_token": PADDING,
+        "unk_token": PADDING,
+        "padding_side": "left",
+        "chat_template": "{{ messages[-1]['content'] }}" + NEUTRAL_TAG,
+    }
+    (BASE_FOLDER / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def report(model: Model, label: str, skill: str) -> None:

@@ -76,7 +76,7 @@ from splice.methods.lora.subconfigs import LoraGAConfig as LoraGAConfig
 from splice.methods.lora.subconfigs import MontecloraConfig as MontecloraConfig
 from splice.methods.lora.subconfigs import VeloraConfig as VeloraConfig
 from splice.methods.miss import MissConfig as MissConfig
-from splice.methods.oft import OFTConfig as OFTConfig
+from splice.methods.oft.config import OFTConfig as OFTConfig
 from splice.methods.osf import OSFConfig as OSFConfig
 from splice.methods.peanut import PeanutConfig as PeanutConfig
 from splice.methods.poly import PolyConfig as PolyConfig

@@ -39,8 +39,7 @@ def empty_base(
     """
     if find_spec("transformers") is None:
         raise ValueError("the base is made from its config by transformers: pip install 'splice[transformers]'")
-    if not Path(place).exists() and (place.startswith((".", "/", "~")) or place.count("/") > 1):
-        raise ValueError(f"there is no base at {place!r}: it is a folder, the file of a config, or an id of the Hub")
+    check_place(place, "base", "a folder, the file of a config, or an id of the Hub")
     transformers: Any = import_module("transformers")
     transformers.logging.set_verbosity_error()
     config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
@@ -54,6 +53,16 @@ def empty_base(
         # Of transformers itself and nothing else: an adapter is a stranger's, and importing a module runs its code.
         known = [getattr(transformers, name) for name in names if name in dir(transformers)]
         return _made(known or [transformers.AutoModel], config, trust_remote_code)
+
+
+def check_place(place: str, what: str, kinds: str = "a folder or an id of the Hub") -> None:
+    """Raise where `place` is not there and can be no id of the Hub, which would be asked in vain.
+
+    Raises:
+        ValueError: `what` is not there, which may be one of these `kinds` of places.
+    """
+    if not Path(place).exists() and (place.startswith((".", "/", "~")) or place.count("/") > 1):
+        raise ValueError(f"there is no {what} at {place!r}: it is {kinds}")
 
 
 def _classes(config: Any, adapter: PeftConfig) -> list[str]:

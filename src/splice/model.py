@@ -29,6 +29,8 @@ from splice.loading.saving import facts_of, save
 from splice.model_attributes import ModelViews
 from splice.surgery.calls import call_network
 from splice.surgery.dequantising import dequantised
+from splice.surgery.seating import slot_rows
+from splice.surgery.slot_rows import SlotRows
 from splice.surgery.tuner import Tuner
 from splice.surgery.undo import Undo
 from splice.tuner_commands import combine
@@ -449,6 +451,20 @@ class PeftModel(ModelViews):
         """
         return slots(self.base_model, count, rank)
 
+    def slot_rows(self, adapter_names: Sequence[str]) -> SlotRows:
+        """Adapters for the rows of batches, by their slots: for `adapter_names` of a call that is compiled or captured.
+
+        Args:
+            adapter_names: one for each row, "__base__" for none; all of them in slots.
+
+        Returns:
+            What such calls take in the place of names. `assign` gives the rows other adapters, and nothing is compiled again.
+
+        Raises:
+            ValueError: an adapter is unknown, or a part of it is in no slot.
+        """
+        return slot_rows(self.base_model, adapter_names)
+
     def add_weighted_adapter(
         self,
         adapters: list[str],
@@ -533,7 +549,7 @@ class PeftModel(ModelViews):
 
     # -- calling
 
-    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, adapter_names: Sequence[str] | SlotRows | None = None, **kwargs: Any) -> Any:
         """Call the base model with the active adapters, or with one adapter for each row of the batch.
 
         Args:
@@ -545,7 +561,7 @@ class PeftModel(ModelViews):
         # Asked first: in a decode step a call less, and nearly no adapter has such a term.
         return self.base_model.with_loss_terms(output) if self.base_model.loss_terms else output
 
-    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, adapter_names: Sequence[str] | SlotRows | None = None, **kwargs: Any) -> Any:
         """Call the base model's `generate`; `adapter_names` as in `forward`."""
         generate = cast(Callable[..., Any], self.get_base_model().generate)
         return self._call(generate, adapter_names, True, *args, **kwargs)
@@ -553,7 +569,7 @@ class PeftModel(ModelViews):
     def _call(
         self,
         function: Callable[..., T],
-        adapter_names: Sequence[str] | None,
+        adapter_names: Sequence[str] | SlotRows | None,
         generates: bool,
         *args: object,
         **kwargs: object,

@@ -18,6 +18,7 @@ from splice.base.dtypes import FLOAT8
 from splice.base.sharding import Part, is_divided, part_in, whole
 from splice.checkpoint.foreign import LFS_START, lfs_pointer
 from splice.checkpoint.header import Entry, read_header
+from splice.checkpoint.reading import Reading
 from splice.errors import CheckpointError
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -89,6 +90,12 @@ class SafetensorsFile:
         self.metadata = header.metadata
 
     def read(self, names: Sequence[str], into: Mapping[str, torch.Tensor] | None = None) -> list[torch.Tensor]:
+        reading = self.begin_to_read(names, into)
+        reading.wait()
+        return reading.tensors
+
+    def begin_to_read(self, names: Sequence[str], into: Mapping[str, torch.Tensor] | None = None) -> Reading:
+        """The same, while the program goes on; where that is not worth a thread, when they are waited for."""
         entries = [self.entries[name] for name in names]
         given = {name: tensor for name, tensor in (into or {}).items() if _holds(tensor, self.entries[name])}
         tensors = [
@@ -97,9 +104,13 @@ class SafetensorsFile:
         ]
         # Tensors that lie behind one another are one system call. Most adapters have hundreds of small ones.
         in_file_order = sorted(range(len(names)), key=lambda i: entries[i].offset)
-        for run in _runs(in_file_order, entries):
-            self._fill([tensors[i] for i in run], entries[run[0]].offset)
-        return tensors
+        runs = [([memory_of(tensors[i]) for i in run], entries[run[0]].offset) for run in _runs(in_file_order, entries)]
+
+        def fill() -> None:
+            for memory, offset in runs:
+                self._fill_memory(memory, offset)
+
+        return Reading(tensors, fill, sum(entry.size for entry in entries))
 
     def read_part(self, name: str, part: Part) -> torch.Tensor:
         entry = self.entries[name]
@@ -254,6 +265,13 @@ def _holds(tensor: torch.Tensor, entry: Entry) -> bool:
     """Whether the bytes of an entry can be read straight into the memory of a tensor."""
     alike = tensor.shape == entry.shape and tensor.dtype is DTYPES[entry.dtype]
     return alike and tensor.device.type == "cpu" and tensor.is_contiguous()
+
+
+def begin_to_read(weights: Weights, names: Sequence[str], into: Mapping[str, torch.Tensor] | None) -> Reading:
+    """`weights.read`, while the program goes on where they are in a file as they are."""
+    if isinstance(weights, SafetensorsFile):
+        return weights.begin_to_read(names, into)
+    return Reading(weights.read(names, into), lambda: None, 0)
 
 
 def open_weights(path: Path) -> Weights:

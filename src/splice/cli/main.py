@@ -6,6 +6,7 @@ It ends with 0 where all is well, 1 where a problem was found, and 2 where it wa
 from __future__ import annotations
 
 import json
+import logging
 import pkgutil
 import sys
 from importlib import import_module
@@ -32,6 +33,7 @@ def main() -> None:
     if lacking:
         print(f"splice: the command line needs {' and '.join(lacking)}: pip install 'splice[cli]'", file=sys.stderr)
         sys.exit(2)
+    _quieten()
     try:
         _program()(prog_name="splice")
     except GIVEN as error:
@@ -71,6 +73,14 @@ def _program() -> click.Group:
         result_callback=finished,
     )
     return click.version_option(__version__, message="%(version)s")(program)
+
+
+def _quieten() -> None:
+    """Leave out what libraries log to nobody in particular as they are imported: users of the program cannot change it."""
+    if logging.lastResort is not None:
+        logging.lastResort.setLevel(logging.ERROR)
+    # It has a handler of its own.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 
 def _told(error: Exception, as_json: bool) -> int:

@@ -16,7 +16,8 @@ from splice.base.weight_access import check_readable
 from splice.base.zero3 import gathered, is_zero3_enabled
 from splice.checkpoint.header import Entry
 from splice.checkpoint.parts import read_for
-from splice.checkpoint.tensors import Weights
+from splice.checkpoint.reading import Reading
+from splice.checkpoint.tensors import DTYPES, Weights, begin_to_read
 from splice.config import PeftConfig
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.layout import LaidOut
@@ -49,7 +50,7 @@ def build_loaded(
     built: list[Built] = []
     leading = _leading(plan)
     led: dict[str, AdapterLayer] = {}
-    for batch in _batches(plan.placements, weights.entries, plan.sources):
+    for batch in _batches(plan.placements, weights.entries, plan.sources, autocast):
         where = {
             (p.path, suffix): plan.sources[key]
             for p in batch
@@ -59,15 +60,21 @@ def build_loaded(
         }
         names = list(where.values())
         into = {name: room[at] for at, name in where.items() if at in room} if room else None
-        read = dict(zip(names, weights.read(names, into)))
+        reading = begin_to_read(weights, names, into)
+        read = dict(zip(names, reading.tensors))
         for placement in (p for p in batch if p.layer_class.divides):
             read.update(_read_divided(placement, plan.sources, weights))
         for placement in batch:
             tensors = tensors_for(placement, led) if placement.leaders else {}
-            item = _build_loaded(placement, plan.sources, read, config, autocast, room, tensors, _shared(built))
+            if placement.layer_class.reads_values or placement.in_file is not None or room:
+                reading.wait()
+            item = _build_loaded(
+                placement, plan.sources, read, config, autocast, room, tensors, _shared(built), reading
+            )
             built.append(item)
             if placement.path in leading:
                 led[placement.path] = item.layer
+        reading.wait()
     return built + _followers(plan, built, config)
 
 
@@ -82,19 +89,27 @@ def _read_divided(placement: Placement, sources: Mapping[str, str], weights: Wei
 
 
 def _batches(
-    placements: Sequence[Placement], entries: Mapping[str, Entry], sources: Mapping[str, str]
+    placements: Sequence[Placement], entries: Mapping[str, Entry], sources: Mapping[str, str], autocast: bool
 ) -> Iterator[list[Placement]]:
-    """Placements whose tensors are read in one go: few calls, and little memory beside the result if they are cast."""
+    """Placements whose tensors are read in one go: few calls, and little memory beside the result if they change."""
     batch: list[Placement] = []
     size = 0
     for placement in placements:
         batch.append(placement)
-        size += sum(entries[sources[key]].size for key in placement.keys.values() if key in sources)
+        found = [(suffix, entries[sources[key]]) for suffix, key in placement.keys.items() if key in sources]
+        if found and _is_converted(placement, *found[0], autocast):
+            size += sum(entry.size for _, entry in found)
         if size >= _BATCH_BYTES:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def _is_converted(placement: Placement, suffix: str, entry: Entry, autocast: bool) -> bool:
+    """Whether a layer's tensors are not those that are read, told by the first: on a mistake memory is taken for a moment."""
+    dtype = placement.dtype(suffix, autocast)
+    return DTYPES.get(entry.dtype) is not dtype or device_of(placement.base).type != "cpu"
 
 
 def _build_loaded(
@@ -106,8 +121,12 @@ def _build_loaded(
     room: Mapping[Where, torch.Tensor],
     tensors: dict[str, torch.Tensor],
     shared: AdapterLayer | None,
+    reading: Reading,
 ) -> Built:
-    """Build one layer; `tensors` are those that it shares with layers before it, `shared` is what all layers share."""
+    """Build one layer; `tensors` are those that it shares with layers before it, `shared` is what all layers share.
+
+    Those that were read may be on their way; `reading` is waited for where their values are needed.
+    """
     device = device_of(placement.base)
     if placement.in_file is not None:
         found = {suffix: read[sources[key]] for suffix, key in placement.keys.items() if key in sources}
@@ -118,7 +137,11 @@ def _build_loaded(
         if name is not None:
             given, own = read.pop(name), room.get((placement.path, suffix)) if room else None
             if own is None:
-                tensors[suffix] = _moved(given, device, placement.dtype(suffix, autocast), placement, suffix)
+                dtype = placement.dtype(suffix, autocast)
+                if given.dtype is not dtype or given.device != device or not dtype.is_floating_point:
+                    reading.wait()
+                    given = _moved(given, device, dtype, placement, suffix)
+                tensors[suffix] = given
             else:
                 tensors[suffix] = own if given is own else own.copy_(given)
     if BIAS in placement.slots and BIAS not in tensors:
@@ -136,8 +159,6 @@ def _moved(
 ) -> torch.Tensor:
     if not dtype.is_floating_point:
         tensor = indices(tensor, placement.slots[suffix], dtype, placement.key(suffix))
-    if tensor.dtype is dtype and tensor.device == device:
-        return tensor
     return tensor.to(device=device, dtype=dtype)
 
 

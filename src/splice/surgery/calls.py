@@ -14,6 +14,8 @@ from splice.base.sharding import is_managed, is_sharded
 from splice.errors import PeftWarning, counted, warn
 from splice.kinds.call import Call
 from splice.selection import BASE, Choice, Rows, Selection
+from splice.surgery.seating import note_seats
+from splice.surgery.slot_rows import SlotRows
 from splice.surgery.tuner import Tuner
 
 T = TypeVar("T")
@@ -27,7 +29,7 @@ def call_network(
     function: Callable[..., T],
     args: Sequence[object],
     options: dict[str, object],
-    adapter_names: Sequence[str] | None,
+    adapter_names: Sequence[str] | SlotRows | None,
     generates: bool,
     training: bool,
 ) -> T:
@@ -66,7 +68,7 @@ def _call(
     function: Callable[..., T],
     args: Sequence[object],
     options: dict[str, object],
-    adapter_names: Sequence[str] | None,
+    adapter_names: Sequence[str] | SlotRows | None,
     generates: bool,
     training: bool,
 ) -> T:
@@ -89,21 +91,29 @@ def _keep_for_backward(selection: Selection, result: object) -> None:
 
 
 def _chosen(
-    tuner: Tuner, adapter_names: Sequence[str] | None, generates: bool, training: bool, given: Sequence[object]
+    tuner: Tuner,
+    adapter_names: Sequence[str] | SlotRows | None,
+    generates: bool,
+    training: bool,
+    given: Sequence[object],
 ) -> AbstractContextManager[None]:
     # Where adapters are switched off, all rows are the base's, whatever their names.
     if adapter_names is None or not tuner.selection.enabled:
         return nullcontext()
     _check_rows(tuner, adapter_names, training)
-    rows = tuner.rows(adapter_names, generates)
+    if isinstance(adapter_names, SlotRows):
+        rows = adapter_names.rows(tuner, generates)
+    else:
+        rows = note_seats(tuner, tuner.rows(adapter_names, generates))
     rows.note_sizes(given)
     chosen = tuner.selection.for_this_call(Choice(rows=rows))
     return _measured(tuner, rows, chosen) if generates else chosen
 
 
-def _check_rows(tuner: Tuner, adapter_names: Sequence[str], training: bool) -> None:
+def _check_rows(tuner: Tuner, adapter_names: Sequence[str] | SlotRows, training: bool) -> None:
     """Raise where rows of a batch cannot have these adapters now."""
-    if not isinstance(adapter_names, (list, tuple)):
+    by_slots = isinstance(adapter_names, SlotRows)
+    if not by_slots and not isinstance(adapter_names, (list, tuple)):
         raise TypeError(f"adapter_names must be a list or a tuple of names, got {type(adapter_names).__name__}")
     if training:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode; call `model.eval()` first.")
@@ -112,6 +122,12 @@ def _check_rows(tuner: Tuner, adapter_names: Sequence[str], training: bool) -> N
             f"Cannot pass `adapter_names` when there are merged adapters ({tuner.merged}), please call "
             "`unmerge_adapter` first."
         )
+    if isinstance(adapter_names, SlotRows):
+        if torch.is_grad_enabled():
+            raise ValueError(
+                "rows by slots give no gradients: call inside `torch.no_grad()` or `torch.inference_mode()`, or pass names"
+            )
+        return
     unknown = sorted({name for name in adapter_names if name != BASE and name not in tuner.peft_config})
     if unknown:
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from heapq import heappop, heappush
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from splice.errors import counted
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.stack import Stack
 from splice.surgery.placement import Placement
+from splice.surgery.slot_rows import SlotRows
 
 # Of a checkpoint's tensors: the path of the layer, and the suffix.
 Where = tuple[str, str]
@@ -38,11 +40,16 @@ class Stacks:
         self.outside: dict[str, str] = {}
         # By the layer's path.
         self.of_layer: dict[str, Stack] = {}
+        # What names slots by their numbers, and has to hear when an adapter leaves one.
+        self.readers: WeakSet[SlotRows] = WeakSet()
+        # Of a copy, before its adapters have moved in: their names in the order of their slots.
+        self.awaited: tuple[str, ...] = ()
         # The lowest first, so that those in use are neighbours.
         self._free = list(range(count))
 
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()  # as each stack
+    def __reduce__(self) -> tuple[type[Stacks], tuple[int, int], dict[str, object]]:
+        # A copy has slots of its own, empty at first: parameters of a copied network have memory of their own.
+        return Stacks, (self.count, self.rank), {"awaited": tuple(sorted(self.numbers, key=self.numbers.__getitem__))}
 
     @property
     def nbytes(self) -> int:
@@ -106,10 +113,25 @@ class Stacks:
         self.outside.pop(name, None)
         self._give_back(name)
 
+    def seat(self, name: str, layers: Mapping[str, AdapterLayer]) -> tuple[int, str]:
+        """The adapter's slot, and why not all of its layers, by path, lie there now; empty where they do."""
+        number = self.numbers.get(name, -1)
+        if name in self.outside or number < 0:
+            return -1, self.outside.get(name, "it never came to one")
+        for path, layer in layers.items():
+            stack = self.of_layer.get(path)
+            if stack is None or stack.find(name, layer) != number:
+                return -1, f"{path}: its tensors were moved out of it"
+            if layer.product_scale() is None:
+                return -1, f"{path}: its scale is a tensor, or features of its input are dropped"
+        return number, ""
+
     def _give_back(self, name: str) -> None:
         number = self.numbers.pop(name, None)
         if number is None:
             return
+        for reader in list(self.readers):
+            reader.leave(name)
         for stack in self.of_layer.values():
             stack.vacate(name)
             stack.clear(number)

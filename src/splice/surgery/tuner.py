@@ -127,6 +127,13 @@ class Tuner(TunerViews, nn.Module):
             cast(_HasLoss, output).loss = loss
         return output
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.reserved_slots is not None:  # of a copy: all else is there by now
+            names, self.reserved_slots.awaited = self.reserved_slots.awaited, ()
+            for name in names:
+                self.take_slot(name)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from splice.cli.options import json_option, of_the_hub
+from splice.cli.options import json_option, of_the_base, of_the_hub
 from splice.cli.output import console, number, print_json, shown
 from splice.errors import counted
 
@@ -42,11 +42,7 @@ _SHOWN = 10
     help="A regular expression for paths of modules; may be repeated.",
 )
 @click.option("--component", help="The network of a pipeline that is meant: unet, transformer, text_encoder...")
-@click.option("--base-revision", help="Branch, tag or commit of the base on the Hub.")
-@click.option(
-    "--class", "class_name", help="Class of transformers that makes the base; else as adapter and config say."
-)
-@click.option("--trust-remote-code", is_flag=True, help="Run code that lies in the base's folder.")
+@of_the_base
 @of_the_hub
 @json_option
 def command(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from splice.cli.options import json_option
+from splice.cli.options import json_option, of_the_base
 from splice.cli.output import console, print_json, shown
 from splice.errors import sized
 
@@ -29,12 +29,8 @@ _DTYPES = ("bfloat16", "float16", "float32", "float64")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder to be made.")
 @click.option("--dtype", type=click.Choice(_DTYPES), help="Of the merged model; that of the base's files otherwise.")
 @click.option("--safe", is_flag=True, help="Refuse merged values that are not finite.")
-@click.option("--base-revision", help="Branch, tag or commit of the base on the Hub.")
+@of_the_base
 @click.option("--revision", help="Branch, tag or commit of the adapters on the Hub.")
-@click.option(
-    "--class", "class_name", help="Class of transformers that makes the base; else as adapter and config say."
-)
-@click.option("--trust-remote-code", is_flag=True, help="Run code that lies in the base's folder.")
 @json_option
 def command(
     base: str,

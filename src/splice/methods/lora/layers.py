@@ -141,6 +141,7 @@ class OnLinear(LowRank):
 class LoraLinear(OnLinear):
     """LoRA on a linear layer: what decoding meets on every layer, so its tensors are kept at hand."""
 
+    reads_values = False
     stacked_names = OnLinear.factor_names
 
     def prepare(self, base: nn.Module, config: LoraConfig, path: str) -> None:
@@ -160,6 +161,11 @@ class LoraLinear(OnLinear):
         weight = a["weight"]
         out = torch.add(y, F.linear(F.linear(cast_to(x, weight), weight), b["weight"], b["bias"]), alpha=scale)
         return out if out.dtype is y.dtype else out.to(y.dtype)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if name == "scale" and self.stack is not None:
+            self.stack.rescaled(self)
 
     def factors(self) -> Factors | None:
         scale = self.scale
@@ -222,6 +228,8 @@ class OnEmbedding(LowRank):
 class LoraEmbedding(OnEmbedding):
     """LoRA on an embedding."""
 
+    reads_values = False
+
 
 class OnConvolution(LowRank):
     """On a convolution: a convolution to r channels, then a pointwise one with the groups of the base.
@@ -263,6 +271,8 @@ class OnConvolution(LowRank):
 
 class LoraConv(OnConvolution):
     """LoRA on a convolution."""
+
+    reads_values = False
 
 
 def product(b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""What `splice run` is made of, with torch: a base that gives text, adapters that stand on it, and their answers."""
