@@ -47,9 +47,13 @@ class Resident(NamedTuple):
 class Planned(NamedTuple):
     """An adapter that is about to be put on the model. All that can be checked before has been."""
 
+    # Its name.
     name: str
+    # Its plan, its checkpoint and its config.
     found: Fitted
+    # Of the load.
     options: LoadOptions
+    # Takes it off again, if it cannot be put on whole.
     undo: Undo
     # Bytes of its tensors that a slot has room for.
     seated: int

@@ -32,6 +32,7 @@ _TICK = 0.05
 class _Fetched(NamedTuple):
     """An adapter that is about to be put on the model, in host memory."""
 
+    # The adapter.
     held: InHost
     # How long it took to read it.
     seconds: float
