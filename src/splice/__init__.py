@@ -52,6 +52,7 @@ _PUBLIC = {
     "splice.loading.saving": ["get_peft_model_state_dict"],
     "splice.loading.state": ["load_peft_weights", "set_peft_model_state_dict"],
     "splice.status": ["get_layer_status", "get_model_status"],
+    "splice.translating_files": ["translate_files"],
     "splice.utilities": ["cast_mixed_precision_params", "shift_tokens_right"],
 }
 _PLACES = {name: module for module, names in _PUBLIC.items() for name in names}

@@ -124,6 +124,7 @@ from splice.tasks import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
 from splice.tasks import PeftModelForSequenceClassification as PeftModelForSequenceClassification
 from splice.tasks import PeftModelForTokenClassification as PeftModelForTokenClassification
 from splice.tasks import get_peft_model as get_peft_model
+from splice.translating_files import translate_files as translate_files
 from splice.utilities import cast_mixed_precision_params as cast_mixed_precision_params
 
 __version__: str
@@ -173,4 +174,5 @@ __all__ = [
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "shift_tokens_right",
+    "translate_files",
 ]

@@ -123,6 +123,7 @@ from splice import save_as_lora as save_as_lora
 from splice import set_base_model_state_dict as set_base_model_state_dict
 from splice import set_peft_model_state_dict as set_peft_model_state_dict
 from splice import shift_tokens_right as shift_tokens_right
+from splice import translate_files as translate_files
 
 __version__: str
 
