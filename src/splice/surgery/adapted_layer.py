@@ -154,7 +154,7 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
             if not written:  # what the base gave may be its input, or kept for a backward
                 y, written = y.clone(), True
             shown = self._showing(layer, inner) if layer.shows else inner
-            wrapped = layer.wrapped_for(shown, group.indices)
+            wrapped = layer.wrapped_for(shown, group.indices, len(x))
             wrapped = called_through(layer, wrapped) if host.hooked else wrapped
             more, named = _of_rows(host, group, x, args[1:], kwargs) if layer.shows else ((), {})
             y[group.indices] = wrapped(x[group.indices], *more, **named).to(y.dtype)
