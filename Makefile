@@ -59,7 +59,7 @@ site: $(WITH_DOCS)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[cli,plots,transformers,ecosystem,quant,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[cli,plots,gguf,transformers,ecosystem,quant,dev]"
 	touch $(INSTALLED)
 
 $(WITH_DOCS): $(INSTALLED)

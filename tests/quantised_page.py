@@ -125,6 +125,8 @@ method does not do, or is refused in words:
 - **PSOFT**. A checkpoint holds how the singular directions of a weight are turned into one another, and not the directions.
   They are worked out of the weight again, and of one that was quantised since they come with other signs and in another
   order. The reference refuses codes too, so no such adapter was trained on them.
+- **FRoD**. The directions that all layers of a kind have in common are worked out of their weights; the reference fails on
+  codes as well, so no such adapter was trained on them.
 - **AdaMSS**, of adapters that were made on the full weight: which row is in which group is worked out of the weight again,
   and codes give other groups. One that is made on codes is trained, saved and loaded on the same codes, like every other
   method (`test_a_new_one_is_loaded_onto_the_same_codes`).

@@ -264,8 +264,9 @@ def test_reserving_moves_adapters_in_and_out_again() -> None:
     report = model.slots(COUNT - 1, RANK)
     assert list(report.numbers.items()) == [(name, number) for number, name in enumerate(NAMES[:-1])]
     assert report.outside == {NAMES[-1]: "all 7 slots are taken"}
-    assert report.nbytes == (COUNT - 1) * sum(p.nbytes for p in parameters_of(model, NAMES[0]))
-    assert str(report) == f"slots: 7 of 7 taken, 21.5 kB\n  outside: {NAMES[-1]!r}, all 7 slots are taken"
+    layers = len(model.base_model.adapted)  # each with a number for each slot, the scale
+    assert report.nbytes == (COUNT - 1) * (sum(p.nbytes for p in parameters_of(model, NAMES[0])) + 4 * layers)
+    assert str(report) == f"slots: 7 of 7 taken, 21.7 kB\n  outside: {NAMES[-1]!r}, all 7 slots are taken"
     for step in (lambda: None, lambda: model.slots(COUNT, RANK + 1), lambda: model.slots(0)):
         step()
         assert all(p is parameters[name] and torch.equal(p, values[name]) for name, p in model.named_parameters())
@@ -396,7 +397,7 @@ def written(model: Any) -> Any:
 @pytest.mark.parametrize(
     "change", [deep_copy, pickled, saved, in_double, assigned, with_data_of_its_own, swapped, written]
 )
-def test_a_parameter_counts_wherever_it_is(change: Callable[[Any], Any]) -> None:
+def test_a_parameter_counts_wherever_it_is(change: Callable[[Any], Any], runs: list[Any]) -> None:
     plain, slotted = loaded(), loaded(COUNT)
     inputs = bases.LLAMA.inputs(COUNT)
     before = run(slotted, inputs, adapter_names=NAMES)
@@ -407,21 +408,73 @@ def test_a_parameter_counts_wherever_it_is(change: Callable[[Any], Any]) -> None
         assert differ(ours, before)
     else:
         assert_close(ours.float(), before)
-    if changed[1] is not slotted:  # the copy has none, and can have some
-        assert changed[1].slots().total == 0
-        changed[1].slots(COUNT, RANK)
-        assert_close(run(changed[1], inputs, adapter_names=NAMES), before)
-        assert in_slots(slotted, NAMES[3]) == in_slots(changed[1], NAMES[3]) == 12
+    if changed[1] is not slotted:  # the copy has slots of its own, and the original keeps its
+        assert changed[1].slots() == slotted.slots()
+        assert in_slots(slotted, NAMES[3]) == 12 and runs
+        stacks = [[host.stack for host in model.base_model.hosts.values()] for model in (slotted, changed[1])]
+        assert all(one is not two and not one.owns(two.a) for one, two in zip(*stacks, strict=True))
+    if change in (deep_copy, pickled, saved, in_double, written):
+        assert in_slots(changed[1], NAMES[3]) == 12
     changed[1].slots(COUNT, RANK)  # all move in again
     assert_close(run(changed[1], inputs, adapter_names=NAMES), expected)
     assert in_slots(changed[1], NAMES[3]) == 12
 
 
+def test_a_copy_of_the_network_alone_has_slots() -> None:
+    """It carries the adapters, without a PeftModel around it; and a copy made before slots were full keeps the same ones."""
+    model = loaded(3, {name: config_of() for name in NAMES[:3]})
+    model.delete_adapter(NAMES[1])
+    copied = copy.deepcopy(model.get_base_model())
+    tuner = splice.surgery.tuner.Tuner.of(copied)
+    assert tuner.reserved_slots is not None and list(tuner.reserved_slots.numbers) == [NAMES[0], NAMES[2]]
+    assert all(host.stack is not None and host.stack.tenants for host in tuner.hosts.values())
+    assert in_slots(model, NAMES[0]) == in_slots(model, NAMES[2]) == 12
+
+
+MOVES: dict[str, Callable[[Any], Any]] = {
+    "in bfloat16": lambda model: model.to(torch.bfloat16),
+    "the network alone": lambda model: model.get_base_model().to(torch.float64),
+    "there and back": lambda model: model.double().float(),
+    "where it is": lambda model: model.to("cpu"),
+    "with memory that is shared": lambda model: model.share_memory(),
+}
+
+
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
+def test_slots_follow_the_model(move: Callable[[Any], Any], runs: list[Any]) -> None:
+    configs = {name: config_of(rank) for name, rank in zip(NAMES, (4, 2, 3))}
+    plain, slotted = loaded(configs=configs), loaded(COUNT, configs)
+    for model in (plain, slotted):
+        move(model)
+    names, inputs = [*configs, BASE], bases.LLAMA.inputs(4)
+    assert_close(run(slotted, inputs, adapter_names=names), run(plain, inputs, adapter_names=names))
+    assert runs and all(in_slots(slotted, name) == 12 for name in configs)
+    stacks = [host.stack for host in slotted.base_model.hosts.values()]
+    parameters = {n: p for name in configs for n, p in slotted.named_parameters() if f".{name}." in n}
+    assert {stack.a.dtype for stack in stacks} == {p.dtype for p in parameters.values()}
+    assert {p.is_shared() for p in parameters.values()} == {move is MOVES["with memory that is shared"]}
+    # Behind a smaller rank there are zeros, wherever the stack is; and another adapter finds room.
+    assert not any(stack.a[1, 2:].any() or stack.b[1, :, 2:].any() or stack.a[3:].any() for stack in stacks)
+    slotted.set_adapter(NAMES[1])
+    slotted.delete_adapter(NAMES[0])
+    assert not any(stack.a[0].any() for stack in stacks)
+    assert in_slots(slotted, NAMES[1]) == 12
+
+
+def test_slots_without_memory_keep_nothing() -> None:
+    model = loaded(COUNT, {name: config_of() for name in NAMES[:2]}).to("meta")
+    assert all(not host.stack.tenants for host in model.base_model.hosts.values())
+    with pytest.raises(ValueError, match="does not lie in a slot"):
+        model.slot_rows(NAMES[:2])
+
+
 def test_an_adapter_of_another_dtype_stays_outside() -> None:
+    """Of one dtype with those that are there it would be in a slot."""
     configs = {name: config_of() for name in NAMES[:3]}
-    model = loaded(COUNT, configs).double()
-    model.load_adapter(None, "new", config=config_of(), tensors=state_of(config_of(), 3))
-    assert "its tensors are float64 on cpu" in model.slots().outside["new"]
+    model = loaded(COUNT, configs, dtype=torch.bfloat16, autocast_adapter_dtype=False)
+    state = {name: tensor.to(torch.bfloat16) for name, tensor in state_of(config_of(), 3).items()}
+    model.load_adapter(None, "new", config=config_of(), tensors=state)
+    assert "its tensors are float32 on cpu" in model.slots().outside["new"]
     names = [*configs, "new"]
     mixed = run(model, bases.LLAMA.inputs(4), adapter_names=names)
     for row, name in enumerate(names):

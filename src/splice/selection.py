@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -51,6 +50,19 @@ class Rows:
     flat: set[int] = field(default_factory=set, compare=False, repr=False)
     # What `groups` has made, by the size of the batch and its device: every layer of a call asks for the same.
     made: dict[tuple[int, torch.device, bool], Groups] = field(default_factory=dict, compare=False, repr=False)
+    # The slot of each row's adapter, (rows,), -1 for none, where all of them are in slots: a compiled graph reads this and no
+    # names, so that it holds for any names. None where some are elsewhere, and where nothing is compiled.
+    seats: torch.Tensor | None = field(default=None, compare=False, repr=False)
+    # Whether `seats` counts in any case, since somebody may have captured the call and will change the tensor.
+    by_seats: bool = False
+
+    def seats_of(self, batch: int, flat: bool) -> torch.Tensor:
+        """`seats` for a batch of this size, each for as many neighbours; arguments and errors as of `groups`."""
+        assert self.seats is not None
+        # Nothing here looks at the names: they are what a compiled graph must not depend on.
+        if batch != self.seats.shape[0]:
+            self._check(batch, flat, self.seats.shape[0])
+        return self.seats
 
     @property
     def alike(self) -> bool:
@@ -81,7 +93,7 @@ class Rows:
         """
         found = self.made.get((batch, device, flat))
         if found is None:
-            self._check(batch, flat)
+            self._check(batch, flat, len(self.names))
             found = self.made[batch, device, flat] = _groups(self.names, batch // len(self.names), device)
         return found
 
@@ -92,8 +104,7 @@ class Rows:
             return Groups()
         return Groups([Group(name, rows, torch.tensor(rows, dtype=torch.long, device=device))])
 
-    def _check(self, batch: int, flat: bool) -> None:
-        count = len(self.names)
+    def _check(self, batch: int, flat: bool, count: int) -> None:
         if flat and self.flat:
             fits = batch in self.flat
         else:
@@ -114,7 +125,7 @@ def _groups(names: tuple[str, ...], repeats: int, device: torch.device) -> Group
     found.pop(BASE, None)
     # Made in inference mode they would be no use to a call with gradients.
     with torch.inference_mode(False):
-        return Groups(Group(name, rows, torch.tensor(rows, device=device)) for name, rows in found.items())
+        return Groups([Group(name, rows, torch.tensor(rows, device=device)) for name, rows in found.items()])
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,8 +151,19 @@ class Choice(NamedTuple):
 
 NOTHING = Choice()
 
-# A call may bring its own choice. It belongs to one selection and one thread, so no other call sees it.
-_of_this_call: ContextVar[tuple[Selection, Choice] | None] = ContextVar("splice_choice", default=None)
+
+class _Brought(threading.local):
+    """The choice that the running call of this thread has brought, and the selection that it is meant for."""
+
+    # Not a `ContextVar`: a compiled graph cannot look into one. As an attribute of the object, not of the class: see
+    # `kinds/computing.py`.
+    own: tuple[Selection, Choice] | None
+
+    def __init__(self) -> None:
+        self.own = None
+
+
+_brought = _Brought()
 
 
 class OwnLock:
@@ -202,8 +224,8 @@ class Selection:
         self.epoch = 0
         # What every call uses that brings no choice of its own.
         self.choice = NOTHING
-        # Calls in progress that have a choice of their own: they brought it, or keep what they began with. While there are
-        # none, nobody looks for one: a plain number is what compiled graphs can guard on.
+        # Calls in progress that keep what they began with, though something else was selected since. While there are none,
+        # nobody looks for one: a plain number is what compiled graphs can guard on.
         self._own_choices = 0
         self._counting = OwnLock()
         self._kept = Kept()
@@ -254,18 +276,21 @@ class Selection:
 
     def current(self) -> Choice:
         """What the running call uses."""
+        brought = _brought.own
+        if brought is not None and brought[0] is self:
+            return brought[1]
         # In this order: whoever changes the choice has counted those who keep the old one before.
         choice = self.choice
         if not self._own_choices:
             return choice
-        return self.of_this_call() or self.choice
+        return self._kept.find() or self.choice
 
     def of_this_call(self) -> Choice | None:
         """What the running call brought, or keeps; None where it uses what is selected now."""
-        if not self._own_choices:
-            return None
-        own = _of_this_call.get()
-        return own[1] if own is not None and own[0] is self else self._kept.find()
+        brought = _brought.own
+        if brought is not None and brought[0] is self:
+            return brought[1]
+        return self._kept.find() if self._own_choices else None
 
     @contextmanager
     def one_call(self) -> Iterator[None]:
@@ -303,17 +328,12 @@ class Selection:
     @contextmanager
     def for_this_call(self, choice: Choice) -> Iterator[None]:
         """Inside, calls made by this thread use `choice`."""
-        self._count(1)
-        token = _of_this_call.set((self, choice))
+        before = _brought.own
+        _brought.own = (self, choice)
         try:
             yield
         finally:
-            _of_this_call.reset(token)
-            self._count(-1)
-
-    def _count(self, change: int) -> None:
-        with self._counting:
-            self._own_choices += change
+            _brought.own = before
 
 
 class LayerSelection:

@@ -16,6 +16,7 @@ from splice.kinds.network import network_layers
 from splice.loading.creating import adopt_base
 from splice.mixed import PeftMixedModel
 from splice.model import PeftModel as PeftModel  # from here on with all of its classes known
+from splice.surgery.slot_rows import SlotRows
 
 # Each class spells its arguments out, in the reference's order: scripts pass them by position, and other libraries read the
 # names off the signature. One `forward(*args, **kwargs)` for all would say neither.
@@ -24,7 +25,9 @@ from splice.model import PeftModel as PeftModel  # from here on with all of its 
 class _TaskModel(PeftModel):
     """Calls the base model by the names of its arguments; what is None is left out."""
 
-    def _forward(self, names: Sequence[str] | None, given: Mapping[str, object], more: Mapping[str, object]) -> Any:
+    def _forward(
+        self, names: Sequence[str] | SlotRows | None, given: Mapping[str, object], more: Mapping[str, object]
+    ) -> Any:
         # Left out, and not passed as None: few networks have all of these parameters.
         arguments = {name: value for name, value in {**given, **more}.items() if value is not None}
         if "position_ids" in arguments:
@@ -47,7 +50,7 @@ class _LabelledModel(_TaskModel):
         return_dict: bool | None = None,
         task_ids: torch.Tensor | None = None,
         *,
-        adapter_names: Sequence[str] | None = None,
+        adapter_names: Sequence[str] | SlotRows | None = None,
         **kwargs: object,
     ) -> Any:
         """Call the base model; see `PeftModel.forward` for `adapter_names`.
@@ -95,7 +98,7 @@ class PeftModelForSeq2SeqLM(_TaskModel):
         return_dict: bool | None = None,
         task_ids: torch.Tensor | None = None,
         *,
-        adapter_names: Sequence[str] | None = None,
+        adapter_names: Sequence[str] | SlotRows | None = None,
         **kwargs: object,
     ) -> Any:
         """Call the base model; see `PeftModel.forward` for `adapter_names`."""
@@ -114,7 +117,7 @@ class PeftModelForSeq2SeqLM(_TaskModel):
         }
         return self._forward(adapter_names, given, kwargs)
 
-    def generate(self, *args: object, adapter_names: Sequence[str] | None = None, **kwargs: object) -> Any:
+    def generate(self, *args: object, adapter_names: Sequence[str] | SlotRows | None = None, **kwargs: object) -> Any:
         """Call the base model's `generate`.
 
         Virtual tokens in the encoder's input need `input_ids` by that name.
@@ -159,7 +162,7 @@ class PeftModelForQuestionAnswering(_TaskModel):
         return_dict: bool | None = None,
         task_ids: torch.Tensor | None = None,
         *,
-        adapter_names: Sequence[str] | None = None,
+        adapter_names: Sequence[str] | SlotRows | None = None,
         **kwargs: object,
     ) -> Any:
         """Call the base model; see `PeftModel.forward` for `adapter_names`.
@@ -198,7 +201,7 @@ class PeftModelForFeatureExtraction(_TaskModel):
         return_dict: bool | None = None,
         task_ids: torch.Tensor | None = None,
         *,
-        adapter_names: Sequence[str] | None = None,
+        adapter_names: Sequence[str] | SlotRows | None = None,
         **kwargs: object,
     ) -> Any:
         """Call the base model; see `PeftModel.forward` for `adapter_names`."""

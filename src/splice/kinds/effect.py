@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from enum import Enum
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import nn
@@ -25,6 +25,13 @@ class Factors(NamedTuple):
     b: torch.Tensor
     # What the product is multiplied with.
     scale: float
+
+
+class KeepsScale(Protocol):
+    """Memory that factors lie in, and that knows their scales too."""
+
+    def rescaled(self, layer: Effect) -> None:
+        """Be told that the scale of a layer is another one now."""
 
 
 class Action(Enum):
@@ -49,6 +56,8 @@ class Effect:
     # Suffixes of the tensors that `factors` gives, a and b, of layers that have no others: then they may lie in a stack, with
     # those of other adapters. Empty of all others.
     stacked_names: ClassVar[tuple[str, ...]] = ()
+    # The stack that they lie in, which the layer tells when its scale changes; None where they lie in none.
+    stack: KeepsScale | None = None
     # Whether `shown` gives anything. It is asked at every call, so it is a flag and not a method.
     shows: bool = False
     # Whether what it makes of the layer's tensors is the layer's own for everybody who reads them, and not only for the
@@ -71,8 +80,14 @@ class Effect:
         around = self.around
         return lambda x: around(x, inner)
 
-    def wrapped_for(self, inner: Forward, rows: torch.Tensor) -> Forward:
-        """`wrapped` for these rows of a batch alone, which are all that it is called with; `rows` (n) says which."""
+    def wrapped_for(self, inner: Forward, rows: torch.Tensor, batch: int) -> Forward:
+        """`wrapped` for these rows of a batch alone, which are all that it is called with.
+
+        Args:
+            inner: the base layer, or the next adapter layer in.
+            rows: which rows they are, (n).
+            batch: how many there are; more than the call's, where `generate` repeats these.
+        """
         return self.wrapped(inner)
 
     @classmethod

@@ -6,10 +6,14 @@ stack, each of its own adapter's rank. Behind a smaller rank than the stack's st
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
+from splice.kinds.effect import Effect
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.tensors import Registry
 
@@ -56,6 +60,11 @@ class Stack:
             # (slots, r, in) and (slots, out, r), zero where nothing is.
             self.a = torch.zeros((count, *shape_a), dtype=like.dtype, device=like.device)
             self.b = torch.zeros((count, *shape_b), dtype=like.dtype, device=like.device)
+            # (slots), what the products are multiplied with. In a compiled graph it stands beside half-precision factors.
+            wide = torch.promote_types(like.dtype, torch.float32)
+            self.scales = torch.zeros(count, dtype=wide, device=like.device)
+        # Whether compiled graphs have been told that these tensors keep their addresses.
+        self.stays_in_place = False
         # By adapter name.
         self.tenants: dict[str, Tenant] = {}
         # Slots that may hold something else than zeros.
@@ -72,7 +81,12 @@ class Stack:
 
     @property
     def nbytes(self) -> int:
-        return self.a.nbytes + self.b.nbytes
+        return self.a.nbytes + self.b.nbytes + self.scales.nbytes
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """All memory of the stack: the factors A, those B, and the scales."""
+        return self.a, self.b, self.scales
 
     def views(self, number: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What factors of this rank are in the slot: (rank, in) and (out, rank)."""
@@ -89,6 +103,49 @@ class Stack:
             if parameter.data_ptr() != view.data_ptr():
                 parameter.data = view.copy_(parameter.data)
         self.tenants[name] = Tenant(number, layer, home_a, name_a, a, a.data_ptr(), home_b, name_b, b, b.data_ptr())
+        layer.stack = self
+        self._write_scale(number, layer)
+
+    def rescaled(self, layer: Effect) -> None:
+        """Take the scale that the layer has now."""
+        for tenant in self.tenants.values():
+            if tenant.layer is layer:
+                self._write_scale(tenant.number, layer)
+
+    def _write_scale(self, number: int, layer: Effect) -> None:
+        # Where the update is no plain product now, nobody may read the slot: a graph that does gives no number.
+        scale = layer.product_scale()
+        with torch.inference_mode(False):
+            self.scales[number] = math.nan if scale is None else scale
+
+    def inside(self) -> list[str]:
+        """The adapters whose factors lie here now."""
+        return [name for name, tenant in self.tenants.items() if self.find(name, tenant.layer) >= 0]
+
+    def follow(self, names: Iterable[str]) -> None:
+        """Be where the factors of these adapters are now, and in their dtype, after all of a layer was moved (`.to`)."""
+        moved = {name: self.tenants[name] for name in names if self.find(name, self.tenants[name].layer) < 0}
+        if not moved:
+            return
+        # With all of the stack (`share_memory`): then they lie in it still.
+        if all(self.owns(tenant.home_a[tenant.name_a]) for tenant in moved.values()):
+            for name, tenant in moved.items():
+                self.settle(name, tenant.number, tenant.layer)
+            return
+        first = next(iter(moved.values()))
+        like = first.home_a[first.name_a]
+        for name in [name for name, tenant in self.tenants.items() if name not in moved]:
+            self.vacate(name)
+        self.tenants.clear()
+        self.written.clear()
+        if like.is_meta:
+            return
+        empty = Stack(len(self.a), self.a.shape[1:], self.b.shape[1:], like)
+        (self.a, self.b, self.scales), self.stays_in_place = empty.tensors, False
+        for name, tenant in moved.items():
+            a, b = tenant.home_a[tenant.name_a], tenant.home_b[tenant.name_b]
+            if all(type(t) is nn.Parameter and t.dtype is like.dtype and t.device == like.device for t in (a, b)):
+                self.settle(name, tenant.number, tenant.layer)
 
     def find(self, name: str, layer: AdapterLayer) -> int:
         """The slot in which the factors of an adapter's layer lie now; -1 where they are elsewhere.
@@ -105,9 +162,9 @@ class Stack:
 
     def owns(self, tensor: torch.Tensor) -> bool:
         """Whether the values of a tensor lie in the stack: kept or pickled as it is, it would bring all of the stack."""
-        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.device != self.a.device:
+        if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.device != self.a.device:
             return False
-        own = (self.a.untyped_storage().data_ptr(), self.b.untyped_storage().data_ptr())
+        own = [stacked.untyped_storage().data_ptr() for stacked in (self.a, self.b)]
         return tensor.untyped_storage().data_ptr() in own
 
     def vacate(self, name: str) -> None:
@@ -115,6 +172,7 @@ class Stack:
         tenant = self.tenants.pop(name, None)
         if tenant is None:
             return
+        tenant.layer.stack = None
         with torch.inference_mode(False):
             for parameter, address in ((tenant.a, tenant.at_a), (tenant.b, tenant.at_b)):
                 if parameter.data_ptr() == address:
@@ -123,6 +181,6 @@ class Stack:
     def clear(self, number: int) -> None:
         """Make the slot empty."""
         if number in self.written:
-            for stacked in (self.a, self.b):
+            for stacked in self.tensors:
                 stacked[number].zero_()
             self.written.discard(number)

@@ -170,6 +170,8 @@ class _Kept(NamedTuple):
     def put_back(self) -> None:
         """Make it so again."""
         vars(self.layer).update(self.numbers)
+        if self.layer.stack is not None:
+            self.layer.stack.rescaled(self.layer)
         for attribute, value in self.values.items():
             vars(self.layer)[attribute].copy_(value)
         for suffix, (tensor, value) in self.tensors.items():

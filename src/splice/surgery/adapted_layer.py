@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -28,7 +28,7 @@ from splice.surgery.reading import publish_tensors
 from splice.surgery.registering import called_through
 from splice.surgery.replaced_forward import IN_REPLACED, around_replaced, running
 from splice.surgery.replacing import BASE_NAMES, replace_base
-from splice.surgery.rows import add_products, add_seated, split
+from splice.surgery.rows import add_by_seats, add_products, add_seated, split
 from splice.surgery.spellings import check_spellings, plain_name
 
 _NONE: Mapping[str, torch.Tensor] = {}
@@ -116,8 +116,13 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
         if isinstance(rows, Mixture):
             return self._forward_mixed(run, rows, *args, **kwargs)
         host = self.splice_host
+        if rows.seats is not None and (rows.by_seats or torch.compiler.is_compiling()):
+            return self._forward_seats(run, rows, *args, **kwargs)
         # Asked of one for all: methods whose rows cannot be taken one by one never share a place with other methods.
-        together_only = next(iter(host.layers.values())).wrapped_rows(host.layers, rows, run)
+        one = _one_of(host, rows)
+        if one is None:  # all have been taken off meanwhile
+            return run(*args, **kwargs)
+        together_only = one.wrapped_rows(host.layers, rows, run)
         if together_only is not None:
             return together_only(*args, **kwargs)
         y = run(*args, **kwargs)
@@ -127,8 +132,14 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
         x = args[0]
         groups = _groups(host, rows, x)
         left: Sequence[Group] = groups
-        # With gradients each parameter is used itself: a backward would not notice that a slot got other values since.
-        if host.stack is not None and not host.hooked and not torch.is_grad_enabled():
+        # With gradients each parameter is used itself: a backward would not notice that a slot got other values since. So it
+        # is in a graph that is compiled for these names: addresses, by which a slot is known, are none there.
+        if (
+            host.stack is not None
+            and not host.hooked
+            and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+        ):
             base_output = y
             y, left = add_seated(y, x, groups, host.layers, host.stack)
             written = y is not base_output
@@ -143,11 +154,32 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
             if not written:  # what the base gave may be its input, or kept for a backward
                 y, written = y.clone(), True
             shown = self._showing(layer, inner) if layer.shows else inner
-            wrapped = layer.wrapped_for(shown, group.indices)
+            wrapped = layer.wrapped_for(shown, group.indices, len(x))
             wrapped = called_through(layer, wrapped) if host.hooked else wrapped
             more, named = _of_rows(host, group, x, args[1:], kwargs) if layer.shows else ((), {})
             y[group.indices] = wrapped(x[group.indices], *more, **named).to(y.dtype)
         return y
+
+    def _forward_seats(self, run: Forward, rows: Rows, *args: object, **kwargs: object) -> object:
+        """Each row with the adapter in its slot, whichever that is; all of them lie in slots where they are on this layer."""
+        host = self.splice_host
+        y = run(*args, **kwargs)
+        if host.stack is None:
+            return y
+        x = args[0] if args else None
+        if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
+            raise TypeError(f"{host.place}: slots need layers that take one tensor and give one tensor")
+        seats = rows.seats_of(x.shape[0], flat=x.dim() < 3)
+        return add_by_seats(y, x, seats, host.stack)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Adapted:
+        # What moves a module (`.to`, `.half()`) gives each parameter memory of its own; those in slots come back into one.
+        stack = self.splice_host.stack
+        inside = [] if stack is None else stack.inside()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if stack is not None:
+            stack.follow(inside)
+        return self
 
     def to(self, *args: Any, **kwargs: Any) -> Adapted:
         """As of any module; a hook that casts the weight for each call gets the base's tensors cast alone."""
@@ -192,6 +224,16 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, (super().extra_repr(), f"adapters={list(self.splice_host.layers)}")))
+
+
+def _one_of(host: Host, rows: Rows) -> AdapterLayer | None:
+    """An adapter layer that the rows use here; any one, where they use none, and None where there is none."""
+    for name in rows.names:
+        layer = host.layers.get(name)
+        if layer is not None:
+            return layer
+    # Copied first: other threads may put adapters on and take them off.
+    return next(iter(list(host.layers.values())), None)
 
 
 def _groups(host: Host, rows: Rows, x: torch.Tensor) -> Groups:

@@ -14,7 +14,9 @@ from splice.kinds.effect import Factors
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.stack import Stack
 from splice.selection import Group, Groups
-from splice.surgery.stacked_rows import Way, add_run, find_way
+from splice.surgery.stacked_rows import Way, add_by_seats, add_run, find_way
+
+__all__ = ["add_alike", "add_by_seats", "add_products", "add_seated", "split"]
 
 # The factors of an adapter, and the rows of the batch that use it.
 Part = tuple[Factors, Group]

@@ -137,3 +137,31 @@ def add_run(y: torch.Tensor, x: torch.Tensor, stack: Stack, run: Run, scales: Se
     if run.target is None:
         return after
     return y.index_copy_(0, run.target, after if run.used is None else after.index_select(0, run.used))
+
+
+def add_by_seats(y: torch.Tensor, x: torch.Tensor, seats: torch.Tensor, stack: Stack) -> torch.Tensor:
+    """`y` with each row's update, where a tensor says which slot it uses: nothing here depends on what is in the tensor.
+
+    Args:
+        y: (rows * n, ..., out).
+        x: (rows * n, ..., in).
+        seats: (rows,), the slot of n neighbouring rows; -1 for none, which keep what the base gave.
+        stack: with the factors.
+    """
+    # (rows, tokens, size)
+    xs, ys = (tensor.reshape(seats.shape[0], -1, tensor.shape[-1]) for tensor in (x, y))
+    seats = seats.to(x.device)
+    used = (seats >= 0).view(-1, 1, 1)
+    slots = seats.clamp(min=0)
+    # (rows, r, in), (rows, out, r), (rows, 1, 1)
+    a, b, scale = stack.a[slots], stack.b[slots], stack.scales[slots].view(-1, 1, 1)
+    given = xs if xs.dtype is a.dtype else xs.to(a.dtype)
+    if xs.shape[1] == 1 and torch.compiler.is_compiling():
+        # Sums that a compiler makes one kernel of, which reads the factors where they lie. For a product it would copy them.
+        hidden = (given * a).sum(-1).unsqueeze(1)
+        update = (hidden * b).sum(-1).unsqueeze(1)
+    else:
+        update = torch.bmm(torch.bmm(given, a.transpose(1, 2)), b.transpose(1, 2))
+    # The sum in the wider dtype, rounded once. Not the product of base rows with a scale of 0: what is in another adapter's
+    # slot must not matter to them, be it no number.
+    return torch.where(used, (ys + update * scale).to(y.dtype), ys).view(y.shape)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from heapq import heappop, heappush
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from splice.errors import counted
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.stack import Stack
 from splice.surgery.placement import Placement
+from splice.surgery.slot_rows import SlotRows
 
 # Of a checkpoint's tensors: the path of the layer, and the suffix.
 Where = tuple[str, str]
@@ -38,11 +40,28 @@ class Stacks:
         self.outside: dict[str, str] = {}
         # By the layer's path.
         self.of_layer: dict[str, Stack] = {}
+        # What names slots by their numbers, and has to hear when an adapter leaves one.
+        self.readers: WeakSet[SlotRows] = WeakSet()
+        # Of a copy, before its adapters have moved in: their names in the order of their slots.
+        self.awaited: tuple[str, ...] = ()
         # The lowest first, so that those in use are neighbours.
         self._free = list(range(count))
 
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()  # as each stack
+    def __reduce__(self) -> tuple[type[Stacks], tuple[int, int], dict[str, object]]:
+        # A copy has slots of its own, empty at first: parameters of a copied network have memory of their own.
+        return Stacks, (self.count, self.rank), {"awaited": tuple(sorted(self.numbers, key=self.numbers.__getitem__))}
+
+    @property
+    def free(self) -> int:
+        """How many slots are free."""
+        return len(self._free)
+
+    def seats(self, placement: Placement, shared: Container[str]) -> bool:
+        """Whether a layer to be is of the kind and rank that a slot has room for; `shared` as in `room_for`."""
+        names = placement.layer_class.stacked_names
+        if not names or set(placement.slots) != set(names) or placement.path in shared:
+            return False
+        return placement.slots[names[0]].shape[0] <= self.rank
 
     @property
     def nbytes(self) -> int:
@@ -64,10 +83,9 @@ class Stacks:
         if number is None:
             return found
         for p in placements:
-            names = p.layer_class.stacked_names
-            if set(p.slots) != set(names) or p.path in shared:
+            if not self.seats(p, shared):
                 continue
-            suffix_a, suffix_b = names
+            names = suffix_a, suffix_b = p.layer_class.stacked_names
             like = torch.empty(0, dtype=p.dtype(suffix_a, autocast), device=device_of(p.base))
             shapes = torch.Size(p.slots[suffix_a].shape), torch.Size(p.slots[suffix_b].shape)
             stack = self._stack(p.path, *shapes, like)
@@ -106,10 +124,25 @@ class Stacks:
         self.outside.pop(name, None)
         self._give_back(name)
 
+    def seat(self, name: str, layers: Mapping[str, AdapterLayer]) -> tuple[int, str]:
+        """The adapter's slot, and why not all of its layers, by path, lie there now; empty where they do."""
+        number = self.numbers.get(name, -1)
+        if name in self.outside or number < 0:
+            return -1, self.outside.get(name, "it never came to one")
+        for path, layer in layers.items():
+            stack = self.of_layer.get(path)
+            if stack is None or stack.find(name, layer) != number:
+                return -1, f"{path}: its tensors were moved out of it"
+            if layer.product_scale() is None:
+                return -1, f"{path}: its scale is a tensor, or features of its input are dropped"
+        return number, ""
+
     def _give_back(self, name: str) -> None:
         number = self.numbers.pop(name, None)
         if number is None:
             return
+        for reader in list(self.readers):
+            reader.leave(name)
         for stack in self.of_layer.values():
             stack.vacate(name)
             stack.clear(number)

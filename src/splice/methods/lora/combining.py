@@ -2,7 +2,6 @@
 
 With A_i, B_i and scale s_i of adapter i and its weight w_i, D_i = s_i B_i A_i is its update. The exact combinations are
 `cat` and `svd` (of sum w_i D_i, truncated); `linear` and the pruning ones work on the factors, as the reference does.
-TIES is Yadav et al., arXiv 2306.01708; DARE is Yu et al., arXiv 2311.03099.
 
 The result is plain LoRA: relatives whose update is a product take part as the plain LoRA that computes the same.
 """
@@ -11,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,9 +32,9 @@ from splice.methods.lora.layers import (
     OnEmbedding,
     OnLinear,
 )
+from splice.methods.lora.pruning import MERGES, PRUNING
 
-_PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
-TYPES = ("cat", "linear", "svd", *_PRUNING, *(f"{name}_svd" for name in _PRUNING))
+TYPES = ("cat", "linear", "svd", *PRUNING, *(f"{name}_svd" for name in PRUNING))
 _BIAS = "lora_B.bias"
 # Layers that are plain LoRA, or that differ from it by where it takes effect; a result may be of their class.
 _PLAIN = (LoraLinear, LoraEmbedding, LoraConv, AloraLinear, LoraAttention, LoraOutProjection)
@@ -103,7 +102,7 @@ def _factors(parts: Sequence[_Part], how: Combination, rank: int) -> tuple[torch
         return _truncated(
             sum((part.weight * part.delta for part in parts[1:]), parts[0].weight * parts[0].delta), how, rank
         )
-    merge = _MERGES[how.kind.removesuffix("_svd")]
+    merge = MERGES[how.kind.removesuffix("_svd")]
     if how.kind.endswith("_svd"):
         delta = merge(torch.stack([part.delta for part in parts]), [part.weight for part in parts], how)
         return _truncated(delta, how, rank)
@@ -123,50 +122,8 @@ def _truncated(delta: torch.Tensor, how: Combination, rank: int) -> tuple[torch.
     return a, b
 
 
-def _weighted_sum(tensors: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
-    factors = torch.tensor(weights, dtype=tensors.dtype, device=tensors.device)
-    summed: torch.Tensor = torch.tensordot(factors, tensors, dims=1)
-    return summed
-
-
-def _by_magnitude(tensors: torch.Tensor, density: float) -> torch.Tensor:
-    """Each tensor with all but its largest values set to zero."""
-    flat = tensors.flatten(1)
-    kept = int(density * flat.shape[1]) if density < 1 else flat.shape[1]
-    mask = torch.zeros_like(flat).scatter_(1, flat.abs().topk(kept, dim=1).indices, 1.0)
-    return (flat * mask).reshape(tensors.shape)
-
-
-def _at_random(tensors: torch.Tensor, density: float) -> torch.Tensor:
-    """Each value kept with this probability, and the kept ones enlarged to leave the expectation as it was."""
-    if density >= 1:
-        return tensors
-    return tensors * torch.bernoulli(torch.full_like(tensors, density)) / density
-
-
-def _elected(pruned: torch.Tensor, weights: Sequence[float], method: str) -> torch.Tensor:
-    """TIES: values that disagree with the elected sign are left out, the others averaged over their number."""
-    votes = pruned.sign().sum(0) if method == "frequency" else pruned.sum(0)
-    agrees = pruned.sign() == torch.where(votes >= 0, 1.0, -1.0)
-    factors = torch.tensor(weights, dtype=pruned.dtype, device=pruned.device)
-    summed: torch.Tensor = torch.tensordot(factors, pruned * agrees, dims=1)
-    return summed / agrees.sum(0).clamp(min=1)
-
-
-_Merge = Callable[[torch.Tensor, Sequence[float], Combination], torch.Tensor]
-
-
-_MERGES: dict[str, _Merge] = {
-    "linear": lambda t, w, how: _weighted_sum(t, w),
-    "magnitude_prune": lambda t, w, how: _weighted_sum(_by_magnitude(t, how.density or 0), w),
-    "dare_linear": lambda t, w, how: _weighted_sum(_at_random(t, how.density or 0), w),
-    "ties": lambda t, w, how: _elected(_by_magnitude(t, how.density or 0), w, how.majority_sign_method),
-    "dare_ties": lambda t, w, how: _elected(_at_random(t, how.density or 0), w, how.majority_sign_method),
-}
-
-
 # They work on A and on B, each by itself, so the ranks of all adapters have to be the same.
-_BY_FACTOR = ("linear", *_PRUNING)
+_BY_FACTOR = ("linear", *PRUNING)
 
 
 class CombinedFactors(Combine):
@@ -175,7 +132,7 @@ class CombinedFactors(Combine):
     def check(self, how: Combination, peft_type: str) -> None:
         if how.kind not in TYPES:
             raise ValueError(f"Invalid combination_type: {how.kind!r}; known are {', '.join(TYPES)}")
-        if how.kind.removesuffix("_svd") in _PRUNING:
+        if how.kind.removesuffix("_svd") in PRUNING:
             if how.density is None or how.density < 0:
                 raise ValueError(f"{how.kind!r} needs a `density` of at least 0, got {how.density}")
             if how.density >= 1:

@@ -162,6 +162,11 @@ class LoraLinear(OnLinear):
         out = torch.add(y, F.linear(F.linear(cast_to(x, weight), weight), b["weight"], b["bias"]), alpha=scale)
         return out if out.dtype is y.dtype else out.to(y.dtype)
 
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if name == "scale" and self.stack is not None:
+            self.stack.rescaled(self)
+
     def factors(self) -> Factors | None:
         scale = self.scale
         if not self._is_product or (self.dropout and self.training) or isinstance(scale, torch.Tensor):

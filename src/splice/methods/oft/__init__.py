@@ -1,0 +1,1 @@
+"""OFT: its config, its layers, and its record."""
