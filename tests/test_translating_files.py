@@ -30,6 +30,8 @@ from tests.cli import EXAMPLE
 from tests.cli import run as run_program
 from tests.comparing import assert_close
 from tests.hub import Hub
+from tests.test_stacked_experts import MIXTRAL, adapter, all_names, logits
+from tests.test_stacked_experts import pytestmark as needs_stacks
 
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -152,6 +154,19 @@ def test_the_base_says_where_layers_are(tmp_path: Path) -> None:
     assert_close(run(new, bases.LLAMA.inputs(2)), run(old, bases.LLAMA.inputs(2)))
 
 
+@needs_stacks
+def test_experts_that_were_layers(tmp_path: Path) -> None:
+    """The adapter is written for the parameters that they are now."""
+    folder, exact = adapter(MIXTRAL, all_names(MIXTRAL), tmp_path / "old")
+    exact.config.save_pretrained(tmp_path / "base")
+    told = splice.translate_files(folder, tmp_path / "new", base=tmp_path / "base")
+    assert told.notes
+    assert fields_in(tmp_path / "new")["target_parameters"]
+    new = splice.PeftModel.from_pretrained(MIXTRAL.build(), tmp_path / "new").eval()
+    assert new.load_report.notes == ()
+    torch.testing.assert_close(logits(new), logits(exact), atol=2e-5, rtol=1e-4)
+
+
 def test_two_places_are_no_place(tmp_path: Path) -> None:
     from transformers import CLIPConfig, CLIPModel
 
@@ -239,6 +254,58 @@ def test_files_that_cannot_be_read(names: list[str], said: str, tmp_path: Path) 
     with pytest.raises(PeftError, match=said):
         splice.translate_files(tmp_path / "a.safetensors", tmp_path / "own")
     assert not (tmp_path / "own").exists()
+
+
+def test_a_config_beside_the_file_of_another_program(tmp_path: Path) -> None:
+    """Which of the two says what it is, is for the user to say."""
+    (tmp_path / "own").mkdir()
+    file = kohya_file(tmp_path / "own" / FILE, {ONE: (4, 2.0)})
+    (tmp_path / "own" / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 8, "target_modules": ["proj_in"]}))
+    with pytest.raises(PeftError, match=r"has a config, but the tensors are named as kohya's .* name the file itself$"):
+        splice.translate_files(tmp_path / "own", tmp_path / "new")
+    assert splice.translate_files(file, tmp_path / "new").read_as == "kohya"
+    assert fields_in(tmp_path / "new")["r"] == 4
+
+
+SPELLINGS = {
+    "unet.mid_block.attentions.0.proj_in.lora_A.weight": "mid_block.attentions.0.proj_in",
+    "unet.mid_block.attentions.0.proj_in.lora.down.weight": "mid_block.attentions.0.proj_in",
+    "unet.mid_block.attentions.0.proj_in.lora_down.weight": "mid_block.attentions.0.proj_in",
+    "unet.mid_block.attn1.processor.to_out_lora.down.weight": "mid_block.attn1.to_out.0",
+    "unet.mid_block.attn1.processor.add_k_proj_lora.down.weight": "mid_block.attn1.add_k_proj",
+    "text_encoder.text_model.encoder.layers.0.self_attn.to_out_lora.down.weight": (
+        "text_model.encoder.layers.0.self_attn.out_proj"
+    ),
+    "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.down.weight": (
+        "text_model.encoder.layers.0.self_attn.q_proj"
+    ),
+    "mid_block.attn1.processor.to_q_lora.down.weight": "mid_block.attn1.to_q",
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_spellings_of_diffusers(name: str, tmp_path: Path) -> None:
+    up = name.replace("down", "up") if "down" in name else name.replace("_A", "_B")
+    save_file({name: torch.ones(2, 3), up: torch.ones(4, 2)}, tmp_path / "a.safetensors")
+    (part,) = splice.translate_files(tmp_path / "a.safetensors", tmp_path / "own").parts
+    assert part.component == ("" if name.startswith("mid") else name.partition(".")[0])
+    prefix = f"base_model.model.{SPELLINGS[name]}"
+    assert set(load_file(tmp_path / "own" / FILE)) == {f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"}
+    assert (fields_in(tmp_path / "own")["r"], fields_in(tmp_path / "own")["lora_alpha"]) == (2, 2)
+
+
+def test_a_file_of_a_network_alone(tmp_path: Path) -> None:
+    """As `save_lora_adapter` writes it: no component before the names, nor before the fields of the config."""
+    front, noted = "mid_block.attentions.0.proj_in", {"r": 2, "lora_alpha": 7, "target_modules": ["proj_in"]}
+    tensors = {f"{front}.lora_A.weight": torch.ones(2, 3), f"{front}.lora_B.weight": torch.ones(4, 2)}
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": json.dumps(noted)})
+    splice.translate_files(tmp_path / "a.safetensors", tmp_path / "own")
+    assert fields_in(tmp_path / "own") == {**noted, "peft_type": "LORA"}
+    told = splice.translate_files(tmp_path / "own", tmp_path / "b.safetensors", "kohya")
+    assert told.notes == () and load_file(told.place)[f"{ONE}.alpha"].item() == 7
+    save_file({**tensors, f"unet.{front}.x.lora_A.weight": torch.ones(2, 3)}, tmp_path / "c.safetensors")
+    with pytest.raises(PeftError, match="some names begin with a component .unet., and 'mid_block"):
+        splice.translate_files(tmp_path / "c.safetensors", tmp_path / "new")
 
 
 def test_underscores_that_stand_for_dots() -> None:

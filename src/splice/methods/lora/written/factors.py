@@ -20,13 +20,16 @@ _NAMES = frozenset({"lora_A", "lora_B", MAGNITUDE, EMBEDDING_DOWN, EMBEDDING_UP}
 AS_PLAIN = "write it as a plain LoRA first: `splice convert --to lora`"
 _MERGE = "merge the adapter into its base: `splice merge`"
 
+# Of these that would not do either: what they change is no weight of a linear layer.
+_NO_LINEAR = ("target_parameters", "layer_replication", "trainable_token_indices")
+
 # Fields that ask for more than the product of two factors -> why that is no plain LoRA, and what to do.
 REFUSED: Mapping[str, tuple[str, str]] = {
     "use_dora": ("it scales the rows of the sum with the base's weight", AS_PLAIN),
     "bias": ("biases of the base are trained", _MERGE),
     "lora_bias": ("B has a bias", _MERGE),
     "alora_invocation_tokens": ("the adapter is on from certain tokens on alone", _MERGE),
-    **{name: (why, AS_PLAIN) for name, why in OTHER_PRODUCTS.items()},
+    **{name: (why, _MERGE if name in _NO_LINEAR else AS_PLAIN) for name, why in OTHER_PRODUCTS.items()},
 }
 
 
@@ -75,12 +78,18 @@ def factors_of(part: Part, program: str, suffixes: Iterable[str], also: Iterable
         parsed = parse_key(key, _NAMES)
         if parsed is None and _repeated(key):
             continue
+        if not key.startswith(PREFIX):
+            raise UnsupportedFeatureError(
+                f"{key!r} is not named as the format names its tensors, which begin with {PREFIX!r}: give `base`, by which "
+                "such names are read"
+            )
         if parsed is None:
             raise UnsupportedFeatureError(
                 f"{program} has no place for {key!r}, a part of the base that is saved whole; {_MERGE}"
             )
         if parsed.suffix not in known:
-            raise UnsupportedFeatureError(f"{program} has no place for {key!r}; {AS_PLAIN}")
+            remedy = _MERGE if parsed.suffix in (EMBEDDING_DOWN, EMBEDDING_UP) else AS_PLAIN
+            raise UnsupportedFeatureError(f"{program} has no place for {key!r}; {remedy}")
         layers.setdefault(parsed.path, {})[parsed.suffix] = tensor
     found = {}
     for path, tensors in layers.items():
