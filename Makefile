@@ -12,7 +12,7 @@ OLDEST := .venv-oldest
 # Which tests to run with them: all that are not slow.
 OLDEST_TESTS ?= tests
 
-.PHONY: demo test test-slow test-oldest mutants check format bench bench-gpu docs site clean
+.PHONY: demo test test-slow test-oldest mutants check format bench bench-gpu docs pictures site clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/skills/demo.py
@@ -52,6 +52,10 @@ bench-gpu:
 docs: $(INSTALLED)
 	$(BIN)/python docs/generate.py
 
+# Of real runs of the program: where a test says that a picture is out of date.
+pictures: $(INSTALLED)
+	$(BIN)/python docs/pictures.py
+
 # Into site/; `python3 -m http.server -d site` shows it. The variable silences an advertisement.
 site: $(WITH_DOCS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
@@ -59,7 +63,7 @@ site: $(WITH_DOCS)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[cli,plots,transformers,ecosystem,quant,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[cli,plots,gguf,transformers,ecosystem,quant,dev]"
 	touch $(INSTALLED)
 
 $(WITH_DOCS): $(INSTALLED)

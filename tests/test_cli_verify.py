@@ -139,7 +139,6 @@ def test_every_engine_serves_a_plain_adapter(engine: str, tmp_path: Path) -> Non
     ("changes", "said"),
     [
         ({"use_dora": True}, "use_dora=True: it does not support DoRA"),
-        ({"alpha_pattern": {"v_proj": 3}}, "alpha_pattern={'v_proj': 3}: it scales every layer"),
         ({"bias": "lora_only"}, "bias='lora_only'"),
         ({"modules_to_save": ["lm_head"]}, "modules that are saved whole, and that it leaves out: lm_head"),
         ({"lora_bias": True}, "lora_B.bias"),
@@ -153,7 +152,10 @@ def test_what_no_engine_serves(engine: str, changes: dict[str, Any], said: str, 
 
 def test_what_single_engines_do_not_serve(tmp_path: Path) -> None:
     assert "rank 600: the largest that it can be set to is 512" in reasons("vllm", parts(r=600), tmp_path / "a")
-    assert "use_rslora=True" in reasons("llama.cpp", parts(use_rslora=True), tmp_path / "b")
+    assert "use_rslora=True" in reasons("sglang", parts(use_rslora=True), tmp_path / "b")
+    for engine in ("sglang", "vllm"):
+        said = reasons(engine, parts(alpha_pattern={"v_proj": 3}), tmp_path / engine)
+        assert "alpha_pattern={'v_proj': 3}: it scales every layer" in said
     assert reasons("vllm", parts(use_rslora=True), tmp_path / "c") == ""
     assert reasons("llama.cpp", parts(rank_pattern={"v_proj": 2}), tmp_path / "d") == ""
     strange = parts(network=bases.GPT2.build(), target_modules=["c_attn"])

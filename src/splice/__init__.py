@@ -29,6 +29,10 @@ _PUBLIC = {
         "AutoPeftModelForSequenceClassification",
         "AutoPeftModelForTokenClassification",
     ],
+    "splice.fleet.limits": ["StoreLimits"],
+    "splice.fleet.registering": ["Registered"],
+    "splice.fleet.stats": ["StoreStats"],
+    "splice.fleet.store": ["AdapterStore"],
     "splice.gap": ["BaseGap", "base_gap"],
     "splice.merging_files": ["merge_files"],
     "splice.mixed": ["PeftMixedModel"],
@@ -40,6 +44,7 @@ _PUBLIC = {
         "AdapterMismatchError",
         "CheckpointError",
         "NoMatchingPeftModuleError",
+        "NoRoomError",
         "PeftError",
         "PeftWarning",
         "UnknownMethodError",
@@ -52,6 +57,7 @@ _PUBLIC = {
     "splice.loading.saving": ["get_peft_model_state_dict"],
     "splice.loading.state": ["load_peft_weights", "set_peft_model_state_dict"],
     "splice.status": ["get_layer_status", "get_model_status"],
+    "splice.translating_files": ["translate_files"],
     "splice.utilities": ["cast_mixed_precision_params", "shift_tokens_right"],
 }
 _PLACES = {name: module for module, names in _PUBLIC.items() for name in names}

@@ -21,6 +21,7 @@ class Limits(NamedTuple):
         rank_option: how it is told the rank, for people; with "{rank}" in the place of it.
         default_rank: the largest rank that it takes without being told; None where that is any.
         refused: fields of the config that must not be switched on -> why not.
+        noted: fields of the config that it serves if something is done about them -> what.
         modules: the last names of modules that it knows; empty where that depends on the base alone.
         formats: endings of the files of weights that it reads.
         saved_modules: whether it takes modules that are saved whole.
@@ -31,9 +32,15 @@ class Limits(NamedTuple):
     rank_option: str = ""
     default_rank: int | None = None
     refused: Mapping[str, str] = {}
+    noted: Mapping[str, str] = {}
     modules: frozenset[str] = frozenset()
     formats: tuple[str, ...] = (".safetensors", ".bin")
     saved_modules: bool = False
+
+
+def is_on(value: object) -> bool:
+    """Whether a field of a config with this value asks for anything."""
+    return value not in (None, False, [], {}, "none")
 
 
 _LIMITS: dict[str, dict[str, Limits]] = {}

@@ -87,6 +87,10 @@ class Source:
         """Whether the checkpoint has a file of this name beside it. On the Hub it is fetched; what cannot be is not there."""
         return self._file(name) is not None
 
+    def fetched(self, name: str) -> Path | None:
+        """The file of this name beside the checkpoint, likewise; None where there is none."""
+        return self._file(name)
+
     def _shown_place(self) -> str:
         return str(self.folder) if self.is_local or not self.subfolder else f"{self.location}/{self.subfolder}"
 

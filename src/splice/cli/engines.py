@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from splice.checkpoint.engines import Limits, engines
+from splice.checkpoint.engines import Limits, engines, is_on
 from splice.cli.problems import listed
 from splice.cli.summary import Summary
 from splice.errors import counted
@@ -34,7 +34,7 @@ def _reasons(engine: str, limits: Limits, summary: Summary) -> Iterator[str]:
     fields = summary.opened.fields
     for name, why in limits.refused.items():
         value = fields.get(name)
-        if value not in (None, False, [], {}, "none"):
+        if is_on(value):
             yield f"{name}={value!r}: {why}"
     largest, top = _largest(summary), max(limits.ranks, default=None)
     if largest is not None and top is not None and largest > top:
@@ -54,6 +54,9 @@ def _reasons(engine: str, limits: Limits, summary: Summary) -> Iterator[str]:
 
 
 def _notes(limits: Limits, summary: Summary) -> Iterator[str]:
+    for name, what in limits.noted.items():
+        if is_on(summary.opened.fields.get(name)):
+            yield f"{name}: {what}"
     largest = _largest(summary)
     if largest is None or limits.default_rank is None or largest <= limits.default_rank:
         return

@@ -80,8 +80,14 @@ class Effect:
         around = self.around
         return lambda x: around(x, inner)
 
-    def wrapped_for(self, inner: Forward, rows: torch.Tensor) -> Forward:
-        """`wrapped` for these rows of a batch alone, which are all that it is called with; `rows` (n) says which."""
+    def wrapped_for(self, inner: Forward, rows: torch.Tensor, batch: int) -> Forward:
+        """`wrapped` for these rows of a batch alone, which are all that it is called with.
+
+        Args:
+            inner: the base layer, or the next adapter layer in.
+            rows: which rows they are, (n).
+            batch: how many there are; more than the call's, where `generate` repeats these.
+        """
         return self.wrapped(inner)
 
     @classmethod

@@ -95,9 +95,13 @@ def load_new(
 
     Where the caller asked for it, the base is resized first; `undo` takes that back.
     """
-    name = options.adapter_name
-    found = plan_new(tuner, checkpoint, options, heads, undo)
-    plan, config = found.plan, found.config
+    return place_new(tuner, plan_new(tuner, checkpoint, options, heads, undo), options, freeze_base, undo)
+
+
+@_without_collections()
+def place_new(tuner: Tuner, found: Fitted, options: LoadOptions, freeze_base: bool, undo: Undo) -> Loaded:
+    """Read what has been planned, and put it on the network."""
+    name, plan, config = options.adapter_name, found.plan, found.config
     write_back(config, plan)
     built = build_loaded(plan, config, found.checkpoint.weights, options.autocast, _room(tuner, found, options, undo))
     tuner.commit(name, config, built, freeze_base, undo.modules, plan)

@@ -106,17 +106,19 @@ class PolyLayer(ReadsTasks, Additive):
     def cast_input(self, x: torch.Tensor) -> torch.Tensor:
         return cast_to(x, self.a)
 
-    def wrapped_for(self, inner: Forward, rows: torch.Tensor) -> Forward:
-        return lambda x: self._of_tasks(x, inner, rows)
+    def wrapped_for(self, inner: Forward, rows: torch.Tensor, batch: int) -> Forward:
+        return lambda x: self._of_tasks(x, inner, (rows, batch))
 
     def around(self, x: torch.Tensor, inner: Forward) -> torch.Tensor:
         return self._of_tasks(x, inner, None)
 
-    def _of_tasks(self, x: torch.Tensor, inner: Forward, rows: torch.Tensor | None) -> torch.Tensor:
+    def _of_tasks(self, x: torch.Tensor, inner: Forward, part: tuple[torch.Tensor, int] | None) -> torch.Tensor:
+        """The adapted output for `x`, which may be a `part` of a batch: which rows, and of how many."""
         y: torch.Tensor = inner(x)
         ids = check_tasks(tasks_of_call.heard_by(self), self.n_tasks, "n_tasks").to(self.logits.device)
-        if rows is not None:
-            ids = ids[rows]
+        if part is not None:
+            rows, batch = part
+            ids = ids[rows // max(1, batch // len(ids))]
         if x.dim() != 3 or len(x) % len(ids):
             raise ValueError(
                 f"Poly takes an input (batch, tokens, features) with as many rows as `task_ids` has, {len(ids)}, got "

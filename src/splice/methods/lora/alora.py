@@ -81,7 +81,7 @@ class AloraLinear(ReadsCall, OnLinear):
     def call_context(cls, adapters: Adapters, names: Sequence[str], call: Call) -> AbstractContextManager[None]:
         return _invoked(adapters, names, call)
 
-    def wrapped_for(self, inner: Forward, rows: torch.Tensor) -> Forward:
+    def wrapped_for(self, inner: Forward, rows: torch.Tensor, batch: int) -> Forward:
         return lambda x: self._at(x, inner, rows)
 
     def around(self, x: torch.Tensor, inner: Forward) -> torch.Tensor:

@@ -12,7 +12,7 @@ from splice.checkpoint.types import PeftType
 
 _LINEAR, _EMBEDDING = {"lora_A.weight", "lora_B.weight"}, {"lora_embedding_A", "lora_embedding_B"}
 # Variants that are more or something else than a product of A and B; no engine reads the field, and each would be wrong.
-_OTHER_PRODUCTS = {
+OTHER_PRODUCTS = {
     "use_bdlora": "A or B is block-diagonal",
     "use_qalora": "A is for averaged inputs",
     "kasa_config": "the product has a diagonal in the middle",
@@ -20,6 +20,8 @@ _OTHER_PRODUCTS = {
     "layer_replication": "layers of the base are called more than once",
     "trainable_token_indices": "rows of embeddings are trained beside it",
 }
+
+_CONVERT = "convert it with `splice convert --to gguf`; llama.cpp's own script knows the config's lora_alpha alone"
 
 # vLLM, as documented for 0.14 to 0.22:
 # - ranks: docs.vllm.ai/en/v0.14.0/api/vllm/config/lora/ (`MaxLoRARanks`; 16 without the option)
@@ -42,7 +44,7 @@ register_limits(
                 "rank_pattern": "it scales every layer by the config's own rank",
                 "alpha_pattern": "it scales every layer by the config's own alpha",
                 "alora_invocation_tokens": "the adapter would be on from the first token",
-                **_OTHER_PRODUCTS,
+                **OTHER_PRODUCTS,
             }
         ),
     ),
@@ -67,7 +69,7 @@ register_limits(
                 "rank_pattern": "it scales every layer by the config's own rank",
                 "alpha_pattern": "it scales every layer by the config's own alpha",
                 "alora_invocation_tokens": "the adapter would be on from the first token",
-                **_OTHER_PRODUCTS,
+                **OTHER_PRODUCTS,
             }
         ),
         modules=frozenset(
@@ -79,7 +81,8 @@ register_limits(
 
 # llama.cpp, as its `convert_lora_to_gguf.py` (ggml-org/llama.cpp) does it:
 # - tensors: A, B and the two of embeddings; any other ends the conversion with "Not a lora_A or lora_B tensor"
-# - scale: `lora_alpha` of the config, divided by the rank of each tensor; no other field is read but aLoRA's tokens
+# - scale: `lora_alpha` of the config, divided by the rank of each tensor; no other field is read but aLoRA's tokens. `splice
+#   convert --to gguf` (written/llama_cpp.py) multiplies what differs into the tensors, and refuses what is refused here
 register_limits(
     "llama.cpp",
     PeftType.LORA,
@@ -88,12 +91,11 @@ register_limits(
         refused=MappingProxyType(
             {
                 "use_dora": "it does not support DoRA",
-                "use_rslora": "it scales by lora_alpha / r",
                 "bias": "it supports no trained biases",
                 "lora_bias": "it supports no trained biases",
-                "alpha_pattern": "it scales every layer by the config's own alpha",
-                **_OTHER_PRODUCTS,
+                **OTHER_PRODUCTS,
             }
         ),
+        noted=MappingProxyType({"use_rslora": _CONVERT, "alpha_pattern": _CONVERT}),
     ),
 )

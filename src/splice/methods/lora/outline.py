@@ -29,9 +29,15 @@ def _rank(fields: Fields, path: str, shapes: Shapes) -> int | None:
     return next((shapes[down][0] for down, _ in (_LINEAR, _EMBEDDING) if shapes.get(down)), None)
 
 
-def _scale(fields: Fields, path: str, rank: int) -> float | None:
+def alpha_of(fields: Fields, path: str) -> float | None:
+    """The alpha that the config gives to the layer at `path`; None where that is no number."""
     alpha = value_for(_pattern(fields, "alpha_pattern"), path, fields.get("lora_alpha", 8))
-    if not isinstance(alpha, (int, float)) or rank < 1:
+    return alpha if isinstance(alpha, (int, float)) else None
+
+
+def _scale(fields: Fields, path: str, rank: int) -> float | None:
+    alpha = alpha_of(fields, path)
+    if alpha is None or rank < 1:
         return None
     return alpha / math.sqrt(rank) if fields.get("use_rslora") else alpha / rank
 

@@ -1,0 +1,128 @@
+"""Mixed batches for every method of the registry: each row gets what it would get alone, whatever stands beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+import splice
+from splice.kinds.registry import all_methods
+from splice.selection import BASE
+from tests import bases
+from tests.bases import Inputs, run
+from tests.comparing import assert_close, differ
+from tests.samples import Case, network_cases, supports
+from tests.test_selection import alone
+
+# Three adapters in no order, one of them twice in a row, and the base first, last and in between.
+ROWS = [BASE, "third", "default", "second", "second", BASE, "third", "default", BASE]
+# Those that are made of other adapters, which a config alone does not bring: tests/test_xlora.py.
+MADE_OF_OTHERS = {method.name for method in all_methods().values() if method.experts is not None}
+
+
+def case_of(method: Any) -> Case:
+    """The method on a network that takes sentences: on Llama, or on BERT where that has no layer for it."""
+    if method.network_layer is not None:
+        return next(case for case in network_cases(bases.LLAMA) if case.method is method)
+    return Case(
+        method, bases.LLAMA if supports(method, bases.LLAMA) or not supports(method, bases.BERT) else bases.BERT
+    )
+
+
+CASES = [case_of(method) for method in all_methods().values() if method.name not in MADE_OF_OTHERS]
+every = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def with_three(case: Case, shared_checkpoint: Any) -> Any:
+    """Adapters of other sizes, on other layers, and with other values, beside each other."""
+    model = splice.PeftModel.from_pretrained(case.base.build(), shared_checkpoint(case.base, case.config()))
+    model.load_adapter(shared_checkpoint(case.base, case.other_config(), seed=1), "second")
+    model.load_adapter(shared_checkpoint(case.base, case.config(), seed=2), "third")
+    return model
+
+
+def inputs_of(case: Case, tokens: int, rows: int = len(ROWS)) -> Inputs:
+    ids = torch.randint(3, bases.VOCABULARY, (rows, tokens), generator=bases.generator(tokens))
+    more = {name: torch.tensor(value)[torch.arange(rows) % len(value)] for name, value in case.sample.call.items()}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **more}
+
+
+def last(output: torch.Tensor, tokens: int) -> torch.Tensor:
+    """What a network gives for the tokens of its input: virtual ones, in front of them, are more for some rows."""
+    return output[:, -tokens:] if output.dim() == 3 else output
+
+
+def expected_rows(case: Case, model: Any, inputs: Inputs, names: list[str]) -> torch.Tensor:
+    """What each row gives alone; all rows of an adapter at once, where it looks at them together."""
+    tokens, found = inputs["input_ids"].shape[1], {}
+    for name in names:
+        rows = [row for row, other in enumerate(names) if other == name]
+        for part in [[row] for row in rows] if case.sample.row_by_row else [rows]:
+            output = alone(model, {key: value[part] for key, value in inputs.items()}, name)
+            found.update(zip(part, last(output, tokens)))
+    return torch.stack([found[row] for row in range(len(names))])
+
+
+@every
+def test_each_row_is_what_it_is_alone(case: Case, shared_checkpoint: Any) -> None:
+    """With one token and with 64, in both orders; what is no such batch is refused, and changes nothing."""
+    model = with_three(case, shared_checkpoint)
+    for tokens, names in ((64, ROWS), (1, ROWS[1:] + ROWS[:1])):
+        inputs = inputs_of(case, tokens)
+        mixed, expected = run(model, inputs, adapter_names=names), expected_rows(case, model, inputs, names)
+        assert_close(last(mixed, tokens), expected)
+        bare = run(case.base.build(), {k: v for k, v in inputs.items() if k not in case.sample.call})
+        for row, name in enumerate(names):
+            # One token has nothing to choose from, so its query, all that the second adapter changes, is of no effect.
+            if name == BASE or tokens > 1:
+                assert differ(expected[row], last(bare, tokens)[row]) == (name != BASE), name
+    with pytest.raises(
+        ValueError, match=r"non-existing adapter\(s\): thrid; there are \['default', 'second', 'third'\]"
+    ):
+        run(model, inputs, adapter_names=["thrid", *names[1:]])
+    for count in (len(names) - 1, len(names) + 1):
+        with pytest.raises(ValueError, match="`adapter_names` should be the same as the number of inputs, but got"):
+            run(model, inputs, adapter_names=(names * 2)[:count])
+    assert torch.equal(run(model, inputs, adapter_names=names), mixed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [
+        dataclasses.replace(case, option=option)
+        for case in CASES
+        for option in case.sample.options
+        if case.base.name not in case.sample.not_on.get(option, ())
+    ],
+    ids=str,
+)
+def test_each_row_with_options(case: Case, shared_checkpoint: Any) -> None:
+    """Whatever an option changes, among it biases and rows of tokens that an adapter brings."""
+    model, inputs = with_three(case, shared_checkpoint), inputs_of(case, 6)
+    mixed = run(model, inputs, adapter_names=ROWS)
+    assert_close(last(mixed, 6), expected_rows(case, model, inputs, ROWS), factor=3)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.base.generates], ids=str)
+def test_each_row_is_generated_as_alone(case: Case, shared_checkpoint: Any) -> None:
+    """Where each row becomes several: beams, and sequences for one prompt."""
+    if not case.sample.row_by_row:
+        pytest.skip("what a row gives depends on those beside it")
+    model, names = with_three(case, shared_checkpoint), ["third", BASE, "second"]
+    inputs = inputs_of(case, 4, rows=3)
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "num_beams": 2, "num_return_sequences": 2}
+    mixed = model.generate(**inputs, adapter_names=names, **options)
+    found = []
+    for row, name in enumerate(names):
+        one = {key: value[row : row + 1] for key, value in inputs.items()}
+        if name == BASE:
+            one = {key: value for key, value in one.items() if key not in case.sample.call}
+            found.append(case.base.build().generate(**one, **options))
+        else:
+            model.set_adapter(name, inference_mode=True)
+            found.append(model.generate(**one, **options))
+    assert torch.equal(mixed, torch.cat(found))
