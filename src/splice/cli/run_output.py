@@ -79,12 +79,14 @@ def show_told(prompts: Sequence[str], names: Sequence[str | None], told: Answers
 def _side_by_side(rows: Iterable[Sequence[str]], names: Sequence[str]) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
     for title in ("prompt", *names):
         table.add_column(title, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
+    for prompt, base, *others in rows:
+        # Where it is not what the base answers, it is the adapter's doing.
+        table.add_row(prompt, base, *(text if text == base else Text(text, "cyan") for text in others))
     return table
 
 
