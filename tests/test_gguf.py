@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 
 import splice
 from splice.checkpoint.engines import engines
-from splice.cli.engines import asked
+from splice.cli.commands.convert import command
+from splice.cli.engines import asked as asked_of
 from splice.cli.opened import open_adapter
 from splice.cli.summary import look_into
 from splice.errors import PeftError, UnsupportedFeatureError
@@ -22,7 +24,7 @@ from splice.methods.lora.written.factors import REFUSED
 from splice.methods.lora.written.llama_cpp import _ARCHITECTURES, pairs_together
 from tests import bases
 from tests.broken import parts
-from tests.cli import BASE, EXAMPLE, run
+from tests.cli import BASE, EXAMPLE
 from tests.llama_cpp import TOKENS, in_llama_cpp, small, write_base
 
 gguf = pytest.importorskip("gguf")
@@ -81,6 +83,12 @@ def test_one_scale_for_all_leaves_the_bytes(tmp_path: Path) -> None:
     assert np.array_equal(tensors["blk.1.attn_v.weight.lora_a"], own.lora_A["default"].weight.detach().numpy())
 
 
+def test_tokens_that_switch_it_on(tmp_path: Path) -> None:
+    adapted(small("LlamaForCausalLM"), tmp_path, target_modules=["v_proj"], r=2, alora_invocation_tokens=[7, 8])
+    place = splice.translate_files(tmp_path / "adapter", tmp_path / "a.gguf", "gguf", base=tmp_path / "base").place
+    assert gguf.GGUFReader(place).fields["adapter.alora.invocation_tokens"].contents() == [7, 8]
+
+
 # -- llama.cpp itself
 
 
@@ -137,7 +145,7 @@ def test_it_refuses_what_verify_refuses() -> None:
 
 def test_scales_that_the_engine_s_own_program_does_not_know(tmp_path: Path) -> None:
     folder = parts(use_rslora=True, alpha_pattern={"v_proj": 3}).write(tmp_path)
-    answer = asked("llama.cpp", look_into(open_adapter(str(folder))))
+    answer = asked_of("llama.cpp", look_into(open_adapter(str(folder))))
     assert answer.reasons == () and len(answer.notes) == 2
     assert "use_rslora: convert it with `splice convert --to gguf`" in answer.notes[0]
 
@@ -173,5 +181,11 @@ def test_another_base_than_the_adapter_is_for(tmp_path: Path) -> None:
 
 
 def test_the_program(tmp_path: Path) -> None:
-    ran = run("convert", EXAMPLE, "--to", "gguf", "--base", BASE, "--out", tmp_path / "reverse.gguf")
-    assert ran.code == 0 and ran.out == f"{tmp_path}/reverse.gguf: gguf, was peft\n  28 layers, 56 tensors\n", ran.err
+    place = tmp_path / "reverse.gguf"
+    asked = [str(EXAMPLE), "--to", "gguf", "--base", str(BASE), "--out", str(place)]
+    ran = CliRunner().invoke(command, asked)
+    assert ran.exit_code == 0 and ran.output.startswith(f"{place}: gguf, was peft\n  28 layers, 56 tensors\n"), (
+        ran.output
+    )
+    assert {tensor.name.rpartition(".")[2] for tensor in gguf.GGUFReader(place).tensors} == {"lora_a", "lora_b"}
+    assert isinstance(CliRunner().invoke(command, asked).exception, FileExistsError)
