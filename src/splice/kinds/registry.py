@@ -184,6 +184,12 @@ class Method(NamedTuple):
         return bool(self.layers) or self.other_layer is not None or self.network_layer is None
 
     @property
+    def merges(self) -> bool:
+        """Whether any of its adapter layers can be merged."""
+        layers = [*self.layers.values(), self.parameters_layer, self.other_layer]
+        return any(layer is not None and layer.mergeable for layer in layers)
+
+    @property
     def home(self) -> str:
         """What the names of its modules begin with: its file's, or its folder's where it has one for itself."""
         file = self.config.__module__

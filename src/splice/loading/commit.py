@@ -108,7 +108,7 @@ def _batches(
 
 def _is_converted(placement: Placement, suffix: str, entry: Entry, autocast: bool) -> bool:
     """Whether a layer's tensors are not those that are read, told by the first: on a mistake memory is taken for a moment."""
-    if suffix not in placement.slots:  # a file form with tensors of its own
+    if placement.in_file is not None:
         return True
     dtype = placement.dtype(suffix, autocast)
     return DTYPES.get(entry.dtype) is not dtype or device_of(placement.base).type != "cpu"
@@ -127,24 +127,22 @@ def _build_loaded(
 ) -> Built:
     """Build one layer; `tensors` are those that it shares with layers before it, `shared` is what all layers share.
 
-    Those that were read may be on their way; `reading` is waited for where their values are needed. Those that are lent are
-    copied.
+    Those that were read may be on their way; `reading` is waited for where their values are needed.
     """
     device = device_of(placement.base)
     if placement.in_file is not None:
         found = {suffix: read[sources[key]] for suffix, key in placement.keys.items() if key in sources}
         for suffix, given in from_file(placement, found).items():
-            tensors[suffix] = _moved(given, device, placement.dtype(suffix, autocast), placement, suffix, reading.lent)
+            tensors[suffix] = _moved(given, device, placement.dtype(suffix, autocast), placement, suffix)
     for suffix, key in placement.keys.items() if placement.in_file is None else ():
         name = sources.get(key)
         if name is not None:
             given, own = read.pop(name), room.get((placement.path, suffix)) if room else None
             if own is None:
                 dtype = placement.dtype(suffix, autocast)
-                changes = given.dtype is not dtype or given.device != device or not dtype.is_floating_point
-                if changes or reading.lent:
+                if given.dtype is not dtype or given.device != device or not dtype.is_floating_point:
                     reading.wait()
-                    given = _moved(given, device, dtype, placement, suffix, reading.lent)
+                    given = _moved(given, device, dtype, placement, suffix)
                 tensors[suffix] = given
             else:
                 tensors[suffix] = own if given is own else own.copy_(given)
@@ -159,11 +157,11 @@ def _build_loaded(
 
 
 def _moved(
-    tensor: torch.Tensor, device: torch.device, dtype: torch.dtype, placement: Placement, suffix: str, lent: bool
+    tensor: torch.Tensor, device: torch.device, dtype: torch.dtype, placement: Placement, suffix: str
 ) -> torch.Tensor:
     if not dtype.is_floating_point:
         tensor = indices(tensor, placement.slots[suffix], dtype, placement.key(suffix))
-    return tensor.to(device=device, dtype=dtype, copy=lent)
+    return tensor.to(device=device, dtype=dtype)
 
 
 def build_new(plan: Plan, config: PeftConfig, autocast: bool, on_meta: bool = False) -> list[Built]:

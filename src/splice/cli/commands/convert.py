@@ -25,7 +25,7 @@ _DIALECTS = ("peft", "kohya", "diffusers", "gguf")
 _SHOWN = 10
 
 
-@click.command
+@click.command(short_help="Write an adapter as one of another method.")
 @click.argument("adapter")
 @click.option("--to", help=f"A method, of which there is one so far, or the form of a program: {', '.join(_DIALECTS)}.")
 @click.option("--base", help="Folder of the base model, or its id on the Hub; a config alone may do.")
