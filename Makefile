@@ -12,7 +12,7 @@ OLDEST := .venv-oldest
 # Which tests to run with them: all that are not slow.
 OLDEST_TESTS ?= tests
 
-.PHONY: demo test test-slow test-oldest mutants check format bench bench-gpu docs site clean
+.PHONY: demo test test-slow test-oldest mutants check format bench bench-gpu docs pictures site clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/skills/demo.py
@@ -51,6 +51,10 @@ bench-gpu:
 
 docs: $(INSTALLED)
 	$(BIN)/python docs/generate.py
+
+# Of real runs of the program: where a test says that a picture is out of date.
+pictures: $(INSTALLED)
+	$(BIN)/python docs/pictures.py
 
 # Into site/; `python3 -m http.server -d site` shows it. The variable silences an advertisement.
 site: $(WITH_DOCS)

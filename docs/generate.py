@@ -68,12 +68,6 @@ def layers_of(method: Method) -> list[str]:
     return names
 
 
-def merges(method: Method) -> bool:
-    """Whether any of its adapter layers can be merged."""
-    layers = [*method.layers.values(), method.parameters_layer, method.other_layer]
-    return any(layer is not None and layer.mergeable for layer in layers)
-
-
 def combining(method: Method) -> str:
     """How several of its adapters become one, in words."""
     if method.combine is None:
@@ -91,7 +85,7 @@ def row(method: Method) -> str:
         method.summary.rstrip("."),
         f"`{method.config.__name__}`",
         ", ".join(layers_of(method)),
-        _word(merges(method)),
+        _word(method.merges),
         _word(not method.exclusive),
         combining(method),
         method.paper,

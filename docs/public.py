@@ -38,7 +38,7 @@ PAGES: Mapping[str, Page] = {
     "model": Page(
         "Models",
         "What people call. `PeftModel.from_pretrained` and `get_peft_model` choose a class by the config's `task_type`.",
-        ("splice.model", "splice.tasks", "splice.mixed", "splice.auto"),
+        ("splice.model", "splice.tasks", "splice.mixed", "splice.auto", "splice.fleet.store", "splice.fleet.limits"),
         ("PeftModel", "get_peft_model"),
     ),
     "configs": Page(
@@ -51,7 +51,7 @@ PAGES: Mapping[str, Page] = {
     "reports": Page(
         "Reports",
         "What a load did, and what a model carries.",
-        ("splice.loading.report", "splice.status"),
+        ("splice.loading.report", "splice.status", "splice.fleet"),
         ("LoadReport",),
         "::: splice.loading.load.LoadResult\n\n::: splice.status.ModelStatus\n\n::: splice.status.LayerStatus\n",
     ),

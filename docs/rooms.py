@@ -23,7 +23,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], str]] = {
         _CALLED,
         "PeftModel and its classes for tasks, reports, the functions other libraries use",
     ),
-    "fleet/": (("fleet",), "many adapters on one model: slots"),
+    "fleet/": (("fleet",), "many adapters on one model: slots, the store"),
     "loading/": (("loading",), "plan, commit, load, report, saving; published/: adapters as people wrote them"),
     "surgery/": (("surgery",), "changes to a model, all reversible: swap, detach, tuner, merging, rows of a batch"),
     "methods/": (("methods",), "one file for each method; nobody outside imports from here"),

@@ -70,14 +70,14 @@ def test_what_it_needs_is_named_where_it_is_not_there(tmp_path: Path) -> None:
 
 def _shown() -> list[tuple[str, str]]:
     page = (ROOT / "docs" / "guide" / "command-line.md").read_text(encoding="utf-8")
-    return re.findall(r"^```console\nsplice ([^\n]*)\n```\n+```text\n(.*?)^```$", page, re.M | re.S)
+    return re.findall(r"^```console\nsplice ((?:[^\n]*\\\n)*[^\n]*)\n```\n+```text\n(.*?)^```$", page, re.M | re.S)
 
 
 @pytest.mark.parametrize(("arguments", "expected"), _shown(), ids=[arguments for arguments, _ in _shown()])
 def test_the_page_shows_what_it_writes(arguments: str, expected: str, tmp_path: Path) -> None:
     """`...` stands for anything."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    ran = run(*shlex.split(arguments), cwd=tmp_path)
+    ran = run(*shlex.split(arguments.replace("\\\n", " ")), cwd=tmp_path)
     ways = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     assert doctest.OutputChecker().check_output(expected, ran.out, ways), ran.out
 

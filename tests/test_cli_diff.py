@@ -33,6 +33,14 @@ def test_a_pickle_and_a_safetensors_file_of_the_same_values_are_the_same(tmp_pat
     assert run_json("diff", one, other)[0] == 0
 
 
+def test_the_order_of_targets_is_no_difference(tmp_path: Path) -> None:
+    """The reference writes what is a set in memory, in any order."""
+    one, other = parts(), parts()
+    one.config["target_modules"], other.config["target_modules"] = ["q_proj", "v_proj"], ["v_proj", "q_proj"]
+    code, told = run_json("diff", one.write(tmp_path / "one"), other.write(tmp_path / "other"))
+    assert (code, told["config"], told["same"]) == (0, {}, True)
+
+
 def test_how_much_the_updates_differ(tmp_path: Path) -> None:
     """Of other ranks, dtypes and scales too: updates are compared and not tensors."""
     first, second = parts(), parts(seed=1, r=2, lora_alpha=32)

@@ -31,6 +31,16 @@ def test_one_that_cannot_be_read_has_its_line_too(tmp_path: Path) -> None:
     assert "cannot be read:" in run("list", tmp_path).out
 
 
+def test_no_name_is_cut_off(tmp_path: Path) -> None:
+    folder = tmp_path / ("long" * 40) / ("name" * 20)
+    adapter = parts()
+    adapter.config["base_model_name_or_path"] = base = "someone/" + "base" * 30
+    adapter.write(folder)
+    for columns in ("80", "300"):
+        out = run("list", tmp_path, COLUMNS=columns).out
+        assert str(folder) in out and base in out
+
+
 def test_the_cache_of_the_hub(tmp_path: Path) -> None:
     commit = "0123456789" * 4
     repository = tmp_path / "home" / "hub" / "models--someone--adapter"

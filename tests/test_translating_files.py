@@ -6,6 +6,7 @@ What pipelines of diffusers make of them is in tests/ecosystem/test_dialects.py,
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings, strategies
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -26,10 +28,12 @@ from splice.methods.lora.written.unet_blocks import from_numbered, is_numbered, 
 from tests import bases
 from tests.bases import run
 from tests.broken import Around, llama, parts
-from tests.cli import EXAMPLE
+from tests.cli import BASE, EXAMPLE
 from tests.cli import run as run_program
 from tests.comparing import assert_close
 from tests.hub import Hub
+from tests.test_stacked_experts import MIXTRAL, adapter, all_names, logits
+from tests.test_stacked_experts import pytestmark as needs_stacks
 
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -152,6 +156,19 @@ def test_the_base_says_where_layers_are(tmp_path: Path) -> None:
     assert_close(run(new, bases.LLAMA.inputs(2)), run(old, bases.LLAMA.inputs(2)))
 
 
+@needs_stacks
+def test_experts_that_were_layers(tmp_path: Path) -> None:
+    """The adapter is written for the parameters that they are now."""
+    folder, exact = adapter(MIXTRAL, all_names(MIXTRAL), tmp_path / "old")
+    exact.config.save_pretrained(tmp_path / "base")
+    told = splice.translate_files(folder, tmp_path / "new", base=tmp_path / "base")
+    assert told.notes
+    assert fields_in(tmp_path / "new")["target_parameters"]
+    new = splice.PeftModel.from_pretrained(MIXTRAL.build(), tmp_path / "new").eval()
+    assert new.load_report.notes == ()
+    torch.testing.assert_close(logits(new), logits(exact), atol=2e-5, rtol=1e-4)
+
+
 def test_two_places_are_no_place(tmp_path: Path) -> None:
     from transformers import CLIPConfig, CLIPModel
 
@@ -241,6 +258,114 @@ def test_files_that_cannot_be_read(names: list[str], said: str, tmp_path: Path) 
     assert not (tmp_path / "own").exists()
 
 
+DAMAGED: Mapping[str, tuple[dict[str, torch.Tensor], str]] = {
+    "one number": ({f"{ONE}.lora_down.weight": torch.tensor(1.0)}, r"factors of the shapes \(\) and"),
+    "two ranks": ({f"{ONE}.lora_down.weight": torch.ones(3, 6)}, "A has 3 rows and B 2 columns"),
+    "nothing": ({f"{ONE}.lora_down.weight": torch.ones(0, 6)}, "are not those of a layer"),
+    "no alpha": ({f"{ONE}.alpha": torch.tensor(torch.nan)}, "alpha' is no number: nan"),
+    "many alphas": ({f"{ONE}.alpha": torch.ones(2)}, "alpha' is no number"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_what_is_damaged(name: str, tmp_path: Path) -> None:
+    changes, said = DAMAGED[name]
+    whole = {f"{ONE}.lora_down.weight": torch.ones(2, 6), f"{ONE}.lora_up.weight": torch.ones(7, 2)}
+    save_file({**whole, **changes}, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=said):
+        splice.translate_files(tmp_path / "a.safetensors", tmp_path / "own")
+    dotted = {
+        f"unet.mid_block.proj_in.{key.rpartition(ONE + '.')[2]}": tensor for key, tensor in {**whole, **changes}.items()
+    }
+    save_file(dotted, tmp_path / "b.safetensors")
+    with pytest.raises(CheckpointError):
+        splice.translate_files(tmp_path / "b.safetensors", tmp_path / "own")
+    for noted in ("{", "[1]"):
+        save_file(whole_of_diffusers(), tmp_path / "c.safetensors", metadata={"lora_adapter_metadata": noted})
+        with pytest.raises(CheckpointError, match="its lora_adapter_metadata is no"):
+            splice.translate_files(tmp_path / "c.safetensors", tmp_path / "own")
+    assert not (tmp_path / "own").exists()
+
+
+def whole_of_diffusers() -> dict[str, torch.Tensor]:
+    front = "unet.mid_block.proj_in"
+    return {f"{front}.lora_A.weight": torch.ones(2, 6), f"{front}.lora_B.weight": torch.ones(7, 2)}
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=strategies.data())
+def test_names_with_one_letter_changed(data: strategies.DataObject, tmp_path: Path) -> None:
+    """They are read, or refused in words; nothing is dropped."""
+    whole = {f"{ONE}.lora_down.weight": torch.ones(2, 6), f"{ONE}.lora_up.weight": torch.ones(7, 2)}
+    tensors = data.draw(strategies.sampled_from([{**whole, f"{ONE}.alpha": torch.tensor(1.0)}, whole_of_diffusers()]))
+    name = data.draw(strategies.sampled_from(sorted(tensors)))
+    place = data.draw(strategies.integers(0, len(name) - 1))
+    changed = (
+        name[:place] + data.draw(strategies.sampled_from(["", "_", ".", "x", "0", name[place] * 2])) + name[place + 1 :]
+    )
+    save_file({changed if key == name else key: tensor for key, tensor in tensors.items()}, tmp_path / "a.safetensors")
+    shutil.rmtree(tmp_path / "own", ignore_errors=True)
+    try:
+        told = splice.translate_files(tmp_path / "a.safetensors", tmp_path / "own")
+    except PeftError as error:
+        assert str(error)  # noqa: PT017
+        return
+    alphas = sum(key.endswith(".alpha") for key in tensors)
+    assert sum(part.tensors for part in told.parts) == len(tensors) - alphas
+
+
+def test_a_config_beside_the_file_of_another_program(tmp_path: Path) -> None:
+    """Which of the two says what it is, is for the user to say."""
+    (tmp_path / "own").mkdir()
+    file = kohya_file(tmp_path / "own" / FILE, {ONE: (4, 2.0)})
+    (tmp_path / "own" / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 8, "target_modules": ["proj_in"]}))
+    with pytest.raises(PeftError, match=r"has a config, but the tensors are named as kohya's .* name the file itself$"):
+        splice.translate_files(tmp_path / "own", tmp_path / "new")
+    assert splice.translate_files(file, tmp_path / "new").read_as == "kohya"
+    assert fields_in(tmp_path / "new")["r"] == 4
+
+
+SPELLINGS = {
+    "unet.mid_block.attentions.0.proj_in.lora_A.weight": "mid_block.attentions.0.proj_in",
+    "unet.mid_block.attentions.0.proj_in.lora.down.weight": "mid_block.attentions.0.proj_in",
+    "unet.mid_block.attentions.0.proj_in.lora_down.weight": "mid_block.attentions.0.proj_in",
+    "unet.mid_block.attn1.processor.to_out_lora.down.weight": "mid_block.attn1.to_out.0",
+    "unet.mid_block.attn1.processor.add_k_proj_lora.down.weight": "mid_block.attn1.add_k_proj",
+    "text_encoder.text_model.encoder.layers.0.self_attn.to_out_lora.down.weight": (
+        "text_model.encoder.layers.0.self_attn.out_proj"
+    ),
+    "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.down.weight": (
+        "text_model.encoder.layers.0.self_attn.q_proj"
+    ),
+    "mid_block.attn1.processor.to_q_lora.down.weight": "mid_block.attn1.to_q",
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_spellings_of_diffusers(name: str, tmp_path: Path) -> None:
+    up = name.replace("down", "up") if "down" in name else name.replace("_A", "_B")
+    save_file({name: torch.ones(2, 3), up: torch.ones(4, 2)}, tmp_path / "a.safetensors")
+    (part,) = splice.translate_files(tmp_path / "a.safetensors", tmp_path / "own").parts
+    assert part.component == ("" if name.startswith("mid") else name.partition(".")[0])
+    prefix = f"base_model.model.{SPELLINGS[name]}"
+    assert set(load_file(tmp_path / "own" / FILE)) == {f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"}
+    assert (fields_in(tmp_path / "own")["r"], fields_in(tmp_path / "own")["lora_alpha"]) == (2, 2)
+
+
+def test_a_file_of_a_network_alone(tmp_path: Path) -> None:
+    """As `save_lora_adapter` writes it: no component before the names, nor before the fields of the config."""
+    front, noted = "mid_block.attentions.0.proj_in", {"r": 2, "lora_alpha": 7, "target_modules": ["proj_in"]}
+    tensors = {f"{front}.lora_A.weight": torch.ones(2, 3), f"{front}.lora_B.weight": torch.ones(4, 2)}
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": json.dumps(noted)})
+    splice.translate_files(tmp_path / "a.safetensors", tmp_path / "own")
+    assert fields_in(tmp_path / "own") == {**noted, "peft_type": "LORA"}
+    told = splice.translate_files(tmp_path / "own", tmp_path / "b.safetensors", "kohya")
+    assert told.notes == () and load_file(told.place)[f"{ONE}.alpha"].item() == 7
+    save_file({**tensors, f"unet.{front}.x.lora_A.weight": torch.ones(2, 3)}, tmp_path / "c.safetensors")
+    with pytest.raises(PeftError, match="some names begin with a component .unet., and 'mid_block"):
+        splice.translate_files(tmp_path / "c.safetensors", tmp_path / "new")
+
+
 def test_underscores_that_stand_for_dots() -> None:
     assert path_of("mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0", "unet", None) == (
         "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0"
@@ -311,6 +436,18 @@ def test_names_that_underscores_make_one(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "own")
     with pytest.raises(PeftError, match="with underscores for dots"):
         splice.translate_files(tmp_path / "own", tmp_path / "out.safetensors", "kohya", component="unet")
+
+
+def test_convolutions_in_groups(tmp_path: Path) -> None:
+    """B of such a one has a part of the rank for each group; diffusers hands it on as it is."""
+    network = nn.ModuleDict({"conv": nn.Conv2d(4, 6, 3, groups=2), "other": nn.Conv2d(4, 6, 3)})
+    saved(network, tmp_path / "own", splice.LoraConfig(r=4, target_modules=["conv", "other"]))
+    with pytest.raises(UnsupportedFeatureError, match="kohya's form has no place for a convolution in groups: 'conv'"):
+        splice.translate_files(tmp_path / "own", tmp_path / "a.safetensors", "kohya", component="unet")
+    splice.translate_files(tmp_path / "own", tmp_path / "b.safetensors", "diffusers", component="unet")
+    splice.translate_files(tmp_path / "b.safetensors", tmp_path / "again")
+    own, again = load_file(tmp_path / "own" / FILE), load_file(tmp_path / "again" / FILE)
+    assert own.keys() == again.keys() and all(torch.equal(own[key], again[key]) for key in own)
 
 
 def test_the_network_that_is_meant(tmp_path: Path) -> None:
@@ -424,3 +561,5 @@ def test_what_the_program_says(tmp_path: Path) -> None:
     ):
         ran = called(EXAMPLE, "--out", tmp_path / "x", *options)
         assert ran.exit_code == 2 and said in ran.output, ran.output
+    ran = called(file, "--base", BASE, "--out", tmp_path / "x")
+    assert ran.exit_code == 2 and "is a file: write it as a folder first" in ran.output

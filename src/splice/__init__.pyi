@@ -18,10 +18,15 @@ from splice.converting_files import convert_files as convert_files
 from splice.errors import AdapterMismatchError as AdapterMismatchError
 from splice.errors import CheckpointError as CheckpointError
 from splice.errors import NoMatchingPeftModuleError as NoMatchingPeftModuleError
+from splice.errors import NoRoomError as NoRoomError
 from splice.errors import PeftError as PeftError
 from splice.errors import PeftWarning as PeftWarning
 from splice.errors import UnknownMethodError as UnknownMethodError
 from splice.errors import UnsupportedFeatureError as UnsupportedFeatureError
+from splice.fleet.limits import StoreLimits as StoreLimits
+from splice.fleet.registering import Registered as Registered
+from splice.fleet.stats import StoreStats as StoreStats
+from splice.fleet.store import AdapterStore as AdapterStore
 from splice.gap import BaseGap as BaseGap
 from splice.gap import base_gap as base_gap
 from splice.injecting import inject_adapter_in_model as inject_adapter_in_model
@@ -130,6 +135,7 @@ from splice.utilities import cast_mixed_precision_params as cast_mixed_precision
 __version__: str
 __all__ = [
     "AdapterMismatchError",
+    "AdapterStore",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",
@@ -141,6 +147,7 @@ __all__ = [
     "CheckpointError",
     "LoadReport",
     "NoMatchingPeftModuleError",
+    "NoRoomError",
     "PeftConfig",
     "PeftError",
     "PeftMixedModel",
@@ -154,6 +161,9 @@ __all__ = [
     "PeftType",
     "PeftWarning",
     "PromptLearningConfig",
+    "Registered",
+    "StoreLimits",
+    "StoreStats",
     "TaskType",
     "UnknownMethodError",
     "UnsupportedFeatureError",

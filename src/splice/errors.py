@@ -44,6 +44,10 @@ class UnsupportedFeatureError(PeftError, NotImplementedError):
     """The config asks for something that would change the output and is not implemented."""
 
 
+class NoRoomError(PeftError, RuntimeError):
+    """Registered adapters cannot all be on the model at once within the limits of the store. Nothing was evicted."""
+
+
 class AdapterMismatchError(PeftError, RuntimeError):
     """The checkpoint does not fit the model. The model is as it was.
 

@@ -70,7 +70,7 @@ def injected(
     if state_dict is not None:
         config = _of_layers(peft_config, method, model, state_dict)
     # The base is frozen with its first adapter only: a trainer that injects a second one may train parts of the base by now.
-    first, undo = not tuner.peft_config, Undo(tuner)
+    first, undo = tuner.is_bare, Undo(tuner)
     try:
         plan, built = new_adapter(tuner, config, (), autocast_adapter_dtype, low_cpu_mem_usage)
         tuner.commit(adapter_name, peft_config, built, freeze_base=first, plan=plan)

@@ -14,6 +14,7 @@ from splice import __version__
 from splice.base_from_config import empty_base
 from splice.checkpoint.tensors import memory_of
 from splice.errors import CheckpointError, PeftError
+from splice.kinds.registry import method_of
 from splice.loading.on_disk.base_folder import BaseFolder, read_base_folder
 from splice.loading.on_disk.base_on_disk import BaseOnDisk, base_on_disk
 from splice.loading.on_disk.changes import changes_of
@@ -110,8 +111,18 @@ def base_for(
     trust_remote_code: bool,
     options: Mapping[str, Any],
 ) -> BaseOnDisk:
-    """The base that lies in `folder`, of the class that the adapter is for."""
+    """The base that lies in `folder`, of the class that the adapter is for.
+
+    Raises:
+        NotImplementedError: the adapter changes no weights, so there is nothing to be done with the files of a base.
+    """
     checkpoint = open_checkpoint(adapter, None, LoadOptions.plain(options), None)
+    method = method_of(checkpoint.config)
+    # Asked here: without weights, what acts on the call of the network may not even be put on it.
+    if not method.merges and method.experts is None:
+        raise NotImplementedError(
+            f"{adapter}: an adapter of {method.name.value} changes no weights, so that nothing can be merged or converted"
+        )
     network = empty_base(str(folder.path), checkpoint, None, class_name, trust_remote_code)
     return base_on_disk(network, folder, dtype)
 

@@ -18,7 +18,6 @@ from splice.checkpoint.publishing import Publication, publish
 from splice.checkpoint.types import TaskType
 from splice.config import PeftConfig
 from splice.errors import PeftWarning, warn
-from splice.fleet.slots import SlotsReport, slots
 from splice.loading.creating import new_adapter
 from splice.loading.in_memory import checkpoint_from
 from splice.loading.load import Loaded, LoadResult, load_into, load_new
@@ -26,10 +25,10 @@ from splice.loading.options import LoadOptions
 from splice.loading.remaking import remake
 from splice.loading.report import LoadReport
 from splice.loading.saving import facts_of, save
+from splice.many_adapters import ManyAdapters
 from splice.model_attributes import ModelViews
 from splice.surgery.calls import call_network
 from splice.surgery.dequantising import dequantised
-from splice.surgery.seating import slot_rows
 from splice.surgery.slot_rows import SlotRows
 from splice.surgery.tuner import Tuner
 from splice.surgery.undo import Undo
@@ -46,7 +45,7 @@ def classes_by_task() -> dict[TaskType, type[PeftModel]]:
     return _CLASSES
 
 
-class PeftModel(ModelViews):
+class PeftModel(ManyAdapters, ModelViews):
     """A base model with adapters.
 
     The base model is changed in place and reversibly: its layers stay the same objects with the same parameters, and
@@ -67,8 +66,7 @@ class PeftModel(ModelViews):
 
     # The task that the class is for; None for any.
     task: ClassVar[TaskType | None] = None
-    # Modules that are always saved whole, and methods that the base model must have, for a task.
-    heads: ClassVar[tuple[str, ...]] = ()
+    # Methods that the base model must have, for a task.
     needs: ClassVar[tuple[str, ...]] = ()
     # Whether its adapters may be of several methods.
     mixes_methods: ClassVar[bool] = False
@@ -240,7 +238,18 @@ class PeftModel(ModelViews):
             kwargs,
             time.perf_counter(),
         )
-        tuner = self.base_model
+        with self.base_model.changing:
+            return self._load_adapter(model_id, options, config, tensors, key_mapping)
+
+    def _load_adapter(
+        self,
+        model_id: str | os.PathLike[str] | None,
+        options: LoadOptions,
+        config: PeftConfig | None,
+        tensors: Mapping[str, torch.Tensor] | None,
+        key_mapping: Mapping[str, str] | None,
+    ) -> LoadResult:
+        tuner, adapter_name = self.base_model, options.adapter_name
         present = tuner.peft_config.get(adapter_name)
         if present is not None and config is not None:
             raise ValueError(
@@ -253,8 +262,8 @@ class PeftModel(ModelViews):
             if present is not None:
                 loaded = load_into(tuner, checkpoint, options, undo)
             else:
-                loaded = load_new(tuner, checkpoint, options, self.heads, not tuner.peft_config, undo)
-            self._after_load(loaded, is_trainable, undo.modules)
+                loaded = load_new(tuner, checkpoint, options, self.heads, tuner.is_bare, undo)
+            self._after_load(loaded, options.is_trainable, undo.modules)
             return loaded.result
         except BaseException:
             undo.run()
@@ -283,14 +292,15 @@ class PeftModel(ModelViews):
             ValueError: the name is taken, the method is another one, or the config cannot be applied.
         """
         tuner = self.base_model
-        tuner.check_new(adapter_name)
-        first, undo = not tuner.peft_config, Undo(tuner)
-        try:
-            plan, built = new_adapter(tuner, peft_config, self.heads, autocast_adapter_dtype, low_cpu_mem_usage)
-            tuner.commit(adapter_name, peft_config, built, freeze_base=first, plan=plan)
-        except BaseException:
-            undo.run()
-            raise
+        with tuner.changing:
+            tuner.check_new(adapter_name)
+            first, undo = tuner.is_bare, Undo(tuner)
+            try:
+                plan, built = new_adapter(tuner, peft_config, self.heads, autocast_adapter_dtype, low_cpu_mem_usage)
+                tuner.commit(adapter_name, peft_config, built, freeze_base=first, plan=plan)
+            except BaseException:
+                undo.run()
+                raise
 
     def remake_adapter(self, adapter_name: str, config: PeftConfig, tensors: Mapping[str, torch.Tensor]) -> None:
         """Put an adapter with this config and these tensors in the place of the one of that name, active if that is.
@@ -432,38 +442,6 @@ class PeftModel(ModelViews):
             ValueError: there is no such adapter, or it is merged.
         """
         self.base_model.delete_adapter(adapter_name)
-
-    def slots(self, count: int | None = None, rank: int | None = None) -> SlotsReport:
-        """Reserve slots: memory in which factors of many adapters lie side by side, for mixed batches (`adapter_names`).
-
-        Adapters that are there move in, and those loaded from now on are read straight into a free slot; parameters, names
-        and files are the same as without. The method of an adapter says whether it can: plain LoRA on linear layers.
-
-        Args:
-            count: of slots, each of (rank, in) and (out, rank) on every adapted layer; 0 to give them up, None to ask.
-            rank: the largest with room in one; behind a smaller one there are zeros.
-
-        Returns:
-            Which adapter is in which slot, and why others, which work as they do without slots, are in none.
-
-        Raises:
-            ValueError: `count` or `rank` is too small, or one of them is missing.
-        """
-        return slots(self.base_model, count, rank)
-
-    def slot_rows(self, adapter_names: Sequence[str]) -> SlotRows:
-        """Adapters for the rows of batches, by their slots: for `adapter_names` of a call that is compiled or captured.
-
-        Args:
-            adapter_names: one for each row, "__base__" for none; all of them in slots.
-
-        Returns:
-            What such calls take in the place of names. `assign` gives the rows other adapters, and nothing is compiled again.
-
-        Raises:
-            ValueError: an adapter is unknown, or a part of it is in no slot.
-        """
-        return slot_rows(self.base_model, adapter_names)
 
     def add_weighted_adapter(
         self,

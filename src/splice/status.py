@@ -82,7 +82,7 @@ def get_layer_status(model: nn.Module) -> list[LayerStatus]:
         ValueError: the model carries no adapters.
     """
     tuner = _tuner(model)
-    return [_status_of(path, layer) for path, layer in tuner.adapted.items()]
+    return [_status_of(path, layer) for path, layer in tuner.adapted.items() if layer.splice_host.layers]
 
 
 def _tuner(model: nn.Module) -> Tuner:

@@ -16,6 +16,7 @@ from torch import nn
 from splice.base.foreign_models import key_renaming
 from splice.checkpoint.dialects import OWN, Dialect, Part, dialects
 from splice.checkpoint.files import beside
+from splice.checkpoint.foreign import foreign_names
 from splice.checkpoint.keys import parse_key, renamed
 from splice.checkpoint.unread import UnreadWeights, unread_in
 from splice.config import read_config
@@ -23,8 +24,9 @@ from splice.errors import PeftError, UnsupportedFeatureError
 from splice.kinds.reading import Checkpoint
 from splice.kinds.registry import method_named
 from splice.loading.load import plan_new
-from splice.loading.on_disk.parts import read_parts, write_own
+from splice.loading.on_disk.parts import Parts, read_parts, write_own
 from splice.loading.options import LoadOptions
+from splice.loading.plan import Fitted
 from splice.loading.renaming import renamed_part
 from splice.pipeline_bases import Bases
 from splice.surgery.tuner import Tuner
@@ -106,11 +108,9 @@ def translate_files(
         raise PeftError(
             f"{dialect} names layers by the base's architecture: give the base; a folder with its config is enough"
         )
-    found = read_parts(adapter, component, bases.paths_of, options)
+    found = read_parts(adapter, component, lambda of: bases.paths_of(of) if component in (None, of) else None, options)
     if found.dialect == dialect and base is None and not rename:
-        raise PeftError(
-            f"{found.place} is in the dialect {dialect!r} already: give `rename` or `base`, or another dialect"
-        )
+        raise PeftError(_nothing_to_do(found, dialect))
     parts, notes = list(found.parts), list[str]()
     if rename:
         parts = [renamed_part(part, rename, found.place) for part in parts]
@@ -124,6 +124,13 @@ def translate_files(
         notes += _write_file(lambda path: target.write(parts, fields, path), place)
     told = tuple(TranslatedPart(part.component, _layers(part), len(part.tensors)) for part in parts)
     return Translated(place, found.dialect, dialect, told, tuple(notes))
+
+
+def _nothing_to_do(found: Parts, dialect: str) -> str:
+    foreign = next(filter(None, (foreign_names(part.tensors) for part in found.parts)), None)
+    if dialect == OWN and foreign is not None:
+        return f"{found.place} has a config, but {foreign} For that, name the file itself"
+    return f"{found.place} is in the dialect {dialect!r} already: give `rename` or `base`, or another dialect"
 
 
 def _target(name: str) -> Dialect | None:
@@ -172,7 +179,7 @@ def _at_home(part: Part, bases: Bases, place: str, notes: list[str]) -> Part:
     return Part(part.component, fields, unread_in(found.checkpoint.weights, names))
 
 
-def _planned(network: nn.Module, checkpoint: Checkpoint) -> Any:
+def _planned(network: nn.Module, checkpoint: Checkpoint) -> Fitted:
     tuner = Tuner.of(network)
     heads = PeftModel.class_for(checkpoint.config).heads
     return plan_new(tuner, checkpoint, LoadOptions.plain({}), heads, Undo(tuner))

@@ -6,6 +6,7 @@ from typing import Any
 from splice import AdaLoraConfig as AdaLoraConfig
 from splice import AdamssConfig as AdamssConfig
 from splice import AdapterMismatchError as AdapterMismatchError
+from splice import AdapterStore as AdapterStore
 from splice import AdaptionPromptConfig as AdaptionPromptConfig
 from splice import ArrowConfig as ArrowConfig
 from splice import AutoPeftModel as AutoPeftModel
@@ -49,6 +50,7 @@ from splice import MontecloraConfig as MontecloraConfig
 from splice import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
 from splice import MultitaskPromptTuningInit as MultitaskPromptTuningInit
 from splice import NoMatchingPeftModuleError as NoMatchingPeftModuleError
+from splice import NoRoomError as NoRoomError
 from splice import OFTConfig as OFTConfig
 from splice import OSFConfig as OSFConfig
 from splice import PeanutConfig as PeanutConfig
@@ -74,10 +76,13 @@ from splice import PromptTuningInit as PromptTuningInit
 from splice import PsoftConfig as PsoftConfig
 from splice import PveraConfig as PveraConfig
 from splice import RandLoraConfig as RandLoraConfig
+from splice import Registered as Registered
 from splice import RoadConfig as RoadConfig
 from splice import ShadowConfig as ShadowConfig
 from splice import ShiraConfig as ShiraConfig
 from splice import StartedConfig as StartedConfig
+from splice import StoreLimits as StoreLimits
+from splice import StoreStats as StoreStats
 from splice import SupertuningConfig as SupertuningConfig
 from splice import TaskType as TaskType
 from splice import TinyLoraConfig as TinyLoraConfig

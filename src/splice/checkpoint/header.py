@@ -83,6 +83,23 @@ def read_header(path: Path, descriptor: int | None = None) -> Header:
     return Header({name: _entry(name, value, 8 + length, path) for name, value in tensors.items()}, metadata)
 
 
+def check_header(path: Path) -> int:
+    """Check the header as `read_header` does, without telling what is in it; the size of the file, in bytes.
+
+    Raises:
+        CheckpointError: the file is damaged or no safetensors file; the message says what is wrong with it.
+    """
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder, not a file")
+    with open(path, "rb") as file:
+        start, size = file.read(len(LFS_START)), os.fstat(file.fileno()).st_size
+        try:
+            with safe_open(_name_of(file.fileno(), path), framework=_framework()):
+                return size
+        except (SafetensorError, OSError, ValueError, OverflowError) as error:
+            raise CheckpointError(_what_it_is(path, start, size, error)) from error
+
+
 def _name_of(descriptor: int, path: Path) -> str:
     """A name for the very file that is open: the path may be another file's by now."""
     own = f"/dev/fd/{descriptor}"

@@ -18,10 +18,12 @@ class Reading:
         tensors: all of them; they have values once `wait` has returned.
         fill: reads the values. It is called once, by a thread of its own where there is much to read.
         size: how many bytes are read.
+        lent: whether they may be memory that is kept elsewhere: whoever keeps them too has to copy them.
     """
 
-    def __init__(self, tensors: list[torch.Tensor], fill: Callable[[], None], size: int) -> None:
+    def __init__(self, tensors: list[torch.Tensor], fill: Callable[[], None], size: int, lent: bool = False) -> None:
         self.tensors = tensors
+        self.lent = lent
         self._fill = fill
         self._error: BaseException | None = None
         self._is_done = False

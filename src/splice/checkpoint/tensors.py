@@ -52,8 +52,13 @@ class Weights(Protocol):
         """What stands in the file beside the tensors."""
         ...
 
+    @property
+    def lends(self) -> bool:
+        """Whether what `read` gives may be memory that is kept here: whoever keeps it too has to copy it."""
+        ...
+
     def read(self, names: Sequence[str], into: Mapping[str, torch.Tensor] | None = None) -> list[torch.Tensor]:
-        """These tensors, on the CPU and as they were stored, each in memory that it shares with nothing.
+        """These tensors, on the CPU and as they were stored, each in memory that it shares with nothing unless it is lent.
 
         Args:
             names: of the tensors.
@@ -72,6 +77,8 @@ class Weights(Protocol):
 
 class SafetensorsFile:
     """Tensors in a safetensors file. The file is read, never mapped: it may be changed or deleted afterwards."""
+
+    lends = False
 
     # Hence not `safetensors.torch.load_file`, which maps it: a file that is cut off later kills the process (SIGBUS), and
     # one that is overwritten changes the model.
@@ -225,12 +232,15 @@ def _runs(order: Sequence[int], entries: Sequence[Entry]) -> Iterator[list[int]]
 class TensorsInMemory:
     """Tensors that are in memory already: of a `.bin` file, or given by the caller. Each is copied when it is read."""
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], place: str, hand_over: bool = False) -> None:
+    def __init__(
+        self, tensors: Mapping[str, torch.Tensor], place: str, hand_over: bool = False, lends: bool = False
+    ) -> None:
         self.place = place
         self.metadata: Mapping[str, str] = {}
         self.tensors = tensors
         # Whether nobody else has these tensors, so that they need no copy. True of those that were just unpickled.
         self.hand_over = hand_over
+        self.lends = lends
         self.entries = {
             name: Entry(DTYPE_NAMES.get(t.dtype, str(t.dtype)), tuple(t.shape), 0, t.numel() * t.element_size())
             for name, t in tensors.items()
@@ -240,7 +250,10 @@ class TensorsInMemory:
         self.handed: set[int] = set()
 
     def read(self, names: Sequence[str], into: Mapping[str, torch.Tensor] | None = None) -> list[torch.Tensor]:
-        return [self._owned(self.tensors[name].detach()) for name in names]
+        if not self.lends:
+            return [self._owned(self.tensors[name].detach()) for name in names]
+        given = {name: tensor for name, tensor in (into or {}).items() if _holds(tensor, self.entries[name])}
+        return [given[name].copy_(self.tensors[name]) if name in given else self.tensors[name] for name in names]
 
     def read_part(self, name: str, part: Part) -> torch.Tensor:
         return part_in(whole(self.tensors[name].detach()), part)
@@ -271,7 +284,7 @@ def begin_to_read(weights: Weights, names: Sequence[str], into: Mapping[str, tor
     """`weights.read`, while the program goes on where they are in a file as they are."""
     if isinstance(weights, SafetensorsFile):
         return weights.begin_to_read(names, into)
-    return Reading(weights.read(names, into), lambda: None, 0)
+    return Reading(weights.read(names, into), lambda: None, 0, weights.lends)
 
 
 def open_weights(path: Path) -> Weights:

@@ -58,6 +58,8 @@ def made(tensor: torch.Tensor) -> Unread:
 class UnreadWeights:
     """Tensors that are not read, as those of a checkpoint."""
 
+    lends = False
+
     def __init__(self, tensors: Mapping[str, Unread], place: str) -> None:
         self.place = place
         self.metadata: Mapping[str, str] = {}

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Columns of text that goes into a file or another program, which has no width of its own.
-_WIDTH = 160
+# Columns of text that goes into a file or another program, which has no width of its own: no table is cut off there. Text
+# that has to be broken somewhere is broken at the other.
+_WIDTH, BROKEN_AT = 10_000, 160
 
 
 def shown(text: str) -> str:

@@ -44,7 +44,9 @@ def write_plot(grid: Grid, title: str, path: Path) -> None:
         step = -(-len(names) // _LABELS) or 1
         set_ticks(range(0, len(names), step), [n or "outside" for n in names[::step]], fontsize=7, rotation=turned)
     axes.set_title(title, fontsize=8)
-    figure.colorbar(image, ax=axes).set_label(grid.meaning, fontsize=7)
+    bar = figure.colorbar(image, ax=axes)
+    bar.set_label(grid.meaning, fontsize=7)
+    bar.ax.tick_params(labelsize=7)
     # Without the date and with names that are not drawn by lot, so that the same adapter is the same file.
     metadata = {"Date": None} if path.suffix.lower() == ".svg" else {}
     with rc_context({"svg.hashsalt": "splice"}):

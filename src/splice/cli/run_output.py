@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from splice.cli.adapters import Adapter
-from splice.cli.output import console, shown
+from splice.cli.output import BROKEN_AT, console, shown
 from splice.errors import counted, sized
 
 if TYPE_CHECKING:
@@ -59,10 +59,11 @@ def show_told(prompts: Sequence[str], names: Sequence[str | None], told: Answers
         for prompt, by_name in zip(prompts, _by_prompt(told.answers, len(prompts)))
     ]
     out.print()
+    width = min(out.width, BROKEN_AT)
     longest = max(len(line) for row in rows for cell in row for line in cell.split("\n"))
-    if min(longest, _NARROWEST) * (len(names) + 1) <= out.width:
+    if min(longest, _NARROWEST) * (len(names) + 1) <= width:
         # Not as everything else is written: here long lines have to be broken.
-        out.print(_side_by_side(rows, [_called(name) for name in names]), soft_wrap=False)
+        out.print(_side_by_side(rows, [_called(name) for name in names]), width=width, soft_wrap=False)
         out.print()
     else:
         for prompt, *texts in rows:
@@ -78,12 +79,14 @@ def show_told(prompts: Sequence[str], names: Sequence[str | None], told: Answers
 def _side_by_side(rows: Iterable[Sequence[str]], names: Sequence[str]) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
     for title in ("prompt", *names):
         table.add_column(title, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
+    for prompt, base, *others in rows:
+        # Where it is not what the base answers, it is the adapter's doing.
+        table.add_row(prompt, base, *(text if text == base else Text(text, "cyan") for text in others))
     return table
 
 

@@ -156,7 +156,7 @@ class Container(_Hookable):
             registry.pop(name, None)
         self._non_persistent_buffers_set.discard(name)
         if name in self.ties:
-            self.__dict__["ties"] = {other: ties for other, ties in self.ties.items() if other != name}
+            del self.__dict__["ties"][name]
 
     def train(self, mode: bool = True) -> Container:
         if mode is not self.training:

@@ -13,6 +13,9 @@ from splice.base.sharding import Part, part_in
 class Derived(ABC):
     """What follows from `read`, of `Weights` that read something else: nothing of it is in a file as it is."""
 
+    # Those that are passed on as they are may be.
+    lends = True
+
     @abstractmethod
     def read(self, names: Sequence[str], into: Mapping[str, torch.Tensor] | None = None) -> list[torch.Tensor]:
         """These tensors, each in memory of its own."""

@@ -70,6 +70,16 @@ class Experts(NamedTuple):
     places: Callable[[Config, Mapping[str, Any]], Mapping[str, str]]
 
 
+class Beside(NamedTuple):
+    """Which adapters of a method can stand beside one another."""
+
+    # Whether an adapter with this config has a say in that.
+    concerns: Callable[[Config], bool]
+    # Raises where an adapter with the first config cannot stand beside others, by name: all of its method where it has a say
+    # itself, else those that have one.
+    check: Callable[[Config, Mapping[str, PeftConfig]], None]
+
+
 class Method(NamedTuple):
     """What the library has to know about a method.
 
@@ -117,7 +127,7 @@ class Method(NamedTuple):
         outdated_names: first components of tensors' names that only earlier versions wrote, and what to do about them.
         check: raises where a config asks for something that is wrong or not supported, before anything is read.
         loading_notes: a line for each thing that whoever loads an adapter with this config is warned of.
-        check_beside: raises where an adapter with the first config cannot stand beside those with the others, by name.
+        check_beside: which of its adapters can stand beside one another, where not all can.
         names: what else programs import of it, by the reference's names; an adapter layer stands for the adapted layers that
             carry it.
         paper: where the method is described.
@@ -163,7 +173,7 @@ class Method(NamedTuple):
     outdated_names: Mapping[str, str] = MappingProxyType({})
     check: Callable[[Config], None] = _nothing_to_check
     loading_notes: Callable[[Config], list[str]] = _nothing_to_note
-    check_beside: Callable[[Config, Mapping[str, PeftConfig]], None] | None = None
+    check_beside: Beside | None = None
     names: Mapping[str, object] = MappingProxyType({})
     paper: str = ""
     summary: str = ""
@@ -172,6 +182,12 @@ class Method(NamedTuple):
     def on_layers(self) -> bool:
         """Whether its adapters are on layers, be it beside what they put on the call of the network."""
         return bool(self.layers) or self.other_layer is not None or self.network_layer is None
+
+    @property
+    def merges(self) -> bool:
+        """Whether any of its adapter layers can be merged."""
+        layers = [*self.layers.values(), self.parameters_layer, self.other_layer]
+        return any(layer is not None and layer.mergeable for layer in layers)
 
     @property
     def home(self) -> str:

@@ -56,11 +56,11 @@ def remake(
     before = [Built(place, old_layers[place.path]) for place in (*old_plan.placements, *old_plan.followers)]
     tuner.discard(name)
     try:
-        tuner.commit(name, config, built, not tuner.peft_config, modules, plan)
+        tuner.commit(name, config, built, tuner.is_bare, modules, plan)
     except BaseException:
         if name in tuner.placed:
             tuner.discard(name)
-        tuner.commit(name, old_config, before, not tuner.peft_config, modules, old_plan)
+        tuner.commit(name, old_config, before, tuner.is_bare, modules, old_plan)
         raise
     finally:
         tuner.set_requires_grad(name, trained)

@@ -121,7 +121,10 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
         if rows.seats is not None and (rows.by_seats or torch.compiler.is_compiling()):
             return self._forward_seats(run, rows, *args, **kwargs)
         # Asked of one for all: methods whose rows cannot be taken one by one never share a place with other methods.
-        together_only = next(iter(host.layers.values())).wrapped_rows(host.layers, rows, run)
+        one = _one_of(host, rows)
+        if one is None:  # all have been taken off meanwhile
+            return run(*args, **kwargs)
+        together_only = one.wrapped_rows(host.layers, rows, run)
         if together_only is not None:
             return together_only(*args, **kwargs)
         x = args[0] if args else None
@@ -234,6 +237,16 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, (super().extra_repr(), f"adapters={list(self.splice_host.layers)}")))
+
+
+def _one_of(host: Host, rows: Rows) -> AdapterLayer | None:
+    """An adapter layer that the rows use here; any one, where they use none, and None where there is none."""
+    for name in rows.names:
+        layer = host.layers.get(name)
+        if layer is not None:
+            return layer
+    # Copied first: other threads may put adapters on and take them off.
+    return next(iter(list(host.layers.values())), None)
 
 
 def _groups(host: Host, rows: Rows, x: torch.Tensor) -> Groups:

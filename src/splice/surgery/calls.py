@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
@@ -13,12 +13,15 @@ from torch.utils._pytree import tree_leaves
 from splice.base.sharding import is_managed, is_sharded
 from splice.errors import PeftWarning, counted, warn
 from splice.kinds.call import Call
-from splice.selection import BASE, Choice, Rows, Selection
+from splice.selection import BASE, Choice, Rows
 from splice.surgery.seating import note_seats
 from splice.surgery.slot_rows import SlotRows
 from splice.surgery.tuner import Tuner
 
 T = TypeVar("T")
+
+# Under which key a graph holds the adapters that its backward may need.
+_HELD = "splice_adapters"
 
 # Layers that a warning names.
 _LISTED = 8
@@ -50,10 +53,10 @@ def call_network(
     """
     if torch.compiler.is_compiling():  # there is one thread, and a lock would break the graph
         return _call(tuner, function, args, options, adapter_names, generates, training)
-    with tuner.selection.one_call():
+    with tuner.selection.one_call(), _brought_in(tuner, adapter_names, training):
         result = _call(tuner, function, args, options, adapter_names, generates, training)
         if torch.is_grad_enabled():
-            _keep_for_backward(tuner.selection, result)
+            _keep_for_backward(tuner, result, adapter_names)
     if tuner.awaits_training and torch.is_grad_enabled():
         tuner.awaits_training = False
         _warn_if_apart(tuner)
@@ -82,12 +85,37 @@ def _call(
         return result
 
 
-def _keep_for_backward(selection: Selection, result: object) -> None:
+def _brought_in(
+    tuner: Tuner, adapter_names: Sequence[str] | SlotRows | None, training: bool
+) -> AbstractContextManager[None]:
+    """Inside, those adapters that the call uses and that are registered are on the network."""
+    if tuner.store is None:
+        return nullcontext()
+    if adapter_names is not None and tuner.selection.enabled:
+        # Nothing is loaded for a call that is refused.
+        _check_rows(tuner, adapter_names, training, tuner.store)
+    return tuner.store.using(_names_in(tuner, adapter_names))
+
+
+def _names_in(tuner: Tuner, adapter_names: Sequence[str] | SlotRows | None) -> Sequence[str]:
+    """The adapters that a call uses: those of its rows, or the selected ones."""
+    if adapter_names is None or not tuner.selection.enabled:
+        return tuner.selection.current().names
+    if isinstance(adapter_names, SlotRows):  # of which one that has left its slot is not brought back to it
+        return [name for name in adapter_names.names if name in tuner.placed]
+    return adapter_names
+
+
+def _keep_for_backward(tuner: Tuner, result: object, adapter_names: Sequence[str] | SlotRows | None) -> None:
     """Let what a backward of `result` recomputes (gradient checkpointing) use the adapters that computed it."""
+    selection, store = tuner.selection, tuner.store
     choice = selection.current()
+    held = None if store is None else store.held(_names_in(tuner, adapter_names))
     for tensor in tree_leaves(result):
         if isinstance(tensor, torch.Tensor) and tensor.grad_fn is not None:
             tensor.register_hook(lambda _: selection.keep_for_backward(choice))  # type: ignore[no-untyped-call]
+            if held is not None:  # as long as the graph: it may be gone before the tensor, and the other way round
+                cast("dict[str, object]", tensor.grad_fn.metadata)[_HELD] = held
 
 
 def _chosen(
@@ -110,8 +138,10 @@ def _chosen(
     return _measured(tuner, rows, chosen) if generates else chosen
 
 
-def _check_rows(tuner: Tuner, adapter_names: Sequence[str] | SlotRows, training: bool) -> None:
-    """Raise where rows of a batch cannot have these adapters now."""
+def _check_rows(
+    tuner: Tuner, adapter_names: Sequence[str] | SlotRows, training: bool, registered: Container[str] = ()
+) -> None:
+    """Raise where rows of a batch cannot have these adapters now, nor when those that are `registered` are brought in."""
     by_slots = isinstance(adapter_names, SlotRows)
     if not by_slots and not isinstance(adapter_names, (list, tuple)):
         raise TypeError(f"adapter_names must be a list or a tuple of names, got {type(adapter_names).__name__}")
@@ -128,10 +158,13 @@ def _check_rows(tuner: Tuner, adapter_names: Sequence[str] | SlotRows, training:
                 "rows by slots give no gradients: call inside `torch.no_grad()` or `torch.inference_mode()`, or pass names"
             )
         return
-    unknown = sorted({name for name in adapter_names if name != BASE and name not in tuner.peft_config})
+    absent = {name for name in adapter_names if name != BASE and name not in tuner.peft_config}
+    unknown = sorted(name for name in absent if name not in registered)
     if unknown:
+        told = "" if tuner.store is None else tuner.store.told(unknown)
         raise ValueError(
             f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; there are {list(tuner.peft_config)}."
+            f"{told}"
         )
 
 
@@ -166,7 +199,8 @@ def _reading(tuner: Tuner, generates: bool, args: Sequence[object], options: dic
     ids = next(named, args[0] if args else None)
     call = Call(ids if isinstance(ids, torch.Tensor) else None, options, generates)
     with ExitStack() as stack:
-        for layer_class, names in tuner.reading.items():
+        # A copy: another thread may bring an adapter in.
+        for layer_class, names in list(tuner.reading.items()):
             stack.enter_context(layer_class.call_context(tuner, list(names), call))
         yield call
 

@@ -31,24 +31,30 @@ def check_together(tuner: Tuner, config: PeftConfig) -> None:
     if tuner.mixes_methods:
         check_mixed(config)
     beside = method_of(config).experts
-    for name, other in tuner.peft_config.items():
-        if other.peft_type != config.peft_type:  # asked first: of a thousand adapters hardly any is of another method
-            stands_on = method_of(other).experts
-            if (beside is not None and other.peft_type == beside.of) or (
-                stands_on is not None and config.peft_type == stands_on.of
-            ):
-                continue
-            # Without a PeftModel around the network, each adapter was put on it by somebody who knows of the others.
-            if not tuner.mixes_methods and not tuner.stands_alone:
-                raise ValueError(
-                    f"Cannot combine adapters with different peft types: {name!r} is {other.peft_type} and the new one is "
-                    f"{config.peft_type}."
-                )
-        if new != "none" and other.trained_biases() != "none":
+    # By method, and of all adapters only where the new one asks for it: there may be thousands.
+    for peft_type in tuner.methods:
+        if peft_type == config.peft_type:
+            continue
+        name = next(iter(tuner.of_method(peft_type)))
+        stands_on = method_of(tuner.peft_config[name]).experts
+        if (beside is not None and peft_type == beside.of) or (
+            stands_on is not None and config.peft_type == stands_on.of
+        ):
+            continue
+        # Without a PeftModel around the network, each adapter was put on it by somebody who knows of the others.
+        if not tuner.mixes_methods and not tuner.stands_alone:
+            raise ValueError(
+                f"Cannot combine adapters with different peft types: {name!r} is {peft_type} and the new one is "
+                f"{config.peft_type}."
+            )
+    for name, other in tuner.peft_config.items() if new != "none" else ():
+        if other.trained_biases() != "none":
             raise ValueError(
                 f"A model supports only 1 adapter with bias: {name!r} has bias={other.trained_biases()!r} and the new "
                 f"one {new!r}. When using multiple adapters, set bias to 'none' for all adapters but one."
             )
-    own_rule = method_of(config).check_beside
-    if own_rule is not None:
-        own_rule(config, {name: c for name, c in tuner.peft_config.items() if c.peft_type == config.peft_type})
+    method = method_of(config)
+    if method.check_beside is not None:
+        named = tuner.of_method(method.name)
+        others = named if method.check_beside.concerns(config) else [name for name in tuner.ruling if name in named]
+        method.check_beside.check(config, {name: tuner.peft_config[name] for name in others})

@@ -16,10 +16,15 @@ from splice.surgery.replaced_forward import ReplacedForward
 from splice.surgery.weight_readers import release_reader
 
 
-def detach(layer: nn.Module, name: str) -> None:
+def detach(layer: nn.Module, name: str, stays: bool = False) -> None:
     """Take the adapter off; with its last adapter the layer becomes exactly what it was.
 
     Also of a layer whose `attach` was interrupted at any point.
+
+    Args:
+        layer: the base layer.
+        name: the adapter's.
+        stays: whether the layer stays adapted without adapters: somebody may be calling it.
     """
     host = host_of(layer)
     if host is None:
@@ -32,7 +37,7 @@ def detach(layer: nn.Module, name: str) -> None:
         unshare(dropped, host)
         if dropped.shows:
             host.shows = any(adapter.shows for adapter in host.layers.values())
-    if not host.layers:
+    if not host.layers and not stays:
         _swap_back(layer, host)
 
 

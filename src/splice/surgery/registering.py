@@ -312,9 +312,9 @@ def unshare(adapter: AdapterLayer, host: Host) -> None:
     """Take back what `share` did, unless another adapter of the layer shares as well."""
     if not adapter.shared:  # nearly all methods: others need not be looked through
         return
-    others = {path for other in host.layers.values() for shared in other.shared for path in _on_layers(shared)}
-    for shared in adapter.shared:
-        for path in [path for path in _on_layers(shared) if path not in others]:
+    for path in [path for shared in adapter.shared for path in _on_layers(shared)]:
+        # The first one that has it ends the search: others may be a thousand.
+        if not any(path in _on_layers(shared) for other in host.layers.values() for shared in other.shared):
             host.base._modules.pop(path, None)
             host.added.pop(path, None)
 

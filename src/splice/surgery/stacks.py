@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from heapq import heappop, heappush
 from weakref import WeakSet
 
@@ -52,6 +52,18 @@ class Stacks:
         return Stacks, (self.count, self.rank), {"awaited": tuple(sorted(self.numbers, key=self.numbers.__getitem__))}
 
     @property
+    def free(self) -> int:
+        """How many slots are free."""
+        return len(self._free)
+
+    def seats(self, placement: Placement, shared: Container[str]) -> bool:
+        """Whether a layer to be is of the kind and rank that a slot has room for; `shared` as in `room_for`."""
+        names = placement.layer_class.stacked_names
+        if not names or set(placement.slots) != set(names) or placement.path in shared:
+            return False
+        return placement.slots[names[0]].shape[0] <= self.rank
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all stacks."""
         return sum(stack.nbytes for stack in self.of_layer.values())
@@ -71,10 +83,9 @@ class Stacks:
         if number is None:
             return found
         for p in placements:
-            names = p.layer_class.stacked_names
-            if set(p.slots) != set(names) or p.path in shared:
+            if not self.seats(p, shared):
                 continue
-            suffix_a, suffix_b = names
+            names = suffix_a, suffix_b = p.layer_class.stacked_names
             like = torch.empty(0, dtype=p.dtype(suffix_a, autocast), device=device_of(p.base))
             shapes = torch.Size(p.slots[suffix_a].shape), torch.Size(p.slots[suffix_b].shape)
             stack = self._stack(p.path, *shapes, like)
@@ -127,7 +138,7 @@ class Stacks:
         return number, ""
 
     def _give_back(self, name: str) -> None:
-        number = self.numbers.pop(name, None)
+        number = self.numbers.get(name)
         if number is None:
             return
         for reader in list(self.readers):
@@ -135,7 +146,10 @@ class Stacks:
         for stack in self.of_layer.values():
             stack.vacate(name)
             stack.clear(number)
-        heappush(self._free, number)
+        # In this order, so that what an interrupt cuts short can be done again.
+        if number not in self._free:
+            heappush(self._free, number)
+        del self.numbers[name]
 
     def _number(self, name: str) -> int | None:
         """The adapter's slot, a free one where it has none yet; None where none is free."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Protocol, TypeVar, cast
 
@@ -19,17 +19,18 @@ from splice.config import PeftConfig
 from splice.errors import warn
 from splice.kinds.adapters import Adapters
 from splice.kinds.call import ReadsCall
-from splice.kinds.host import Host, first_conflict
+from splice.kinds.host import first_conflict
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.module_copy import WholeModule
 from splice.kinds.network import NetworkLayer
 from splice.kinds.registry import method_named, method_of, question
 from splice.kinds.shared import SharedTensors
 from splice.kinds.tensors import Home
-from splice.selection import BASE, Rows, Selection
-from splice.surgery.adapted_layer import Adapted, is_whole
+from splice.selection import BASE, OwnLock, Rows, Selection
+from splice.surgery.adapted_layer import Adapted
 from splice.surgery.attach import attach
 from splice.surgery.base_changes import BaseChanges
+from splice.surgery.bringing import Store
 from splice.surgery.configs import Configs
 from splice.surgery.detach import detach
 from splice.surgery.in_order import InOrder
@@ -86,7 +87,9 @@ class Tuner(TunerViews, nn.Module):
         self.around = Home(self._modules, self.added, self.model)
         # The adapters of each method. Names and not a number of them: taking back an interrupted commit, nobody could tell
         # whether the adapter had been counted.
-        self._of_method: dict[PeftType, set[str]] = {}
+        self._of_method: dict[PeftType, dict[str, None]] = {}
+        # Adapters that have a say in which others may come beside them, in the order they came.
+        self.ruling: dict[str, None] = {}
         # Layers that have to know what the model is called with, and the adapters that have such, in the order they came.
         self.reading: dict[type[ReadsCall], dict[str, None]] = {}
         # What each adapter's own method adds to the loss.
@@ -96,6 +99,13 @@ class Tuner(TunerViews, nn.Module):
         self._base_changes = BaseChanges()
         # Slots for the factors of adapters; None while none are reserved.
         self.reserved_slots: Stacks | None = None
+        # Adapters that are registered, and brought in when they are used; None where none ever were.
+        self.store: Store | None = None
+        # Held while adapters are put on or taken off: calls of other threads may bring some in at any time.
+        self.changing = OwnLock()
+        # How many adapters were ever put on, and which of them each one was.
+        self.commits = 0
+        self.order: dict[str, int] = {}
         # Whether adapters may be of several methods.
         self.mixes_methods = False
         # Whether no call has come since the last load: the first one shows whether the adapter is reached at all.
@@ -197,10 +207,14 @@ class Tuner(TunerViews, nn.Module):
         # What `_forget` needs to find the adapter comes first, its layers last: what fails in between can be taken back.
         modules = walk_bare(self.model) if modules is None else modules
         readers = weight_readers(modules)
+        self.commits += 1
+        self.order[name] = self.commits
         self.placed[name] = {item.placement.path: item.layer for item in built}
         self.peft_config[name], self.plans[name] = config, plan
         method = method_of(config)
-        self._of_method.setdefault(method.name, set()).add(name)
+        self._of_method.setdefault(method.name, {})[name] = None
+        if method.check_beside is not None and method.check_beside.concerns(config):
+            self.ruling[name] = None
         if method.loss_term is not None:
             self.loss_terms[name] = method.loss_term
         vars(self.model).update({TUNER: (self,), CONFIGS: self.peft_config})
@@ -243,21 +257,24 @@ class Tuner(TunerViews, nn.Module):
                 self.adapted[path].splice_host.stack = stack
 
     def discard(self, name: str) -> None:
-        """Take an adapter off, finished or half attached, and forget it."""
-        shared = []
+        """Take an adapter off, finished or half attached, and forget it.
+
+        Where there is a store, other threads may be in the middle of a call: layers without adapters stay adapted.
+        """
+        stays, shared = self.store is not None, []
         for path, layer in self.placed[name].items():
             if isinstance(layer, SharedTensors):
                 shared.append(layer)
                 continue
             # An interrupt may have left a layer attached that is not listed yet.
             base = self.adapted[path] if path in self.adapted else self.model.get_submodule(path)
-            detach(base, name)
+            detach(base, name, stays)
             if not isinstance(base, Adapted):
                 self.adapted.pop(path, None)
         for layer in shared:
             unregister(layer, name)
         self._forget(name)
-        if not self.placed:
+        if not self.placed and not stays:
             self.restore_base()
 
     def left(self, path: str, name: str) -> None:
@@ -291,21 +308,35 @@ class Tuner(TunerViews, nn.Module):
                 self.left(path, name)
 
     def _forget(self, name: str) -> None:
-        del self.placed[name]
         if self.reserved_slots is not None:
             self.reserved_slots.release(name)
         self.plans.pop(name, None)
         self.peft_config.pop(name, None)
         # Looked for in all of these tables: there are as many as methods, and a table from name to method could disagree.
         for names in self._of_method.values():
-            names.discard(name)
+            names.pop(name, None)
         self._of_method = {method: names for method, names in self._of_method.items() if names}
         for told in self.reading.values():
             told.pop(name, None)
         self.reading = {layer_class: told for layer_class, told in self.reading.items() if told}
         self.loss_terms.pop(name, None)
+        self.ruling.pop(name, None)
+        self.order.pop(name, None)
+        if self.store is not None:
+            self.store.left(name)
         self._trained.forget(name)
         self._in_order.forget(name)
+        # Last: what an interrupt cuts short can be done again.
+        del self.placed[name]
+
+    def of_method(self, method: PeftType) -> Collection[str]:
+        """The adapters of a method, in the order they came."""
+        return self._of_method.get(method, {}).keys()
+
+    @property
+    def methods(self) -> Collection[PeftType]:
+        """Those of the adapters that are there."""
+        return self._of_method.keys()
 
     def stack_layers(self, config: PeftConfig) -> bool:
         """Let the network use its layers as often as `config` says; whether that changed it."""
@@ -314,25 +345,15 @@ class Tuner(TunerViews, nn.Module):
 
     def restore_base(self, keep_layers: bool = False) -> None:
         """Give the network back the flags and layers it had, and forget that it carried adapters."""
+        for path, host in self.hosts.items():
+            if not host.layers:
+                detach(host.base, "")
+                self.adapted.pop(path)
         self._base_changes.take_back(self.model, keep_layers)
         for name in (TUNER, CONFIGS):
             vars(self.model).pop(name, None)
 
     # -- selecting
-
-    @property
-    def merged(self) -> list[str]:
-        """Adapters that are in the base weights now."""
-        return list(self.selection.merged)
-
-    @property
-    def active_adapters(self) -> list[str]:
-        return list(self.selection.active)
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        names = self.selection.active
-        return names[0] if len(names) == 1 else list(names)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make these adapters the active ones, in this order; their outputs add up.
@@ -343,13 +364,23 @@ class Tuner(TunerViews, nn.Module):
             ValueError: there is no such adapter, or two of them replace the same module.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        self.check_known(names)
-        self._check_apart(names)
-        if self.merged:
-            warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
-            self.unmerge_adapter()
-        self.selection.set(names)
-        self.train_only([] if inference_mode else names)
+        self._check_registered(names)
+        with self.using(names):
+            self._check_apart(names)
+            if self.merged:
+                warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
+                self.unmerge_adapter()
+            self.selection.set(names)
+            self.train_only([] if inference_mode else names)
+
+    def using(self, names: Iterable[str]) -> AbstractContextManager[None]:
+        """Inside, those of these adapters that are registered are on the network; others are as they are."""
+        return nullcontext() if self.store is None else self.store.using(names)
+
+    def _check_registered(self, names: Iterable[str]) -> None:
+        """`check_known`, also of what is registered and would be brought in."""
+        store = self.store
+        self.check_known(names if store is None else [name for name in names if name not in store])
 
     def check_new(self, name: str) -> None:
         """Raise where no adapter can be called `name`.
@@ -364,6 +395,11 @@ class Tuner(TunerViews, nn.Module):
                 f"Adapter with name {name!r} already exists. Choose another name, or load new weights into it with "
                 "`model.load_adapter`."
             )
+        if self.store is not None and self.store.keeps_from(name):
+            raise ValueError(
+                f"Adapter {name!r} is registered (`register_adapters`). Choose another name, or call "
+                f"`delete_adapter({name!r})` first."
+            )
 
     def check_known(self, names: Iterable[str], said: str = "not found") -> None:
         """Raise where one of these adapters is not there; scripts look for what is `said` of it.
@@ -373,7 +409,8 @@ class Tuner(TunerViews, nn.Module):
         """
         unknown = [name for name in names if name not in self.peft_config]
         if unknown:
-            raise ValueError(f"Adapter {unknown[0]} {said}; there are {list(self.peft_config)}.")
+            registered = "" if self.store is None else self.store.told(unknown)
+            raise ValueError(f"Adapter {unknown[0]} {said}; there are {list(self.peft_config)}.{registered}")
 
     def _check_apart(self, names: Sequence[str]) -> None:
         """Raise where two of these adapters cannot take effect together on some layer."""
@@ -454,15 +491,11 @@ class Tuner(TunerViews, nn.Module):
 
     # -- merging and taking off
 
-    @property
-    def hosts(self) -> dict[str, Host]:
-        """What the adapted layers carry, by path."""
-        return {path: layer.splice_host for path, layer in self.adapted.items()}
-
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Add the adapters (the active ones, if none are named) to the base weights; see `surgery/merging.py`."""
-        names = adapters_to_merge(self.hosts.values(), self.selection, self.peft_config, adapter_names)
-        self.merge_report = merge(self.model, self.hosts, self.selection, names, safe_merge)
+        with self.using(adapter_names or ()):
+            names = adapters_to_merge(self.hosts.values(), self.selection, self.peft_config, adapter_names)
+            self.merge_report = merge(self.model, self.hosts, self.selection, names, safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Give every merged layer back the very parameters it had before."""
@@ -474,16 +507,21 @@ class Tuner(TunerViews, nn.Module):
         Raises:
             ValueError: there is no such adapter, or it is merged.
         """
-        self.check_known([adapter_name], "does not exist")
+        if self.store is None or adapter_name not in self.store:
+            self.check_known([adapter_name], "does not exist")
         if adapter_name in self.merged:
             raise ValueError(
                 f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first: "
                 "`unmerge_adapter()`."
             )
-        was_active = adapter_name in self.selection.active
-        self.discard(adapter_name)
-        if was_active:
-            self._activate_after_deletion(adapter_name)
+        with self.changing:
+            if self.store is not None:
+                self.store.forget(adapter_name)
+            was_active = adapter_name in self.selection.active
+            if adapter_name in self.placed:  # else it was registered and not here
+                self.discard(adapter_name)
+            if was_active:
+                self._activate_after_deletion(adapter_name)
 
     def _activate_after_deletion(self, deleted: str) -> None:
         remaining = [name for name in self.selection.active if name != deleted]
@@ -514,7 +552,7 @@ class Tuner(TunerViews, nn.Module):
         for path, host in self.hosts.items():
             layers = [host.layers[name] for name in keep_copies_of if name in host.layers]
             copies = [layer for layer in layers if isinstance(layer, WholeModule) and layer.stays_merged]
-            for name in list(host.layers):
+            for name in list(host.layers) or [""]:
                 detach(host.base, name)
             if copies:
                 self.model.set_submodule(path, copies[0].module)
@@ -524,31 +562,13 @@ class Tuner(TunerViews, nn.Module):
                     unregister(layer, name)
             self._forget(name)
         self.adapted.clear()
-        self.reserved_slots = None
+        self.reserved_slots = self.store = None
         self.selection.merged.clear()
         self.selection.set([])
         self.restore_base(keep_layers)
         return self.model
 
-    # -- reporting
-
-    @property
-    def prefix(self) -> str:
-        """What the names of the active adapter's tensors begin with."""
-        return method_of(self.peft_config[next(iter(self.selection.active or self.peft_config))]).prefix
-
-    @property
-    def targeted_module_names(self) -> list[str]:
-        return [path for path, layer in self.adapted.items() if not is_whole(layer)]
-
-    def unused_layers(self) -> list[str]:
-        """Paths of layers that carry an active adapter and that no call has reached since it was put there."""
-        return [path for path in self.active_paths() if not self.adapted[path].splice_host.reached]
-
-    def active_paths(self) -> list[str]:
-        """Paths of all layers that carry an active adapter."""
-        active = self.selection.active
-        return [p for p, layer in self.adapted.items() if any(name in layer.splice_host.layers for name in active)]
+    # -- calling
 
     def rows(self, adapter_names: Sequence[str], may_repeat: bool) -> Rows:
         """One adapter for each row of a batch.

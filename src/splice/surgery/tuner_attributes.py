@@ -10,9 +10,12 @@ from torch import nn
 from splice.base.foreign_models import config_as_dict
 from splice.config import PeftConfig
 from splice.errors import UnsupportedFeatureError
+from splice.kinds.host import Host
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.matching import TargetMatcher, matching_parameters
 from splice.kinds.registry import Method, method_of
+from splice.selection import Selection
+from splice.surgery.adapted_layer import Adapted, is_whole
 from splice.surgery.layer_classes import layer_classes
 from splice.surgery.loss import MergeReport
 
@@ -22,8 +25,52 @@ class TunerViews:
 
     peft_config: dict[str, PeftConfig]
     placed: dict[str, dict[str, AdapterLayer]]
+    adapted: dict[str, Adapted]
+    selection: Selection
     # What the last merge did; None before the first.
     merge_report: MergeReport | None = None
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether the network is as it was before the first adapter came."""
+        return not self.peft_config and not self.adapted
+
+    @property
+    def hosts(self) -> dict[str, Host]:
+        """What the adapted layers carry, by path."""
+        return {path: layer.splice_host for path, layer in self.adapted.items()}
+
+    @property
+    def merged(self) -> list[str]:
+        """Adapters that are in the base weights now."""
+        return list(self.selection.merged)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self.selection.active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        names = self.selection.active
+        return names[0] if len(names) == 1 else list(names)
+
+    @property
+    def prefix(self) -> str:
+        """What the names of the active adapter's tensors begin with."""
+        return method_of(self.peft_config[next(iter(self.selection.active or self.peft_config))]).prefix
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        return [path for path, layer in self.adapted.items() if not is_whole(layer)]
+
+    def unused_layers(self) -> list[str]:
+        """Paths of layers that carry an active adapter and that no call has reached since it was put there."""
+        return [path for path in self.active_paths() if not self.adapted[path].splice_host.reached]
+
+    def active_paths(self) -> list[str]:
+        """Paths of all layers that carry an active adapter."""
+        active = self.selection.active
+        return [p for p, layer in self.adapted.items() if any(name in layer.splice_host.layers for name in active)]
 
     @property
     def _first_method(self) -> Method:

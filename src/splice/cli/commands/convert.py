@@ -25,7 +25,7 @@ _DIALECTS = ("peft", "kohya", "diffusers", "gguf")
 _SHOWN = 10
 
 
-@click.command
+@click.command(short_help="Write an adapter as one of another method.")
 @click.argument("adapter")
 @click.option("--to", help=f"A method, of which there is one so far, or the form of a program: {', '.join(_DIALECTS)}.")
 @click.option("--base", help="Folder of the base model, or its id on the Hub; a config alone may do.")
@@ -92,6 +92,8 @@ def command(
         return 0
     if base is None:
         raise click.UsageError("Say what the adapter is for: --base.")
+    if Path(adapter).is_file():
+        raise click.UsageError(f"{adapter} is a file: write it as a folder first, with --to {_DIALECTS[0]}")
     of_all = _rank(rank)
     converting = import_module("splice.converting_files")
     with _bar(quiet=as_json or not sys.stderr.isatty()) as advance:

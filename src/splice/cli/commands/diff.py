@@ -19,6 +19,8 @@ from splice.errors import counted
 
 # Layers that the table shows: those that differ most.
 _SHOWN = 10
+# Fields whose names are a set, which is written in any order.
+_SETS = ("exclude_modules", "modules_to_save", "target_modules")
 
 
 class Difference(NamedTuple):
@@ -37,7 +39,7 @@ class Difference(NamedTuple):
     cosine: float | None
 
 
-@click.command
+@click.command(short_help="Compare two adapters, layer by layer.")
 @click.argument("one")
 @click.argument("other")
 @json_option
@@ -76,7 +78,13 @@ def _fields(one: Summary, other: Summary) -> dict[str, list[object]]:
     """The fields of the configs that differ: name -> both values; null is a field that is not there."""
     a, b = one.opened.fields, other.opened.fields
     names = sorted(a.keys() | b.keys())
-    return {name: [a.get(name), b.get(name)] for name in names if a.get(name) != b.get(name)}
+    return {name: [a.get(name), b.get(name)] for name in names if not _alike(name, a.get(name), b.get(name))}
+
+
+def _alike(name: str, one: object, other: object) -> bool:
+    if name in _SETS and isinstance(one, list) and isinstance(other, list):
+        return sorted(map(str, one)) == sorted(map(str, other))
+    return one == other
 
 
 def _differences(one: Summary, other: Summary) -> list[Difference]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 import click
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 _FILE = click.Path(dir_okay=False, path_type=Path)
 # Characters of an option's value that one line shows.
 _LONG = 60
+# Columns before what is said of a checkpoint.
+_INDENT = 14
 
 
 @click.command
@@ -76,17 +79,21 @@ def _draw(summary: Summary, plot: Path | None, report: Path | None) -> None:
 
 
 def _show(summary: Summary, values: bool) -> None:
+    from rich.text import Text
+
     out = console()
     out.print(shown(summary.opened.place), style="bold")
     for title, text in _facts(summary):
-        out.print(f"  {title:<11} {shown(text)}")
+        # Below itself where the terminal is too narrow for a line.
+        lines = wrap(shown(text), max(out.width - _INDENT, _INDENT), break_long_words=False, break_on_hyphens=False)
+        out.print(Text.assemble((f"  {title:<11} ", "cyan"), f"\n{' ' * _INDENT}".join(lines)))
     out.print(_tree(summary))
     for problem in summary.problems:
         out.print(
             f"{'problem' if problem.serious else 'note'}: {shown(problem.text)}", style="red" if problem.serious else ""
         )
     if not summary.problems:
-        out.print("no problems found" + ("" if values else "; --values reads the values too"))
+        out.print("no problems found" + ("" if values else "; --values reads the values too"), style="green")
 
 
 def _facts(summary: Summary) -> list[tuple[str, str]]:

@@ -102,7 +102,9 @@ def _show(lines: list[_Line], folder: Path | None) -> None:
         return
     table = Table(box=None, pad_edge=False)
     for title in ("adapter", "method", "rank", "parameters", "size", "base", ""):
-        table.add_column(title, justify="right" if title in ("rank", "parameters", "size") else "left", no_wrap=True)
+        number_like = title in ("rank", "parameters", "size")
+        # On a narrow terminal names go on below; they are what the next command is called with.
+        table.add_column(title, justify="right" if number_like else "left", no_wrap=number_like, overflow="fold")
     for line in lines:
         summary = line.summary
         if summary is None:
@@ -118,4 +120,4 @@ def _show(lines: list[_Line], folder: Path | None) -> None:
             shown(str(fields.get("base_model_name_or_path") or "")),
             shown(serious[0]) if serious else "",
         )
-    out.print(table)
+    out.print(table, soft_wrap=False)

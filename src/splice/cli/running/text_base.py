@@ -134,11 +134,14 @@ def _class_of(config: Any, wanted: Wanted) -> Any:
         else (transformers.AutoModelForCausalLM, transformers.MODEL_FOR_CAUSAL_LM_MAPPING)
     )
     remote: Any = field_of(config, "auto_map") or {}
-    if type(config) not in known and not (wanted.trust_remote_code and auto.__name__ in remote):
+    if wanted.trust_remote_code and auto.__name__ in remote:
+        return auto
+    if type(config) not in known:
         raise ValueError(
             f"{wanted.place} is a base of {config.model_type!r}, and transformers has no {auto.__name__} of these, which "
             "would give text; --class names another one"
         )
+    known[type(config)]  # imports the class, which is no part of reading the base
     return auto
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from splice.checkpoint.dialects import OWN, Dialect, Part, PathsOf, dialects
 from splice.checkpoint.download import listing
 from splice.checkpoint.fields import read_fields
-from splice.checkpoint.foreign import what_config
+from splice.checkpoint.foreign import foreign_names, what_config
 from splice.checkpoint.format import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME
 from splice.checkpoint.incoming import CONFIG_DIGEST
 from splice.checkpoint.source import Source
@@ -66,7 +66,10 @@ def _found(adapter: str | os.PathLike[str], paths_of: PathsOf, options: Mapping[
     path = Path(adapter)
     if path.is_file():
         if path.name in (SAFETENSORS_NAME, BIN_NAME) and (path.parent / CONFIG_NAME).exists():
-            return Parts((_own(Source(str(path.parent)), ""),), OWN, str(adapter))
+            part = _own(Source(str(path.parent)), "")
+            # The config beside it belongs to another file, where the names are another program's.
+            if foreign_names(part.tensors) is None:
+                return Parts((part,), OWN, str(adapter))
         return _of_another(path, paths_of)
     source = Source.from_options(adapter, options.get("subfolder"), options)
     if source.has(CONFIG_NAME):

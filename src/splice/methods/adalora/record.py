@@ -9,7 +9,7 @@ from splice.checkpoint.types import PeftType
 from splice.kinds.adapters import Adapters
 from splice.kinds.dropout import dropout_of
 from splice.kinds.layer import AdapterLayer
-from splice.kinds.registry import Method, register
+from splice.kinds.registry import Beside, Method, register
 from splice.methods.adalora.allocator import RankAllocator
 from splice.methods.adalora.budget import in_training, update_and_allocate
 from splice.methods.adalora.layers import (
@@ -61,7 +61,7 @@ METHOD = register(
         layer_views=MappingProxyType({"lora_dropout": dropout_of, **dict.fromkeys(_OF_PLAIN_LORA, _nothing)}),
         default_targets=ADALORA_TARGETS,
         check=check,
-        check_beside=check_beside,
+        check_beside=Beside(lambda config: not config.inference_mode, check_beside),
         names=MappingProxyType({"SVDLinear": AdaLoraLayer, "SVDConv2d": AdaLoraConv, "RankAllocator": RankAllocator}),
         paper="arXiv 2303.10512",
     )

@@ -89,13 +89,15 @@ def _factors(flat: torch.Tensor, norm: float, wanted: Wanted) -> tuple[torch.Ten
     most = min(flat.shape)
     if most <= _WHOLE:
         u, s, vh = torch.linalg.svd(flat, full_matrices=False)
-        return _cut(u, s, vh, _rank(s, norm, wanted) or most)
+        # What is left behind each, from the smallest up: as the difference of two large sums it would be good to few digits.
+        behind = s.double().square().flip(0).cumsum(0).flip(0)
+        return _cut(u, s, vh, _rank(torch.cat([behind[1:], behind.new_zeros(1)]), norm, wanted) or most)
     asked = min(wanted.rank or 16, most)
     while True:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # the same file each time, and nobody's random numbers changed
             u, s, v = torch.svd_lowrank(flat, q=min(asked + _MORE, most), niter=_ITERATIONS)
-        rank = _rank(s, norm, wanted)
+        rank = _rank(norm**2 - s.double().square().cumsum(0), norm, wanted)
         if rank is not None and (wanted.rank is not None or rank <= asked or asked >= most):
             return _cut(u, s, v.T, rank)
         if asked >= most:
@@ -103,12 +105,17 @@ def _factors(flat: torch.Tensor, norm: float, wanted: Wanted) -> tuple[torch.Ten
         asked = min(asked * 2, most)
 
 
-def _rank(s: torch.Tensor, norm: float, wanted: Wanted) -> int | None:
-    """How many of these singular values are enough; None where all of them are not."""
+def _rank(left: torch.Tensor, norm: float, wanted: Wanted) -> int | None:
+    """How many singular values are enough; None where all that are known are not.
+
+    Args:
+        left: for each, the sum of the squares of all behind it.
+        norm: of them all.
+        wanted: the rank or the error.
+    """
     if wanted.rank is not None:
-        return min(wanted.rank, len(s))
+        return min(wanted.rank, len(left))
     assert wanted.error is not None
-    left = norm**2 - s.double().square().cumsum(0)
     enough = (left <= (wanted.error * norm) ** 2).nonzero()
     return int(enough[0]) + 1 if len(enough) else None
 

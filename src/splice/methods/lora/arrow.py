@@ -140,6 +140,11 @@ def _state(factor: torch.Tensor) -> tuple[int, int]:
     return factor.data_ptr(), 0 if factor.is_inference() else factor._version
 
 
+def is_router(config: LoraConfig) -> bool:
+    """Whether it says what others may stand beside it."""
+    return config.arrow_config is not None
+
+
 def check_beside_router(config: LoraConfig, others: Mapping[str, PeftConfig]) -> None:
     """Refuse a router whose experts are not there, and experts that no router can mix.
 

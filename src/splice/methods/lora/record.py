@@ -12,11 +12,11 @@ from splice.checkpoint.types import PeftType
 from splice.errors import UnsupportedFeatureError, UnsupportedLayerError
 from splice.kinds.dropout import dropout_of
 from splice.kinds.layer import AdapterLayer
-from splice.kinds.registry import Method, register
+from splice.kinds.registry import Beside, Method, register
 from splice.methods.default_targets import LORA_TARGETS
 from splice.methods.lora.alora import AloraLinear
 from splice.methods.lora.approximation import AsLora
-from splice.methods.lora.arrow import ArrowLinear, check_beside_router
+from splice.methods.lora.arrow import ArrowLinear, check_beside_router, is_router
 from splice.methods.lora.attention import LoraAttention
 from splice.methods.lora.attributes import CONTAINERS, LAYER_VIEWS, reset_lora_parameters
 from splice.methods.lora.bdlora import BdLoraLinear
@@ -163,7 +163,7 @@ METHOD = register(
         for_unchanged_base=for_unchanged_base,
         tags=("lora",),
         check=check,
-        check_beside=check_beside_router,
+        check_beside=Beside(is_router, check_beside_router),
         loading_notes=lambda config: notes_about(config.init_lora_weights),
         paper="arXiv 2106.09685",
     )

@@ -11,7 +11,7 @@ from splice.checkpoint.keys import PREFIX, parse_key
 from splice.checkpoint.unread import Unread
 from splice.errors import UnsupportedFeatureError, counted
 from splice.methods.lora.engines import OTHER_PRODUCTS
-from splice.methods.lora.written.scales import Scale, scale_in
+from splice.methods.lora.written.scales import Scale, rank_of, scale_in
 
 DOWN, UP, UP_BIAS, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"
 EMBEDDING_DOWN, EMBEDDING_UP = "lora_embedding_A", "lora_embedding_B"
@@ -20,13 +20,16 @@ _NAMES = frozenset({"lora_A", "lora_B", MAGNITUDE, EMBEDDING_DOWN, EMBEDDING_UP}
 AS_PLAIN = "write it as a plain LoRA first: `splice convert --to lora`"
 _MERGE = "merge the adapter into its base: `splice merge`"
 
+# Of these that would not do either: what they change is no weight of a linear layer.
+_NO_LINEAR = ("target_parameters", "layer_replication", "trainable_token_indices")
+
 # Fields that ask for more than the product of two factors -> why that is no plain LoRA, and what to do.
 REFUSED: Mapping[str, tuple[str, str]] = {
     "use_dora": ("it scales the rows of the sum with the base's weight", AS_PLAIN),
     "bias": ("biases of the base are trained", _MERGE),
     "lora_bias": ("B has a bias", _MERGE),
     "alora_invocation_tokens": ("the adapter is on from certain tokens on alone", _MERGE),
-    **{name: (why, AS_PLAIN) for name, why in OTHER_PRODUCTS.items()},
+    **{name: (why, _MERGE if name in _NO_LINEAR else AS_PLAIN) for name, why in OTHER_PRODUCTS.items()},
 }
 
 
@@ -75,12 +78,18 @@ def factors_of(part: Part, program: str, suffixes: Iterable[str], also: Iterable
         parsed = parse_key(key, _NAMES)
         if parsed is None and _repeated(key):
             continue
+        if not key.startswith(PREFIX):
+            raise UnsupportedFeatureError(
+                f"{key!r} is not named as the format names its tensors, which begin with {PREFIX!r}: give `base`, by which "
+                "such names are read"
+            )
         if parsed is None:
             raise UnsupportedFeatureError(
                 f"{program} has no place for {key!r}, a part of the base that is saved whole; {_MERGE}"
             )
         if parsed.suffix not in known:
-            raise UnsupportedFeatureError(f"{program} has no place for {key!r}; {AS_PLAIN}")
+            remedy = _MERGE if parsed.suffix in (EMBEDDING_DOWN, EMBEDDING_UP) else AS_PLAIN
+            raise UnsupportedFeatureError(f"{program} has no place for {key!r}; {remedy}")
         layers.setdefault(parsed.path, {})[parsed.suffix] = tensor
     found = {}
     for path, tensors in layers.items():
@@ -88,7 +97,8 @@ def factors_of(part: Part, program: str, suffixes: Iterable[str], also: Iterable
         lacking = [suffix for suffix in pair if suffix not in tensors]
         if lacking:
             raise UnsupportedFeatureError(f"{path!r} has no {lacking[0]}: the adapter is damaged")
-        found[path] = Factors(tensors, scale_in(part.fields, path, tensors[pair[0]].shape[0]))
+        rank = rank_of(tensors[pair[0]].shape, tensors[pair[1]].shape, path)
+        found[path] = Factors(tensors, scale_in(part.fields, path, rank))
     return found
 
 
