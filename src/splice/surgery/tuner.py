@@ -308,7 +308,6 @@ class Tuner(TunerViews, nn.Module):
                 self.left(path, name)
 
     def _forget(self, name: str) -> None:
-        del self.placed[name]
         if self.reserved_slots is not None:
             self.reserved_slots.release(name)
         self.plans.pop(name, None)
@@ -327,6 +326,8 @@ class Tuner(TunerViews, nn.Module):
             self.store.left(name)
         self._trained.forget(name)
         self._in_order.forget(name)
+        # Last: what an interrupt cuts short can be done again.
+        del self.placed[name]
 
     def of_method(self, method: PeftType) -> Collection[str]:
         """The adapters of a method, in the order they came."""
@@ -492,8 +493,9 @@ class Tuner(TunerViews, nn.Module):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Add the adapters (the active ones, if none are named) to the base weights; see `surgery/merging.py`."""
-        names = adapters_to_merge(self.hosts.values(), self.selection, self.peft_config, adapter_names)
-        self.merge_report = merge(self.model, self.hosts, self.selection, names, safe_merge)
+        with self.using(adapter_names or ()):
+            names = adapters_to_merge(self.hosts.values(), self.selection, self.peft_config, adapter_names)
+            self.merge_report = merge(self.model, self.hosts, self.selection, names, safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Give every merged layer back the very parameters it had before."""

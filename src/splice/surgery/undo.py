@@ -43,6 +43,7 @@ class Undo:
             if name in self.tuner.placed:
                 self.tuner.discard(name)
             self.tuner.order.pop(name, None)  # of a commit that was cut short at its very beginning
+        self.tuner.commits = self.commits
 
     def run(self) -> None:
         for step in self.steps:
