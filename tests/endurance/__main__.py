@@ -13,6 +13,7 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -33,10 +34,10 @@ class Tried(NamedTuple):
     faults: list[str]
 
 
-def tried(count: int, seed: int, folder: Path) -> Tried:
-    """The answers to so many changed checkpoints."""
+def tried(count: int, seed: int, folder: Path, methods: Sequence[str] = ()) -> Tried:
+    """The answers to so many changed checkpoints, of all methods or of these."""
     found, draw, faults = Counter[str](), random.Random(seed), dict[str, str]()
-    sound = sources(folder / "sound")
+    sound = sources(folder / "sound", methods)
     built = {id(source): source.build() for source in sound}
     for index in range(count):
         source = draw.choice(sound)
