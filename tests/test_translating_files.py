@@ -28,7 +28,7 @@ from splice.methods.lora.written.unet_blocks import from_numbered, is_numbered, 
 from tests import bases
 from tests.bases import run
 from tests.broken import Around, llama, parts
-from tests.cli import EXAMPLE
+from tests.cli import BASE, EXAMPLE
 from tests.cli import run as run_program
 from tests.comparing import assert_close
 from tests.hub import Hub
@@ -292,7 +292,7 @@ def whole_of_diffusers() -> dict[str, torch.Tensor]:
     return {f"{front}.lora_A.weight": torch.ones(2, 6), f"{front}.lora_B.weight": torch.ones(7, 2)}
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=strategies.data())
 def test_names_with_one_letter_changed(data: strategies.DataObject, tmp_path: Path) -> None:
     """They are read, or refused in words; nothing is dropped."""
@@ -438,6 +438,18 @@ def test_names_that_underscores_make_one(tmp_path: Path) -> None:
         splice.translate_files(tmp_path / "own", tmp_path / "out.safetensors", "kohya", component="unet")
 
 
+def test_convolutions_in_groups(tmp_path: Path) -> None:
+    """B of such a one has a part of the rank for each group; diffusers hands it on as it is."""
+    network = nn.ModuleDict({"conv": nn.Conv2d(4, 6, 3, groups=2), "other": nn.Conv2d(4, 6, 3)})
+    saved(network, tmp_path / "own", splice.LoraConfig(r=4, target_modules=["conv", "other"]))
+    with pytest.raises(UnsupportedFeatureError, match="kohya's form has no place for a convolution in groups: 'conv'"):
+        splice.translate_files(tmp_path / "own", tmp_path / "a.safetensors", "kohya", component="unet")
+    splice.translate_files(tmp_path / "own", tmp_path / "b.safetensors", "diffusers", component="unet")
+    splice.translate_files(tmp_path / "b.safetensors", tmp_path / "again")
+    own, again = load_file(tmp_path / "own" / FILE), load_file(tmp_path / "again" / FILE)
+    assert own.keys() == again.keys() and all(torch.equal(own[key], again[key]) for key in own)
+
+
 def test_the_network_that_is_meant(tmp_path: Path) -> None:
     assert guessed(["text_model.encoder.layers.0.mlp.fc1"]) == guessed(["encoder.layers.0.mlp.fc1"]) == "text_encoder"
     assert guessed(["single_transformer_blocks.0.proj_out"]) == "transformer"
@@ -549,3 +561,5 @@ def test_what_the_program_says(tmp_path: Path) -> None:
     ):
         ran = called(EXAMPLE, "--out", tmp_path / "x", *options)
         assert ran.exit_code == 2 and said in ran.output, ran.output
+    ran = called(file, "--base", BASE, "--out", tmp_path / "x")
+    assert ran.exit_code == 2 and "is a file: write it as a folder first" in ran.output

@@ -149,6 +149,7 @@ def _write(parts: Sequence[Part], base: Mapping[str, object], path: Path) -> Seq
 def _fields(component: str, fields: Mapping[str, object], layers: Collection[str]) -> dict[str, object]:
     """Those of the config that say something, in words that hold in every release of transformers."""
     kept = {name: value for name, value in fields.items() if value not in _EMPTY or name in ("r", "lora_alpha")}
+    kept.pop("peft_version", None)  # which configs of older releases do not have
     if not is_text(component):
         return kept
     for name in ("rank_pattern", "alpha_pattern"):
