@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import forward, importing, loading, memory, methods, quantised, switching
+from benchmarks import forward, importing, loading, memory, merging, methods, quantised, switching
 from benchmarks.measure import Settings
 from benchmarks.report import Row, header, line, machine, write_json
 
@@ -19,6 +19,7 @@ BENCHMARKS: dict[str, Callable[[Settings], Iterator[Row]]] = {
     "methods": methods.rows,
     "switching": switching.rows,
     "memory": memory.rows,
+    "merging": merging.rows,
     "quantised": quantised.rows,
     "decode": forward.decode_rows,
     "mixed": forward.mixed_rows,

@@ -360,7 +360,7 @@ def _interrupt_at(scene: Scene, before: dict[str, Any], number: int) -> str:
         return f"line {number} was not reached"
     try:
         assert_unchanged(before, scene.model)
-        assert gc.isenabled() or "_without_collections" in where[0]
+        assert gc.isenabled() or "without_collections" in where[0]
     except AssertionError as error:
         return f"interrupted at {where[0]}: {str(error)[:600]}"
     finally:

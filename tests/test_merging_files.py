@@ -410,6 +410,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is counted otherwise elsewhere")
+@pytest.mark.timeout(1800)
 def test_six_gigabytes_in_one(tmp_path: Path) -> None:
     """The whole process, with torch and transformers in it, stays below a gigabyte."""
     network = write_large(tmp_path / "base", layers=14)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import splice
 from splice.kinds.registry import all_methods
@@ -40,7 +41,8 @@ def with_three(case: Case, shared_checkpoint: Any) -> Any:
     """Adapters of other sizes, on other layers, and with other values, beside each other."""
     model = splice.PeftModel.from_pretrained(case.base.build(), shared_checkpoint(case.base, case.config()))
     model.load_adapter(shared_checkpoint(case.base, case.other_config(), seed=1), "second")
-    model.load_adapter(shared_checkpoint(case.base, case.config(), seed=2), "third")
+    plain = {"bias": "none"} if case.trains_biases else {}  # which one adapter of a model can
+    model.load_adapter(shared_checkpoint(case.base, case.config(**plain), seed=2), "third")
     return model
 
 
@@ -126,3 +128,64 @@ def test_each_row_is_generated_as_alone(case: Case, shared_checkpoint: Any) -> N
             model.set_adapter(name, inference_mode=True)
             found.append(model.generate(**one, **options))
     assert torch.equal(mixed, torch.cat(found))
+
+
+class Counting(nn.Linear):
+    """Counts its calls."""
+
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_the_base_is_called_once_for_all_rows(gradients: bool) -> None:
+    """Also for methods that change what goes into it, each in its own way, and rows that are no neighbours."""
+    fields: dict[str, dict[str, Any]] = {
+        "OFT": {"oft_block_size": 4},
+        "IA3": {"feedforward_modules": ["0"], "init_ia3_weights": False},
+        "HRA": {"r": 2},
+        "LORA": {"r": 2, "init_lora_weights": False},
+        "ROAD": {"group_size": 2, "init_weights": False},
+        "BOFT": {"boft_block_size": 4},
+    }
+    base, model = nn.Sequential(Counting(8, 12), nn.Tanh(), nn.Linear(12, 4)), None
+    torch.manual_seed(0)
+    for method, own in fields.items():
+        config = splice.get_peft_config({"peft_type": method, "target_modules": ["0"], **own})
+        if model is None:
+            model = splice.PeftMixedModel(base, config, adapter_name=method)
+        else:
+            model.add_adapter(method, config)
+    assert model is not None
+    own_names = {method: {n for n, _ in model.named_parameters() if f".{method}" in n} for method in fields}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(name in names for names in own_names.values()):
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.eval()
+    model.base_model.set_requires_grad([*fields])
+    x, names = torch.randn(9, 3, 8), [*fields, BASE, "OFT", "IA3"]
+    kept = x.clone()
+    with torch.set_grad_enabled(gradients):
+        mixed = model(x, adapter_names=names)
+        assert base[0].calls == 1 and torch.equal(x, kept)
+    if gradients:
+        mixed.square().sum().backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    for method in [*fields, BASE]:
+        rows = [row for row, name in enumerate(names) if name == method]
+        if method == BASE:
+            with model.disable_adapter():
+                assert_close(mixed[rows].detach(), model(x[rows]).detach())
+            continue
+        model.set_adapter(method)
+        model.zero_grad()
+        output = model(x[rows])
+        assert_close(mixed[rows].detach(), output.detach())
+        output.square().sum().backward()
+        for name, parameter in model.named_parameters() if gradients else ():
+            if name in own_names[method]:
+                assert_close(found[name], parameter.grad, factor=10)

@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import splice
 from splice.fleet.store import AdapterStore
 from tests import bases
 from tests.bases import run
+from tests.broken import Interrupted, at_line, interrupt, lines_of
 from tests.comparing import assert_close, differ
 from tests.hub import Hub
 from tests.test_slots import config_of, in_slots, parameters_of
@@ -301,10 +303,18 @@ def test_what_is_active_merged_trained_or_changed_stays(model: Any, folder: Path
     refused("changed since it was loaded")
     model.delete_adapter("a0")
     right(model, folder, ["a1"])
-    model.merge_adapter(["own"])
+    store.limits = splice.StoreLimits(device_count=2)
+    model.merge_adapter(["a4"])  # which is brought in
+    store.limits = splice.StoreLimits(device_count=1)
+    assert store.on_device == ("a4",)
     with pytest.raises(ValueError, match="there are merged adapters"):
         run(model, inputs, adapter_names=["a2"])
-    assert store.on_device == ("a1",)
+    with pytest.raises(ValueError, match="adapter 'a4' cannot be evicted: it is merged"):
+        store.evict("a4")
+    model.unmerge_adapter()
+    right(model, folder, ["a2"])
+    with pytest.raises(ValueError, match=r"'a3' is registered: `model.adapter_store.pin\('a3'\)` brings it in"):
+        model.add_weighted_adapter(["own", "a3"], [1.0, 1.0], "sum", "linear")
 
 
 def test_training_one_that_was_brought_in(model: Any, folder: Path) -> None:
@@ -389,23 +399,39 @@ def test_one_that_does_not_fit_changes_nothing(model: Any, folder: Path, tmp_pat
     right(model, folder, ["a0"])
 
 
-def test_a_load_that_is_interrupted(model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = store_of(model, folder)
-    model.slots(4, RANK)
-    right(model, folder, ["a0"])
-    from splice.surgery import tuner
+@pytest.mark.parametrize(
+    ("start", "step"), [(5, 257), pytest.param(0, 7, marks=pytest.mark.slow)], ids=["some lines", "every 7th line"]
+)
+@pytest.mark.parametrize("host", [None, 9], ids=["from disk", "by host memory"])
+def test_an_interrupt_anywhere(host: int | None, start: int, step: int, model: Any, folder: Path) -> None:
+    """Bringing in is whole or has not been, so is evicting, nothing stays in use or in a slot, and the next try works."""
+    store = store_of(model, folder, device_count=1, host_count=host)
+    model.slots(2, RANK)
+    inputs = bases.LLAMA.inputs(2)
+    fresh = {name: alone(folder / name, 2) for name in ("a0", "a1")}
 
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
+    def back() -> None:
+        model.set_adapter("own", inference_mode=True)
+        store.pin("a0")
+        store.unpin("a0")
+        store._host.drop("a1")
 
-    modules = {name: type(module) for name, module in model.named_modules()}
-    with monkeypatch.context() as patch:
-        patch.setattr(tuner, "guard_parents", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            model.set_adapter("a1")
-    assert {name: type(module) for name, module in model.named_modules()} == modules
-    assert store.on_device == ("a0",) and set(model.slots().numbers) == {"own", "a0"}
-    right(model, folder, ["a1", "a0"])
+    def bring() -> None:
+        model.set_adapter("a1", inference_mode=True)
+
+    for _ in range(2):  # what is imported or cached is so afterwards
+        bring()
+        back()
+    for number in range(start, lines_of(bring), step):
+        back()
+        with suppress(Interrupted), at_line(number, interrupt) as where:
+            bring()
+        assert not any(name in store._uses for name in NAMES) and not store._waiting, where
+        assert set(model.peft_config) == {"own", *store.on_device} == set(model.slots().numbers), where
+        assert all(set(host.layers) == set(model.peft_config) for host in model.base_model.hosts.values()), where
+        for name in store.on_device:
+            assert_close(run(model, inputs, adapter_names=[name, "own"])[0], fresh[name][0])
+        gc.enable()
 
 
 # -- host memory, and ahead of time

@@ -6,6 +6,7 @@ What pipelines of diffusers make of them is in tests/ecosystem/test_dialects.py,
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings, strategies
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -26,7 +28,7 @@ from splice.methods.lora.written.unet_blocks import from_numbered, is_numbered, 
 from tests import bases
 from tests.bases import run
 from tests.broken import Around, llama, parts
-from tests.cli import EXAMPLE
+from tests.cli import BASE, EXAMPLE
 from tests.cli import run as run_program
 from tests.comparing import assert_close
 from tests.hub import Hub
@@ -256,6 +258,62 @@ def test_files_that_cannot_be_read(names: list[str], said: str, tmp_path: Path) 
     assert not (tmp_path / "own").exists()
 
 
+DAMAGED: Mapping[str, tuple[dict[str, torch.Tensor], str]] = {
+    "one number": ({f"{ONE}.lora_down.weight": torch.tensor(1.0)}, r"factors of the shapes \(\) and"),
+    "two ranks": ({f"{ONE}.lora_down.weight": torch.ones(3, 6)}, "A has 3 rows and B 2 columns"),
+    "nothing": ({f"{ONE}.lora_down.weight": torch.ones(0, 6)}, "are not those of a layer"),
+    "no alpha": ({f"{ONE}.alpha": torch.tensor(torch.nan)}, "alpha' is no number: nan"),
+    "many alphas": ({f"{ONE}.alpha": torch.ones(2)}, "alpha' is no number"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_what_is_damaged(name: str, tmp_path: Path) -> None:
+    changes, said = DAMAGED[name]
+    whole = {f"{ONE}.lora_down.weight": torch.ones(2, 6), f"{ONE}.lora_up.weight": torch.ones(7, 2)}
+    save_file({**whole, **changes}, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=said):
+        splice.translate_files(tmp_path / "a.safetensors", tmp_path / "own")
+    dotted = {
+        f"unet.mid_block.proj_in.{key.rpartition(ONE + '.')[2]}": tensor for key, tensor in {**whole, **changes}.items()
+    }
+    save_file(dotted, tmp_path / "b.safetensors")
+    with pytest.raises(CheckpointError):
+        splice.translate_files(tmp_path / "b.safetensors", tmp_path / "own")
+    for noted in ("{", "[1]"):
+        save_file(whole_of_diffusers(), tmp_path / "c.safetensors", metadata={"lora_adapter_metadata": noted})
+        with pytest.raises(CheckpointError, match="its lora_adapter_metadata is no"):
+            splice.translate_files(tmp_path / "c.safetensors", tmp_path / "own")
+    assert not (tmp_path / "own").exists()
+
+
+def whole_of_diffusers() -> dict[str, torch.Tensor]:
+    front = "unet.mid_block.proj_in"
+    return {f"{front}.lora_A.weight": torch.ones(2, 6), f"{front}.lora_B.weight": torch.ones(7, 2)}
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=strategies.data())
+def test_names_with_one_letter_changed(data: strategies.DataObject, tmp_path: Path) -> None:
+    """They are read, or refused in words; nothing is dropped."""
+    whole = {f"{ONE}.lora_down.weight": torch.ones(2, 6), f"{ONE}.lora_up.weight": torch.ones(7, 2)}
+    tensors = data.draw(strategies.sampled_from([{**whole, f"{ONE}.alpha": torch.tensor(1.0)}, whole_of_diffusers()]))
+    name = data.draw(strategies.sampled_from(sorted(tensors)))
+    place = data.draw(strategies.integers(0, len(name) - 1))
+    changed = (
+        name[:place] + data.draw(strategies.sampled_from(["", "_", ".", "x", "0", name[place] * 2])) + name[place + 1 :]
+    )
+    save_file({changed if key == name else key: tensor for key, tensor in tensors.items()}, tmp_path / "a.safetensors")
+    shutil.rmtree(tmp_path / "own", ignore_errors=True)
+    try:
+        told = splice.translate_files(tmp_path / "a.safetensors", tmp_path / "own")
+    except PeftError as error:
+        assert str(error)  # noqa: PT017
+        return
+    alphas = sum(key.endswith(".alpha") for key in tensors)
+    assert sum(part.tensors for part in told.parts) == len(tensors) - alphas
+
+
 def test_a_config_beside_the_file_of_another_program(tmp_path: Path) -> None:
     """Which of the two says what it is, is for the user to say."""
     (tmp_path / "own").mkdir()
@@ -380,6 +438,18 @@ def test_names_that_underscores_make_one(tmp_path: Path) -> None:
         splice.translate_files(tmp_path / "own", tmp_path / "out.safetensors", "kohya", component="unet")
 
 
+def test_convolutions_in_groups(tmp_path: Path) -> None:
+    """B of such a one has a part of the rank for each group; diffusers hands it on as it is."""
+    network = nn.ModuleDict({"conv": nn.Conv2d(4, 6, 3, groups=2), "other": nn.Conv2d(4, 6, 3)})
+    saved(network, tmp_path / "own", splice.LoraConfig(r=4, target_modules=["conv", "other"]))
+    with pytest.raises(UnsupportedFeatureError, match="kohya's form has no place for a convolution in groups: 'conv'"):
+        splice.translate_files(tmp_path / "own", tmp_path / "a.safetensors", "kohya", component="unet")
+    splice.translate_files(tmp_path / "own", tmp_path / "b.safetensors", "diffusers", component="unet")
+    splice.translate_files(tmp_path / "b.safetensors", tmp_path / "again")
+    own, again = load_file(tmp_path / "own" / FILE), load_file(tmp_path / "again" / FILE)
+    assert own.keys() == again.keys() and all(torch.equal(own[key], again[key]) for key in own)
+
+
 def test_the_network_that_is_meant(tmp_path: Path) -> None:
     assert guessed(["text_model.encoder.layers.0.mlp.fc1"]) == guessed(["encoder.layers.0.mlp.fc1"]) == "text_encoder"
     assert guessed(["single_transformer_blocks.0.proj_out"]) == "transformer"
@@ -491,3 +561,5 @@ def test_what_the_program_says(tmp_path: Path) -> None:
     ):
         ran = called(EXAMPLE, "--out", tmp_path / "x", *options)
         assert ran.exit_code == 2 and said in ran.output, ran.output
+    ran = called(file, "--base", BASE, "--out", tmp_path / "x")
+    assert ran.exit_code == 2 and "is a file: write it as a folder first" in ran.output

@@ -26,6 +26,7 @@ from splice.kinds.registry import method_named
 from splice.loading.load import plan_new
 from splice.loading.on_disk.parts import Parts, read_parts, write_own
 from splice.loading.options import LoadOptions
+from splice.loading.plan import Fitted
 from splice.loading.renaming import renamed_part
 from splice.pipeline_bases import Bases
 from splice.surgery.tuner import Tuner
@@ -107,7 +108,7 @@ def translate_files(
         raise PeftError(
             f"{dialect} names layers by the base's architecture: give the base; a folder with its config is enough"
         )
-    found = read_parts(adapter, component, bases.paths_of, options)
+    found = read_parts(adapter, component, lambda of: bases.paths_of(of) if component in (None, of) else None, options)
     if found.dialect == dialect and base is None and not rename:
         raise PeftError(_nothing_to_do(found, dialect))
     parts, notes = list(found.parts), list[str]()
@@ -178,7 +179,7 @@ def _at_home(part: Part, bases: Bases, place: str, notes: list[str]) -> Part:
     return Part(part.component, fields, unread_in(found.checkpoint.weights, names))
 
 
-def _planned(network: nn.Module, checkpoint: Checkpoint) -> Any:
+def _planned(network: nn.Module, checkpoint: Checkpoint) -> Fitted:
     tuner = Tuner.of(network)
     heads = PeftModel.class_for(checkpoint.config).heads
     return plan_new(tuner, checkpoint, LoadOptions.plain({}), heads, Undo(tuner))

@@ -42,7 +42,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     translate_files(place / "kohya.safetensors", place / "diffusers of kohya.safetensors", "diffusers")
     for name in ("kohya", "diffusers"):
         translate_files(place / f"{name}.safetensors", place / f"{name} again", base=place / "pipe")
-    translate_files(place / "kohya.safetensors", place / "unet alone", component="unet")
+    only = {"component": "unet", "base": place / "pipe" / "unet"}
+    translate_files(place / "kohya.safetensors", place / "unet alone", **only)
     return place
 
 
@@ -84,6 +85,7 @@ def everything(place: str) -> dict[str, torch.Tensor]:
     return files | folders_loaded(place, ["parts", "kohya again", "diffusers again"])
 
 
+@pytest.mark.shows("diffusers", "`load_lora_weights` of what `splice convert` writes, in its own form and in kohya's")
 def test_a_pipeline_makes_the_same_of_every_form(folder: Path) -> None:
     ours = everything(str(folder))
     for name, made in (
@@ -149,6 +151,7 @@ def outputs(pipe: StableDiffusionXLPipeline) -> list[torch.Tensor]:
         return [noise, pipe.text_encoder(ids)[0], pipe.text_encoder_2(ids)[0]]
 
 
+@pytest.mark.shows("diffusers", "`load_lora_weights` of what `splice convert` writes, in its own form and in kohya's")
 def test_blocks_and_encoders_of_sdxl(tmp_path: Path) -> None:
     """sd-scripts numbers its blocks as Stability's code does, and calls its encoders `te1` and `te2`."""
     pipe = stable_diffusion_xl()
@@ -182,6 +185,7 @@ def test_blocks_and_encoders_of_sdxl(tmp_path: Path) -> None:
             assert torch.allclose(mine, exact, atol=1e-4) and not torch.allclose(base, exact, atol=1e-2), name
 
 
+@pytest.mark.shows("diffusers", "`load_lora_weights` of what `splice convert` writes, in its own form and in kohya's")
 def test_a_transformer(tmp_path: Path) -> None:
     """Of one network alone: its component is told by its layers."""
     pipe = flux()

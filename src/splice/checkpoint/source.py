@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from splice.checkpoint.download import download, listing
@@ -36,7 +37,7 @@ class Source:
         """The source that the arguments of a load name. `options` may hold more than a download understands."""
         return cls(os.fspath(location), subfolder, dict(options))
 
-    @property
+    @cached_property
     def folder(self) -> Path:
         """The local folder, where the location is one."""
         return Path(self.location, self.subfolder) if self.subfolder else Path(self.location)

@@ -97,6 +97,7 @@ class DeviceLevel:
         found = self.resident.pop(name, None)
         if found is not None:
             self.nbytes -= found.nbytes
+            self.uses.forget(name)
 
     def count_again(self) -> None:
         """Note anew which bytes lie in slots."""
@@ -129,21 +130,23 @@ class DeviceLevel:
         return Planned(options.adapter_name, found, options, undo, seated, beside, seconds)
 
     def put(self, planned: Planned) -> Resident:
-        """Put it on the model. If anything fails, the model is as it was."""
-        tuner, name = self.tuner, planned.name
+        """Put it on the model. If that fails, `take_back` makes the model what it was."""
         # With those that came since it was planned.
-        check_together(tuner, planned.found.config)
-        try:
-            # Not of the mode of the call that asked for it: the next one may have gradients.
-            with torch.inference_mode(False):
-                place_new(tuner, planned.found, planned.options, tuner.is_bare, planned.undo)
-        except BaseException:
-            # Not all of it: selections and modes may be other threads' doing.
-            planned.undo.take_off()
-            if tuner.reserved_slots is not None:
-                tuner.reserved_slots.release(name)
-            raise
-        return Resident(self._bytes_outside(name), self.state_of(name))
+        check_together(self.tuner, planned.found.config)
+        # Not in the mode of the call that asked for it: the next one may have gradients.
+        with torch.inference_mode(False):
+            place_new(self.tuner, planned.found, planned.options, self.tuner.is_bare, planned.undo)
+        return Resident(self._bytes_outside(planned.name), self.state_of(planned.name))
+
+    def take_back(self, planned: Planned) -> None:
+        """Take it off, whole or in part."""
+        # Not by `Undo.run`: selections and modes may be other threads' doing, and others have gone since it was planned.
+        if planned.name in self.tuner.placed:
+            self.tuner.discard(planned.name)
+        self.tuner.order.pop(planned.name, None)
+        if self.tuner.reserved_slots is not None:
+            self.tuner.reserved_slots.release(planned.name)
+        self.drop(planned.name)
 
     def _bytes_outside(self, name: str) -> int:
         total = 0
@@ -229,7 +232,7 @@ class DeviceLevel:
 
     def _unused_first(self) -> Iterator[str]:
         for used in (False, True):
-            yield from (name for name in self.resident if (name in self.uses.threads) is used)
+            yield from (name for name in self.resident if (name in self.uses) is used)
 
     def _told_to_layers(self) -> set[str]:
         """Adapters that single layers were told to use."""

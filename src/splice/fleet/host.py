@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -40,7 +39,7 @@ class InHost(NamedTuple):
         return cls(checkpoint._replace(weights=lent), sum(tensor.nbytes for tensor in tensors))
 
 
-def _room(wanted: list[tuple[str, tuple[int, ...]]], pinned: bool) -> Iterator[torch.Tensor]:
+def _room(wanted: list[tuple[str, tuple[int, ...]]], pinned: bool) -> list[torch.Tensor]:
     """Empty tensors of these dtypes and shapes in one piece of memory: to pin each by itself would cost more than to read."""
     sizes = [math.prod(shape) * DTYPES[dtype].itemsize for dtype, shape in wanted]
     starts, end = [], 0
@@ -49,8 +48,8 @@ def _room(wanted: list[tuple[str, tuple[int, ...]]], pinned: bool) -> Iterator[t
         end += -(-size // _ALIGNED) * _ALIGNED
     with torch.inference_mode(False):  # a call may be what asks for it, and the next one has gradients
         memory = torch.empty(end, dtype=torch.uint8, pin_memory=pinned)
-        for (dtype, shape), start, size in zip(wanted, starts, sizes):
-            yield memory[start : start + size].view(DTYPES[dtype]).view(shape)
+        parts = zip(wanted, starts, sizes)
+        return [memory[begin : begin + size].view(DTYPES[of]).view(shape) for (of, shape), begin, size in parts]
 
 
 class HostLevel:

@@ -18,6 +18,7 @@ from splice.config import ReadConfig, read_config
 from splice.errors import CheckpointError, UnsupportedFeatureError
 from splice.kinds.reading import Checkpoint
 from splice.kinds.registry import method_of
+from splice.loading.load import without_collections
 from splice.loading.options import LoadOptions
 from splice.selection import BASE
 
@@ -137,7 +138,8 @@ def entry_of(name: str, place: str | os.PathLike[str], options: LoadOptions) -> 
         raise ValueError(f"the name of an adapter must be a non-empty string other than {BASE!r}, got {name!r}")
     source = Source.from_options(place, options.extra.get("subfolder"), options.extra)
     stamps: dict[Path, Stamp] = {}
-    if source.is_local:
+    is_local = source.is_local
+    if is_local:
         # Before they are read: what is written meanwhile is found to have changed.
         stamps = {
             p: Stamp.of(p) for p in (source.folder / CONFIG_NAME, preferred_weights(source.folder)) if p and p.exists()
@@ -149,7 +151,7 @@ def entry_of(name: str, place: str | os.PathLike[str], options: LoadOptions) -> 
         raise UnsupportedFeatureError(
             f"{source.config_place}: an adapter that {what} cannot come and go. Load it with `model.load_adapter`."
         )
-    if source.is_local:
+    if is_local:
         weights = source.weights()
         if weights.name == SAFETENSORS_NAME:
             check_header(weights)
@@ -195,6 +197,7 @@ def _folders(root: Path) -> Iterator[Path]:
             yield Path(folder)
 
 
+@without_collections()
 def register(adapters: Places, options: LoadOptions) -> tuple[dict[str, Entry], dict[str, str]]:
     """Read what there is to know of each; those that could be read, and why the others could not, by name.
 

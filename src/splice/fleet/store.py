@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from difflib import get_close_matches
 from typing import NamedTuple
+from weakref import WeakSet
 
 from splice.errors import NoRoomError
 from splice.fleet.device import DeviceLevel, Planned
@@ -21,7 +22,7 @@ from splice.fleet.host import HostLevel, InHost
 from splice.fleet.limits import StoreLimits
 from splice.fleet.registering import Entry, Places, Registered, register
 from splice.fleet.stats import Counters, StoreStats
-from splice.fleet.uses import Held, Uses
+from splice.fleet.uses import Held, Use, Uses
 from splice.loading.options import LoadOptions
 from splice.surgery.tuner import Tuner
 
@@ -38,19 +39,6 @@ class _Fetched(NamedTuple):
     seconds: float
     # Whether it was there before.
     was_there: bool
-
-
-class _Use:
-    """Inside, a call uses adapters. A class of its own, since a generator would double what most calls pay."""
-
-    def __init__(self, store: AdapterStore, names: Sequence[str]) -> None:
-        self._store, self._names = store, names
-
-    def __enter__(self) -> None:
-        self._store.begin(self._names)
-
-    def __exit__(self, *error: object) -> None:
-        self._store.end(self._names)
 
 
 class AdapterStore:
@@ -74,10 +62,10 @@ class AdapterStore:
         self._leaving: set[str] = set()
         # The one that is about to come: its own name is free for it.
         self._coming = ""
-        # Threads that wait until they may change the model, or do.
-        self._waiting: set[int] = set()
+        # Calls that wait until they may change the model, or do.
+        self._waiting: WeakSet[Use] = WeakSet()
         # What threads are reading into host memory.
-        self._reading: dict[str, Future[InHost]] = {}
+        self._reading: dict[str, Future[InHost | None]] = {}
         self._ahead: ThreadPoolExecutor | None = None
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
@@ -223,7 +211,7 @@ class AdapterStore:
             if before is not None and not before.is_same_as(entry):
                 self._host.drop(name)
                 if name in self._device.resident:
-                    used = "in use by a running call" if name in self._uses.threads else ""
+                    used = "in use by a running call" if name in self._uses else ""
                     why = used or self._device.why_not(name)
                     if why:
                         return f"the one that was registered before is on the model and cannot go: it is {why}"
@@ -245,7 +233,7 @@ class AdapterStore:
             NoRoomError: there is no room for all of them; and all that a load raises.
         """
         wanted = [name for name in dict.fromkeys(names) if name in self._entries]
-        return _Use(self, wanted) if wanted else nullcontext()
+        return Use(self, wanted) if wanted else nullcontext()
 
     def held(self, names: Iterable[str]) -> Held | None:
         """What keeps those of these adapters that are registered on the model as long as it lives."""
@@ -261,6 +249,10 @@ class AdapterStore:
 
     def told(self, unknown: Iterable[str]) -> str:
         """How many adapters are registered and which has the nearest name, for a message."""
+        unknown = list(unknown)
+        for name in unknown:
+            if name in self._entries:  # of what works on the adapters that are there
+                return f" {name!r} is registered: `model.adapter_store.pin({name!r})` brings it in."
         count = len(self._entries)
         text = f" {count:,} {'adapter is' if count == 1 else 'adapters are'} registered"
         for name in unknown:
@@ -295,66 +287,68 @@ class AdapterStore:
 
     # -- calls
 
-    def begin(self, names: Sequence[str]) -> None:
-        """Have these adapters on the model, and note that a call of this thread uses them."""
+    def begin(self, use: Use) -> None:
+        """Have these adapters on the model, and note that a call uses them."""
         with self._lock:
-            resident = self._device.resident
+            resident, names = self._device.resident, use.names
             if all(name in resident and name not in self._leaving for name in names):
                 self._counters.hits += len(names)
-                self._touch(names)
+                self._note(use)
                 return
-        self._bring(names, for_call=True)
+        self._bring(names, use)
 
-    def end(self, names: Sequence[str]) -> None:
+    def end(self, use: Use) -> None:
         """Note that the call has ended."""
         with self._lock:
-            self._uses.end(names)
+            self._uses.end(use)
             if self._leaving:
                 self._lock.notify_all()
 
-    def _touch(self, names: Sequence[str]) -> None:
-        for name in names:
+    def _note(self, use: Use) -> None:
+        for name in use.names:
             self._device.resident.move_to_end(name)
-        self._uses.begin(names)
+        self._uses.begin(use)
 
     # -- bringing in
 
-    def _bring(self, names: Sequence[str], for_call: bool) -> None:
-        """Put on the model what is not there; `for_call` notes that a call uses them, and waits until there is room.
+    def _bring(self, names: Sequence[str], use: Use | None = None) -> None:
+        """Put on the model what is not there; for the `use` of a call, waiting until there is room.
 
         Raises:
             NoRoomError: there is no room for all of them; and all that a load raises.
         """
-        most, here = self._limits.device_count, threading.get_ident()
+        most = self._limits.device_count
         if most is not None and len(names) > most:
             raise NoRoomError(
                 f"{len(names)} registered adapters are asked for at once, and the store may have {most} on the model "
                 f"(`model.adapter_store.limits`). Ask for fewer at once, or raise `device_count`."
             )
         fetched = self._fetch(names)
-        with self._lock:
-            self._waiting.add(here)
         try:
+            if use is not None:
+                with self._lock:
+                    self._waiting.add(use)
             # What one call needs comes at once, and it holds nothing while it waits: so no two calls wait for one another.
             with self._tuner.changing:
                 missing = [name for name in names if name not in self._device.resident]
                 planned = [self._planned(name, fetched.get(name)) for name in missing]
-                if not self._make_room(planned, names, for_call):
+                if not self._make_room(planned, names, waits=use is not None):
                     return
                 for item in planned:
                     self._put(item, fetched.get(item.name))
-                if for_call:
+                if use is not None:
                     with self._lock:
                         self._count(names, missing, fetched)
-                        self._touch(names)
+                        self._note(use)
         finally:
-            with self._lock:
-                self._waiting.discard(here)
+            if use is not None:
+                with self._lock:
+                    self._waiting.discard(use)
 
     def _bring_ahead(self, names: Sequence[str]) -> None:
         for name in names:
             try:
-                self._bring([name], for_call=False)
+                self._bring([name])
             except NoRoomError:  # the call that uses it may find room, or says why there is none
                 continue
 
@@ -373,8 +367,9 @@ class AdapterStore:
         entry = self._entries.get(name)
         if entry is None:
             raise ValueError(f"adapter {name!r} was deleted while a call waited for it.{self.told([name])}")
-        started, self._coming = time.perf_counter(), name
+        started = time.perf_counter()
         try:
+            self._coming = name
             checkpoint = entry.open() if fetched is None else fetched.held.checkpoint
             return self._device.plan(checkpoint, entry.options._replace(started=started))
         finally:
@@ -382,11 +377,16 @@ class AdapterStore:
 
     def _put(self, planned: Planned, fetched: _Fetched | None) -> None:
         started = time.perf_counter()
-        resident = self._device.put(planned)
-        seconds = planned.seconds + time.perf_counter() - started + (0.0 if fetched is None else fetched.seconds)
-        with self._lock:
-            self._device.add(planned.name, resident)
-            self._counters.loaded(seconds)
+        try:
+            resident = self._device.put(planned)
+            with self._lock:
+                self._device.add(planned.name, resident)
+        except BaseException:
+            with self._lock:
+                self._device.take_back(planned)
+            raise
+        seconds = planned.seconds + time.perf_counter() - started
+        self._counters.loaded(seconds + (0.0 if fetched is None else fetched.seconds))
 
     # -- making room
 
@@ -400,7 +400,7 @@ class AdapterStore:
             try:
                 while True:
                     chosen = self._device.victims(incoming, wanted, self._limits)
-                    used = [name for name in chosen if name in self._uses.threads]
+                    used = [name for name in chosen if name in self._uses]
                     if not used:
                         break
                     if not waits:
@@ -418,7 +418,12 @@ class AdapterStore:
     def _take_off(self, names: Sequence[str]) -> None:
         try:
             for name in names:
-                self._tuner.discard(name)
+                try:
+                    self._tuner.discard(name)
+                except BaseException:  # an interrupt: to the end, since half an adapter would compute something else
+                    if name in self._tuner.placed:
+                        self._tuner.discard(name)
+                    raise
                 self._counters.evictions += 1
         finally:
             with self._lock:
@@ -427,7 +432,7 @@ class AdapterStore:
     def _wait_until_unused(self, name: str) -> None:
         self._leaving.add(name)
         try:
-            while name in self._uses.threads:
+            while name in self._uses:
                 self._wait([name])
         except BaseException:
             self._leaving.discard(name)
@@ -439,8 +444,8 @@ class AdapterStore:
         Raises:
             NoRoomError: all of these calls wait themselves.
         """
-        threads = {thread for name in used for thread in self._uses.threads[name]}
-        if threads <= {*self._waiting, threading.get_ident()}:
+        waiting = {use.thread for use in self._waiting}
+        if self._uses.threads(used) <= {*waiting, threading.get_ident()}:
             raise NoRoomError(
                 f"the adapters {list(used)} would have to go, and are used by calls that wait for others themselves: calls "
                 "inside of calls need more room. Raise `model.adapter_store.limits`."
@@ -459,30 +464,41 @@ class AdapterStore:
 
     def _in_host(self, name: str) -> _Fetched | None:
         """The adapter in host memory, read where it is not there; of several threads one reads it. None: it is deleted."""
+        while True:
+            mine: Future[InHost | None] = Future()
+            started = time.perf_counter()
+            try:
+                with self._lock:
+                    kept, entry = self._host.find(name), self._entries.get(name)
+                    if kept is not None or entry is None:
+                        return None if kept is None else _Fetched(kept, 0.0, True)
+                    reading = self._reading.get(name, mine)
+                    if reading.done():  # left behind by an interrupt
+                        reading = mine
+                    self._reading[name] = reading
+                if reading is mine:
+                    held = InHost.read(entry.open(), self._pins_memory)
+                    mine.set_result(held)
+                    self._keep_in_host(name, entry, held)
+                    return _Fetched(held, time.perf_counter() - started, False)
+            finally:
+                self._end_reading(name, mine)
+            found = reading.result()
+            if found is not None:  # else the other thread failed, and this one finds out why
+                return _Fetched(found, 0.0, False)
+
+    def _keep_in_host(self, name: str, entry: Entry, held: InHost) -> None:
         with self._lock:
-            kept, entry = self._host.find(name), self._entries.get(name)
-            if kept is not None or entry is None:
-                return None if kept is None else _Fetched(kept, 0.0, True)
-            reading = self._reading.get(name)
-            others = reading is not None
-            reading = self._reading.setdefault(name, Future())
-        if others:
-            return _Fetched(reading.result(), 0.0, False)
-        started = time.perf_counter()
-        try:
-            held = InHost.read(entry.open(), self._pins_memory)
-            reading.set_result(held)
-        except BaseException as error:
-            reading.set_exception(error)
-            raise
-        finally:
-            with self._lock:
-                del self._reading[name]
-        with self._lock:
-            if self._entries.get(name) is entry:
+            if self._entries.get(name) is entry:  # else another one was registered meanwhile
                 self._host.put(name, held)
                 self._counters.host_evictions += self._host.trim(self._limits)
-        return _Fetched(held, time.perf_counter() - started, False)
+
+    def _end_reading(self, name: str, mine: Future[InHost | None]) -> None:
+        with self._lock:
+            if self._reading.get(name) is mine:
+                del self._reading[name]
+        if not mine.done():
+            mine.set_result(None)
 
     @property
     def _pins_memory(self) -> bool:

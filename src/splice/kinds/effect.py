@@ -64,14 +64,34 @@ class Effect:
     # network: it has put them in the place of the base's, and added nothing.
     stands_in: ClassVar[bool] = False
 
+    # Whether `before` and `after` are all that it does.
+    two_steps: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        # By the methods themselves: a class that does something else in one of them would say so nowhere.
+        whole = cls.around is Effect.around and cls.wrapped is Effect.wrapped and cls.wrapped_for is Effect.wrapped_for
+        cls.two_steps = whole and (cls.before is not Effect.before or cls.after is not Effect.after)
+
     def around(self, x: torch.Tensor, inner: Forward) -> Any:
         """The adapted output for `x`, of the shape and dtype that `inner` gives.
+
+        Effects that only change what goes in, or what comes out, do so in `before` and `after`: then all rows of a mixed
+        batch share one call of the base.
 
         Args:
             x: what the layer is called with: (..., in), or token ids (...) of an embedding.
             inner: the base layer, or the next adapter layer in.
         """
-        return inner(x)
+        return self.after(inner(self.before(x)))
+
+    def before(self, x: torch.Tensor) -> torch.Tensor:
+        """What `inner` is called with in the place of `x`, of its shape and dtype; where not `x`, `keeps_input` is False."""
+        return x
+
+    def after(self, y: Any) -> Any:
+        """The output in the place of what `inner` gave, (..., out)."""
+        return y
 
     def wrapped(self, inner: Forward) -> Forward:
         """`around` as a function of the base layer's own arguments."""

@@ -6,7 +6,6 @@ from typing import ClassVar
 
 import torch
 
-from splice.kinds.effect import Forward
 from splice.kinds.layer import AdapterLayer
 
 
@@ -21,6 +20,5 @@ class InputTransform(AdapterLayer):
         """The input that the base layer gets in the place of `x`, (..., in), and of its shape and dtype."""
         raise NotImplementedError
 
-    def around(self, x: torch.Tensor, inner: Forward) -> torch.Tensor:
-        y: torch.Tensor = super().around(self.transform(x), inner)
-        return y
+    def before(self, x: torch.Tensor) -> torch.Tensor:
+        return self.transform(x)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from splice.kinds.effect import Forward
 from splice.kinds.layer import AdapterLayer
 
 
@@ -20,5 +19,5 @@ class OutputTransform(AdapterLayer):
         """The output in the place of `y`, (..., out), the bias included, and of its shape and dtype."""
         raise NotImplementedError
 
-    def around(self, x: torch.Tensor, inner: Forward) -> torch.Tensor:
-        return self.transform_output(super().around(x, inner))
+    def after(self, y: torch.Tensor) -> torch.Tensor:
+        return self.transform_output(y)

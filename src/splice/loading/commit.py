@@ -108,7 +108,7 @@ def _batches(
 
 def _is_converted(placement: Placement, suffix: str, entry: Entry, autocast: bool) -> bool:
     """Whether a layer's tensors are not those that are read, told by the first: on a mistake memory is taken for a moment."""
-    if suffix not in placement.slots:  # a file form with tensors of its own
+    if placement.in_file is not None:
         return True
     dtype = placement.dtype(suffix, autocast)
     return DTYPES.get(entry.dtype) is not dtype or device_of(placement.base).type != "cpu"

@@ -67,7 +67,7 @@ class Loaded(NamedTuple):
 
 
 @contextmanager
-def _without_collections() -> Iterator[None]:
+def without_collections() -> Iterator[None]:
     """Keep the garbage collector from starting.
 
     A load makes thousands of objects that all stay; a collection in the middle of it looks through everything the
@@ -82,7 +82,7 @@ def _without_collections() -> Iterator[None]:
             gc.enable()
 
 
-@_without_collections()
+@without_collections()
 def load_new(
     tuner: Tuner,
     checkpoint: Checkpoint,
@@ -98,7 +98,7 @@ def load_new(
     return place_new(tuner, plan_new(tuner, checkpoint, options, heads, undo), options, freeze_base, undo)
 
 
-@_without_collections()
+@without_collections()
 def place_new(tuner: Tuner, found: Fitted, options: LoadOptions, freeze_base: bool, undo: Undo) -> Loaded:
     """Read what has been planned, and put it on the network."""
     name, plan, config = options.adapter_name, found.plan, found.config
@@ -165,7 +165,7 @@ def load_experts(tuner: Tuner, config: PeftConfig, options: LoadOptions, undo: U
         load_new(tuner, checkpoint, own, (), False, undo)
 
 
-@_without_collections()
+@without_collections()
 def load_into(tuner: Tuner, checkpoint: Checkpoint, options: LoadOptions, undo: Undo) -> Loaded:
     """Load weights over those of an adapter that is there, by the plan that it was made by.
 

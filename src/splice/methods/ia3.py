@@ -22,7 +22,7 @@ from splice.checkpoint.types import PeftType
 from splice.kinds.casting import cast_to
 from splice.kinds.combining import Summed
 from splice.kinds.convolution import as_convolution
-from splice.kinds.effect import Action, Forward
+from splice.kinds.effect import Action
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.registry import Method, register
 from splice.kinds.slot import Slot
@@ -104,11 +104,11 @@ class IA3(AdapterLayer):
         """`x`, an input or output of the layer, with its features scaled, in its own dtype."""
         raise NotImplementedError
 
-    def around(self, x: torch.Tensor, inner: Forward) -> torch.Tensor:
-        if not self.is_feedforward:
-            return self.scaled(inner(x))
-        y: torch.Tensor = inner(self.scaled(x))
-        return y
+    def before(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scaled(x) if self.is_feedforward else x
+
+    def after(self, y: torch.Tensor) -> torch.Tensor:
+        return y if self.is_feedforward else self.scaled(y)
 
     @property
     def changed_names(self) -> tuple[str, ...]:

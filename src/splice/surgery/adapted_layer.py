@@ -30,8 +30,10 @@ from splice.surgery.replaced_forward import IN_REPLACED, around_replaced, runnin
 from splice.surgery.replacing import BASE_NAMES, replace_base
 from splice.surgery.rows import add_by_seats, add_products, add_seated, split
 from splice.surgery.spellings import check_spellings, plain_name
+from splice.surgery.two_steps import entering, leaving, put, steps_of, taken
 
 _NONE: Mapping[str, torch.Tensor] = {}
+_ONE_TENSOR = "{}: `adapter_names` needs layers that take one tensor and give one tensor"
 
 
 class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
@@ -125,12 +127,23 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
         together_only = one.wrapped_rows(host.layers, rows, run)
         if together_only is not None:
             return together_only(*args, **kwargs)
-        y = run(*args, **kwargs)
-        written = False
-        if not args or not isinstance(args[0], torch.Tensor) or not isinstance(y, torch.Tensor):
-            raise TypeError(f"{host.place}: `adapter_names` needs layers that take one tensor and give one tensor")
-        x = args[0]
+        x = args[0] if args else None
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(_ONE_TENSOR.format(host.place))
         groups = _groups(host, rows, x)
+        if len(groups) == 1 and len(groups[0].rows) == len(x):  # as if it were the active one
+            alone = host.layers.get(groups[0].name)
+            return (run if alone is None else self._outside(alone, run))(*args, **kwargs)
+        steps = [] if host.hooked else steps_of(groups, host.layers)
+        y = run(entering(x, steps), *args[1:], **kwargs)
+        if not isinstance(y, torch.Tensor):
+            raise TypeError(_ONE_TENSOR.format(host.place))
+        written = False
+        if steps:
+            y, written = y.clone(), True  # what the base gave may be its input, or kept for a backward
+            leaving(y, steps)
+            known = {group.name for _, group in steps}
+            groups = Groups([group for group in groups if group.name not in known])
         left: Sequence[Group] = groups
         # With gradients each parameter is used itself: a backward would not notice that a slot got other values since. So it
         # is in a graph that is compiled for these names: addresses, by which a slot is known, are none there.
@@ -140,24 +153,24 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
             and not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
         ):
-            base_output = y
+            before = y
             y, left = add_seated(y, x, groups, host.layers, host.stack)
-            written = y is not base_output
+            written |= y is not before
         together, single = split(left, host.layers, one_by_one=host.hooked)
         if together:
             y, written = add_products(y, x, together), True
         for layer, group in single:
-            base_rows = y[group.indices]
+            base_rows = taken(y, group)
             reuse = layer.keeps_input and not layer.shows
             # Otherwise the base is called again, for these rows: the adapter changes what goes into it.
             inner: Forward = (lambda _, kept=base_rows: kept) if reuse else run
-            if not written:  # what the base gave may be its input, or kept for a backward
+            if not written:
                 y, written = y.clone(), True
             shown = self._showing(layer, inner) if layer.shows else inner
             wrapped = layer.wrapped_for(shown, group.indices, len(x))
             wrapped = called_through(layer, wrapped) if host.hooked else wrapped
             more, named = _of_rows(host, group, x, args[1:], kwargs) if layer.shows else ((), {})
-            y[group.indices] = wrapped(x[group.indices], *more, **named).to(y.dtype)
+            put(y, group, wrapped(taken(x, group), *more, **named).to(y.dtype))
         return y
 
     def _forward_seats(self, run: Forward, rows: Rows, *args: object, **kwargs: object) -> object:

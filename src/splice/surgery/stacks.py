@@ -138,7 +138,7 @@ class Stacks:
         return number, ""
 
     def _give_back(self, name: str) -> None:
-        number = self.numbers.pop(name, None)
+        number = self.numbers.get(name)
         if number is None:
             return
         for reader in list(self.readers):
@@ -146,7 +146,10 @@ class Stacks:
         for stack in self.of_layer.values():
             stack.vacate(name)
             stack.clear(number)
-        heappush(self._free, number)
+        # In this order, so that what an interrupt cuts short can be done again.
+        if number not in self._free:
+            heappush(self._free, number)
+        del self.numbers[name]
 
     def _number(self, name: str) -> int | None:
         """The adapter's slot, a free one where it has none yet; None where none is free."""

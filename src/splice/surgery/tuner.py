@@ -103,8 +103,7 @@ class Tuner(TunerViews, nn.Module):
         self.store: Store | None = None
         # Held while adapters are put on or taken off: calls of other threads may bring some in at any time.
         self.changing = OwnLock()
-        # How many adapters were ever put on, and which of them each one was.
-        self.commits = 0
+        # Adapter -> its number, larger than those of all that were there before.
         self.order: dict[str, int] = {}
         # Whether adapters may be of several methods.
         self.mixes_methods = False
@@ -207,8 +206,7 @@ class Tuner(TunerViews, nn.Module):
         # What `_forget` needs to find the adapter comes first, its layers last: what fails in between can be taken back.
         modules = walk_bare(self.model) if modules is None else modules
         readers = weight_readers(modules)
-        self.commits += 1
-        self.order[name] = self.commits
+        self.order[name] = self.last_commit + 1
         self.placed[name] = {item.placement.path: item.layer for item in built}
         self.peft_config[name], self.plans[name] = config, plan
         method = method_of(config)
@@ -308,7 +306,6 @@ class Tuner(TunerViews, nn.Module):
                 self.left(path, name)
 
     def _forget(self, name: str) -> None:
-        del self.placed[name]
         if self.reserved_slots is not None:
             self.reserved_slots.release(name)
         self.plans.pop(name, None)
@@ -327,6 +324,13 @@ class Tuner(TunerViews, nn.Module):
             self.store.left(name)
         self._trained.forget(name)
         self._in_order.forget(name)
+        # Last: what an interrupt cuts short can be done again.
+        del self.placed[name]
+
+    @property
+    def last_commit(self) -> int:
+        """The number of the adapter that came last; 0 where there is none."""
+        return next(reversed(self.order.values()), 0)
 
     def of_method(self, method: PeftType) -> Collection[str]:
         """The adapters of a method, in the order they came."""
@@ -492,8 +496,9 @@ class Tuner(TunerViews, nn.Module):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Add the adapters (the active ones, if none are named) to the base weights; see `surgery/merging.py`."""
-        names = adapters_to_merge(self.hosts.values(), self.selection, self.peft_config, adapter_names)
-        self.merge_report = merge(self.model, self.hosts, self.selection, names, safe_merge)
+        with self.using(adapter_names or ()):
+            names = adapters_to_merge(self.hosts.values(), self.selection, self.peft_config, adapter_names)
+            self.merge_report = merge(self.model, self.hosts, self.selection, names, safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Give every merged layer back the very parameters it had before."""

@@ -92,6 +92,8 @@ def command(
         return 0
     if base is None:
         raise click.UsageError("Say what the adapter is for: --base.")
+    if Path(adapter).is_file():
+        raise click.UsageError(f"{adapter} is a file: write it as a folder first, with --to {_DIALECTS[0]}")
     of_all = _rank(rank)
     converting = import_module("splice.converting_files")
     with _bar(quiet=as_json or not sys.stderr.isatty()) as advance:

@@ -18,14 +18,14 @@ _NAMES = (
     ForeignNames(
         r"^lora_(unet|te\d?|prior|transformer)_",
         "kohya's sd-scripts (also A1111 and ComfyUI)",
-        "load it with the `load_lora_weights` of a diffusers pipeline, or write it as `splice convert --to peft` does",
+        "load it with the `load_lora_weights` of a diffusers pipeline, or convert it (`splice convert --to peft`)",
     ),
     ForeignNames(
         r"(\.processor\..*_lora\.(down|up)\.weight$)|(\.lora\.(down|up)\.weight$)"
         # Of networks that stand alone, some have a `transformer` at their head as well, but none of these blocks in it.
         r"|(^(unet|text_encoder(_\d)?)\.)|(^transformer\.(single_)?transformer_blocks\.)",
         "a diffusers pipeline",
-        "load it with the pipeline's `load_lora_weights`, or write it as `splice convert --to peft` does",
+        "load it with the pipeline's `load_lora_weights`, or convert it (`splice convert --to peft`)",
     ),
     ForeignNames(
         r"\.lora_(down|up)\.weight$",

@@ -14,7 +14,7 @@ from splice.checkpoint.unread import Unread, unread_in, write_tensors
 from splice.errors import CheckpointError, PeftError, UnsupportedFeatureError
 from splice.methods.lora.written.components import COMPONENTS, guessed, is_text, with_text_front, without_text_front
 from splice.methods.lora.written.factors import DOWN, MAGNITUDE, UP, UP_BIAS, factors_of, left_out
-from splice.methods.lora.written.scales import Scale, fields_of, targets
+from splice.methods.lora.written.scales import Scale, alpha_in, fields_of, rank_of, targets
 
 # Where diffusers keeps the configs: fields of all components, each with its component in front.
 _METADATA = "lora_adapter_metadata"
@@ -58,7 +58,7 @@ def _read(weights: Weights, paths_of: PathsOf) -> list[Part]:
         component = front if front in COMPONENTS else ""
         path = _today(component, rest if component else split[0])
         if split[1] == _ALPHA:
-            alphas.setdefault(component, {})[path] = float(weights.read([key])[0])
+            alphas.setdefault(component, {})[path] = alpha_in(weights, key)
             continue
         own = names.setdefault(component, {})
         if format_key(path, split[1]) in own:
@@ -101,6 +101,8 @@ def _noted(weights: Weights, component: str) -> dict[str, object] | None:
         fields = json.loads(text)
     except ValueError as error:
         raise CheckpointError(f"{weights.place}: its {_METADATA} is no JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{weights.place}: its {_METADATA} is no object of fields")
     front = f"{component}." if component else ""
     found = {name.removeprefix(front): value for name, value in fields.items() if name.startswith(front)}
     return {**found, "peft_type": "LORA"} if found else None
@@ -113,7 +115,10 @@ def _worked_out(weights: Weights, names: Mapping[str, str], alphas: Mapping[str,
         assert parsed is not None, key
         suffixes.add(parsed.suffix)
         if parsed.suffix == DOWN:
-            rank = weights.entries[own].shape[0]
+            other = names.get(format_key(parsed.path, UP))
+            if other is None:
+                raise PeftError(f"{weights.place}: {parsed.path!r} has no lora_B or lora_up: the file is damaged")
+            rank = rank_of(weights.entries[own].shape, weights.entries[other].shape, f"{weights.place}: {parsed.path}")
             scales[parsed.path] = Scale(rank, alphas.get(parsed.path, float(rank)))
     astray = sorted(alphas.keys() - scales.keys())
     if astray or not scales:
@@ -144,6 +149,7 @@ def _write(parts: Sequence[Part], base: Mapping[str, object], path: Path) -> Seq
 def _fields(component: str, fields: Mapping[str, object], layers: Collection[str]) -> dict[str, object]:
     """Those of the config that say something, in words that hold in every release of transformers."""
     kept = {name: value for name, value in fields.items() if value not in _EMPTY or name in ("r", "lora_alpha")}
+    kept.pop("peft_version", None)  # which configs of older releases do not have
     if not is_text(component):
         return kept
     for name in ("rank_pattern", "alpha_pattern"):

@@ -11,7 +11,7 @@ from splice.checkpoint.keys import PREFIX, parse_key
 from splice.checkpoint.unread import Unread
 from splice.errors import UnsupportedFeatureError, counted
 from splice.methods.lora.engines import OTHER_PRODUCTS
-from splice.methods.lora.written.scales import Scale, scale_in
+from splice.methods.lora.written.scales import Scale, rank_of, scale_in
 
 DOWN, UP, UP_BIAS, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"
 EMBEDDING_DOWN, EMBEDDING_UP = "lora_embedding_A", "lora_embedding_B"
@@ -97,7 +97,8 @@ def factors_of(part: Part, program: str, suffixes: Iterable[str], also: Iterable
         lacking = [suffix for suffix in pair if suffix not in tensors]
         if lacking:
             raise UnsupportedFeatureError(f"{path!r} has no {lacking[0]}: the adapter is damaged")
-        found[path] = Factors(tensors, scale_in(part.fields, path, tensors[pair[0]].shape[0]))
+        rank = rank_of(tensors[pair[0]].shape, tensors[pair[1]].shape, path)
+        found[path] = Factors(tensors, scale_in(part.fields, path, rank))
     return found
 
 

@@ -14,8 +14,8 @@ from splice.checkpoint.tensors import Weights
 from splice.checkpoint.unread import Unread, made, unread_in, write_tensors
 from splice.errors import PeftError, UnsupportedFeatureError
 from splice.methods.lora.written.components import KOHYA_PREFIXES, guessed, with_text_front
-from splice.methods.lora.written.factors import DOWN, UP, factors_of, left_out
-from splice.methods.lora.written.scales import Scale, fields_of
+from splice.methods.lora.written.factors import DOWN, UP, Factors, factors_of, left_out
+from splice.methods.lora.written.scales import Scale, alpha_in, fields_of, rank_of
 from splice.methods.lora.written.underscores import flattened, path_of
 from splice.methods.lora.written.unet_blocks import from_numbered, is_numbered, is_numbered_there, to_numbered
 
@@ -79,9 +79,10 @@ def _part(
         path = path_of(from_numbered(name) if numbered else name, component, paths)
         if path in scales:
             raise PeftError(f"{weights.place}: {name!r} and another layer are both {path!r} of {component}")
-        rank = weights.entries[keys["lora_down.weight"]].shape[0]
+        down, up = (weights.entries[keys[suffix]].shape for suffix in _SUFFIXES)
+        rank = rank_of(down, up, f"{weights.place}: {name}")
         # A file without alphas is of a time when there was no scale.
-        alpha = float(weights.read([keys[_ALPHA]])[0]) if _ALPHA in keys else float(rank)
+        alpha = alpha_in(weights, keys[_ALPHA]) if _ALPHA in keys else float(rank)
         scales[path] = Scale(rank, alpha)
         names.update({format_key(path, own): keys[suffix] for suffix, own in _SUFFIXES.items()})
     return Part(component, fields_of(scales), unread_in(weights, names))
@@ -99,14 +100,8 @@ def _write(parts: Sequence[Part], base: Mapping[str, object], path: Path) -> Seq
                 f"kohya's files have no {component}: of transformers they name layers as the model's original code does; "
                 "write it as `diffusers`"
             )
-        names = {path: flattened(with_text_front(component, path)) for path in layers}
-        if len(set(names.values())) < len(names):
-            twice = next(path for path in names if list(names.values()).count(names[path]) > 1)
-            raise PeftError(f"{twice!r} and another layer are {names[twice]!r} both, with underscores for dots")
-        if component == "unet" and is_numbered_there(names.values()):
-            names = {path: to_numbered(name) for path, name in names.items()}
         prefix = KOHYA_PREFIXES[component][-1 if has_two else 0]
-        for layer, name in names.items():
+        for layer, name in _names(component, layers).items():
             front = f"{prefix}{name}"
             tensors[f"{front}.lora_down.weight"] = layers[layer].down
             tensors[f"{front}.lora_up.weight"] = layers[layer].up
@@ -117,6 +112,20 @@ def _write(parts: Sequence[Part], base: Mapping[str, object], path: Path) -> Seq
             notes.append(_OF_DIFFUSERS)
     write_tensors(path, tensors, {"format": "pt"})
     return tuple(dict.fromkeys(notes))
+
+
+def _names(component: str, layers: Mapping[str, Factors]) -> dict[str, str]:
+    """Path -> what the layer is called behind the prefix."""
+    grouped = next((path for path, each in layers.items() if each.up.shape[1] != each.scale.rank), None)
+    if grouped is not None:
+        raise UnsupportedFeatureError(f"kohya's form has no place for a convolution in groups: {grouped!r}")
+    names = {path: flattened(with_text_front(component, path)) for path in layers}
+    if len(set(names.values())) < len(names):
+        twice = next(path for path in names if list(names.values()).count(names[path]) > 1)
+        raise PeftError(f"{twice!r} and another layer are {names[twice]!r} both, with underscores for dots")
+    if component == "unet" and is_numbered_there(names.values()):
+        return {path: to_numbered(name) for path, name in names.items()}
+    return names
 
 
 KOHYA = Dialect("kohya", "LORA", "adapter.safetensors", _recognises, _read, _write)

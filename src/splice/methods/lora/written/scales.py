@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from splice.checkpoint.tensors import Weights
 from splice.errors import CheckpointError
 from splice.methods.lora.outline import alpha_of
 
@@ -21,6 +22,32 @@ class Scale(NamedTuple):
     alpha: float
 
 
+def rank_of(down: tuple[int, ...], up: tuple[int, ...], place: str) -> int:
+    """The rank of two factors of these shapes.
+
+    Raises:
+        CheckpointError: they are not those of one layer.
+    """
+    if len(down) < 2 or len(up) != len(down) or 0 in (*down, *up):
+        raise CheckpointError(f"{place}: factors of the shapes {down} and {up} are not those of a layer")
+    # Of a convolution in groups B has a part of the rank for each.
+    if up[1] != down[0] and (len(up) == 2 or down[0] % up[1]):
+        raise CheckpointError(f"{place}: A has {down[0]} rows and B {up[1]} columns, which are the rank both")
+    return down[0]
+
+
+def alpha_in(weights: Weights, name: str) -> float:
+    """An alpha that is a tensor.
+
+    Raises:
+        CheckpointError: it is more than one number, or none that anything can be multiplied with.
+    """
+    (tensor,) = weights.read([name])
+    if tensor.numel() != 1 or not math.isfinite(float(tensor)):
+        raise CheckpointError(f"{weights.place}: {name!r} is no number: {tensor.tolist()}")
+    return float(tensor)
+
+
 def scale_in(fields: Mapping[str, object], path: str, rank: int) -> Scale:
     """That of the layer at `path`, by the config: its patterns, and its square root of the rank, are in the alpha.
 
@@ -28,7 +55,7 @@ def scale_in(fields: Mapping[str, object], path: str, rank: int) -> Scale:
         CheckpointError: the config does not say it.
     """
     alpha = alpha_of(fields, path)
-    if alpha is None or rank < 1:
+    if alpha is None or rank < 1 or not math.isfinite(alpha):
         raise CheckpointError(f"{path}: the config gives no number as alpha of this layer, or its rank is {rank}")
     return Scale(rank, alpha * math.sqrt(rank) if fields.get("use_rslora") else alpha)
 
