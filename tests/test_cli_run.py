@@ -390,6 +390,16 @@ def test_which_task_of_several(checkpoint: Callable[..., Path]) -> None:
         )
 
 
+def test_the_token_that_ends_a_text_by_the_tokenizer_ends_an_answer_too(tmp_path: Path) -> None:
+    base = with_tokenizer(bases.LLAMA, tmp_path / "base", eos_token=".")
+    (whole,) = answers(opened(base, (), Manner(6)), ["hello"]).answers
+    assert len(whole.text) == 6 and not whole.ended
+    tokenizer(eos_token=whole.text[2]).save_pretrained(base)
+    (answer,) = answers(opened(base, (), Manner(6)), ["hello"]).answers
+    end = whole.text.index(whole.text[2])
+    assert (answer.text, answer.tokens, answer.ended) == (whole.text[:end], end, True)
+
+
 # -- chat templates
 
 

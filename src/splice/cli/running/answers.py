@@ -74,8 +74,9 @@ class Teller:
         self._base, self._texts, self._stage, self._manner = base, texts, stage, manner
         config: Any = base.network.generation_config
         ends = config.eos_token_id
-        # Tokens that end an answer. Models that talk have several.
-        self._ends = tuple(ends if isinstance(ends, list) else [ends]) if ends is not None else texts.ends
+        said = [] if ends is None else ends if isinstance(ends, list) else [ends]
+        # Tokens that end an answer. The tokenizer's too: templates often end a turn by it where the base knows another one.
+        self._ends = tuple(dict.fromkeys([*said, *texts.ends]))
 
     def all_answers(self, prompts: Sequence[Sequence[int]], rows: int, heard: Callable[[Listener], object]) -> Answers:
         """What the base and each adapter answer to each prompt.
