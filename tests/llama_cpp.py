@@ -31,6 +31,19 @@ _FIELDS: dict[str, dict[str, Any]] = {
     },
     "Gemma2ForCausalLM": {"query_pre_attn_scalar": 16},
     "Gemma3ForCausalLM": {"query_pre_attn_scalar": 16},
+    "MixtralForCausalLM": {"num_local_experts": 3, "num_experts_per_tok": 2},
+    "Qwen2MoeForCausalLM": {
+        "num_experts": 3,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 64,
+    },
+    "Qwen3MoeForCausalLM": {
+        "num_experts": 3,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    },
 }
 
 
@@ -69,6 +82,13 @@ def write_base(network: nn.Module, path: Path) -> None:
     writer.add_layer_norm_rms_eps(getattr(config, "rms_norm_eps", 1e-5))
     epsilons = [getattr(config, name, None) for name in ("layer_norm_eps", "norm_epsilon", "layer_norm_epsilon")]
     writer.add_layer_norm_eps(next(filter(None, epsilons), 1e-5))
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    if experts:
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", 96))
+    if family == "Qwen2MoeForCausalLM":
+        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
     _add_rotation(writer, config)
     _add_scales(writer, family, config)
     writer.add_tokenizer_model("llama")
@@ -89,6 +109,12 @@ def write_base(network: nn.Module, path: Path) -> None:
             tensor = tensor + 1
         if family == "GPT2LMHeadModel" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
             tensor = tensor.T
+        if name.endswith(".experts.gate_up_proj"):
+            front = f"blk.{name.split('.')[2]}.ffn_"
+            for role, half in zip(("gate", "up"), tensor.chunk(2, dim=1)):
+                writer.add_tensor(f"{front}{role}_exps.weight", half.contiguous().numpy())
+            continue
+        name += ".weight" if name.endswith(".experts.down_proj") else ""
         there = names.get_name(name, try_suffixes=(".weight", ".bias"))
         writer.add_tensor(there, tensor.float().contiguous().numpy())
     writer.write_header_to_file()

@@ -15,17 +15,22 @@ from torch import nn
 
 import splice
 from splice.checkpoint.engines import engines
+from splice.checkpoint.unread import made
 from splice.cli.commands.convert import command
 from splice.cli.engines import asked as asked_of
 from splice.cli.opened import open_adapter
 from splice.cli.summary import look_into
 from splice.errors import PeftError, UnsupportedFeatureError
-from splice.methods.lora.written.factors import REFUSED
+from splice.methods.lora.written.factors import REFUSED, Factors
 from splice.methods.lora.written.llama_cpp import _ARCHITECTURES, pairs_together
+from splice.methods.lora.written.scales import Scale
+from splice.methods.lora.written.stacked_experts import stacked_in
 from tests import bases
 from tests.broken import parts
 from tests.cli import BASE, EXAMPLE
 from tests.llama_cpp import TOKENS, in_llama_cpp, small, write_base
+from tests.test_stacked_experts import MIXTRAL, adapter, all_names
+from tests.test_stacked_experts import pytestmark as needs_stacks
 
 gguf = pytest.importorskip("gguf")
 
@@ -44,7 +49,13 @@ def adapted(network: nn.Module, folder: Path, **options: Any) -> Any:
     return model.eval()
 
 
-SCALES = {"r": 4, "lora_alpha": 6, "use_rslora": True, "rank_pattern": {"q_proj": 8}, "alpha_pattern": {"down_proj": 3}}
+SCALES = {
+    "r": 4,
+    "lora_alpha": 6,
+    "use_rslora": True,
+    "rank_pattern": {"q_proj": 8},
+    "alpha_pattern": {"down_proj": 3, "gate.weight": 2},
+}
 
 
 def test_each_layer_is_changed_as_by_the_adapter(tmp_path: Path) -> None:
@@ -93,8 +104,10 @@ def test_tokens_that_switch_it_on(tmp_path: Path) -> None:
 
 
 QUICK = ("LlamaForCausalLM", "GPT2LMHeadModel")
-# Experts are not written; of Gemma 3 the part for text is the same.
-OTHERS = sorted(name for name in _ARCHITECTURES if not re.search("Moe|Mixtral|Conditional", name) and name not in QUICK)
+# Of Gemma 3 for pictures the part for text is that of the other.
+OTHERS = sorted(name for name in _ARCHITECTURES if "Conditional" not in name and name not in QUICK)
+# Stacked experts, and the router before them.
+STACKED = {"target_modules": ["q_proj"], "target_parameters": ["gate_up_proj", "down_proj", "gate.weight"]}
 
 
 @pytest.mark.parametrize("family", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
@@ -105,13 +118,35 @@ def test_llama_cpp_computes_the_same(family: str, tmp_path: Path) -> None:
     with torch.no_grad():
         base = network(torch.tensor([TOKENS])).logits[0, -1].log_softmax(-1)
     targets = [*LINEAR, "embed_tokens", "lm_head"] if family == "LlamaForCausalLM" else "all-linear"
-    model = adapted(network, tmp_path, target_modules=targets, **SCALES)
+    options = STACKED if re.search("Moe|Mixtral", family) else {"target_modules": targets}
+    model = adapted(network, tmp_path, **options, **SCALES)
     with torch.no_grad():
         exact = model(torch.tensor([TOKENS])).logits[0, -1].log_softmax(-1)
     file = splice.translate_files(tmp_path / "adapter", tmp_path / "a.gguf", "gguf", base=tmp_path / "base").place
     assert torch.allclose(in_llama_cpp(tmp_path / "base.gguf", None), base, atol=0.01)
     assert torch.allclose(in_llama_cpp(tmp_path / "base.gguf", file), exact, atol=0.01)
     assert (base - exact).abs().max() > 0.1
+
+
+@needs_stacks
+def test_experts_that_were_layers(tmp_path: Path) -> None:
+    """Of an adapter from before transformers 5: each expert is changed as it was then."""
+    folder, merged = adapter(MIXTRAL, all_names(MIXTRAL), tmp_path / "old")
+    MIXTRAL.build().save_pretrained(tmp_path / "base")
+    place = splice.translate_files(folder, tmp_path / "a.gguf", "gguf", base=tmp_path / "base").place
+    reader = gguf.GGUFReader(place)
+    tensors = {tensor.name: torch.tensor(np.array(tensor.data)) for tensor in reader.tensors}
+    alpha = reader.fields["adapter.lora.alpha"].contents()
+    for block, (new, old) in enumerate(zip(merged.model.layers, MIXTRAL.build().model.layers, strict=True)):
+        delta = (new.mlp.experts.gate_up_proj - old.mlp.experts.gate_up_proj).detach().chunk(2, dim=1)
+        exact = {
+            "gate": delta[0],
+            "up": delta[1],
+            "down": (new.mlp.experts.down_proj - old.mlp.experts.down_proj).detach(),
+        }
+        for role, each in exact.items():
+            a, b = (tensors[f"blk.{block}.ffn_{role}_exps.weight.lora_{letter}"] for letter in "ab")
+            assert torch.allclose(alpha / b.shape[2] * (b @ a), each, atol=1e-5), role
 
 
 # -- what cannot be written
@@ -128,7 +163,7 @@ def test_pairs_are_those_of_the_heads() -> None:
     [
         ({"use_dora": True}, "no place for use_dora=True: .*`splice convert --to lora`"),
         ({"modules_to_save": ["lm_head"]}, "lm_head.weight', a part of the base that is saved whole; .*`splice merge`"),
-        ({"target_parameters": ["v_proj.weight"]}, "no place for target_parameters"),
+        ({"use_qalora": True}, "no place for use_qalora=True: A is for averaged inputs; .*`splice convert --to lora`"),
     ],
 )
 def test_what_is_more_than_two_factors(options: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -138,9 +173,30 @@ def test_what_is_more_than_two_factors(options: dict[str, Any], said: str, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+@needs_stacks
+def test_verify_knows_that_experts_can_be_written(tmp_path: Path) -> None:
+    adapted(small("Qwen3MoeForCausalLM"), tmp_path, **STACKED)
+    answer = asked_of("llama.cpp", look_into(open_adapter(str(tmp_path / "adapter"))))
+    assert answer.reasons == () and answer.notes[0].startswith("target_parameters: convert it with `splice convert")
+
+
+def test_stacks_that_cannot_be_told(tmp_path: Path) -> None:
+    fields = {"target_parameters": ["experts.down_proj"], "r": 2, "lora_alpha": 2}
+    pair = Factors({"lora_A.weight": made(torch.ones(6, 4)), "lora_B.weight": made(torch.ones(5, 6))}, Scale(6, 2.0))
+    (only,) = stacked_in({"layers.0.mlp.experts": pair}, fields, 3)
+    assert (only.role, only.factors.down.shape, only.factors.up.shape) == ("down", (3, 2, 4), (3, 5, 2))
+    for layers, experts, said in (
+        ({"layers.0.mlp.experts": pair}, None, "of so many experts as the base's config says .None"),
+        ({"layers.0.mlp.experts": pair, "layers.0.mlp.experts.base_layer": pair}, 3, "its 2 pairs of factors"),
+        ({"layers.0.mlp.experts": pair}, 4, "factors of 6 rows are not those of 4 experts"),
+    ):
+        with pytest.raises(UnsupportedFeatureError, match=said):
+            list(stacked_in(layers, fields, experts))
+
+
 def test_it_refuses_what_verify_refuses() -> None:
     limits = engines()["llama.cpp"]["LORA"]
-    assert limits.refused.keys() == REFUSED.keys() - {"alora_invocation_tokens"}
+    assert limits.refused.keys() == REFUSED.keys() - {"alora_invocation_tokens", "target_parameters"}
 
 
 def test_scales_that_the_engine_s_own_program_does_not_know(tmp_path: Path) -> None:

@@ -21,7 +21,9 @@ OTHER_PRODUCTS = {
     "trainable_token_indices": "rows of embeddings are trained beside it",
 }
 
-_CONVERT = "convert it with `splice convert --to gguf`; llama.cpp's own script knows the config's lora_alpha alone"
+_CONVERT = (
+    "convert it with `splice convert --to gguf`; llama.cpp's own script knows no field of the config but lora_alpha"
+)
 
 # vLLM, as documented for 0.14 to 0.22:
 # - ranks: docs.vllm.ai/en/v0.14.0/api/vllm/config/lora/ (`MaxLoRARanks`; 16 without the option)
@@ -93,9 +95,9 @@ register_limits(
                 "use_dora": "it does not support DoRA",
                 "bias": "it supports no trained biases",
                 "lora_bias": "it supports no trained biases",
-                **OTHER_PRODUCTS,
+                **{name: why for name, why in OTHER_PRODUCTS.items() if name != "target_parameters"},
             }
         ),
-        noted=MappingProxyType({"use_rslora": _CONVERT, "alpha_pattern": _CONVERT}),
+        noted=MappingProxyType({"use_rslora": _CONVERT, "alpha_pattern": _CONVERT, "target_parameters": _CONVERT}),
     ),
 )

@@ -7,6 +7,7 @@ all layers: what differs from it is multiplied into B.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -20,6 +21,7 @@ from splice.checkpoint.dialects import Dialect, Part
 from splice.checkpoint.files import flush
 from splice.errors import PeftError, UnsupportedFeatureError
 from splice.methods.lora.written.factors import DOWN, EMBEDDING_DOWN, EMBEDDING_UP, UP, Factors, factors_of, left_out
+from splice.methods.lora.written.stacked_experts import Stacked, as_matrix, is_stacked, stacked_in
 
 
 class _Architecture(NamedTuple):
@@ -61,6 +63,10 @@ _FRONTS = (("model.language_model.", "model."), ("language_model.model.", "model
 _EMBEDDINGS, _OUTPUT = "token_embd.weight", "output.weight"
 
 
+# What configs call the number of experts of a block.
+_COUNTS = ("num_local_experts", "num_experts")
+
+
 class _Tensor(NamedTuple):
     """A layer as the file has it."""
 
@@ -86,10 +92,20 @@ def _write(parts: Sequence[Part], base: Mapping[str, object], path: Path) -> Seq
     config["tie_word_embeddings"] = bool(config.get("tie_word_embeddings") or base.get("tie_word_embeddings"))
     architecture = _architecture(base, config)
     layers = factors_of(
-        part, "a GGUF file", (DOWN, UP, EMBEDDING_DOWN, EMBEDDING_UP), also=("alora_invocation_tokens",)
+        part,
+        "a GGUF file",
+        (DOWN, UP, EMBEDDING_DOWN, EMBEDDING_UP),
+        also=("alora_invocation_tokens", "target_parameters"),
     )
     name_of = _names(gguf, architecture, config)
-    tensors = [_tensor(layer, factors, name_of, architecture, config) for layer, factors in layers.items()]
+    tensors = [
+        _tensor(layer, as_matrix(layer, factors, part.fields), name_of, architecture, config)
+        for layer, factors in layers.items()
+        if not is_stacked(layer)
+    ]
+    experts = next((config[name] for name in _COUNTS if isinstance(config.get(name), int)), None)
+    for stacked in stacked_in(layers, part.fields, cast("int | None", experts)):
+        tensors.append(_Tensor(_expert_name(stacked), stacked.factors, None))
     twice = [name for name, count in Counter(tensor.name for tensor in tensors).items() if count > 1]
     if twice:
         raise PeftError(f"several layers of the adapter are {twice[0]!r} in llama.cpp")
@@ -218,6 +234,13 @@ def pairs_together(rows: int, heads: int, place: str) -> torch.Tensor:
     if rows % (2 * heads):
         raise PeftError(f"{place}: {rows} rows are not those of {heads} heads: the base is another one")
     return torch.arange(rows).reshape(heads, 2, rows // heads // 2).transpose(1, 2).reshape(rows)
+
+
+def _expert_name(stacked: Stacked) -> str:
+    found = re.search(r"\.layers\.(\d+)\.", stacked.path)
+    if found is None:
+        raise UnsupportedFeatureError(f"{stacked.path!r} is in no numbered layer: llama.cpp has no tensor for it")
+    return f"blk.{found[1]}.ffn_{stacked.role}_exps.weight"
 
 
 def _common_alpha(tensors: Sequence[_Tensor]) -> float:
