@@ -163,13 +163,15 @@ class Teller:
             each = len(ids) // len(numbers)
             of_rows = [number for number in numbers for _ in range(each)]
             processors.append(Draws(self._manner.temperature, self._manner.top_p, self._manner.seed, of_rows))
-        arguments = {
+        arguments: dict[str, object] = {
             "input_ids": inputs,
             "attention_mask": torch.ones_like(inputs),
             "generation_config": config,
             "logits_processor": processors,
             "streamer": listener,
         }
+        if self._stage.knows_tasks(names):
+            arguments["task_ids"] = torch.full((len(ids),), self._manner.task, device=self._base.device)
         try:
             self._stage.generate(names, arguments)
         except torch.OutOfMemoryError as error:
