@@ -60,6 +60,13 @@ def mixed_rows(settings: Settings) -> Iterator[Row]:
     what = f"mixed batch, {count} rows, {count} adapters, added in all"
     yield row(what, more[REFERENCE] * 1e3, more[SPLICE] * 1e3, "ms").at_least(5)
     yield row(f"{what}: in slots", more[REFERENCE] * 1e3, more[SLOTS] * 1e3, "ms").at_least(5)
+    # What a compiled model adds to the compiled base, beside what the reference adds without: it has no such thing.
+    calls[BASE] = partial(logits_of, torch.compile(base, fullgraph=True), ids)
+    step = torch.compile(slotted, fullgraph=True)
+    calls[SLOTS] = partial(logits_of, step, ids, adapter_names=slotted.slot_rows(names))
+    del calls[SPLICE]
+    compiled = added(calls, settings.device, rounds=settings.pick(20, 3))
+    yield row(f"{what}: in slots, compiled", more[REFERENCE] * 1e3, compiled[SLOTS] * 1e3, "ms").at_least(5)
 
 
 def with_adapters(library: str, base: nn.Module, checkpoint: Path, names: list[str]) -> nn.Module:

@@ -23,8 +23,11 @@ from benchmarks.forward import BASE, Call, added, logits_of, with_adapters
 from benchmarks.measure import Settings, alternate, collect_garbage, timed
 from benchmarks.models import LIBRARIES, LLAMA_TARGETS, REFERENCE, SPLICE, llama, load, write_checkpoint
 from benchmarks.report import Row, header, line, machine, row, write_json
+from splice.errors import counted
 
 _RANK = 16
+# How many adapters the rows of a mixed batch share; there are as many rows as the last.
+_ADAPTERS = (1, 8, 32)
 # How far half-precision logits of two orders of summation may lie apart.
 _TOLERANCE = 5e-2
 
@@ -52,7 +55,7 @@ def main() -> int:
 
 
 def rows(settings: Settings) -> Iterator[Row]:
-    """A load onto the GPU, a decode step eager and compiled, and batches of which every row has an adapter of its own."""
+    """A load onto the GPU, a decode step eager and compiled, and batches whose rows have adapters of their own."""
     base = llama(settings.pick(8, 1), settings.pick(2048, 64), settings.device, torch.bfloat16)
     checkpoint = write_checkpoint(base, settings.folder / "adapter", LLAMA_TARGETS, _RANK)
     targets = sum(name.endswith(LLAMA_TARGETS) for name, _ in base.named_modules())
@@ -61,9 +64,10 @@ def rows(settings: Settings) -> Iterator[Row]:
     yield from _load_rows(base, checkpoint, size / _speed_of_link(settings), settings)
     speed = _speed_of_memory(settings)
     yield from _decode_rows(base, checkpoint, targets, size / speed, settings)
-    count = settings.pick(32, 4)
-    for tokens in (1, settings.pick(64, 2)):
-        yield from _mixed_rows(base, checkpoint, count, tokens, count * size / speed, settings)
+    for count in (1, 2, 4) if settings.small else _ADAPTERS:
+        yield from _mixed_rows(base, checkpoint, count, 1, count * size / speed, settings)
+    count = settings.pick(_ADAPTERS[-1], 4)
+    yield from _mixed_rows(base, checkpoint, count, settings.pick(64, 2), count * size / speed, settings)
 
 
 def _load_rows(base: nn.Module, checkpoint: Path, floor: float, settings: Settings) -> Iterator[Row]:
@@ -91,14 +95,57 @@ def _decode_rows(base: nn.Module, checkpoint: Path, targets: int, floor: float, 
 def _mixed_rows(
     base: nn.Module, checkpoint: Path, count: int, tokens: int, floor: float, settings: Settings
 ) -> Iterator[Row]:
-    names = [f"adapter-{number}" for number in range(count)]
-    ids = torch.arange(count * tokens, device=settings.device).view(count, tokens) % 256
+    """A batch whose rows share `count` adapters: by names, and in slots, compiled and captured too."""
+    rows = settings.pick(_ADAPTERS[-1], 4)
+    adapters = [f"adapter-{number}" for number in range(count)]
+    names = [adapters[row % count] for row in range(rows)]
+    ids = torch.arange(rows * tokens, device=settings.device).view(rows, tokens) % 256
+    what = f"mixed batch, {rows} rows, {counted(count, 'adapter')}, {counted(tokens, 'token')} each"
     calls: dict[str, Call] = {BASE: partial(logits_of, base, ids)}
     for library in LIBRARIES:
-        model = with_adapters(library, base, checkpoint, names)
+        model: Any = with_adapters(library, base, checkpoint, adapters)
         calls[library] = partial(logits_of, model, ids, adapter_names=names)
-    what = f"mixed batch, {count} rows and adapters, {tokens} token{'s' if tokens > 1 else ''} each"
-    yield from _added_rows(what, calls, 1, floor, settings)
+    rounds = settings.pick(30, 2)
+    eager = added(calls, settings.device, rounds, _TOLERANCE)
+    yield from _compared(what, eager, 1e6, "us", floor)
+
+    # What each way adds to a base that is called in the same way, beside what the reference adds: it can only be eager.
+    def beside(way: str) -> Iterator[Row]:
+        found = added(calls, settings.device, rounds, _TOLERANCE)
+        yield from _compared(f"{what}, {way}", {**found, REFERENCE: eager[REFERENCE]}, 1e6, "us", floor)
+
+    model.slots(rows, _RANK)
+    yield from beside("in slots")
+    by_slots = model.slot_rows(names)
+    compile_all = partial(torch.compile, fullgraph=True, **({"backend": "eager"} if settings.small else {}))
+    calls[BASE] = partial(logits_of, compile_all(base), ids)
+    calls[SPLICE] = partial(logits_of, compile_all(model), ids, adapter_names=by_slots)
+    yield from beside("in slots, compiled")
+    calls[BASE], calls[SPLICE] = _captured(calls[BASE], settings), _captured(calls[SPLICE], settings)
+    yield from beside("in slots, in a CUDA graph")
+
+
+@torch.inference_mode()
+def _captured(call: Call, settings: Settings) -> Call:
+    """`call` as a CUDA graph that is replayed; as it is in a dry run."""
+    if settings.small:
+        return call
+    # As torch asks for: a few calls on another stream first, which allocate what calls keep.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return result
+
+    return replay
 
 
 def _added_rows(what: str, calls: dict[str, Call], parts: int, floor: float, settings: Settings) -> Iterator[Row]:

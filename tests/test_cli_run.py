@@ -36,8 +36,8 @@ from tests.samples import network_cases, plain_cases
 
 SORT, UPPER = EXAMPLE.parent / "sort", EXAMPLE.parent / "upper"
 LETTERS = "_.abcdefghijklmnopqrstuvwxyz0123456789 -"
-# Adapters without which one of these has nothing to stand on, or that ask for arguments of their own.
-_ASKS_FOR_MORE = {PeftType.XLORA, PeftType.POLY, PeftType.MULTITASK_PROMPT_TUNING}
+# Stands on adapters of another method, which have to be there.
+_NEEDS_OTHERS = {PeftType.XLORA}
 _PLAIN = Manner()
 
 
@@ -57,7 +57,7 @@ def with_tokenizer(base: Base, folder: Path, **options: Any) -> Path:
 
 
 def opened(base: Path, adapters: Sequence[str] = (), manner: Manner = _PLAIN) -> Session:
-    found = [adapter_from(text, None, None) for text in adapters]
+    found = [adapter_from(text, None, None, manner.task) for text in adapters]
     wanted = Wanted(str(base), device="cpu")
     return open_session(wanted, found, {}, False, None, manner)
 
@@ -219,11 +219,11 @@ def test_without_transformers_it_says_what_to_install() -> None:
 
 
 CASES = [
-    case for case in (*plain_cases(bases.LLAMA), *network_cases(bases.LLAMA)) if case.method.name not in _ASKS_FOR_MORE
+    case for case in (*plain_cases(bases.LLAMA), *network_cases(bases.LLAMA)) if case.method.name not in _NEEDS_OTHERS
 ]
 
 
-def alone(folder: Path, prompt: str, tokens: int) -> str:
+def alone(folder: Path, prompt: str, tokens: int, **call: Any) -> str:
     """What `generate` of one adapter on a base of its own gives."""
     network = bases.LLAMA.build()
     network.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=1)
@@ -231,7 +231,7 @@ def alone(folder: Path, prompt: str, tokens: int) -> str:
     ids = torch.tensor([[LETTERS.index(letter) for letter in prompt]])
     with torch.inference_mode():
         output = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, **call
         )
     return "".join(LETTERS[token] for token in output[0, ids.shape[1] :].tolist()).partition(".")[0].replace("_", "")
 
@@ -241,11 +241,12 @@ def test_all_methods_side_by_side_answer_as_each_does_alone(
 ) -> None:
     base = with_tokenizer(bases.LLAMA, tmp_path / "base", eos_token=".", pad_token="_")
     folders = {case.method.name.value: shared_checkpoint(case.base, case.config()) for case in CASES}
-    session = opened(base, [f"{name}={folder}" for name, folder in folders.items()], Manner(max_new_tokens=5))
+    session = opened(base, [f"{name}={folder}" for name, folder in folders.items()], Manner(max_new_tokens=5, task=1))
     told = answers(session, ["hello"])
     found = texts(told)
+    calls = {case.method.name.value: {key: torch.tensor([1]) for key in case.sample.call} for case in CASES}
     for name, folder in folders.items():
-        assert found[0, name] == alone(folder, "hello", 5), name
+        assert found[0, name] == alone(folder, "hello", 5, **calls[name]), name
     assert len(set(found.values())) > len(folders) / 2
     # All that are on layers share a batch, with the base in it; each of the others has a group of its method.
     groups = {frozenset(batch.adapters) for batch in told.batches}
@@ -375,6 +376,28 @@ def test_virtual_tokens_take_positions_too(checkpoint: Callable[..., Path], tmp_
     config = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 6}
     session = opened(base, [str(checkpoint(bases.GPT2, config))], Manner(max_new_tokens=100))
     assert [answer.tokens for answer in answers(session, ["a" * 50]).answers] == [8, 8]
+
+
+def test_which_task_of_several(checkpoint: Callable[..., Path]) -> None:
+    config = {"peft_type": "POLY", "target_modules": ["q_proj"], "n_tasks": 3, "task_type": "CAUSAL_LM"}
+    folder = str(checkpoint(bases.LLAMA, config))
+    assert adapter_from(folder, None, None, 2).tasks == 3
+    for task, said in ((None, "and none was said"), (3, "and 3 is none of them")):
+        with pytest.raises(ValueError) as caught:
+            adapter_from(folder, None, None, task)
+        assert str(caught.value) == (
+            f"adapter 'adapter' knows the tasks 0 to 2, {said}: --task-id says which one is asked for"
+        )
+
+
+def test_the_token_that_ends_a_text_by_the_tokenizer_ends_an_answer_too(tmp_path: Path) -> None:
+    base = with_tokenizer(bases.LLAMA, tmp_path / "base", eos_token=".")
+    (whole,) = answers(opened(base, (), Manner(6)), ["hello"]).answers
+    assert len(whole.text) == 6 and not whole.ended
+    tokenizer(eos_token=whole.text[2]).save_pretrained(base)
+    (answer,) = answers(opened(base, (), Manner(6)), ["hello"]).answers
+    end = whole.text.index(whole.text[2])
+    assert (answer.text, answer.tokens, answer.ended) == (whole.text[:end], end, True)
 
 
 # -- chat templates

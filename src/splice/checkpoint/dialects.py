@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from splice.checkpoint.tensors import Weights
-from splice.checkpoint.unread import Unread
 from splice.discovery import find_beside
+
+if TYPE_CHECKING:
+    from splice.checkpoint.tensors import Weights
+    from splice.checkpoint.unread import Unread
 
 # The format's own dialect, which every method has.
 OWN = "peft"

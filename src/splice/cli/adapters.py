@@ -10,8 +10,10 @@ from splice.checkpoint.format import CONFIG_NAME
 from splice.cli.known import known, known_methods
 from splice.cli.opened import open_adapter
 
-# Tasks whose networks give text. An adapter need not name one.
-_TASKS = (None, "CAUSAL_LM", "SEQ_2_SEQ_LM")
+# A `task_type` whose networks give text. An adapter need not name one.
+_PURPOSES = (None, "CAUSAL_LM", "SEQ_2_SEQ_LM")
+# Fields of configs that say how many tasks an adapter knows.
+_COUNTS = ("num_tasks", "n_tasks")
 
 
 class Adapter(NamedTuple):
@@ -27,6 +29,8 @@ class Adapter(NamedTuple):
     whole_call: bool
     # The base that its config names; None where it names none.
     base: str | None
+    # How many tasks it knows, of which each row says one; None where its method has no such thing.
+    tasks: int | None = None
 
 
 def named(text: str) -> tuple[str, str]:
@@ -39,26 +43,39 @@ def named(text: str) -> tuple[str, str]:
     return name, place
 
 
-def adapter_from(text: str, subfolder: str | None, revision: str | None) -> Adapter:
+def adapter_from(text: str, subfolder: str | None, revision: str | None, task: int | None = None) -> Adapter:
     """Look into the adapter that `NAME=ADAPTER` stands for.
+
+    Args:
+        text: name and place.
+        subfolder: a folder inside of the place.
+        revision: of the repository on the Hub.
+        task: the number of the task that adapters are asked for which know several; None if nobody said.
 
     Raises:
         CheckpointError: it cannot be found or read.
-        ValueError: it is of a method or for a task that gives no text.
+        ValueError: it is of a method or for a task that gives no text, or does not know this one.
     """
     name, place = named(text)
     fields = open_adapter(place, subfolder, revision).fields
-    method, task = fields["peft_type"], fields.get("task_type")
+    method, purpose = fields["peft_type"], fields.get("task_type")
     found = known(method)
     if found is None:
         raise ValueError(
             f"adapter {name!r}: {method!r} is no method that is known here; known are {', '.join(known_methods())}"
         )
-    if task not in _TASKS:
-        raise ValueError(f"adapter {name!r} at {place} is for {task}, which gives no text")
+    if purpose not in _PURPOSES:
+        raise ValueError(f"adapter {name!r} at {place} is for {purpose}, which gives no text")
     base = fields.get("base_model_name_or_path")
     folder = str(Path(place).parent) if Path(place).is_file() else place
-    return Adapter(name, folder, str(method), found.whole_call, str(base) if base else None)
+    counts = [fields.get(field, found.fields[field]) for field in _COUNTS if field in found.fields]
+    tasks = next((count for count in counts if isinstance(count, int)), None)
+    if tasks is not None and not 0 <= (-1 if task is None else task) < tasks:
+        said = "and none was said" if task is None else f"and {task} is none of them"
+        raise ValueError(
+            f"adapter {name!r} knows the tasks 0 to {tasks - 1}, {said}: --task-id says which one is asked for"
+        )
+    return Adapter(name, folder, str(method), found.whole_call, str(base) if base else None, tasks)
 
 
 def check_names(names: Sequence[str]) -> None:

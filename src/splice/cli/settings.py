@@ -38,3 +38,5 @@ class Manner(NamedTuple):
     top_p: float = 1.0
     # Of the draws.
     seed: int = 0
+    # The task that adapters are asked for which know several.
+    task: int = 0

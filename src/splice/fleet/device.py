@@ -140,8 +140,10 @@ class DeviceLevel:
 
     def take_back(self, planned: Planned) -> None:
         """Take it off, whole or in part."""
-        # Not by all of `Undo.run`: selections and modes may be other threads' doing.
-        planned.undo.take_off()
+        # Not by `Undo.run`: selections and modes may be other threads' doing, and others have gone since it was planned.
+        if planned.name in self.tuner.placed:
+            self.tuner.discard(planned.name)
+        self.tuner.order.pop(planned.name, None)
         if self.tuner.reserved_slots is not None:
             self.tuner.reserved_slots.release(planned.name)
         self.drop(planned.name)

@@ -127,22 +127,24 @@ def _build_loaded(
 ) -> Built:
     """Build one layer; `tensors` are those that it shares with layers before it, `shared` is what all layers share.
 
-    Those that were read may be on their way; `reading` is waited for where their values are needed.
+    Those that were read may be on their way; `reading` is waited for where their values are needed. Those that are lent are
+    copied.
     """
     device = device_of(placement.base)
     if placement.in_file is not None:
         found = {suffix: read[sources[key]] for suffix, key in placement.keys.items() if key in sources}
         for suffix, given in from_file(placement, found).items():
-            tensors[suffix] = _moved(given, device, placement.dtype(suffix, autocast), placement, suffix)
+            tensors[suffix] = _moved(given, device, placement.dtype(suffix, autocast), placement, suffix, reading.lent)
     for suffix, key in placement.keys.items() if placement.in_file is None else ():
         name = sources.get(key)
         if name is not None:
             given, own = read.pop(name), room.get((placement.path, suffix)) if room else None
             if own is None:
                 dtype = placement.dtype(suffix, autocast)
-                if given.dtype is not dtype or given.device != device or not dtype.is_floating_point:
+                changes = given.dtype is not dtype or given.device != device or not dtype.is_floating_point
+                if changes or reading.lent:
                     reading.wait()
-                    given = _moved(given, device, dtype, placement, suffix)
+                    given = _moved(given, device, dtype, placement, suffix, reading.lent)
                 tensors[suffix] = given
             else:
                 tensors[suffix] = own if given is own else own.copy_(given)
@@ -157,11 +159,11 @@ def _build_loaded(
 
 
 def _moved(
-    tensor: torch.Tensor, device: torch.device, dtype: torch.dtype, placement: Placement, suffix: str
+    tensor: torch.Tensor, device: torch.device, dtype: torch.dtype, placement: Placement, suffix: str, lent: bool
 ) -> torch.Tensor:
     if not dtype.is_floating_point:
         tensor = indices(tensor, placement.slots[suffix], dtype, placement.key(suffix))
-    return tensor.to(device=device, dtype=dtype)
+    return tensor.to(device=device, dtype=dtype, copy=lent)
 
 
 def build_new(plan: Plan, config: PeftConfig, autocast: bool, on_meta: bool = False) -> list[Built]:

@@ -103,8 +103,7 @@ class Tuner(TunerViews, nn.Module):
         self.store: Store | None = None
         # Held while adapters are put on or taken off: calls of other threads may bring some in at any time.
         self.changing = OwnLock()
-        # How many adapters were ever put on, and which of them each one was.
-        self.commits = 0
+        # Adapter -> its number, larger than those of all that were there before.
         self.order: dict[str, int] = {}
         # Whether adapters may be of several methods.
         self.mixes_methods = False
@@ -207,8 +206,7 @@ class Tuner(TunerViews, nn.Module):
         # What `_forget` needs to find the adapter comes first, its layers last: what fails in between can be taken back.
         modules = walk_bare(self.model) if modules is None else modules
         readers = weight_readers(modules)
-        self.commits += 1
-        self.order[name] = self.commits
+        self.order[name] = self.last_commit + 1
         self.placed[name] = {item.placement.path: item.layer for item in built}
         self.peft_config[name], self.plans[name] = config, plan
         method = method_of(config)
@@ -328,6 +326,11 @@ class Tuner(TunerViews, nn.Module):
         self._in_order.forget(name)
         # Last: what an interrupt cuts short can be done again.
         del self.placed[name]
+
+    @property
+    def last_commit(self) -> int:
+        """The number of the adapter that came last; 0 where there is none."""
+        return next(reversed(self.order.values()), 0)
 
     def of_method(self, method: PeftType) -> Collection[str]:
         """The adapters of a method, in the order they came."""

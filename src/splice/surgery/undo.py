@@ -18,7 +18,7 @@ class Undo:
     def __init__(self, tuner: Tuner) -> None:
         self.tuner = tuner
         # Not the names of all that are there: there may be thousands.
-        self.commits, self.was_bare = tuner.commits, tuner.is_bare
+        self.newest, self.was_bare = tuner.last_commit, tuner.is_bare
         self.active, self.enabled = tuner.selection.active, tuner.selection.enabled
         self.awaits = (tuner.awaits_call, tuner.awaits_training)
         self.tuner_training = tuner.training
@@ -37,18 +37,16 @@ class Undo:
         """Take `step` too, after the rest: it takes back what was done to the network itself, before any adapter came."""
         self.last.append(step)
 
-    def take_off(self) -> None:
-        """Take off what was put on since. All that other threads may have set meanwhile stays."""
-        for name in [name for name, number in self.tuner.order.items() if number > self.commits]:
+    def _take_off(self) -> None:
+        for name in [name for name, number in self.tuner.order.items() if number > self.newest]:
             if name in self.tuner.placed:
                 self.tuner.discard(name)
             self.tuner.order.pop(name, None)  # of a commit that was cut short at its very beginning
-        self.tuner.commits = self.commits
 
     def run(self) -> None:
         for step in self.steps:
             step()
-        self.take_off()
+        self._take_off()
         selection = self.tuner.selection
         if (selection.active, selection.enabled) != (self.active, self.enabled):
             selection.enabled = self.enabled

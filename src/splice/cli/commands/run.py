@@ -50,6 +50,7 @@ _DTYPES = ("bfloat16", "float16", "float32", "float64")
     "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Draw among this much probability."
 )
 @click.option("--seed", type=click.IntRange(0), help="Of the draws; another one each time, if not given.")
+@click.option("--task-id", type=click.IntRange(0), help="Of adapters that know several tasks, the one to ask for.")
 @click.option("--raw", is_flag=True, help="Leave the tokenizer's chat template out.")
 @click.option("--system", help="What a conversation begins with, where there is a chat template.")
 @click.option("--dtype", type=click.Choice(_DTYPES), help="Of the base; that of its files otherwise.")
@@ -68,6 +69,7 @@ def command(
     temperature: float,
     top_p: float,
     seed: int | None,
+    task_id: int | None,
     raw: bool,
     system: str | None,
     dtype: str | None,
@@ -88,7 +90,7 @@ def command(
     --temperature the same call gives the same answers, and with it the same --seed does.
     """
     _check_call(interactive, prompts, as_json, base is None and not adapters)
-    find = partial(adapter_from, subfolder=subfolder, revision=revision)
+    find = partial(adapter_from, subfolder=subfolder, revision=revision, task=task_id)
     found = [find(text) for text in adapters]
     check_names([adapter.name for adapter in found])
     place = base_of(found) if base is None else base
@@ -99,7 +101,7 @@ def command(
         raise ValueError("the input has no lines to ask")
     drawn = None if not temperature else secrets.randbelow(2**31) if seed is None else seed
     wanted = Wanted(place, base_revision, class_name, trust_remote_code, dtype, device, tokenizer)
-    manner = Manner(max_new_tokens, temperature, top_p, drawn or 0)
+    manner = Manner(max_new_tokens, temperature, top_p, drawn or 0, task_id or 0)
     options = {name: value for name, value in (("subfolder", subfolder), ("revision", revision)) if value is not None}
     notes: list[str] = []
     with _warnings_told(_tell if interactive else notes.append):

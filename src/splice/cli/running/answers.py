@@ -74,8 +74,9 @@ class Teller:
         self._base, self._texts, self._stage, self._manner = base, texts, stage, manner
         config: Any = base.network.generation_config
         ends = config.eos_token_id
-        # Tokens that end an answer. Models that talk have several.
-        self._ends = tuple(ends if isinstance(ends, list) else [ends]) if ends is not None else texts.ends
+        said = [] if ends is None else ends if isinstance(ends, list) else [ends]
+        # Tokens that end an answer. The tokenizer's too: templates often end a turn by it where the base knows another one.
+        self._ends = tuple(dict.fromkeys([*said, *texts.ends]))
 
     def all_answers(self, prompts: Sequence[Sequence[int]], rows: int, heard: Callable[[Listener], object]) -> Answers:
         """What the base and each adapter answer to each prompt.
@@ -163,13 +164,15 @@ class Teller:
             each = len(ids) // len(numbers)
             of_rows = [number for number in numbers for _ in range(each)]
             processors.append(Draws(self._manner.temperature, self._manner.top_p, self._manner.seed, of_rows))
-        arguments = {
+        arguments: dict[str, object] = {
             "input_ids": inputs,
             "attention_mask": torch.ones_like(inputs),
             "generation_config": config,
             "logits_processor": processors,
             "streamer": listener,
         }
+        if self._stage.knows_tasks(names):
+            arguments["task_ids"] = torch.full((len(ids),), self._manner.task, device=self._base.device)
         try:
             self._stage.generate(names, arguments)
         except torch.OutOfMemoryError as error:

@@ -93,6 +93,10 @@ class Stage:
         configs = () if self._model is None else self._model.peft_config.values()
         return max((c.num_virtual_tokens or 0 for c in configs if isinstance(c, PromptLearningConfig)), default=0)
 
+    def knows_tasks(self, names: Sequence[str | None]) -> bool:
+        """Whether any of these adapters has to be told which task a row is of."""
+        return any(name is not None and self.adapters[name].tasks is not None for name in names)
+
     def generate(self, names: Sequence[str | None], inputs: Mapping[str, Any]) -> None:
         """Call `generate` with an adapter for each row.
 
