@@ -15,7 +15,7 @@ import splice.checkpoint
 
 FOLDER = Path(splice.checkpoint.__file__).parent
 # Those that read or write tensors.
-WITH_TORCH = {"dialects", "parts", "reading", "tensors", "unread", "writing"}
+WITH_TORCH = {"parts", "reading", "tensors", "unread", "writing"}
 FILES = sorted({path.stem for path in FOLDER.glob("*.py")} - {"__init__"} - WITH_TORCH)
 
 # Runs in a process of its own, where any import of torch raises.
