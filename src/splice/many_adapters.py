@@ -94,6 +94,8 @@ class ManyAdapters(nn.Module):
     def adapter_store(self) -> AdapterStore:
         """The registered adapters: limits, pinning, prefetching and counters."""
         tuner = self.base_model
+        if isinstance(tuner.store, AdapterStore):  # asked first: who changes the model may be waiting for a long call
+            return tuner.store
         with tuner.changing:
             if not isinstance(tuner.store, AdapterStore):
                 tuner.store = AdapterStore(tuner, self.heads)
