@@ -162,6 +162,30 @@ def test_other_adapters_beside_those_in_slots() -> None:
     assert_close(run(slotted, inputs, adapter_names=others), run(plain, inputs, adapter_names=others))
 
 
+def test_names_in_the_graph_itself() -> None:
+    """Where a model is compiled as a whole they are a part of it: another mixture makes another graph, and both are right."""
+    plain, slotted, inputs = loaded(), loaded(COUNT), first_tokens(6)
+    step = torch.compile(slotted, fullgraph=True, backend="eager")
+    for names in (ROWS, ROWS[::-1]):
+        assert_close(run(step, inputs, adapter_names=names), run(plain, inputs, adapter_names=names))
+    assert graphs() == 2
+
+
+def test_a_scale_that_was_none_in_training() -> None:
+    """While features are dropped an update is no product: what is loaded then is read afterwards."""
+    configs = {name: config_of(lora_dropout=0.5) for name in NAMES[:2]}
+    plain, slotted = loaded(configs=configs), loaded(COUNT, {NAMES[0]: configs[NAMES[0]]})
+    slotted.train()
+    slotted.load_adapter(None, NAMES[1], config=configs[NAMES[1]], tensors=state_of(configs[NAMES[1]], 1))
+    slotted.eval()
+    inputs, names = first_tokens(6, 3), [NAMES[1], BASE, NAMES[0]]
+    expected = run(plain, inputs, adapter_names=names)
+    assert_close(run(slotted, inputs, adapter_names=slotted.slot_rows(names)), expected)
+    slotted.base_model.adapted["model.layers.0.self_attn.q_proj"].train()
+    with pytest.raises(ValueError, match="q_proj: its scale is a tensor, or features of its input are dropped"):
+        slotted.slot_rows(names)
+
+
 # -- what is refused
 
 

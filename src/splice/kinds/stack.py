@@ -67,6 +67,8 @@ class Stack:
         self.stays_in_place = False
         # By adapter name.
         self.tenants: dict[str, Tenant] = {}
+        # Slots whose updates were no plain products when they were last looked at.
+        self.unscaled: set[int] = set()
         # Slots that may hold something else than zeros.
         self.written: set[int] = set()
 
@@ -112,11 +114,20 @@ class Stack:
             if tenant.layer is layer:
                 self._write_scale(tenant.number, layer)
 
+    def knows_scale(self, number: int, layer: Effect) -> bool:
+        """Whether the scale in this slot is the layer's, which is brought there; it has none while features are dropped."""
+        if layer.product_scale() is None:
+            return False
+        if number in self.unscaled:
+            self._write_scale(number, layer)
+        return True
+
     def _write_scale(self, number: int, layer: Effect) -> None:
         # Where the update is no plain product now, nobody may read the slot: a graph that does gives no number.
         scale = layer.product_scale()
         with torch.inference_mode(False):
             self.scales[number] = math.nan if scale is None else scale
+        (self.unscaled.discard if scale is not None else self.unscaled.add)(number)
 
     def inside(self) -> list[str]:
         """The adapters whose factors lie here now."""
@@ -136,8 +147,8 @@ class Stack:
         like = first.home_a[first.name_a]
         for name in [name for name, tenant in self.tenants.items() if name not in moved]:
             self.vacate(name)
-        self.tenants.clear()
-        self.written.clear()
+        for numbers in (self.tenants, self.unscaled, self.written):
+            numbers.clear()
         if like.is_meta:
             return
         empty = Stack(len(self.a), self.a.shape[1:], self.b.shape[1:], like)
@@ -184,3 +195,4 @@ class Stack:
             for stacked in self.tensors:
                 stacked[number].zero_()
             self.written.discard(number)
+            self.unscaled.discard(number)

@@ -27,8 +27,11 @@ def slot_rows(tuner: Tuner, names: Sequence[str]) -> SlotRows:
 
 def note_seats(tuner: Tuner, rows: Rows) -> Rows:
     """`rows` with their `seats`, where all their adapters lie in slots and something may be compiled."""
-    # Nothing is compiled before this module is there, and then nobody pays for looking.
+    # Nothing is compiled before that module is there, and then nobody pays for looking. A graph that is made of this call has
+    # the names in it, and nothing to gain.
     if tuner.reserved_slots is None or torch.is_grad_enabled() or "torch._dynamo" not in sys.modules:
+        return rows
+    if torch.compiler.is_compiling():
         return rows
     try:
         numbers = seats_of(tuner, rows.names)

@@ -138,10 +138,10 @@ class Tuner(TunerViews, nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if self.reserved_slots is not None:  # of a copy: all else is there by now
-            names, self.reserved_slots.awaited = self.reserved_slots.awaited, ()
-            for name in names:
-                self.take_slot(name)
+        for name in (
+            () if self.reserved_slots is None else self.reserved_slots.awaited
+        ):  # of a copy: all else is there by now
+            self.take_slot(name)
 
     def __getattr__(self, name: str) -> Any:
         try:
