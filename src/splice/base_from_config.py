@@ -47,12 +47,22 @@ def empty_base(
     if count is not None:
         config.num_labels = count
     with torch.device("meta"):
-        if class_name is not None and class_name not in dir(transformers):
-            raise ValueError(f"transformers has no class {class_name!r} to make the base with")
         names = [class_name] if class_name else _classes(config, checkpoint.config)
         # Of transformers itself and nothing else: an adapter is a stranger's, and importing a module runs its code.
-        known = [getattr(transformers, name) for name in names if name in dir(transformers)]
+        known = [found for name in names if (found := _class_of(transformers, name)) is not None]
+        if class_name is not None and not known:
+            raise ValueError(f"transformers has no class {class_name!r} to make the base with")
         return _made(known or [transformers.AutoModel], config, trust_remote_code)
+
+
+def _class_of(transformers: Any, name: str) -> type | None:
+    """The class of models that transformers has under this name; None where that is something else, or nothing."""
+    # Asked by the name alone: `dir` of transformers looks at all its modules, which takes longer than all that is done here.
+    found = getattr(transformers, name, None)
+    is_model = isinstance(found, type) and (
+        issubclass(found, transformers.PreTrainedModel) or name.startswith("AutoModel")
+    )
+    return found if is_model else None
 
 
 def check_place(place: str, what: str, kinds: str = "a folder or an id of the Hub") -> None:

@@ -285,7 +285,7 @@ def read_config(text: bytes, place: str) -> ReadConfig:
         warn(_unknown_fields_message(unknown, config_class, fields, place), PeftWarning)
     values, notes = cleaned({k: v for k, v in fields.items() if k in known}, config_class)
     try:
-        check_kinds(values)
+        check_kinds(values, config_class)
         make: Callable[..., PeftConfig] = config_class
         return ReadConfig(make(**values), old, tuple(notes))
     except (TypeError, ValueError) as error:

@@ -10,11 +10,12 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
+from splice.checkpoint.annotations import fits, is_countable
+
 
 def cleaned(values: Mapping[str, object], config_class: type) -> tuple[dict[str, object], list[str]]:
     """`values` in the types that the fields of `config_class` have, and a line for each value that changed."""
-    # Judged by a field's default and not by its annotation: annotations are strings here, and the reference's are often
-    # narrower than what it writes.
+    # Judged by a field's default and not by its annotation: the reference's are often narrower than what it writes.
     result, notes = dict(values), []
     for field in dataclasses.fields(config_class):
         if field.name not in values:
@@ -27,18 +28,22 @@ def cleaned(values: Mapping[str, object], config_class: type) -> tuple[dict[str,
     return result, notes
 
 
-def check_kinds(values: Mapping[str, object]) -> None:
-    """Refuse a value that a field of this name cannot hold, whatever the method.
+def check_kinds(values: Mapping[str, object], config_class: type) -> None:
+    """Refuse a value that a field cannot hold, by its name or its annotation.
 
     Raises:
         ValueError: with the field, the value and what it should be.
     """
+    annotations = {field.name: str(field.type) for field in dataclasses.fields(config_class)}
     for name, value in values.items():
-        if value is None:
-            continue
-        for rule in _RULES:
+        for rule in _RULES if value is not None else ():
             if rule.has(name) and not rule.holds(value):
                 raise ValueError(f"`{name}` should be {rule.what}, got {value!r}")
+        if not fits(annotations[name], value):
+            what = "a positive integer" if name == "r" else annotations[name]
+            raise ValueError(f"`{name}` should be {what}, got {_shown(value)}")
+        if not is_countable(value):
+            raise ValueError(f"`{name}` has a number that is too large: {_shown(value)}")
 
 
 class _Rule(NamedTuple):

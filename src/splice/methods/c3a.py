@@ -78,6 +78,7 @@ class C3ALayer(Additive):
             features(base),
             value_behind_dot(config.block_size_pattern, path, config.block_size),
         )
+        check_positive(block_size=block)
         for size, what in ((size_in, "inputs"), (size_out, "outputs")):
             if size % block:
                 raise ValueError(

@@ -74,6 +74,8 @@ class UniLoraConfig(Targeted):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(r=self.r, theta_d_length=self.theta_d_length)
+        if not isinstance(self.proj_seed, int) or self.proj_seed < 0:
+            raise ValueError(f"`proj_seed` should be a whole number of at least 0, got {self.proj_seed!r}")
         if not 0 <= self.unilora_dropout <= 1:
             raise ValueError(
                 f"`unilora_dropout` should be between 0 and 1 but the value passed is {self.unilora_dropout}"

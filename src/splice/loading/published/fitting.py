@@ -199,7 +199,7 @@ def _layers(names: Mapping[str, str], entries: Mapping[str, Entry], method: Meth
 def _moved_name(name: str, move: Move, method: Method) -> str:
     key = parse_key(name, method.tensor_names)
     if key is not None:
-        return format_key(move.to[key.path], key.suffix)
+        return format_key(move.of_name(key.path), key.suffix)
     if not name.startswith(PREFIX):
         return name
     path, _, leaf = name[len(PREFIX) :].rpartition(".")

@@ -80,6 +80,6 @@ class ShadowConfig(Targeted):
 
 def check(config: ShadowConfig) -> None:
     """Raise ValueError for a config that no block can be adapted with."""
-    check_positive(r=config.r)
+    check_positive(r=config.r, **{name: size for name in _SIZES if (size := getattr(config, name)) is not None})
     if not 0 <= config.shadow_dropout <= 1:
         raise ValueError(f"`shadow_dropout` is a probability, 0 to 1, and got {config.shadow_dropout}")
