@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import splice
 from splice import hotswap
 from splice.kinds.stack import Stack
 from splice.selection import BASE
@@ -186,7 +188,47 @@ def test_a_scale_that_was_none_in_training() -> None:
         slotted.slot_rows(names)
 
 
+def test_threads_share_a_graph() -> None:
+    """Each with rows of its own."""
+    plain, slotted, inputs = loaded(), loaded(COUNT), first_tokens(6)
+    call = inside(slotted, "eager", ROWS)
+    call(inputs, ROWS)
+    mixtures = [ROWS, ROWS[::-1], [BASE] * 6, NAMES[2:]]
+    pairs = [(names, run(plain, inputs, adapter_names=names)) for names in mixtures]
+    wrong: list[BaseException] = []
+
+    def repeat(names: Sequence[str], expected: torch.Tensor) -> None:
+        try:
+            for _ in range(10):
+                assert_close(call(inputs, names), expected)
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=repeat, args=pair) for pair in pairs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong, wrong[0]
+    assert graphs() == 1
+
+
 # -- what is refused
+
+
+def test_layers_in_experts() -> None:
+    """Rows of one adapter are the same in any order; of several they cannot be told there."""
+    network: Any = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(4, 4)])})
+    network.forward = lambda x: network["experts"][0](x)
+    fields = {"peft_type": "LORA", "r": 2, "target_modules": ["0"], "init_lora_weights": False}
+    model: Any = splice.get_peft_model(network, splice.get_peft_config(fields), adapter_name="first").eval()
+    model.slots(2, 2)
+    model.add_adapter("second", splice.get_peft_config(fields))
+    rows = model.slot_rows(["first", "first"])
+    assert_close(run(model, {"x": torch.ones(2, 4)}, adapter_names=rows), run(model, {"x": torch.ones(2, 4)}))
+    for refused in (lambda: model.slot_rows(["first", "second"]), lambda: rows.assign(["first", BASE])):
+        with pytest.raises(ValueError, match="is inside an expert"):
+            refused()
 
 
 def test_what_rows_by_slots_need() -> None:

@@ -16,9 +16,14 @@ from splice.surgery.tuner import Tuner
 
 def slot_rows(tuner: Tuner, names: Sequence[str]) -> SlotRows:
     """As `PeftModel.slot_rows`."""
-    tuner.rows(names, False)  # unknown names, and layers in experts
     reserved = tuner.reserved_slots
-    made = SlotRows(tuner, names, lambda chosen: seats_of(tuner, chosen), _device(reserved))
+
+    def find(chosen: Sequence[str]) -> list[int]:
+        found = seats_of(tuner, chosen)
+        tuner.rows(chosen, False)  # refuses layers in experts, whose rows nobody can tell
+        return found
+
+    made = SlotRows(tuner, names, find, _device(reserved))
     if reserved is not None:
         _keep_places(reserved)
         reserved.readers.add(made)
