@@ -71,7 +71,9 @@ class Effect:
         super().__init_subclass__()
         # By the methods themselves: a class that does something else in one of them would say so nowhere.
         whole = cls.around is Effect.around and cls.wrapped is Effect.wrapped and cls.wrapped_for is Effect.wrapped_for
-        cls.two_steps = whole and (cls.before is not Effect.before or cls.after is not Effect.after)
+        two_steps = whole and (cls.before is not Effect.before or cls.after is not Effect.after)
+        if two_steps is not cls.two_steps:
+            cls.two_steps = two_steps
 
     def around(self, x: torch.Tensor, inner: Forward) -> Any:
         """The adapted output for `x`, of the shape and dtype that `inner` gives.

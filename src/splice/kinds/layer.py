@@ -45,9 +45,6 @@ class AdapterLayer(OwnTensors, Effect, WeightEffect):
 
     # The target.
     base: nn.Module
-    # Whether making a layer looks at the values of its tensors: a load waits for these first. Where it does not, they are
-    # read while layers are made.
-    reads_values: ClassVar[bool] = True
     # What of its tensors a checkpoint holds.
     file_form: ClassVar[FileForm] = FileForm()
     # Numbers that scripts read and set on an adapted layer, by the reference's names -> the attribute of this layer.

@@ -17,6 +17,9 @@ class WeightEffect:
 
     # Whether it is a change of the layer's tensors at all; it may depend on the layer.
     mergeable: bool = False
+    # Whether making a layer looks at the values of its tensors: a load waits for these first. Where it does not, they are
+    # read while layers are made.
+    reads_values: ClassVar[bool] = True
     # Whether its forward needs the base's dense weight, or it takes something from that when it is made.
     reads_weight: ClassVar[bool] = False
     # Whether a new adapter takes its start from that weight, where one from a checkpoint does without.

@@ -138,9 +138,8 @@ class Tuner(TunerViews, nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        for name in (
-            () if self.reserved_slots is None else self.reserved_slots.awaited
-        ):  # of a copy: all else is there by now
+        # Of a copy: all else is there by now.
+        for name in self.reserved_slots.awaited if self.reserved_slots is not None else ():
             self.take_slot(name)
 
     def __getattr__(self, name: str) -> Any:
