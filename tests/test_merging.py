@@ -542,3 +542,28 @@ def test_a_merge_says_whether_it_changes_the_output(case: Case, shared_checkpoin
         model.merge_adapter()
     said = any("computes something on this layer that no weight does" in str(w.message) for w in caught)
     assert said == differ(run(model, case.base.inputs(3)), before)
+
+
+# -- what is summed in pieces
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank", [1, 16, 130])
+def test_a_large_layer_is_merged_as_the_reference_merges_it(dtype: torch.dtype, rank: int) -> None:
+    """So large that the product of its factors is never there as a whole."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(900, 701), nn.Linear(701, 900)).to(dtype)
+    config = {"r": rank, "lora_alpha": 3, "target_modules": ["0", "1"], "init_lora_weights": False}
+    model = splice.get_peft_model(copy.deepcopy(base), splice.LoraConfig(**config))
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**config))
+    peft.set_peft_model_state_dict(theirs, splice.get_peft_model_state_dict(model))
+    model.merge_adapter()
+    expected = theirs.merge_and_unload()
+    for layer in ("0", "1"):
+        own, other = base.get_submodule(layer), expected.get_submodule(layer)
+        merged = model.base_model.model.get_submodule(layer).weight
+        assert not torch.equal(merged, own.weight)
+        torch.testing.assert_close(merged, other.weight)
+    model.unmerge_adapter()
+    for layer in ("0", "1"):
+        assert torch.equal(model.base_model.model.get_submodule(layer).weight, base.get_submodule(layer).weight)

@@ -302,7 +302,7 @@ def test_an_adapter_that_is_no_change_of_weights(tmp_path: Path) -> None:
 
 
 SCRIPT = """
-import sys, os, signal
+import sys, os, pathlib, signal, time
 import splice.loading.on_disk.merging as merging
 from splice.merging_files import merge_files
 stop, count = int(sys.argv[4]), 0
@@ -310,6 +310,10 @@ def advance(size):
     global count
     count += 1
     if count == stop:
+        # Files are finished by another thread, when they are on the disk.
+        work = pathlib.Path(sys.argv[3]).parent
+        while stop == 20 and not any(path.suffix == ".safetensors" for path in work.glob(".out.merging/*")):
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
 merge_files(sys.argv[1], [sys.argv[2]], sys.argv[3], progress=merging.Progress(lambda left, all: None, advance))
 """

@@ -14,7 +14,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import nn
 
-from splice.base.dense import added, in_linear_layout
+from splice.base.dense import added, added_product, in_linear_layout
 from splice.base.foreign_models import (
     config_field,
     input_embedding_layer,
@@ -340,10 +340,23 @@ def _with_adapter(
     seen = dict(current)
     if adapter.linear_layout and "weight" in seen:
         seen["weight"] = in_linear_layout(layer, seen["weight"])
+    product = _with_product(adapter, current, seen)
+    if product is not None:
+        return {**result, "weight": product}
     for name, delta in adapter.deltas(seen).items():
         stored = in_linear_layout(layer, delta) if name == "weight" and adapter.linear_layout else delta
         result[name] = added(current[name], stored)
     return result
+
+
+def _with_product(
+    adapter: AdapterLayer, current: Mapping[str, torch.Tensor], seen: Mapping[str, torch.Tensor]
+) -> torch.Tensor | None:
+    """The weight with an update that is a plain product, where that need not be there as a whole."""
+    factors = adapter.factors()
+    if factors is None or current.get("weight") is not seen.get("weight"):  # which is stored the other way round
+        return None
+    return added_product(current["weight"], factors.b, factors.a, factors.scale)
 
 
 def _check_finite(tensors: dict[str, torch.Tensor], path: str, name: str) -> None:
