@@ -96,22 +96,25 @@ def _batches(
     size = 0
     for placement in placements:
         batch.append(placement)
-        found = [(suffix, entries[sources[key]]) for suffix, key in placement.keys.items() if key in sources]
-        if found and _is_converted(placement, *found[0], autocast):
-            size += sum(entry.size for _, entry in found)
+        size += sum(entries[sources[key]].size for key in placement.keys.values() if key in sources)
         if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
+            size = 0
+            # One tells of the others: on a mistake more memory is taken for a moment.
+            if _is_converted(placement, entries, sources, autocast):
+                yield batch
+                batch = []
     if batch:
         yield batch
 
 
-def _is_converted(placement: Placement, suffix: str, entry: Entry, autocast: bool) -> bool:
-    """Whether a layer's tensors are not those that are read, told by the first: on a mistake memory is taken for a moment."""
-    if placement.in_file is not None:
+def _is_converted(
+    placement: Placement, entries: Mapping[str, Entry], sources: Mapping[str, str], autocast: bool
+) -> bool:
+    """Whether a layer's tensors are others than those that are read."""
+    if placement.in_file is not None or device_of(placement.base).type != "cpu":
         return True
-    dtype = placement.dtype(suffix, autocast)
-    return DTYPES.get(entry.dtype) is not dtype or device_of(placement.base).type != "cpu"
+    found = ((suffix, entries[sources[key]]) for suffix, key in placement.keys.items() if key in sources)
+    return any(DTYPES.get(entry.dtype) is not placement.dtype(suffix, autocast) for suffix, entry in found)
 
 
 def _build_loaded(
