@@ -39,6 +39,8 @@ def check_kinds(values: Mapping[str, object], config_class: type) -> None:
         for rule in _RULES if value is not None else ():
             if rule.has(name) and not rule.holds(value):
                 raise ValueError(f"`{name}` should be {rule.what}, got {value!r}")
+        if name == "auto_mapping":  # tools put marks of their own into it
+            continue
         if not fits(annotations[name], value):
             what = "a positive integer" if name == "r" else annotations[name]
             raise ValueError(f"`{name}` should be {what}, got {_shown(value)}")
@@ -73,7 +75,7 @@ def _are_names(value: object) -> bool:
 _RULES = (
     _Rule(lambda name: name.endswith("dropout"), _is_fraction, "a number between 0 and 1"),
     _Rule(
-        lambda name: name in ("rank_pattern", "alpha_pattern"),
+        lambda name: name in ("rank_pattern", "alpha_pattern", "auto_mapping"),
         lambda value: isinstance(value, dict),
         "an object of values by name",
     ),
