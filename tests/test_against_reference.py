@@ -492,8 +492,12 @@ EVENTS = (
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.__name__)
 @pytest.mark.parametrize(
     "case",
-    # Of flags only the kinds know something.
-    [c for c in plain_cases(bases.LINEAR, bases.LLAMA) if c.sample.on_every_base or c.base is bases.LINEAR],
+    # Of flags only the kinds know something: for the others it takes more time than it is worth.
+    [
+        pytest.param(c, marks=[] if c.sample.on_every_base else pytest.mark.slow)
+        for c in plain_cases(bases.LINEAR, bases.LLAMA)
+        if c.sample.on_every_base or c.base is bases.LINEAR
+    ],
     ids=str,
 )
 def test_flags_after(case: Case, event: Any, trainable: tuple[bool, bool], shared_checkpoint: Any) -> None:
