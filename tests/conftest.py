@@ -13,8 +13,10 @@ import pytest
 import torch
 
 import splice
+from tests import bases
 from tests.bases import Base, generator
 from tests.hub import Hub, as_the_real_one
+from tests.samples import Case
 
 # There `peft` is splice, in a run of their own: `python -m tests.ecosystem`.
 collect_ignore = ["ecosystem"]
@@ -22,6 +24,36 @@ torch.set_num_threads(1)
 if torch.__version__ < (2, 7):
     # The reference looks for `torch.distributed.tensor` there, and imports it only by accident of a later torch.
     importlib.import_module("torch.distributed.tensor")
+
+
+# Tests that every method goes through on every base, thousands of them.
+_GENERIC = {
+    "test_against_reference.py", "test_invariants.py", "test_loaded_twice.py", "test_merged_values.py", "test_merging.py",
+    "test_merging_some.py", "test_selection.py", "test_training.py", "test_tree.py", "test_views.py",
+}  # fmt: skip
+# Of these, what is tried on real networks with every method each time.
+_EVERYWHERE = {"test_the_output_is_the_same", "test_the_steps_are_those_of_the_reference"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave to the slow tests what says little new: methods that stand for no kind, on nets of more than its layers."""
+    found: list[tuple[pytest.Function, Case]] = []
+    for item in items:
+        case = (
+            item.callspec.params.get("case")
+            if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+            else None
+        )
+        if isinstance(item, pytest.Function) and isinstance(case, Case) and item.path.name in _GENERIC:
+            found.append((item, case))
+    larger = (bases.LLAMA, bases.MIXED)
+    elsewhere = {(item.path, item.originalname, case.method.name) for item, case in found if case.base not in larger}
+    for item, case in found:
+        if item.originalname in _EVERYWHERE or case.sample.on_every_base or case.base not in larger:
+            continue
+        if (item.path, item.originalname, case.method.name) in elsewhere:
+            item.add_marker(pytest.mark.slow)
 
 
 def perturb(tensors: Mapping[str, torch.Tensor], seed: int) -> None:
