@@ -337,6 +337,11 @@ def at_call(function: Callable[..., Any], number: int, error: BaseException) -> 
 
 def in_fork(run: Callable[[], Any]) -> int:
     """Run in a forked child, which ends without any clean-up; returns its exit code (0 when `run` came to its end)."""
+    return os.waitstatus_to_exitcode(os.waitpid(forked(run), 0)[1])
+
+
+def forked(run: Callable[[], Any]) -> int:
+    """Begin to run it in a forked child; gives the child's number."""
     sys.stdout.flush()
     sys.stderr.flush()
     with warnings.catch_warnings():
@@ -348,4 +353,4 @@ def in_fork(run: Callable[[], Any]) -> int:
             os._exit(0)
         except BaseException:
             os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return child

@@ -12,9 +12,13 @@ import torch
 from torch import nn
 
 from splice.auto import auto_class_of
+from splice.checkpoint.source import looks_like_a_path
 from splice.config import PeftConfig
 from splice.kinds.reading import Checkpoint
 from splice.tasks import PeftModel
+
+# Where a base may be that only its config is needed of.
+OF_A_CONFIG = "a folder, the file of a config, or an id of the Hub"
 
 
 def empty_base(
@@ -39,7 +43,7 @@ def empty_base(
     """
     if find_spec("transformers") is None:
         raise ValueError("the base is made from its config by transformers: pip install 'splice[transformers]'")
-    check_place(place, "base", "a folder, the file of a config, or an id of the Hub")
+    check_place(place, "base", OF_A_CONFIG)
     transformers: Any = import_module("transformers")
     transformers.logging.set_verbosity_error()
     config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
@@ -49,19 +53,17 @@ def empty_base(
     with torch.device("meta"):
         names = [class_name] if class_name else _classes(config, checkpoint.config)
         # Of transformers itself and nothing else: an adapter is a stranger's, and importing a module runs its code.
-        known = [found for name in names if (found := _class_of(transformers, name)) is not None]
+        known = [found for name in names if (found := model_class(transformers, name)) is not None]
         if class_name is not None and not known:
             raise ValueError(f"transformers has no class {class_name!r} to make the base with")
         return _made(known or [transformers.AutoModel], config, trust_remote_code)
 
 
-def _class_of(transformers: Any, name: str) -> type | None:
-    """The class of models that transformers has under this name; None where that is something else, or nothing."""
-    # Asked by the name alone: `dir` of transformers looks at all its modules, which takes longer than all that is done here.
-    found = getattr(transformers, name, None)
-    is_model = isinstance(found, type) and (
-        issubclass(found, transformers.PreTrainedModel) or name.startswith("AutoModel")
-    )
+def model_class(library: Any, name: str) -> type | None:
+    """The class of models that transformers or diffusers has under this name; None where it is something else, or nothing."""
+    # Asked by the name alone: `dir` of them looks at all their modules, which takes longer than all else that is done here.
+    found = getattr(library, name, None)
+    is_model = isinstance(found, type) and (issubclass(found, nn.Module) or name.startswith("AutoModel"))
     return found if is_model else None
 
 
@@ -71,7 +73,7 @@ def check_place(place: str, what: str, kinds: str = "a folder or an id of the Hu
     Raises:
         ValueError: `what` is not there, which may be one of these `kinds` of places.
     """
-    if not Path(place).exists() and (place.startswith((".", "/", "~")) or place.count("/") > 1):
+    if not Path(place).exists() and looks_like_a_path(place):
         raise ValueError(f"there is no {what} at {place!r}: it is {kinds}")
 
 

@@ -12,6 +12,8 @@ import torch
 
 from splice import __version__
 from splice.base_from_config import empty_base
+from splice.checkpoint.download import fetched_folder
+from splice.checkpoint.source import looks_like_a_path
 from splice.checkpoint.tensors import memory_of
 from splice.errors import CheckpointError, PeftError
 from splice.kinds.registry import method_of
@@ -132,15 +134,9 @@ def local_base(base: str | os.PathLike[str], revision: str | None) -> Path:
     path = Path(base)
     if path.is_dir():
         return path
-    if path.is_absolute() or os.fspath(base).count("/") > 1 or os.fspath(base).startswith("."):
+    if looks_like_a_path(os.fspath(base)):
         raise CheckpointError(f"{base} is no folder")
-    # Imported when it is used: merging a folder has no need of it.
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(os.fspath(base), revision=revision, allow_patterns=_OF_A_BASE))
-    except Exception as error:
-        raise CheckpointError(f"{base} is no folder, and cannot be fetched from the Hub: {error}") from error
+    return fetched_folder(os.fspath(base), revision, _OF_A_BASE)
 
 
 def _identity(folder: BaseFolder) -> list[list[object]]:

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from splice.base.bare import walk_bare
-from splice.base_from_config import empty_base
+from splice.base_from_config import OF_A_CONFIG, check_place, empty_base, model_class
+from splice.checkpoint.download import fetched_folder
 from splice.checkpoint.unread import UnreadWeights
 from splice.config import PeftConfig
-from splice.errors import CheckpointError, PeftError
+from splice.errors import PeftError
 from splice.kinds.reading import Checkpoint
 
 _PIPELINE, _CONFIG = "model_index.json", "config.json"
@@ -58,11 +59,11 @@ class Bases:
         if find_spec("diffusers") is None:
             raise ValueError("the base is made from its config by diffusers, which is not installed")
         diffusers: Any = import_module("diffusers")
-        name = str(fields[_CLASS])
-        if name not in dir(diffusers):
-            raise ValueError(f"{place}: diffusers has no class {name!r}")
+        found: Any = model_class(diffusers, str(fields[_CLASS]))
+        if found is None:
+            raise ValueError(f"{place}: diffusers has no class {fields[_CLASS]!r}")
         with torch.device("meta"):
-            made: nn.Module = getattr(diffusers, name).from_config(fields)
+            made: nn.Module = found.from_config(fields)
         return made.eval()
 
     def fields(self) -> Mapping[str, object]:
@@ -90,17 +91,8 @@ class Bases:
         base = str(self._base)
         if Path(base).exists():
             return Path(base)
-        if base.startswith((".", "/", "~")) or base.count("/") > 1:
-            raise CheckpointError(
-                f"there is no base at {base!r}: it is a folder, the file of a config, or an id of the Hub"
-            )
-        from huggingface_hub import snapshot_download
-
-        patterns = [_PIPELINE, f"*{_CONFIG}", "*.py"]
-        try:
-            return Path(snapshot_download(base, revision=self._revision, allow_patterns=patterns))
-        except Exception as error:
-            raise CheckpointError(f"{base} is no folder, and cannot be fetched from the Hub: {error}") from error
+        check_place(base, "base", OF_A_CONFIG)
+        return fetched_folder(base, self._revision, (_PIPELINE, f"*{_CONFIG}", "*.py"))
 
     def _fields(self, place: str) -> dict[str, object]:
         path = Path(place)

@@ -6,9 +6,7 @@ import os
 import random
 import shutil
 import signal
-import sys
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any
 import torch
 
 import splice
-from tests.broken import llama, load, output, parts
+from tests.broken import forked, llama, load, output, parts
 
 OLD, NEW, NOTHING = "old", "new", "nothing"
 
@@ -28,17 +26,7 @@ def killed_after(run: Callable[[], object], seconds: float) -> bool:
     Raises:
         AssertionError: it failed before.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        child = os.fork()
-    if child == 0:
-        try:
-            run()
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
+    child = forked(run)
     time.sleep(seconds)
     os.kill(child, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -78,19 +78,18 @@ def added_product(weight: torch.Tensor, b: torch.Tensor, a: torch.Tensor, scale:
     None where that has to be there as a whole: of weights that are small, divided, or on another device than the CPU.
     """
     weight, b, a = weight.detach(), b.detach(), a.detach()
+    if not (_is_large(weight) and _is_plain(a)):
+        return None
     if a.dtype in (torch.float16, torch.bfloat16):  # as sums of half precision on a CPU are
         a, b = a.float(), b.float()
-    like = a.new_empty(1).expand(weight.shape)
-    if not _goes_by_rows(weight, like, any_dtype=True) or not (_is_plain(a) and _is_plain(b)):
+    if torch.promote_types(weight.dtype, a.dtype) is not a.dtype:
         return None
     result = torch.empty_like(weight)
     # All pieces of about one size: a product of few rows is summed in another order.
     pieces = -(-weight.numel() // _AT_ONCE)
     count = -(-len(weight) // pieces)
     # One piece of memory for all of them: new one each time would take longer to get than to fill.
-    room = torch.empty(count, weight.shape[1], dtype=torch.promote_types(weight.dtype, a.dtype))
-    if room.dtype is not a.dtype:
-        return None
+    room = torch.empty(count, weight.shape[1], dtype=a.dtype)
     for begin in range(0, len(weight), count):
         rows = slice(begin, begin + count)
         update = torch.mm(b[rows], a, out=room[: len(b[rows])]).mul_(scale)
@@ -98,25 +97,23 @@ def added_product(weight: torch.Tensor, b: torch.Tensor, a: torch.Tensor, scale:
     return result
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
-    return type(tensor) is torch.Tensor and tensor.device.type == "cpu"
-
-
 # Numbers that are summed at once: so few that they stay in the processor's cache.
 _AT_ONCE = 1 << 18
 
 
-def _goes_by_rows(weight: torch.Tensor, delta: torch.Tensor, any_dtype: bool = False) -> bool:
-    plain = type(weight) is torch.Tensor and type(delta) is torch.Tensor
+def _goes_by_rows(weight: torch.Tensor, delta: torch.Tensor) -> bool:
+    alike = weight.dtype is delta.dtype
     return (
-        plain
-        and (any_dtype or weight.dtype is not delta.dtype)
-        and weight.device.type == delta.device.type == "cpu"
-        and weight.shape == delta.shape
-        and weight.numel() > _AT_ONCE
-        and weight.is_contiguous()
-        and not delta.requires_grad
+        not alike and _is_large(weight) and _is_plain(delta) and weight.shape == delta.shape and not delta.requires_grad
     )
+
+
+def _is_large(weight: torch.Tensor) -> bool:
+    return _is_plain(weight) and weight.numel() > _AT_ONCE and weight.is_contiguous()
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return type(tensor) is torch.Tensor and tensor.device.type == "cpu"
 
 
 def as_now(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeAlias
 
@@ -11,6 +11,20 @@ from splice.errors import CheckpointError
 
 # Arguments of `hf_hub_download`, from the caller's own: that function says what they may be, and checks them.
 _Arguments: TypeAlias = dict[str, Any]
+
+
+def fetched_folder(repository: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """The folder in the cache with those files of a repository whose names fit one of the patterns.
+
+    Raises:
+        CheckpointError: it cannot be fetched.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
+    except Exception as error:
+        raise CheckpointError(f"{repository} is no folder, and cannot be fetched from the Hub: {error}") from error
 
 
 class Found(NamedTuple):

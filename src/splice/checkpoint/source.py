@@ -98,7 +98,7 @@ class Source:
     @property
     def _on_disk(self) -> bool:
         # A path with a typing error is no question for the Hub: it would answer that the repository may be private.
-        return self.is_local or _looks_like_a_path(self.location)
+        return self.is_local or looks_like_a_path(self.location)
 
     def _file(self, name: str) -> Path | None:
         if self._on_disk:
@@ -136,7 +136,7 @@ class Source:
         return f" The folder holds: {', '.join(names[:8]) or 'nothing'}."
 
 
-def _looks_like_a_path(location: str) -> bool:
+def looks_like_a_path(location: str) -> bool:
     """Whether a location that is no folder was meant as one: Hub ids have at most one slash and no dots in front."""
     return (
         location.startswith((".", "/", "~", "\\")) or location.count("/") > 1 or (os.sep != "/" and os.sep in location)

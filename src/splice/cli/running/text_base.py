@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from splice.base.foreign_models import config_of, field_of, text_config
-from splice.base_from_config import check_place
+from splice.base_from_config import check_place, model_class
 from splice.cli.settings import SPREAD, Wanted
 
 # Names of the files that tokenizers consist of, of one kind or another.
@@ -125,9 +125,10 @@ def _class_of(config: Any, wanted: Wanted) -> Any:
     """What reads the base: decoders and encoder-decoders have an auto class each."""
     transformers = _transformers()
     if wanted.class_name is not None:
-        if wanted.class_name not in dir(transformers):
+        found = model_class(transformers, wanted.class_name)
+        if found is None:
             raise ValueError(f"transformers has no class {wanted.class_name!r} to make the base with")
-        return getattr(transformers, wanted.class_name)
+        return found
     auto, known = (
         (transformers.AutoModelForSeq2SeqLM, transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING)
         if config.is_encoder_decoder

@@ -8,19 +8,10 @@ from splice.errors import PeftError
 from splice.methods.lora.written.components import is_text, without_text_front
 
 # What components of paths are called in the UNets and transformers of diffusers, and in CLIP.
-_UNET = frozenset(
+# Both of UNets and of transformers.
+_BOTH = frozenset(
     (
-        "down_blocks",
-        "up_blocks",
-        "mid_block",
-        "attentions",
-        "resnets",
-        "motion_modules",
-        "downsamplers",
-        "upsamplers",
         "transformer_blocks",
-        "temporal_transformer_blocks",
-        "transformer_in",
         "attn1",
         "attn2",
         "to_q",
@@ -36,6 +27,22 @@ _UNET = frozenset(
         "proj",
         "proj_in",
         "proj_out",
+        "linear_1",
+        "linear_2",
+    )
+)
+_UNET = _BOTH | frozenset(
+    (
+        "down_blocks",
+        "up_blocks",
+        "mid_block",
+        "attentions",
+        "resnets",
+        "motion_modules",
+        "downsamplers",
+        "upsamplers",
+        "temporal_transformer_blocks",
+        "transformer_in",
         "conv",
         "conv1",
         "conv2",
@@ -46,34 +53,16 @@ _UNET = frozenset(
         "time_embedding",
         "add_embedding",
         "class_embedding",
-        "linear_1",
-        "linear_2",
         "time_proj",
         "cond_proj",
     )
 )
-_TRANSFORMER = frozenset(
+_TRANSFORMER = _BOTH | frozenset(
     (
-        "transformer_blocks",
         "single_transformer_blocks",
         "attn",
-        "attn1",
-        "attn2",
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out",
-        "add_q_proj",
-        "add_k_proj",
-        "add_v_proj",
-        "to_add_out",
-        "ff",
         "ff_context",
-        "net",
-        "proj",
         "proj_mlp",
-        "proj_in",
-        "proj_out",
         "norm",
         "norm1",
         "norm1_context",
@@ -86,8 +75,6 @@ _TRANSFORMER = frozenset(
         "timestep_embedder",
         "guidance_embedder",
         "text_embedder",
-        "linear_1",
-        "linear_2",
         "pos_embed",
     )
 )
