@@ -129,3 +129,16 @@ def test_memory_outlives_whoever_should_have_waited(late: list[str]) -> None:
     del tensors
     assert done.wait(10 * LATE)
     started.wait()
+
+
+def test_where_no_thread_can_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its values are read when they are waited for."""
+    folder = broken.parts().write(tmp_path)
+    expected = broken.output(broken.load(folder))
+
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(reading, "_WORTH_A_THREAD", 0)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert torch.equal(broken.output(broken.load(folder)), expected)

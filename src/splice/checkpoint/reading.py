@@ -28,9 +28,7 @@ class Reading:
         self._error: BaseException | None = None
         self._is_done = False
         # It keeps this object, and so the memory that it fills, whatever becomes of whoever should wait for it.
-        self._thread = Thread(target=self._run, name="splice-read") if size >= _WORTH_A_THREAD else None
-        if self._thread is not None:
-            self._thread.start()
+        self._thread = self._started() if size >= _WORTH_A_THREAD else None
 
     def wait(self) -> None:
         """Return when all values are there.
@@ -47,6 +45,14 @@ class Reading:
             if self._error is not None:
                 raise self._error
         self._is_done = True
+
+    def _started(self) -> Thread | None:
+        thread = Thread(target=self._run, name="splice-read")
+        try:
+            thread.start()
+        except RuntimeError:  # there can be no more of them: then it is read when it is waited for
+            return None
+        return thread
 
     def _run(self) -> None:
         try:
