@@ -55,6 +55,7 @@ def attach(
     register(adapter, name, home or Home(layer._modules, host.added, layer), host)
     share(adapter, host)
     host.shows |= adapter.shows
+    host.row_plan = None
     publish(type(layer), adapter)
     return host
 

@@ -34,6 +34,7 @@ def detach(layer: nn.Module, name: str, stays: bool = False) -> None:
     if dropped is not None:
         unregister(dropped, name)
         del host.layers[name]
+        host.row_plan = None  # it would keep the layer
         unshare(dropped, host)
         if dropped.shows:
             host.shows = any(adapter.shows for adapter in host.layers.values())
