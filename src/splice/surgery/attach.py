@@ -67,7 +67,7 @@ def _swap(layer: nn.Module, path: str, selection: Selection, readers: Mapping[st
     host = Host(layer, path, original, selection, readers=readers_above(readers, path))
     layer.__dict__[HOST] = host
     # The class before the forward: an interrupt between them leaves a forward that `detach` knows for the layer's own.
-    layer.__class__ = cls
+    object.__setattr__(layer, "__class__", cls)  # torch's own would look for the name in three registries first
     # Hooks of accelerate and of diffusers keep what they found: the adapters go between the hook, which brings inputs and
     # weights to their device or dtype, and the base. Any other patch has become the base's forward, and the adapters go
     # around it.
