@@ -13,6 +13,7 @@ from splice.base.bare import HOST, NetworkOf
 from splice.base.offload import Shelf
 from splice.kinds.effect import Forward
 from splice.kinds.layer import AdapterLayer
+from splice.kinds.row_plan import RowPlan
 from splice.kinds.stack import Stack
 from splice.selection import LayerSelection, Selection
 
@@ -73,6 +74,8 @@ class Host:
 
     # Where factors of adapters lie side by side; None where none do.
     stack: Stack | None = None
+    # How the rows of the last mixed batch were computed; None where there was none since an adapter came or went.
+    row_plan: RowPlan | None = None
 
     @property
     def place(self) -> str:

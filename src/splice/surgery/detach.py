@@ -35,6 +35,7 @@ def detach(layer: nn.Module, name: str, stays: bool = False, for_good: bool = Tr
     if dropped is not None:
         unregister(dropped, name, host, for_good)
         del host.layers[name]
+        host.row_plan = None  # it would keep the layer
         if dropped.shared:
             unshare(dropped, name, host)
         if host.shows:
