@@ -5,6 +5,7 @@ BIN := .venv/bin
 JOBS ?= auto
 INSTALLED := .venv/.installed
 WITH_DOCS := .venv/.installed-docs
+WITH_SERVE := .venv/.installed-serve
 
 # The oldest Python and packages that are promised, in a folder of their own. On Linux this torch brings 3 GB of CUDA along.
 OLDEST_PYTHON ?= python3.10
@@ -22,7 +23,7 @@ test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow"
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.ecosystem -n $(JOBS) --dist loadfile -m "not slow"
 
-test-slow: $(INSTALLED)
+test-slow: $(WITH_SERVE)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.ecosystem -n $(JOBS) --dist loadfile -m slow
 
@@ -69,6 +70,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 $(WITH_DOCS): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	touch $(WITH_DOCS)
+
+# Ray is large, and nothing else needs it.
+$(WITH_SERVE): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[serve]"
+	touch $(WITH_SERVE)
 
 $(OLDEST)/.installed: pyproject.toml tests/oldest.txt
 	$(OLDEST_PYTHON) -m venv $(OLDEST)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import splice
-from splice.kinds.effect import Factors
+from splice.kinds.row_plan import Parts
 from splice.selection import BASE, Group
 from splice.surgery import adapted_layer, rows
 from tests import bases
@@ -169,20 +169,12 @@ def test_resizing_leaves_the_random_state_alone(size: int, tmp_path: Path) -> No
 SIZES = [(4, (0, 3)), (4, (1,)), (2, (2, 5)), (4, (4, 6))]
 
 
-def some_parts(scales: list[float], dtype: torch.dtype = torch.float32) -> list[rows.Part]:
+def some_parts(scales: list[float], dtype: torch.dtype = torch.float32) -> Parts:
     """Adapters of several ranks, with different numbers of rows."""
     source = bases.generator()
-    return [
-        (
-            Factors(
-                torch.randn(rank, 6, generator=source).to(dtype),
-                torch.randn(5, rank, generator=source).to(dtype),
-                scale,
-            ),
-            Group(str(number), own, torch.tensor(own)),
-        )
-        for number, ((rank, own), scale) in enumerate(zip(SIZES, scales))
-    ]
+    a = [torch.randn(rank, 6, generator=source).to(dtype) for rank, _ in SIZES]
+    b = [torch.randn(5, rank, generator=source).to(dtype) for rank, _ in SIZES]
+    return Parts(a, b, scales, [Group(str(number), own, torch.tensor(own)) for number, (_, own) in enumerate(SIZES)])
 
 
 @pytest.mark.parametrize("scales", [[0.5] * 4, [0.5, 2.0, 0.25, 1.0]], ids=["one scale", "several"])
@@ -198,7 +190,7 @@ def test_stacked_products_are_those_of_each_adapter(
     y = torch.randn(8, *tokens, 5, generator=source).to(held)
     before = y.clone()
     expected = y.float().clone()
-    for (a, b, scale), group in given:
+    for a, b, scale, group in zip(*given):
         for row in group.rows:
             expected[row] += scale * (nn.functional.linear(nn.functional.linear(x[row].float(), a.float()), b.float()))
     ways = [rows.add_alike(y, x, given), rows.add_products(y, x, given)]
@@ -226,7 +218,7 @@ def test_a_network_gives_the_same_by_either_way(
 
     def as_on_a_gpu(*args: Any) -> torch.Tensor:
         called.append(args)
-        return rows.add_alike(*args)
+        return rows.add_alike(*args[:3])
 
     monkeypatch.setattr(adapted_layer, "add_products", as_on_a_gpu)
     assert_close(run(model, inputs, adapter_names=names), expected)

@@ -30,6 +30,7 @@ from transformers import (
 
 import splice
 from splice.errors import PeftError, UnsupportedFeatureError
+from splice.loading.on_disk.merging import Progress
 from splice.merging_files import merge_files
 from tests import bases
 from tests.samples import Case, plain_cases
@@ -367,6 +368,28 @@ def test_two_merges_into_one_place(tmp_path: Path) -> None:
         finally:
             os.kill(other.pid, signal.SIGKILL)
     merge_files(base, [adapter], tmp_path / "out")
+
+
+def test_as_many_threads_compute_afterwards_as_before(tmp_path: Path) -> None:
+    base = saved(tiny(), tmp_path / "base")
+    adapter = trained(base, splice.LoraConfig(target_modules=["q_proj"]), tmp_path / "adapter")
+    before, during = torch.get_num_threads(), set()
+
+    def advance(size: int) -> None:
+        during.add(torch.get_num_threads())
+        if (tmp_path / "whole").exists():
+            raise KeyboardInterrupt
+
+    torch.set_num_threads(3)
+    try:
+        progress = Progress(lambda left, size: None, advance)
+        merge_files(base, [adapter], tmp_path / "whole", progress=progress)
+        assert (during, torch.get_num_threads()) == ({2}, 3)
+        with pytest.raises(KeyboardInterrupt):
+            merge_files(base, [adapter], tmp_path / "stopped", progress=progress)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 # -- a base that is large

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -189,3 +192,73 @@ def test_the_base_is_called_once_for_all_rows(gradients: bool) -> None:
         for name, parameter in model.named_parameters() if gradients else ():
             if name in own_names[method]:
                 assert_close(found[name], parameter.grad, factor=10)
+
+
+def _replaced(model: Any) -> None:
+    model.set_adapter("two")
+    model.delete_adapter("one")
+    model.add_adapter("one", splice.LoraConfig(r=3, target_modules=["0"], init_lora_weights=False))
+
+
+def _of_another_method(model: Any) -> None:
+    model.set_adapter("two")
+    model.delete_adapter("one")
+    config = splice.LoHaConfig(r=2, target_modules=["0"], init_weights=False)
+    model.add_adapter("one", config)
+
+
+def _exchanged(model: Any) -> None:
+    state = {name: tensor + 0.5 for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+def _hooked(model: Any) -> None:
+    for name, module in model.named_modules():
+        if name.endswith("lora_B.one"):
+            module.register_forward_hook(lambda *_: None)
+
+
+def _rescaled(model: Any) -> None:
+    model.base_model.model[0].set_scale("one", 5)
+
+
+def _written(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if ".one." in name:
+            parameter.data.mul_(2)
+
+
+CHANGES = [_replaced, _of_another_method, _exchanged, _hooked, _rescaled, _written, lambda model: model.double()]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_between_two_batches_counts(change: Any) -> None:
+    """What a layer keeps of the way through the last batch is no more than which adapters it has."""
+    torch.manual_seed(0)
+    config = splice.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    model: Any = splice.PeftMixedModel(nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 4)), config, adapter_name="one")
+    for name, rank in (("two", 2), ("three", 4)):
+        model.add_adapter(name, splice.LoraConfig(r=rank, target_modules=["0"], init_lora_weights=False))
+    model.eval()
+    names = ["two", "one", BASE, "three", "one"]
+    with torch.no_grad():
+        first = model(torch.ones(5, 8), adapter_names=names)
+        assert torch.equal(first, model(torch.ones(5, 8), adapter_names=names))
+        change(model)
+        x = torch.ones(5, 8, dtype=next(model.parameters()).dtype)
+        second = model(x, adapter_names=names)
+        assert differ(second[1].float(), first[1]) == (change not in (_hooked, CHANGES[-1]))
+        for row, name in enumerate(names):
+            assert_close(second[row : row + 1].float(), alone(model, {"input": x[row : row + 1]}, name).float())
+
+
+def test_a_deleted_adapter_is_kept_by_nobody() -> None:
+    config = splice.LoraConfig(target_modules=["0"])
+    model: Any = splice.get_peft_model(nn.Sequential(nn.Linear(8, 12)), config, "one").eval()
+    model.add_adapter("two", config)
+    model(torch.ones(2, 8), adapter_names=["one", "two"])
+    kept = weakref.ref(model.base_model.model[0].splice_host.layers["two"])
+    assert pickle.loads(pickle.dumps(model))(torch.ones(2, 8)).shape == (2, 12)
+    model.delete_adapter("two")
+    gc.collect()
+    assert kept() is None

@@ -20,7 +20,7 @@ from splice.checkpoint.publishing import Publication, publish
 from splice.checkpoint.source import Source
 from splice.checkpoint.types import PeftType, TaskType
 from splice.discovery import find_methods
-from splice.errors import CheckpointError, PeftWarning, UnknownMethodError, warn
+from splice.errors import CheckpointError, FieldTypeError, PeftWarning, UnknownMethodError, warn
 
 
 class TargetRule(NamedTuple):
@@ -288,8 +288,11 @@ def read_config(text: bytes, place: str) -> ReadConfig:
         check_kinds(values, config_class)
         make: Callable[..., PeftConfig] = config_class
         return ReadConfig(make(**values), old, tuple(notes))
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{place}: {error}") from error  # of the same class: callers of the reference catch these
+    # Of the same classes: callers of the reference catch these.
+    except TypeError as error:
+        raise FieldTypeError(f"{place}: {error}") from error
+    except ValueError as error:
+        raise type(error)(f"{place}: {error}") from error
 
 
 def _unknown_fields_message(unknown: UnknownFields, cls: type, fields: Mapping[str, object], place: str) -> str:

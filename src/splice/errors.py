@@ -29,6 +29,10 @@ class CheckpointError(PeftError, ValueError):
     """The checkpoint cannot be found, read or understood; the model has not been looked at."""
 
 
+class FieldTypeError(CheckpointError, TypeError):
+    """A field of a config file has a value of a type that it cannot have. The reference raises a TypeError."""
+
+
 class UnknownMethodError(PeftError, KeyError):
     """`peft_type` names no method that is known here."""
 

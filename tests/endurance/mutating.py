@@ -64,7 +64,10 @@ class Source(NamedTuple):
 def sources(folder: Path, methods: Iterable[str] = ()) -> list[Source]:
     """One adapter of each method (or of these), in safetensors and in a pickle, on a small Llama of transformers."""
     found, config = [], folder / "config"
-    bases.LLAMA.build().config.save_pretrained(config)
+    network: Any = bases.LLAMA.build()
+    # Which it is, as the config of every model says that was saved.
+    network.config.architectures = [type(network).__name__]
+    network.config.save_pretrained(config)
     wanted = set(methods)
     for case in (*plain_cases(bases.LLAMA), *network_cases(bases.LLAMA)):
         name = case.method.name.value

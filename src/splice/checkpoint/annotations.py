@@ -1,7 +1,7 @@
 """Whether a value from a config file can be what a field says that it holds: a number, a text, a list, an object.
 
 Told by the annotation, and no stricter than what the reference writes and tools around it: a whole number where a fraction
-is meant, true for 1, one name in the place of a list of one.
+is meant, 1 for true, one name in the place of a list of one.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def _of(node: ast.expr) -> Test:
         return _of_several(ast.unparse(node.value), node.slice)
     name = ast.unparse(node)
     if name in ("int", "float", "bool"):
-        # Of a number that is no whole one each method says itself what it makes.
+        # Of a number that is no whole one each method says itself what it makes. true is a number to Python alone.
         return lambda value: (
-            isinstance(value, int) or (isinstance(value, float) and (name == "float" or isfinite(value)))
+            isinstance(value, (int, float)) and isfinite(value) and (name == "bool" or not isinstance(value, bool))
         )
     if name.endswith("Config"):
         return lambda value: isinstance(value, dict)

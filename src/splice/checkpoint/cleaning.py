@@ -68,6 +68,10 @@ def _are_indices(value: object) -> bool:
     return all(type(index) is int for index in (value if isinstance(value, list) else [value]))
 
 
+def _is_whole(value: object) -> bool:
+    return type(value) is int
+
+
 def _are_names(value: object) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
 
@@ -79,6 +83,7 @@ _RULES = (
         lambda value: isinstance(value, dict),
         "an object of values by name",
     ),
+    _Rule(lambda name: name.endswith(("seed", "prng_key")), _is_whole, "a whole number"),
     _Rule(lambda name: name == "layers_to_transform", _are_indices, "an index or a list of indices"),
     _Rule(
         lambda name: name in ("target_modules", "exclude_modules", "layers_pattern"),

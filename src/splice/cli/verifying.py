@@ -75,7 +75,7 @@ def verify(adapter: str, subfolder: str | None, revision: str | None, base: str,
 def _opened(place: str, options: LoadOptions, mapping: Mapping[str, str] | None) -> Checkpoint:
     try:
         return open_checkpoint(place, None, options, mapping)
-    except (TypeError, KeyError) as error:  # values of the config that are of another kind than their fields
+    except KeyError as error:  # a method that is not known
         raise ValueError(str(error)) from error
 
 

@@ -13,6 +13,7 @@ from splice.base.bare import HOST, NetworkOf
 from splice.base.offload import Shelf
 from splice.kinds.effect import Forward
 from splice.kinds.layer import AdapterLayer
+from splice.kinds.row_plan import RowPlan
 from splice.kinds.stack import Stack
 from splice.selection import LayerSelection, Selection
 
@@ -40,7 +41,11 @@ class Host:
     displaced: dict[str, nn.Parameter] = field(default_factory=dict)
     # The adapter that did so; empty for none.
     displaced_by: str = ""
-    # Whether some adapter layer shows tensors in place of the base's.
+    # Containers that the layer has in common with others -> the adapters here that use them.
+    sharing: dict[str, set[str]] = field(default_factory=dict)
+    # The adapters whose layers show tensors in place of the base's.
+    showing: set[str] = field(default_factory=set)
+    # Whether there are such: every call asks.
     shows: bool = False
     # Whether somebody hooked a module that holds tensors of adapters here: then these are called.
     hooked: bool = False
@@ -69,6 +74,8 @@ class Host:
 
     # Where factors of adapters lie side by side; None where none do.
     stack: Stack | None = None
+    # How the rows of the last mixed batch were computed; None where there was none since an adapter came or went.
+    row_plan: RowPlan | None = None
 
     @property
     def place(self) -> str:

@@ -17,9 +17,6 @@ _COLLECTIONS = {name: type(value) for name, value in _PRISTINE.items() if isinst
 _NEEDED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
-_EMPTIED = tuple((name, _COLLECTIONS[name]) for name in _NEEDED)
-
-
 _PLAIN_STATE = {name: value for name, value in _PRISTINE.items() if name not in _COLLECTIONS}
 
 
@@ -44,10 +41,8 @@ class LightModule(nn.Module):
     """
 
     def __init__(self) -> None:
-        state = self.__dict__
-        state.update(_PLAIN_STATE)
-        for name, kind in _EMPTIED:
-            state[name] = kind()
+        # Those of `_NEEDED` in one call with all else, and not one by one.
+        self.__dict__.update(_PLAIN_STATE, _parameters={}, _buffers={}, _modules={}, _non_persistent_buffers_set=set())
 
     def __setattr__(self, name: str, value: Any) -> None:
         # By the exact class: one look into a set, where `isinstance` would try five classes in turn.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import ClassVar, NamedTuple
 
 from splice.checkpoint.keys import PREFIX, SHORT_PREFIX, format_key
@@ -24,6 +25,13 @@ class Place(NamedTuple):
     container: str
     # Empty where the entry is the tensor itself.
     leaf: str
+
+
+# Kept: all layers of an adapter ask for the same few.
+@lru_cache(maxsize=1024)
+def _first_and_rest(suffix: str) -> Place:
+    container, _, leaf = suffix.partition(".")
+    return Place(container, leaf)
 
 
 class Names(ABC):
@@ -105,8 +113,7 @@ class LayerNames(Names):
         known = self.places.get(suffix)
         if known is not None:
             return known
-        container, _, leaf = suffix.partition(".")
-        return Place(container, leaf)
+        return _first_and_rest(suffix)
 
 
 class CopyNames(Names):
@@ -143,8 +150,7 @@ class SharedNames(Names):
         return SHORT_PREFIX + suffix
 
     def place(self, suffix: str) -> Place:
-        container, _, leaf = suffix.partition(".")
-        return Place(container, leaf)
+        return _first_and_rest(suffix)
 
     def path_in_reference(self, path: str) -> str:
         return SHORT_PREFIX

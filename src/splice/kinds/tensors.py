@@ -82,6 +82,8 @@ class OwnTensors:
     loose: Registry
     # Suffix -> where the tensor is.
     registered: dict[str, Registered]
+    # Whether some tensor is in none of the entries: it is one itself, or a parameter of the base layer.
+    has_bare_tensors: bool = False
 
     def __init__(self, slots: Mapping[str, Slot], tensors: Mapping[str, torch.Tensor]) -> None:
         self.entries, self.loose, self.registered = {}, {}, {}
@@ -141,11 +143,11 @@ class OwnTensors:
         nameless = self.names.nameless(suffix) is not None
         container, leaf = (suffix, "") if nameless else self.names.place(suffix)
         if leaf:
-            *parents, name = leaf.split(".")
+            parents, _, name = leaf.rpartition(".")
             holder = self.entries.get(container)
             if holder is None:
                 holder = self.entries[container] = self.new_entry(container)
-            for parent in parents:
+            for parent in parents.split(".") if parents else ():
                 below = holder._modules.get(parent)
                 if below is None:
                     below = holder._modules[parent] = Holder()
@@ -156,8 +158,9 @@ class OwnTensors:
                 holder._non_persistent_buffers_set.add(name)
         else:
             registry, name = self.loose, container
+            self.has_bare_tensors = True
         if slot.role is not Role.BUFFER and type(tensor) is not nn.Parameter:
-            tensor = nn.Parameter(tensor, requires_grad=False)
+            tensor = _frozen_parameter(tensor)
         registry[name] = tensor
         self.registered[suffix] = Registered(registry, name, slot)
 
@@ -174,3 +177,10 @@ class OwnTensors:
             empty = tensor.detach().to(torch.device("meta"))
             is_parameter = isinstance(tensor, nn.Parameter)
             registry[name] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+
+
+def _frozen_parameter(tensor: torch.Tensor) -> nn.Parameter:
+    # What `nn.Parameter` comes to as well for a plain tensor, after it has asked twice as long.
+    if type(tensor) is torch.Tensor:
+        return torch.Tensor._make_subclass(nn.Parameter, tensor, False)
+    return nn.Parameter(tensor, requires_grad=False)

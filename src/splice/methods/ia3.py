@@ -7,7 +7,6 @@ Which layers scale their input is no part of the checkpoint: it follows from `fe
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -18,6 +17,7 @@ from torch import nn
 
 from splice.base.layers import LayerKind, features, kernel_size, kind_of
 from splice.base.weight_access import bias_of
+from splice.checkpoint.patterns import expression
 from splice.checkpoint.types import PeftType
 from splice.kinds.casting import cast_to
 from splice.kinds.combining import Summed
@@ -79,7 +79,7 @@ def scales_input(config: IA3Config, path: str) -> bool:
     """Whether the adapter scales what goes into the layer at `path`, rather than what comes out."""
     names = config.feedforward_modules
     if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
+        return expression(names, names, "feedforward_modules").fullmatch(path) is not None
     # Plain suffixes, as in the reference: "lin" is the end of "xlin" too.
     return path.endswith(tuple(names or ()))
 

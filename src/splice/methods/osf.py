@@ -9,7 +9,6 @@ out of the base's weight.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -20,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from splice.base.layers import LayerKind, features
+from splice.checkpoint.patterns import expression
 from splice.checkpoint.types import PeftType
 from splice.kinds.casting import cast_to
 from splice.kinds.container import Several
@@ -67,7 +67,8 @@ def _kept(base: nn.Module, config: OSFConfig, path: str) -> int:
         ValueError: it is below 1.
     """
     size = min(features(base))
-    wanted = next((rank for key, rank in _pattern(config).items() if re.search(key, path)), config.effective_rank)
+    found = (rank for key, rank in _pattern(config).items() if expression(key, key, "rank_pattern").search(path))
+    wanted = next(found, config.effective_rank)
     if wanted is None:
         kept = size // 2
     else:

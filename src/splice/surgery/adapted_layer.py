@@ -19,6 +19,7 @@ from splice.kinds.effect import Forward
 from splice.kinds.host import Host, host_of, in_order
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.routed import mixed
+from splice.kinds.row_plan import RowPlan
 from splice.selection import Choice, Group, Groups, Mixture, Rows
 from splice.surgery.generated import Generated
 from splice.surgery.layer_attributes import AdaptedViews, bare_layer
@@ -28,9 +29,9 @@ from splice.surgery.reading import publish_tensors
 from splice.surgery.registering import called_through
 from splice.surgery.replaced_forward import IN_REPLACED, around_replaced, running
 from splice.surgery.replacing import BASE_NAMES, replace_base
-from splice.surgery.rows import add_by_seats, add_products, add_seated, split
+from splice.surgery.rows import add_by_seats, add_products, add_seated
 from splice.surgery.spellings import check_spellings, plain_name
-from splice.surgery.two_steps import entering, leaving, put, steps_of, taken
+from splice.surgery.two_steps import entering, leaving, put, taken
 
 _NONE: Mapping[str, torch.Tensor] = {}
 _ONE_TENSOR = "{}: `adapter_names` needs layers that take one tensor and give one tensor"
@@ -134,7 +135,12 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
         if len(groups) == 1 and len(groups[0].rows) == len(x):  # as if it were the active one
             alone = host.layers.get(groups[0].name)
             return (run if alone is None else self._outside(alone, run))(*args, **kwargs)
-        steps = [] if host.hooked else steps_of(groups, host.layers)
+        plan = host.row_plan
+        if plan is None or not plan.holds(groups, host.layers, host.hooked):
+            plan = RowPlan(groups, host.layers, host.hooked)
+            if not torch.compiler.is_compiling():  # in a graph all of this is worked out once anyway
+                host.row_plan = plan
+        steps = plan.steps
         y = run(entering(x, steps), *args[1:], **kwargs)
         if not isinstance(y, torch.Tensor):
             raise TypeError(_ONE_TENSOR.format(host.place))
@@ -142,9 +148,7 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
         if steps:
             y, written = y.clone(), True  # what the base gave may be its input, or kept for a backward
             leaving(y, steps)
-            known = {group.name for _, group in steps}
-            groups = Groups([group for group in groups if group.name not in known])
-        left: Sequence[Group] = groups
+        left: Sequence[Group] = plan.others
         # With gradients each parameter is used itself: a backward would not notice that a slot got other values since. So it
         # is in a graph that is compiled for these names: addresses, by which a slot is known, are none there.
         if (
@@ -154,11 +158,13 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
             and not torch.compiler.is_compiling()
         ):
             before = y
-            y, left = add_seated(y, x, groups, host.layers, host.stack)
+            y, left = add_seated(y, x, plan.others, host.layers, host.stack)
             written |= y is not before
-        together, single = split(left, host.layers, one_by_one=host.hooked)
-        if together:
-            y, written = add_products(y, x, together), True
+        together, single = plan.split(left)
+        if together.groups:
+            # Of the class itself and not of its heirs: they may keep what they give, or give what they got.
+            is_own = written or (host.original is nn.Linear and host.own_forward is None)
+            y, written = add_products(y, x, together, is_own), True
         for layer, group in single:
             base_rows = taken(y, group)
             reuse = layer.keeps_input and not layer.shows

@@ -53,8 +53,11 @@ def attach(
     host = layer.splice_host
     host.layers[name] = adapter
     register(adapter, name, home or Home(layer._modules, host.added, layer), host)
-    share(adapter, host)
-    host.shows |= adapter.shows
+    share(adapter, name, host)
+    if adapter.shows:
+        host.showing.add(name)
+        host.shows = True
+    host.row_plan = None
     publish(type(layer), adapter)
     return host
 
@@ -66,7 +69,7 @@ def _swap(layer: nn.Module, path: str, selection: Selection, readers: Mapping[st
     host = Host(layer, path, original, selection, readers=readers_above(readers, path))
     layer.__dict__[HOST] = host
     # The class before the forward: an interrupt between them leaves a forward that `detach` knows for the layer's own.
-    layer.__class__ = cls
+    object.__setattr__(layer, "__class__", cls)  # torch's own would look for the name in three registries first
     # Hooks of accelerate and of diffusers keep what they found: the adapters go between the hook, which brings inputs and
     # weights to their device or dtype, and the base. Any other patch has become the base's forward, and the adapters go
     # around it.

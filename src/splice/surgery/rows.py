@@ -12,45 +12,26 @@ import torch
 
 from splice.kinds.effect import Factors
 from splice.kinds.layer import AdapterLayer
+from splice.kinds.row_plan import Parts
 from splice.kinds.stack import Stack
 from splice.selection import Group, Groups
 from splice.surgery.stacked_rows import Way, add_by_seats, add_run, find_way
 
-__all__ = ["add_alike", "add_by_seats", "add_products", "add_seated", "split"]
-
-# The factors of an adapter, and the rows of the batch that use it.
-Part = tuple[Factors, Group]
+__all__ = ["add_alike", "add_by_seats", "add_products", "add_seated"]
 
 
-def split(
-    groups: Sequence[Group], layers: Mapping[str, AdapterLayer], one_by_one: bool
-) -> tuple[list[Part], list[tuple[AdapterLayer, Group]]]:
-    """The groups whose layers can be worked out together, and those that go one by one."""
-    together: list[Part] = []
-    single: list[tuple[AdapterLayer, Group]] = []
-    for group in groups:
-        layer = layers.get(group.name)
-        if layer is None:
-            continue
-        factors = None if one_by_one else layer.factors()
-        if factors is None:
-            single.append((layer, group))
-        else:
-            together.append((factors, group))
-    return together, single
-
-
-def add_products(y: torch.Tensor, x: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
-    """`y` with `scale * B A x` added to the rows of each part. `y` is not changed.
+def add_products(y: torch.Tensor, x: torch.Tensor, parts: Parts, is_own: bool = False) -> torch.Tensor:
+    """`y` with `scale * B A x` added to the rows of each part.
 
     Args:
         y: (rows, ..., out).
         x: (rows, ..., in).
-        parts: factors A (r, in), B (out, r), and the rows that use them.
+        parts: what is added, and to which rows.
+        is_own: whether nobody else has `y`, so that it may be changed where there are no gradients; else it is not.
     """
     if x.device.type == "cpu":
         # On a CPU stacking the factors would cost more than it saves: that writes, and reads again, all their bytes.
-        return _add_sorted(y, x, parts) if torch.is_grad_enabled() else _add_in_place(y, x, parts)
+        return _add_sorted(y, x, parts) if torch.is_grad_enabled() else _add_in_place(y, x, parts, is_own)
     return add_alike(y, x, parts)
 
 
@@ -98,40 +79,40 @@ def add_seated(
     return ys.view(y.shape), others + [seated[index] for index in way.alone]
 
 
-def add_alike(y: torch.Tensor, x: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
+def add_alike(y: torch.Tensor, x: torch.Tensor, parts: Parts) -> torch.Tensor:
     """`add_products` as other devices do it, where each of many small products would wait for the one before it."""
     # Parts of one shape together. Padding ranks and rows to the largest would make one group of all, and work of zeros.
-    alike: dict[tuple[int, int, torch.dtype], list[Part]] = {}
-    for part in parts:
-        alike.setdefault((part[0].a.shape[0], len(part[1].rows), part[0].a.dtype), []).append(part)
+    alike: dict[tuple[int, int, torch.dtype], list[int]] = {}
+    for number, (a, group) in enumerate(zip(parts.a, parts.groups)):
+        alike.setdefault((a.shape[0], len(group.rows), a.dtype), []).append(number)
     for same in alike.values():
-        y = _add_stacked(y, x, same)
+        y = _add_stacked(y, x, parts.some(same))
     return y
 
 
-def _add_in_place(y: torch.Tensor, x: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
+def _add_in_place(y: torch.Tensor, x: torch.Tensor, parts: Parts, is_own: bool) -> torch.Tensor:
     """Each adapter's factors are read once, where they are, and added to the rows where they are."""
-    out = y.clone(memory_format=torch.contiguous_format)
+    out = y if is_own and y.is_contiguous() else y.clone(memory_format=torch.contiguous_format)
     # (rows, tokens, size)
     ys, xs = out.view(len(y), -1, y.shape[-1]), x.reshape(len(x), -1, x.shape[-1])
-    if xs.shape[1] == 1 and x.dtype is y.dtype is torch.float32:
-        # One token for each row: products with vectors cost a fifth less than those with matrices of one row.
-        inputs, outputs = xs[:, 0].unbind(), ys[:, 0].unbind()
-        for (a, b, scale), group in parts:
-            if len(group.rows) == 1 and a.dtype is torch.float32:
-                row = group.rows[0]
-                outputs[row].addmv_(b, torch.mv(a, inputs[row]), alpha=scale)
-            else:
-                _add_rows(ys, xs, (Factors(a, b, scale), group))
+    rows = [row for group in parts.groups for row in group.rows]
+    if (
+        len(rows) == len(parts.groups)
+        and xs.shape[1] == 1
+        and {x.dtype, y.dtype, *[a.dtype for a in parts.a]} == {torch.float32}
+    ):
+        # One vector for each adapter: products with vectors cost a fifth less than those with matrices of one row.
+        inputs, outputs, product = xs.flatten(0, 1).unbind(), ys.flatten(0, 1).unbind(), torch.mv
+        for row, a, b, scale in zip(rows, parts.a, parts.b, parts.scales):
+            outputs[row].addmv_(b, product(a, inputs[row]), alpha=scale)
         return out
-    for part in parts:
-        _add_rows(ys, xs, part)
+    for a, b, scale, group in zip(*parts):
+        _add_rows(ys, xs, Factors(a, b, scale), group)
     return out
 
 
-def _add_rows(ys: torch.Tensor, xs: torch.Tensor, part: Part) -> None:
+def _add_rows(ys: torch.Tensor, xs: torch.Tensor, factors: Factors, group: Group) -> None:
     """Add to the rows of one part; `ys` is changed."""
-    factors, group = part
     # One row is a view, and several are copied out and in again: `ys[rows]` would be a copy that nothing is added to.
     if len(group.rows) == 1:
         row = group.rows[0]
@@ -142,14 +123,14 @@ def _add_rows(ys: torch.Tensor, xs: torch.Tensor, part: Part) -> None:
         ys.index_copy_(0, group.indices, flat.view(before.shape))
 
 
-def _add_sorted(y: torch.Tensor, x: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
+def _add_sorted(y: torch.Tensor, x: torch.Tensor, parts: Parts) -> torch.Tensor:
     """The same in a way that can be differentiated: rows are sorted by adapter, and nothing is changed in place."""
-    order = torch.cat([group.indices for _, group in parts])
+    order = torch.cat([group.indices for group in parts.groups])
     xs, ys = x.index_select(0, order), y.index_select(0, order)
     inputs, outputs = xs.view(-1, xs.shape[-1]), ys.view(-1, ys.shape[-1])
-    sizes = [len(group.rows) * (len(inputs) // len(xs)) for _, group in parts]
-    pieces = zip(parts, torch.split(inputs, sizes), torch.split(outputs, sizes))
-    added = torch.cat([_added(out, piece, factors) for (factors, _), piece, out in pieces])
+    sizes = [len(group.rows) * (len(inputs) // len(xs)) for group in parts.groups]
+    pieces = zip(parts.a, parts.b, parts.scales, torch.split(inputs, sizes), torch.split(outputs, sizes))
+    added = torch.cat([_added(out, piece, Factors(a, b, scale)) for a, b, scale, piece, out in pieces])
     return y.index_copy(0, order, added.view(ys.shape))
 
 
@@ -161,19 +142,18 @@ def _added(y: torch.Tensor, x: torch.Tensor, factors: Factors) -> torch.Tensor:
     return torch.add(y, torch.mm(hidden, b.t()), alpha=scale).to(y.dtype)
 
 
-def _add_stacked(y: torch.Tensor, x: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
+def _add_stacked(y: torch.Tensor, x: torch.Tensor, parts: Parts) -> torch.Tensor:
     """Parts of one rank and one number of rows: two batched products for all of them."""
-    count, (first, group) = len(parts), parts[0]
-    index = group.indices if count == 1 else torch.cat([group.indices for _, group in parts])
+    count, scales = len(parts.groups), parts.scales
+    index = parts.groups[0].indices if count == 1 else torch.cat([group.indices for group in parts.groups])
     # a: (parts, r, in), b: (parts, out, r)
-    a, b = torch.stack([factors.a for factors, _ in parts]), torch.stack([factors.b for factors, _ in parts])
-    scales = [factors.scale for factors, _ in parts]
+    a, b = torch.stack([*parts.a]), torch.stack([*parts.b])
     chosen = x[index].to(a.dtype)
     hidden = torch.bmm(chosen.reshape(count, -1, a.shape[2]), a.transpose(1, 2))
     alpha = 1.0
     # One scale for all is free inside the sum, and most batches have one.
-    if all(scale == first.scale for scale in scales):
-        alpha = first.scale
+    if all(scale == scales[0] for scale in scales):
+        alpha = scales[0]
     else:
         hidden = hidden * torch.tensor(scales, dtype=hidden.dtype, device=hidden.device).view(-1, 1, 1)
     update = torch.bmm(hidden, b.transpose(1, 2)).reshape(*chosen.shape[:-1], b.shape[1])

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from splice.kinds.effect import Effect
-from splice.kinds.layer import AdapterLayer
+from splice.kinds.row_plan import Step
 from splice.selection import Group
-
-# An adapter layer, and the rows of the batch that use it.
-Step = tuple[AdapterLayer, Group]
-
-
-def steps_of(groups: Sequence[Group], layers: Mapping[str, AdapterLayer]) -> list[Step]:
-    """The groups whose adapter layers have two steps, with these."""
-    found = ((layers.get(group.name), group) for group in groups)
-    return [(layer, group) for layer, group in found if layer is not None and layer.two_steps and not layer.shows]
 
 
 def entering(x: torch.Tensor, steps: Sequence[Step]) -> torch.Tensor:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 
 from splice.base.embeddings import InputEmbeddings, input_embeddings
+from splice.checkpoint.patterns import expression
 from splice.errors import warn
 from splice.kinds.matching import TargetMatcher
 from splice.loading.config_fields import field_names, field_value
@@ -60,7 +61,7 @@ def _with_embeddings(targets: set[str] | list[str] | str | None, embeddings: Inp
     """`targets` with the input embeddings in the place of the layers that follow them."""
     # An expression cannot be taken apart: it goes on matching the followers, and `Tying.left_out` keeps those out.
     if isinstance(targets, str):
-        known = re.fullmatch(targets, embeddings.path)
+        known = expression(targets, targets, "target_modules").fullmatch(embeddings.path)
         return targets if known else f"(?:{targets}|^{re.escape(embeddings.path)}$)"
     kept = {entry for entry in targets or () if not _ends(embeddings.tied, entry, dotted=True)}
     return kept | {embeddings.path}

@@ -162,9 +162,15 @@ class LoraLinear(OnLinear):
         out = torch.add(y, F.linear(F.linear(cast_to(x, weight), weight), b["weight"], b["bias"]), alpha=scale)
         return out if out.dtype is y.dtype else out.to(y.dtype)
 
-    def __setattr__(self, name: str, value: object) -> None:
-        super().__setattr__(name, value)
-        if name == "scale" and self.stack is not None:
+    @property
+    def scale(self) -> float | torch.Tensor:
+        """What the product is multiplied with. A slot that the factors lie in is told of another one."""
+        return self._scale
+
+    @scale.setter
+    def scale(self, value: float | torch.Tensor) -> None:
+        self._scale = value
+        if self.stack is not None:
             self.stack.rescaled(self)
 
     def factors(self) -> Factors | None:

@@ -1,0 +1,95 @@
+"""How the rows of a mixed batch are computed on one layer: worked out once, and kept while the same adapters are there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from splice.kinds.layer import AdapterLayer
+from splice.selection import Group, Groups
+
+# An adapter layer, and the rows of the batch that use it.
+Step = tuple[AdapterLayer, Group]
+
+
+class Parts(NamedTuple):
+    """Updates that are plain products, and the rows that they are for: in each list one entry for an adapter."""
+
+    # The factors A (r, in).
+    a: Sequence[torch.Tensor]
+    # The factors B (out, r).
+    b: Sequence[torch.Tensor]
+    # What the products `B A x` are multiplied with.
+    scales: Sequence[float]
+    # The rows.
+    groups: Sequence[Group]
+
+    def some(self, numbers: Sequence[int]) -> Parts:
+        """Those that have these numbers, counted from 0."""
+        a, b, scales, groups = self
+        return Parts(
+            [a[n] for n in numbers], [b[n] for n in numbers], [scales[n] for n in numbers], [groups[n] for n in numbers]
+        )
+
+
+class RowPlan:
+    """Which rows of a batch are computed in which way on one layer. No copy or pickle of a layer has it."""
+
+    def __init__(self, groups: Groups, layers: Mapping[str, AdapterLayer], one_by_one: bool) -> None:
+        """For these groups.
+
+        Args:
+            groups: of the batch, without rows of the base.
+            layers: the adapter layers that are there now, by adapter name.
+            one_by_one: whether each has to be computed by itself.
+        """
+        # What it was made for.
+        self.groups, self.one_by_one = groups, one_by_one
+        self.names = [group.name for group in groups]
+        self.layers = tuple(map(layers.get, self.names))
+        there = [(layer, group) for layer, group in zip(self.layers, groups) if layer is not None]
+        # Those that only change what goes into the base layer, or what comes out; and the groups of all others.
+        self.steps = [] if one_by_one else [step for step in there if _has_two_steps(step[0])]
+        others = there if one_by_one else [step for step in there if not _has_two_steps(step[0])]
+        self.others = Groups([group for _, group in others])
+        # Of the others: those that are no product, and those that are one as long as they tell a scale.
+        self.single = [step for step in others if one_by_one or not _is_product(step[0])]
+        self.products = [] if one_by_one else [step for step in others if _is_product(step[0])]
+        # Where the factors are registered. They are looked up at each call: anybody may exchange them at any time.
+        found = [[layer.registered[suffix] for suffix in layer.stacked_names] for layer, _ in self.products]
+        self._places_a = [(a.registry, a.name) for a, _ in found]
+        self._places_b = [(b.registry, b.name) for _, b in found]
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+    def holds(self, groups: Groups, layers: Mapping[str, AdapterLayer], one_by_one: bool) -> bool:
+        """Whether it is for these groups, and their adapters have the layers that they had; arguments as above."""
+        known = self.groups is groups and self.one_by_one is one_by_one
+        return known and tuple(map(layers.get, self.names)) == self.layers
+
+    def split(self, left: Sequence[Group]) -> tuple[Parts, Sequence[Step]]:
+        """Of what is `left` of the others: those that can be worked out together now, and those that go one by one."""
+        if not left:
+            return Parts((), (), (), ()), ()
+        # A list at a time: what is done for each adapter is most of what a mixed batch costs beside its kernels.
+        scales = [layer.product_scale() for layer, _ in self.products]
+        a = [registry[name] for registry, name in self._places_a]
+        b = [registry[name] for registry, name in self._places_b]
+        parts = Parts(a, b, [0.0 if s is None else s for s in scales], [group for _, group in self.products])
+        if left is self.others and None not in scales:
+            return parts, self.single
+        names = {group.name for group in left}
+        now = [n for n, (_, group) in enumerate(self.products) if scales[n] is not None and group.name in names]
+        rest = [step for step, scale in zip(self.products, scales) if scale is None]
+        return parts.some(now), [step for step in (*self.single, *rest) if step[1].name in names]
+
+
+def _has_two_steps(layer: AdapterLayer) -> bool:
+    return layer.two_steps and not layer.shows
+
+
+def _is_product(layer: AdapterLayer) -> bool:
+    return bool(layer.stacked_names) and set(layer.registered) == set(layer.stacked_names)
