@@ -136,8 +136,8 @@ class LoKrLayer(LycorisLayer):
         left, right = self._factor("lokr_w1"), self._factor("lokr_w2")
         inputs = torch.mm(cast_to(x, left).reshape(-1, right.shape[1]), right.t())
         # Not by `@`: which products that takes depends on whether there are gradients, and so do the last bits.
-        columns = inputs.view(len(x), left.shape[1], -1).transpose(1, 2)
-        outputs = torch.mm(columns.reshape(-1, left.shape[1]), left.t()).view(len(x), -1, len(left))
+        columns = inputs.view(len(x), left.shape[1], len(right)).transpose(1, 2)
+        outputs = torch.mm(columns.reshape(-1, left.shape[1]), left.t()).view(len(x), len(right), len(left))
         return outputs.transpose(1, 2).flatten(1)
 
     def _factor(self, name: str, core: torch.Tensor | None = None) -> torch.Tensor:
