@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import gc
 import io
 import pickle
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from tests.comparing import (
     parameters_of,
     tensors_in,
 )
+from tests.counting import calls_of
 from tests.samples import Case, kind_cases, network_cases, plain_cases
 
 ALL_KINDS = [*kind_cases(), *plain_cases(*bases.SPECIAL, bases.MIXED, *bases.TRANSFORMERS, bases.TIED)]
@@ -294,25 +293,6 @@ def test_a_model_without_adapters_is_the_base_and_takes_a_new_one(shared_checkpo
 # -- what adapters cost each other
 
 
-def _calls(function: Callable[[], Any]) -> int:
-    """How many functions are called while `function` runs: a measure of its work that no other process disturbs."""
-    count = 0
-
-    def note(frame: Any, event: str, argument: Any) -> None:
-        nonlocal count
-        count += event in ("call", "c_call")
-
-    # What earlier tests left to the garbage collector would be counted wherever it happens to be collected.
-    gc.disable()
-    sys.setprofile(note)
-    try:
-        function()
-    finally:
-        sys.setprofile(None)
-        gc.enable()
-    return count
-
-
 @pytest.mark.parametrize("case", plain_cases(bases.MIXED, bases.LLAMA), ids=str)
 def test_the_cost_of_everything_is_the_same_for_the_second_adapter_and_the_thirtieth(
     case: Case, shared_checkpoint: Any, tmp_path: Path
@@ -323,15 +303,15 @@ def test_the_cost_of_everything_is_the_same_for_the_second_adapter_and_the_thirt
 
     def costs(name: str) -> dict[str, int]:
         return {
-            "load": _calls(lambda: model.load_adapter(folder, name)),
-            "load again": _calls(lambda: model.load_adapter(folder, name)),
-            "activate": _calls(lambda: model.set_adapter(name)),
-            "activate frozen": _calls(lambda: model.set_adapter("default", inference_mode=True)),
-            "eval mode": _calls(model.eval),
-            "forward": _calls(lambda: run(model, inputs)),
-            "rows": _calls(lambda: run(model, inputs, adapter_names=[name, "__base__"])),
-            "save": _calls(lambda: model.save_pretrained(tmp_path, selected_adapters=[name])),
-            "merge": _calls(lambda: (model.set_adapter(name), merge())),
+            "load": calls_of(lambda: model.load_adapter(folder, name)),
+            "load again": calls_of(lambda: model.load_adapter(folder, name)),
+            "activate": calls_of(lambda: model.set_adapter(name)),
+            "activate frozen": calls_of(lambda: model.set_adapter("default", inference_mode=True)),
+            "eval mode": calls_of(model.eval),
+            "forward": calls_of(lambda: run(model, inputs)),
+            "rows": calls_of(lambda: run(model, inputs, adapter_names=[name, "__base__"])),
+            "save": calls_of(lambda: model.save_pretrained(tmp_path, selected_adapters=[name])),
+            "merge": calls_of(lambda: (model.set_adapter(name), merge())),
         }
 
     def merge() -> None:
@@ -354,10 +334,10 @@ def test_deleting_costs_the_same_among_many(shared_checkpoint: Any) -> None:
     model = loaded(case, shared_checkpoint)
     folder = shared_checkpoint(case.base, case.other_config(), seed=1)
     model.load_adapter(folder, "a")
-    few_adapters = _calls(lambda: model.delete_adapter("a"))
+    few_adapters = calls_of(lambda: model.delete_adapter("a"))
     for number in range(30):
         model.load_adapter(folder, str(number))
-    assert _calls(lambda: model.delete_adapter("7")) <= few_adapters * 1.05 + 20
+    assert calls_of(lambda: model.delete_adapter("7")) <= few_adapters * 1.05 + 20
 
 
 # -- what callers pass in stays theirs

@@ -210,6 +210,25 @@ def test_a_new_adapter_begins_as_on_a_whole_base(case: Case, tmp_path: Path) -> 
     assert all(torch.equal(whole[name], kept[name]) for name in whole)
 
 
+@pytest.mark.parametrize("method", ["LORA", "LOHA"])
+@pytest.mark.parametrize("where", PLACES)
+def test_what_was_there_first_and_is_deleted_is_kept_nowhere(
+    where: str, method: str, shared_checkpoint: Any, tmp_path: Path
+) -> None:
+    """Of an adapter that came before the hooks: the map has its tensors from these."""
+    case = next(case for case in plain_cases(BASE) if case.method.name.value == method)
+    folder = shared_checkpoint(BASE, case.config())
+    model: Any = splice.PeftModel.from_pretrained(BASE.build(), folder)
+    model.load_adapter(folder, "second")
+    model = dispatched(model, where, tmp_path / "kept")
+    expected = output(model)
+    assert len([name for name in _map_of(model) if ".second" in name]) > 1
+    model.delete_adapter("second")
+    assert not [name for name in _map_of(model) if ".second" in name]
+    assert [name for name in _map_of(model) if ".default" in name]
+    assert torch.equal(output(model), expected)
+
+
 @pytest.mark.parametrize("where", PLACES)
 def test_what_was_deleted_is_kept_nowhere(where: str, shared_checkpoint: Any, tmp_path: Path) -> None:
     case = next(case for case in plain_cases(BASE) if case.method.name.value == "LOHA")

@@ -8,7 +8,6 @@ import pickle
 import random
 import re
 import shutil
-import sys
 import threading
 import time
 import weakref
@@ -27,6 +26,7 @@ from tests import bases
 from tests.bases import run
 from tests.broken import Interrupted, at_line, interrupt, lines_of
 from tests.comparing import assert_close, differ
+from tests.counting import lines_run
 from tests.hub import Hub
 from tests.test_slots import config_of, in_slots, parameters_of
 
@@ -809,26 +809,6 @@ def test_a_mixed_model(folder: Path, tmp_path: Path) -> None:
 
 
 # -- cost and memory
-
-
-def lines_run(function: Callable[[], Any]) -> int:
-    """How many lines of Python a call runs: what grows with the number of adapters shows."""
-    count = 0
-
-    def trace(*_: Any) -> Any:
-        nonlocal count
-        count += 1
-        return trace
-
-    before = sys.gettrace()
-    gc.disable()  # what it runs is others' business
-    sys.settrace(trace)
-    try:
-        function()
-    finally:
-        sys.settrace(before)
-        gc.enable()
-    return count
 
 
 def work_among(count: int, outside: Path, one: Path) -> dict[str, int]:

@@ -98,6 +98,12 @@ class Holder(_Hookable):
         self.__dict__["training"] = mode  # nothing below has a mode
         return self
 
+    def link(self, layer: object) -> None:
+        """Be told of the adapter layer that this is an entry of; of None when it leaves the tree.
+
+        For those that compute with it. Each would keep the other in memory.
+        """
+
 
 class Several(Holder):
     """Where the reference has a list or a dict: `layer.peanut_encoders["default"][0]`, `layer.osf_svd_params["default"]`."""
@@ -150,13 +156,17 @@ class Container(_Hookable):
     def items(self) -> list[tuple[str, Entry]]:
         return [(name, self[name]) for name in self]
 
-    def drop(self, name: str) -> None:
-        """Forget the adapter of this name, if it has an entry."""
-        for registry in (self._modules, self._parameters, self._buffers):
+    def drop(self, name: str) -> bool:
+        """Forget the adapter of this name, if it has an entry; whether there are entries of others."""
+        modules = self._modules
+        if modules.pop(name, None) is not None and modules:
+            return True  # as on nearly all layers: where entries are modules, no tensor has the name of one
+        for registry in (self._parameters, self._buffers):
             registry.pop(name, None)
         self._non_persistent_buffers_set.discard(name)
         if name in self.ties:
             del self.__dict__["ties"][name]
+        return len(self) > 0
 
     def train(self, mode: bool = True) -> Container:
         if mode is not self.training:

@@ -41,7 +41,11 @@ class Host:
     displaced: dict[str, nn.Parameter] = field(default_factory=dict)
     # The adapter that did so; empty for none.
     displaced_by: str = ""
-    # Whether some adapter layer shows tensors in place of the base's.
+    # Containers that the layer has in common with others -> the adapters here that use them.
+    sharing: dict[str, set[str]] = field(default_factory=dict)
+    # The adapters whose layers show tensors in place of the base's.
+    showing: set[str] = field(default_factory=set)
+    # Whether there are such: every call asks.
     shows: bool = False
     # Whether somebody hooked a module that holds tensors of adapters here: then these are called.
     hooked: bool = False

@@ -18,6 +18,7 @@ from splice.loading.commit import build_loaded
 from splice.loading.laying_out import lay_out
 from splice.loading.plan import Plan, fit
 from splice.surgery.placement import Built
+from splice.surgery.registering import forget_values
 from splice.surgery.tuner import Tuner
 
 
@@ -54,7 +55,7 @@ def remake(
         )
     built = build_loaded(plan, config, checkpoint.weights, autocast=all(tensor.dtype not in HALVES for tensor in held))
     before = [Built(place, old_layers[place.path]) for place in (*old_plan.placements, *old_plan.followers)]
-    tuner.discard(name)
+    tuner.discard(name, for_good=False)
     try:
         tuner.commit(name, config, built, tuner.is_bare, modules, plan)
     except BaseException:
@@ -64,3 +65,4 @@ def remake(
         raise
     finally:
         tuner.set_requires_grad(name, trained)
+    forget_values(entry for layer in old_layers.values() for entry in layer.entries.values())

@@ -53,8 +53,10 @@ def attach(
     host = layer.splice_host
     host.layers[name] = adapter
     register(adapter, name, home or Home(layer._modules, host.added, layer), host)
-    share(adapter, host)
-    host.shows |= adapter.shows
+    share(adapter, name, host)
+    if adapter.shows:
+        host.showing.add(name)
+        host.shows = True
     host.row_plan = None
     publish(type(layer), adapter)
     return host

@@ -16,7 +16,7 @@ from splice.surgery.replaced_forward import ReplacedForward
 from splice.surgery.weight_readers import release_reader
 
 
-def detach(layer: nn.Module, name: str, stays: bool = False) -> None:
+def detach(layer: nn.Module, name: str, stays: bool = False, for_good: bool = True) -> None:
     """Take the adapter off; with its last adapter the layer becomes exactly what it was.
 
     Also of a layer whose `attach` was interrupted at any point.
@@ -25,6 +25,7 @@ def detach(layer: nn.Module, name: str, stays: bool = False) -> None:
         layer: the base layer.
         name: the adapter's.
         stays: whether the layer stays adapted without adapters: somebody may be calling it.
+        for_good: whether the adapter layer is not attached again, so that hooks need not keep its values.
     """
     host = host_of(layer)
     if host is None:
@@ -32,12 +33,14 @@ def detach(layer: nn.Module, name: str, stays: bool = False) -> None:
     # In the order opposite to `attach`, each step only if it was taken: an interrupt may have come between any two.
     dropped = host.layers.get(name)
     if dropped is not None:
-        unregister(dropped, name)
+        unregister(dropped, name, host, for_good)
         del host.layers[name]
         host.row_plan = None  # it would keep the layer
-        unshare(dropped, host)
-        if dropped.shows:
-            host.shows = any(adapter.shows for adapter in host.layers.values())
+        if dropped.shared:
+            unshare(dropped, name, host)
+        if host.shows:
+            host.showing.discard(name)
+            host.shows = bool(host.showing)
     if not host.layers and not stays:
         _swap_back(layer, host)
 

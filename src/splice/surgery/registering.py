@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -27,8 +27,11 @@ def register(adapter: AdapterLayer, name: str, home: Home, owner: Owner | None =
     adapter.home = home
     for path, entry in adapter.entries.items():
         container = _container(home, path, adapter.training, adapter.base)
-        if type(entry) is not Holder and entry.training is not container.training:
-            entry.train(container.training)
+        if type(entry) is not Holder:
+            if entry.training is not container.training:
+                entry.train(container.training)
+            if isinstance(entry, Holder):
+                entry.link(adapter)
         container._modules[name] = entry
         for module in entry.modules() if entry._modules else (entry,):
             if isinstance(module, Holder):  # others are the base's own kinds, and are called
@@ -83,12 +86,43 @@ def _module_with(adapter: AdapterLayer, suffix: str, name: str) -> Container | H
     return None
 
 
-def unregister(adapter: AdapterLayer, name: str) -> None:
-    """Take the tensors of `adapter` out of the tree, also where putting them there was interrupted at any point."""
+def unregister(adapter: AdapterLayer, name: str, owner: Owner | None = None, for_good: bool = True) -> None:
+    """Take the tensors of `adapter` out of the tree, also where putting them there was interrupted at any point.
+
+    Args:
+        adapter: the adapter layer.
+        name: of its adapter.
+        owner: as it was registered with.
+        for_good: whether hooks that keep its values elsewhere forget them: it is not registered again.
+    """
     home = adapter.home
     if home is None:
         return
-    paths = list(adapter.entries)
+    # A deletion comes by here for every layer: for nearly all methods the tensors stand in entries alone.
+    bare = _unregister_bare(adapter, name, home) if adapter.has_bare_tensors else ()
+    hooked, added = for_good and (owner is None or owner.hooked), home.added
+    for path, entry in adapter.entries.items():
+        if type(entry) is not Holder:
+            if isinstance(entry, Holder):
+                entry.link(None)
+            if for_good:
+                forget_values([entry])
+        elif hooked:
+            forget_values([entry])
+        container = added.get(path)
+        if not isinstance(container, Container):  # inside another module, or its registration was interrupted
+            _drop(home, path, name)
+        elif not container.drop(name):
+            home.modules.pop(path, None)
+            del added[path]
+    for path in bare:
+        _drop(home, path, name)
+    adapter.home = None
+
+
+def _unregister_bare(adapter: AdapterLayer, name: str, home: Home) -> list[str]:
+    """Take back the tensors that stand in no entry of the adapter's; the containers that they are entries of."""
+    paths = []
     for suffix, (registry, _, slot) in list(adapter.registered.items()):
         if adapter.names.nameless(suffix) is not None:
             _unregister_nameless(adapter, suffix, home)
@@ -103,9 +137,15 @@ def unregister(adapter: AdapterLayer, name: str) -> None:
             adapter.registered[suffix] = Registered(adapter.loose, path, slot)
         if not leaf:
             paths.append(path)
-    for path in paths:
-        _drop(home, path, name)
-    adapter.home = None
+    return paths
+
+
+def forget_values(entries: Iterable[nn.Module]) -> None:
+    """Let hooks that bring the tensors of what an adapter has left behind keep none of them."""
+    for module in (module for entry in entries for module in entry.modules()):
+        if is_offloaded(module):
+            for name in (*module._parameters, *module._buffers):
+                forget_elsewhere(module, name)
 
 
 class BaseLayer(Holder):
@@ -266,8 +306,7 @@ def _drop(home: Home, path: str, name: str) -> None:
     if not isinstance(container, Container):
         return
     forget_elsewhere(container, name)
-    container.drop(name)
-    if len(container):
+    if container.drop(name):
         return
     del way[-1][0][last]
     if not parents:
@@ -295,8 +334,8 @@ def called_through(adapter: AdapterLayer, run: Forward) -> Forward:
     return call
 
 
-def share(adapter: AdapterLayer, host: Host) -> None:
-    """Let the layer name the tensors too that all layers of the adapter share, as the reference's layers do.
+def share(adapter: AdapterLayer, name: str, host: Host) -> None:
+    """Let the layer name the tensors too that all layers of the adapter `name` share, as the reference's layers do.
 
     It is the very container that holds them for the network: a second one would come apart from the first in a `.to`.
     """
@@ -305,18 +344,19 @@ def share(adapter: AdapterLayer, host: Host) -> None:
         for path in _on_layers(shared):
             module = shared.home.modules[path]
             assert module is not None
+            host.sharing.setdefault(path, set()).add(name)
             host.base._modules[path] = host.added[path] = module
 
 
-def unshare(adapter: AdapterLayer, host: Host) -> None:
+def unshare(adapter: AdapterLayer, name: str, host: Host) -> None:
     """Take back what `share` did, unless another adapter of the layer shares as well."""
-    if not adapter.shared:  # nearly all methods: others need not be looked through
-        return
     for path in [path for shared in adapter.shared for path in _on_layers(shared)]:
-        # The first one that has it ends the search: others may be a thousand.
-        if not any(path in _on_layers(shared) for other in host.layers.values() for shared in other.shared):
+        names = host.sharing.get(path, set())
+        names.discard(name)
+        if not names:
             host.base._modules.pop(path, None)
             host.added.pop(path, None)
+            host.sharing.pop(path, None)
 
 
 def _on_layers(shared: AdapterLayer) -> list[str]:

@@ -33,6 +33,7 @@ from splice.surgery.base_changes import BaseChanges
 from splice.surgery.bringing import Store
 from splice.surgery.configs import Configs
 from splice.surgery.detach import detach
+from splice.surgery.first_name import FirstName
 from splice.surgery.in_order import InOrder
 from splice.surgery.merging import adapters_to_merge, merge, merge_for_good, note_untied, unmerge
 from splice.surgery.placement import Built
@@ -95,6 +96,7 @@ class Tuner(TunerViews, nn.Module):
         # What each adapter's own method adds to the loss.
         self.loss_terms: dict[str, Callable[[Adapters, str], torch.Tensor]] = {}
         self._trained = Trained(self.placed)
+        self._first_name = FirstName(self.peft_config)
         self._in_order = InOrder()
         self._base_changes = BaseChanges()
         # Slots for the factors of adapters; None while none are reserved.
@@ -208,6 +210,7 @@ class Tuner(TunerViews, nn.Module):
         self.order[name] = self.last_commit + 1
         self.placed[name] = {item.placement.path: item.layer for item in built}
         self.peft_config[name], self.plans[name] = config, plan
+        self._first_name.add(name)
         method = method_of(config)
         self._of_method.setdefault(method.name, {})[name] = None
         if method.check_beside is not None and method.check_beside.concerns(config):
@@ -253,23 +256,24 @@ class Tuner(TunerViews, nn.Module):
             for path, stack in self.reserved_slots.admit(name, self.placed[name]).items():
                 self.adapted[path].splice_host.stack = stack
 
-    def discard(self, name: str) -> None:
+    def discard(self, name: str, for_good: bool = True) -> None:
         """Take an adapter off, finished or half attached, and forget it.
 
-        Where there is a store, other threads may be in the middle of a call: layers without adapters stay adapted.
+        Where there is a store, other threads may be in the middle of a call: layers without adapters stay adapted. With
+        `for_good` these very layers are not put on again.
         """
-        stays, shared = self.store is not None, []
+        stays, shared, adapted = self.store is not None, [], self.adapted
         for path, layer in self.placed[name].items():
             if isinstance(layer, SharedTensors):
                 shared.append(layer)
                 continue
             # An interrupt may have left a layer attached that is not listed yet.
-            base = self.adapted[path] if path in self.adapted else self.model.get_submodule(path)
-            detach(base, name, stays)
+            base = adapted[path] if path in adapted else self.model.get_submodule(path)
+            detach(base, name, stays, for_good)
             if not isinstance(base, Adapted):
-                self.adapted.pop(path, None)
+                adapted.pop(path, None)
         for layer in shared:
-            unregister(layer, name)
+            unregister(layer, name, for_good=for_good)
         self._forget(name)
         if not self.placed and not stays:
             self.restore_base()
@@ -528,7 +532,7 @@ class Tuner(TunerViews, nn.Module):
     def _activate_after_deletion(self, deleted: str) -> None:
         remaining = [name for name in self.selection.active if name != deleted]
         if not remaining and self.peft_config:
-            remaining = [min(self.peft_config)]
+            remaining = [self._first_name.find()]
             warn(f"Adapter {deleted} was active which is now deleted. Setting active adapter to {remaining[0]}.")
             self.set_requires_grad(remaining)
         self.selection.set(remaining)

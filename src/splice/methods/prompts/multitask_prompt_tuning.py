@@ -81,10 +81,9 @@ class MultitaskPromptEmbedding(Encoder):
 
     def forward(self, indices: object = None, task_ids: torch.Tensor | None = None) -> object:
         """The virtual tokens `indices`, of each of the tasks that are named: (rows, tokens, dim)."""
-        layer = self.__dict__["layer"]
         if not isinstance(indices, torch.Tensor):
             return super().forward(indices)
-        return layer.every_token(task_ids)[:, indices[0] if indices.dim() > 1 else indices]
+        return self.layer.every_token(task_ids)[:, indices[0] if indices.dim() > 1 else indices]
 
 
 class MultitaskPromptTuning(ReadsTasks, EmbeddedPrompt):

@@ -41,16 +41,29 @@ TYPED = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS)
 class Encoder(Holder):
     """The tensors behind virtual tokens, in the tree; called as the reference's encoders are."""
 
-    def __init__(self, layer: PromptLayer) -> None:
-        super().__init__()
+    def link(self, layer: object) -> None:
         self.__dict__["layer"] = layer
+
+    @property
+    def layer(self) -> PromptLayer:
+        """The adapter layer that makes the virtual tokens.
+
+        Raises:
+            RuntimeError: the adapter was deleted.
+        """
+        found: PromptLayer | None = self.__dict__.get("layer")
+        if found is None:
+            raise RuntimeError(
+                f"this {type(self).__name__} is of an adapter that was deleted: its virtual tokens cannot be computed any "
+                "more. Ask for them before `delete_adapter`, or load the adapter again."
+            )
+        return found
 
     def forward(self, indices: Any = None, task_ids: torch.Tensor | None = None) -> Any:
         """The rows `indices` of the table of virtual tokens; all, if None. With a function, as every holder: its result."""
         if callable(indices) and not isinstance(indices, torch.Tensor):
             return indices()
-        layer: PromptLayer = self.__dict__["layer"]
-        return layer.table() if indices is None else F.embedding(indices, layer.table())
+        return self.layer.table() if indices is None else F.embedding(indices, self.layer.table())
 
     def train(self, mode: bool = True) -> Encoder:
         super().train(mode)
@@ -96,7 +109,7 @@ class PromptLayer(NetworkLayer):
         self.arguments = named_arguments(base)
 
     def new_entry(self, container: str) -> nn.Module:
-        return self.encoder(self)
+        return self.encoder()
 
     def table(self) -> torch.Tensor:
         """Every virtual token, one a row, in float32: what a checkpoint holds."""

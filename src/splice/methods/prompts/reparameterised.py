@@ -101,7 +101,7 @@ class Reparameterised(TrainedBehind):
         # Modules without values: each gets the tensors of its slots next.
         with torch.device("meta"), _Undrawn():
             modules = self.behind(self.base, self.config)
-        entry = self.encoder(self)
+        entry = self.encoder()
         entry._modules.update({"embedding": Holder(), **modules})
         return entry
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType, SimpleNamespace
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import nn
@@ -70,11 +70,11 @@ class CartridgeEncoder(Encoder):
     @property
     def embedding(self) -> SimpleNamespace:
         """All of them as `embedding.weight`, which is no parameter: it is put together when it is asked for."""
-        return SimpleNamespace(weight=self.__dict__["layer"].table())
+        return SimpleNamespace(weight=self.layer.table())
 
     def load_prompt_embeddings(self, prompt_embeddings: torch.Tensor) -> None:
         """Have these keys and values, (tokens, layers * 2 * heads * size of a head), in the place of those that are there."""
-        self.__dict__["layer"].take(prompt_embeddings)
+        cast("Cartridge", self.layer).take(prompt_embeddings)
 
 
 class OneTable(FileForm):

@@ -20,7 +20,7 @@ from splice.kinds.casting import cast_to
 from splice.kinds.registry import Method, register
 from splice.kinds.slot import Slot
 from splice.methods.default_targets import LORA_TARGETS
-from splice.methods.lycoris import LycorisFields, LycorisLayer, check, core_shape, draw, product, rank_of, sizes
+from splice.methods.lycoris.layers import LycorisFields, LycorisLayer, check, core_shape, draw, product, rank_of, sizes
 from splice.methods.targeted import Targeted
 
 

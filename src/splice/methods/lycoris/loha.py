@@ -21,7 +21,7 @@ from splice.kinds.registry import Method, register
 from splice.kinds.slot import Slot
 from splice.kinds.tensors import Held
 from splice.methods.default_targets import LORA_TARGETS
-from splice.methods.lycoris import LycorisLayer, check, core_shape, draw, product, rank_of, sizes
+from splice.methods.lycoris.layers import LycorisLayer, check, core_shape, draw, product, rank_of, sizes
 from splice.methods.targeted import Targeted
 
 
