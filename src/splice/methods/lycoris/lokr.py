@@ -7,6 +7,7 @@ W2 (k, n), which for a convolution also has the kernel's axes.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import ClassVar, Literal
@@ -129,6 +130,9 @@ class LoKrLayer(LycorisLayer):
         # `right` of a one-dimensional convolution may have three axes: `kron` then lines up the two axes of `left` with
         # its last two, and the result is no Kronecker product of the weight. The reference trains exactly that.
         return torch.kron(left, right.contiguous()).reshape(self.shape)
+
+    def likeness(self) -> Hashable:
+        return None if len(self.shape) > 2 or isinstance(self.scale, torch.Tensor) else self.scale
 
     def through_factors(self, x: torch.Tensor) -> torch.Tensor | None:
         # (W1 ⊗ W2) x is W1 X W2^T, with x (in) = (m n) as a matrix X (m, n). At any number of rows it is faster than to make
