@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 import splice
+from splice.kinds import as_one
+from splice.kinds.layer import AdapterLayer
 from splice.kinds.registry import all_methods
 from splice.selection import BASE
 from tests import bases
@@ -131,6 +133,50 @@ def test_each_row_is_generated_as_alone(case: Case, shared_checkpoint: Any) -> N
             model.set_adapter(name, inference_mode=True)
             found.append(model.generate(**one, **options))
     assert torch.equal(mixed, torch.cat(found))
+
+
+def is_of_kin(case: Case) -> bool:
+    return any(layer.likeness is not AdapterLayer.likeness for layer in case.method.layers.values())
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if is_of_kin(case)], ids=str)
+def test_adapters_that_are_alike_are_computed_as_one(
+    case: Case, shared_checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the gradients of each, and only as long as they are alike."""
+    stacked: list[bool] = []
+    plain = as_one.Kin._stacked
+    monkeypatch.setattr(as_one.Kin, "_stacked", lambda kin: stacked.append(bool(plain(kin))) or plain(kin))
+    folders = {name: shared_checkpoint(case.base, case.config(), seed=seed) for seed, name in enumerate("abc")}
+    model: Any = splice.PeftModel.from_pretrained(case.base.build(), folders["a"], "a", is_trainable=True)
+    for name in "bc":
+        model.load_adapter(folders[name], name, is_trainable=True)
+    model.eval()
+    model.base_model.set_requires_grad([*"abc"])
+    names = ["c", "a", BASE, "b", "b", "a", "c"]
+    inputs = inputs_of(case, 5, len(names))
+    for alike in (True, False):
+        if not alike:
+            del stacked[:]
+            for layer in model.base_model.adapted.values():
+                monkeypatch.setattr(type(layer.splice_host.layers["b"]), "likeness", lambda layer: id(layer))
+        model.zero_grad()
+        mixed = model(**inputs, adapter_names=names)[0]
+        mixed[:, -1].square().sum().backward()
+        assert stacked and set(stacked) == {alike}
+        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        assert {name for name in "abc" if any(f".{name}" in key for key in found)} == {*"abc"}
+        model.zero_grad()
+        for name in "abc":
+            rows = [row for row, other in enumerate(names) if other == name]
+            model.set_adapter(name)
+            model.base_model.set_requires_grad([*"abc"])
+            output = model(**{key: value[rows] for key, value in inputs.items()})[0]
+            assert_close(mixed[rows].detach(), output.detach())
+            output[:, -1].square().sum().backward()
+        for key, parameter in model.named_parameters():
+            if key in found:
+                assert_close(found[key], parameter.grad, factor=20)
 
 
 class Counting(nn.Linear):
