@@ -317,6 +317,37 @@ def lines_of(run: Callable[[], Any], only: str | tuple[str, ...] = PACKAGE) -> i
     return count
 
 
+def files(folder: Path) -> dict[str, bytes]:
+    """Everything in a folder, by its path in there."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def left_at_lines(
+    run: Callable[[], Any], folder: Path, only: str | tuple[str, ...] = PACKAGE
+) -> list[dict[str, bytes]]:
+    """The files that a process leaves in `folder` which ends before a line of `run`: for each line, and for the end.
+
+    It is all in one run, at each line of which the folder is read: what a process has not handed to the system by then,
+    which is lost with it, cannot be read there either.
+    """
+    states: list[dict[str, bytes]] = []
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(only):
+            return None
+        if event == "line":
+            states.append(files(folder))
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        run()
+    finally:
+        sys.settrace(before)
+    return [*states, files(folder)]
+
+
 def interrupt() -> None:
     raise Interrupted
 

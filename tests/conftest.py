@@ -17,6 +17,7 @@ from tests import bases
 from tests.bases import Base, generator
 from tests.hub import Hub, as_the_real_one
 from tests.samples import Case
+from tests.temporary import put_into_memory
 
 # There `peft` is splice, in a run of their own: `python -m tests.ecosystem`.
 collect_ignore = ["ecosystem"]
@@ -24,6 +25,10 @@ torch.set_num_threads(1)
 if torch.__version__ < (2, 7):
     # The reference looks for `torch.distributed.tensor` there, and imports it only by accident of a later torch.
     importlib.import_module("torch.distributed.tensor")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    put_into_memory(config)
 
 
 # Tests that every method goes through on every base, thousands of them.

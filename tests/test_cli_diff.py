@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import nn
 
+import splice
 from splice.cli.opened import open_adapter
 from splice.cli.summary import look_into
 from splice.cli.updates import effective_rank, singular_values, updates_of
@@ -84,6 +89,62 @@ def test_singular_values_without_the_matrix(tmp_path: Path) -> None:
         assert found.norm == pytest.approx(float(matrix.norm()), rel=1e-5)
         assert found.factors is not None
         assert singular_values(found.factors).shape == (4,)
+
+
+class Net(nn.Module):
+    """A linear layer and convolutions, with numbers of channels that split in several ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(24, 36)
+        self.conv = nn.Conv2d(12, 16, 3)
+        self.line = nn.Conv1d(12, 16, 3)
+
+
+OF_LYCORIS = [
+    splice.LoHaConfig(r=2, alpha=3, rank_pattern={"fc": 3}, alpha_pattern={"conv": 5}, init_weights=False),
+    splice.LoKrConfig(r=2, alpha=3, init_weights=False),
+    splice.LoKrConfig(r=1, alpha=3, init_weights=False, decompose_both=True, decompose_factor=4),
+]
+
+
+@pytest.mark.parametrize("config", OF_LYCORIS, ids=["LoHa", "LoKr", "LoKr with both sides decomposed"])
+def test_updates_of_lycoris_without_the_matrix(config: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base, config = Net(), copy.deepcopy(config)
+    config.target_modules = ["fc", "conv"]
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model: Any = splice.get_peft_model(base, config)
+    model.save_pretrained(tmp_path)
+    merged = model.merge_and_unload().state_dict()
+    summary = look_into(open_adapter(str(tmp_path)))
+    found = {update.layer.path: update for update in updates_of(summary)}
+    assert found.keys() == {"fc", "conv"} and summary.problems == ()
+    for path, update in found.items():
+        change = (merged[f"{path}.weight"] - before[f"{path}.weight"]).flatten(1)
+        assert update.factors is not None
+        product = torch.from_numpy(update.factors.left @ update.factors.right)
+        torch.testing.assert_close(product, change, rtol=1e-4, atol=1e-5)
+        assert update.norm == pytest.approx(float(change.norm()), rel=1e-4)
+        assert update.layer.rank == config.rank_pattern.get(path, config.r)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        splice.LoHaConfig(r=2, init_weights=False, use_effective_conv2d=True, target_modules=["conv"]),
+        splice.LoHaConfig(r=9, init_weights=False, target_modules=["fc"]),
+        splice.LoKrConfig(r=1, init_weights=False, use_effective_conv2d=True, target_modules=["conv"]),
+        splice.LoKrConfig(r=9, init_weights=False, target_modules=["line"]),
+    ],
+    ids=["LoHa with a core", "LoHa of a high rank", "LoKr with a core", "LoKr on a line"],
+)
+def test_updates_that_are_no_product_have_a_norm_of_tensors(config: Any, tmp_path: Path) -> None:
+    splice.get_peft_model(Net(), copy.deepcopy(config)).save_pretrained(tmp_path)
+    (found,) = updates_of(look_into(open_adapter(str(tmp_path))))
+    tensors = load_file(tmp_path / "adapter_model.safetensors").values()
+    assert found.factors is None and found.singular_values == ()
+    assert found.norm == pytest.approx(sum(float(tensor.square().sum()) for tensor in tensors) ** 0.5, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def complaints(ran: Ran) -> list[str]:
 
 
 def test_one_adapter(tmp_path: Path) -> None:
-    ran = run("merge", "--base", BASE, "--adapter", EXAMPLE, "--out", tmp_path / "out")
+    ran = run("merge", "--base", BASE, "--adapter", EXAMPLE, "--out", tmp_path / "out", new_process=True)
     assert (ran.code, complaints(ran)) == (0, [])
     assert ran.out.startswith(f"{tmp_path / 'out'}: ") and ran.out.rstrip().endswith("tensors changed")
     model = splice.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), EXAMPLE).merge_and_unload()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -82,16 +81,9 @@ def complaint(ran: Any) -> str:
 
 def test_json_of_several_prompts_and_lines_of_the_input() -> None:
     command = ["run", "--base", BASE, "--adapter", EXAMPLE, "--adapter", f"up={UPPER}", "--prompt", "-", "--json"]
-    done = subprocess.run(
-        [sys.executable, "-m", "splice", *map(str, command), "--prompt", "banana"],
-        input="hello\n\nzebra\n",
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
+    ran = run(*command, "--prompt", "banana", input="hello\n\nzebra\n", new_process=True)
+    assert ran.code == 0, ran.err
+    told = json.loads(ran.out)
     assert told["prompts"] == ["hello", "zebra", "banana"]
     found = {(told["prompts"][answer["prompt"]], answer["adapter"]): answer["text"] for answer in told["answers"]}
     assert found == {
@@ -132,18 +124,9 @@ def test_an_interactive_session() -> None:
         "/quit",
         "never",
     ]
-    command = [sys.executable, "-m", "splice", "run", "--adapter", EXAMPLE, "--adapter", SORT, "-i"]
-    done = subprocess.run(
-        list(map(str, command)),
-        input="\n".join(lines),
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env=os.environ,
-    )
-    assert done.returncode == 0, done.stderr
-    said = done.stdout.partition("/quit")[2].partition("\n")[2].splitlines()
+    ran = run("run", "--adapter", EXAMPLE, "--adapter", SORT, "-i", input="\n".join(lines))
+    assert ran.code == 0, ran.err
+    said = ran.out.partition("/quit")[2].partition("\n")[2].splitlines()
     assert said[:4] == ["reverse> olleh", "reverse> sort> ehllo", "sort> base> hello", "base> there is no adapter "
         "'missing'; there are reverse, sort"]  # fmt: skip
     assert said[4:6] == ["base> /nonsense is no command; /help lists them", "base> it is called as /adapter NAME"]

@@ -43,7 +43,7 @@ def test_what_can_be_loaded_fits(case: Case, checkpoint: Callable[..., Path], tm
 
 
 def test_what_it_says() -> None:
-    ran = run("verify", EXAMPLE, "--base", BASE)
+    ran = run("verify", EXAMPLE, "--base", BASE, new_process=True)
     assert (ran.code, ran.out) == (
         0,
         f"{EXAMPLE} fits LlamaForCausalLM ({BASE}): 56 of 56 tensors on 28 layers\n",

@@ -157,7 +157,7 @@ def test_nothing_is_written_for_an_adapter_that_does_nothing(tmp_path: Path) -> 
 
 
 def test_the_program(tmp_path: Path) -> None:
-    ran = run_program("convert", EXAMPLE, "--base", BASE, "--out", tmp_path / "one", "--rank", "2")
+    ran = run_program("convert", EXAMPLE, "--base", BASE, "--out", tmp_path / "one", "--rank", "2", new_process=True)
     assert ran.code == 0 and "rank 2, largest error" in ran.out and "relative error" in ran.out
     code, told = run_json("convert", EXAMPLE, "--base", BASE, "--out", tmp_path / "two", "--error", "0.001")
     assert code == 0 and 0 <= told["largest_error"] <= 0.001

@@ -34,6 +34,7 @@ from splice.loading.on_disk.merging import Progress
 from splice.merging_files import merge_files
 from tests import bases
 from tests.samples import Case, plain_cases
+from tests.warm import warm
 
 SHARD = "40KB"
 
@@ -328,10 +329,8 @@ def test_killed_merges_leave_nothing_and_go_on(tmp_path: Path) -> None:
     script = tmp_path / "merge.py"
     script.write_text(textwrap.dedent(SCRIPT))
     for stop in (1, 9, 20):
-        ended = subprocess.run(
-            [sys.executable, script, base, adapter, out, str(stop)], capture_output=True, timeout=300
-        )
-        assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+        ended = warm(script, base, adapter, out, str(stop))
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
         assert not out.exists()
     written = merge_files(base, [adapter], out)
     assert written.resumed
@@ -345,7 +344,7 @@ def test_what_was_finished_of_another_merge_is_not_taken(tmp_path: Path) -> None
     two = trained(base, splice.LoraConfig(r=4, target_modules=["q_proj"]), tmp_path / "two")
     script = tmp_path / "merge.py"
     script.write_text(textwrap.dedent(SCRIPT))
-    subprocess.run([sys.executable, script, base, one, tmp_path / "out", "10"], capture_output=True, timeout=300)
+    warm(script, base, one, tmp_path / "out", "10")
     assert (tmp_path / ".out.merging").exists()
     shutil.rmtree(one)
     two.rename(one)  # told by what it holds, not by where it lies

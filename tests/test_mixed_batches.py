@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import pickle
+import warnings
 import weakref
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 
 import splice
+from splice.kinds import as_one
+from splice.kinds.layer import AdapterLayer
 from splice.kinds.registry import all_methods
 from splice.selection import BASE
 from tests import bases
@@ -133,6 +136,50 @@ def test_each_row_is_generated_as_alone(case: Case, shared_checkpoint: Any) -> N
     assert torch.equal(mixed, torch.cat(found))
 
 
+def is_of_kin(case: Case) -> bool:
+    return any(layer.likeness is not AdapterLayer.likeness for layer in case.method.layers.values())
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if is_of_kin(case)], ids=str)
+def test_adapters_that_are_alike_are_computed_as_one(
+    case: Case, shared_checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the gradients of each, and only as long as they are alike."""
+    stacked: list[bool] = []
+    plain = as_one.Kin._stacked
+    monkeypatch.setattr(as_one.Kin, "_stacked", lambda kin: stacked.append(bool(plain(kin))) or plain(kin))
+    folders = {name: shared_checkpoint(case.base, case.config(), seed=seed) for seed, name in enumerate("abc")}
+    model: Any = splice.PeftModel.from_pretrained(case.base.build(), folders["a"], "a", is_trainable=True)
+    for name in "bc":
+        model.load_adapter(folders[name], name, is_trainable=True)
+    model.eval()
+    model.base_model.set_requires_grad([*"abc"])
+    names = ["c", "a", BASE, "b", "b", "a", "c"]
+    inputs = inputs_of(case, 5, len(names))
+    for alike in (True, False):
+        if not alike:
+            del stacked[:]
+            for layer in model.base_model.adapted.values():
+                monkeypatch.setattr(type(layer.splice_host.layers["b"]), "likeness", lambda layer: id(layer))
+        model.zero_grad()
+        mixed = model(**inputs, adapter_names=names)[0]
+        mixed[:, -1].square().sum().backward()
+        assert stacked and set(stacked) == {alike}
+        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        assert {name for name in "abc" if any(f".{name}" in key for key in found)} == {*"abc"}
+        model.zero_grad()
+        for name in "abc":
+            rows = [row for row, other in enumerate(names) if other == name]
+            model.set_adapter(name)
+            model.base_model.set_requires_grad([*"abc"])
+            output = model(**{key: value[rows] for key, value in inputs.items()})[0]
+            assert_close(mixed[rows].detach(), output.detach())
+            output[:, -1].square().sum().backward()
+        for key, parameter in model.named_parameters():
+            if key in found:
+                assert_close(found[key], parameter.grad, factor=20)
+
+
 class Counting(nn.Linear):
     """Counts its calls."""
 
@@ -250,6 +297,23 @@ def test_what_changes_between_two_batches_counts(change: Any) -> None:
         assert differ(second[1].float(), first[1]) == (change not in (_hooked, CHANGES[-1]))
         for row, name in enumerate(names):
             assert_close(second[row : row + 1].float(), alone(model, {"input": x[row : row + 1]}, name).float())
+
+
+def test_a_compiled_batch_does_not_depend_on_those_before_it() -> None:
+    config = splice.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    model: Any = splice.get_peft_model(nn.Sequential(nn.Linear(8, 12)), config, "one").eval()
+    model.add_adapter("two", config)
+    step = torch.compile(lambda x: model(x, adapter_names=["two", BASE, "one"]), backend="eager", fullgraph=True)
+    x = torch.randn(3, 8)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler looks through caches, and says so
+        for _ in range(2):
+            expected = step(x)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for names in (["one", "two", BASE], ["two", "two", BASE], ["two", BASE, "one"]):
+                mixed = model(x, adapter_names=names)
+                assert torch.equal(step(x), expected)
+    assert_close(mixed, expected)
 
 
 def test_a_deleted_adapter_is_kept_by_nobody() -> None:

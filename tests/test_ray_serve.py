@@ -144,7 +144,12 @@ def test_what_a_request_asks_for_is_understood_or_refused(more: dict[str, Any], 
     pydantic = pytest.importorskip("pydantic")
     from examples.ray_serve.asked import ChatRequest
 
-    body = {"model": "x", "messages": [{"role": "user", "content": "hi"}], "stop": None, "temperature": 0}
+    body: dict[str, Any] = {
+        "model": "x",
+        "messages": [{"role": "user", "content": "hi"}],
+        "stop": None,
+        "temperature": 0,
+    }
     asked = ChatRequest(**body).asked()
     assert (asked.prompt, asked.turns, asked.temperature, asked.stop) == (None, (("user", "hi"),), 0, ())
     with pytest.raises(pydantic.ValidationError) as caught:
@@ -170,7 +175,10 @@ def make_base(folder: Path, hidden: int = 64) -> Path:
         eos_token_id=1,
         pad_token_id=0,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    # The token that ends an answer is never the most probable one: what nobody ends goes on.
+    model.lm_head.weight.data[1] = 0
+    model.save_pretrained(folder)
     made = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(LETTERS + BEYOND)}, unk_token="_"))
     made.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     made.decoder = decoders.Fuse()
@@ -250,7 +258,7 @@ class Served:
         """A streamed answer, which has to come token by token."""
         *chunks, last = [chunk.choices[0] for chunk in self.ask(name, prompt, stream=True)]
         assert all(len(chunk.text) == 1 and chunk.finish_reason is None for chunk in chunks)
-        assert last.text == "" and last.finish_reason in ("length", "stop")
+        assert last.text == "" and last.finish_reason == "length"
         return "".join(chunk.text for chunk in chunks)
 
     def metric(self, name: str, **labels: str) -> dict[str, float]:
@@ -305,12 +313,42 @@ def served(base: Path, adapters: Path, *options: str) -> Iterator[Served]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.skipif(
+needs_ray = pytest.mark.skipif(
     find_spec("ray") is None or find_spec("openai") is None,
     reason="the example needs the extra `serve`: pip install 'splice[serve,transformers]'",
 )
+
+
+@needs_ray
+@pytest.mark.slow
+def test_what_cannot_be_served_is_refused_before_ray_starts(tmp_path: Path) -> None:
+    from examples.ray_serve.app import build
+    from examples.ray_serve.options import Options
+
+    base, adapters, none = str(make_base(tmp_path / "tiny")), tmp_path / "adapters", str(tmp_path / "none")
+    make_adapter(Path(base), adapters / "a", 0, splice.LoraConfig(r=2, task_type="CAUSAL_LM"))
+    build(Options(base=base, adapters=str(adapters)))
+    with pytest.raises(ValueError, match=f"there is no base at '{none}'"):
+        build(Options(base=none, adapters=str(adapters)))
+    with pytest.raises(ValueError, match="an adapter has the base's own name, 'a': choose another `base_name`"):
+        build(Options(base=base, adapters={"a": str(adapters / "a")}, base_name="a"))
+    with pytest.raises(ValueError, match="replicas\n  Input should be greater than 0"):
+        Options(base=base, adapters=str(adapters), replicas=0)
+    ran = subprocess.run(
+        [sys.executable, "-m", "examples.ray_serve", "--base", base, "--adapters", none],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.returncode == 1 and f"error: there is no folder '{none}'" in ran.stderr
+    assert "Started a local Ray instance" not in ran.stderr
+
+
+@needs_ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_replicas_serve_adapters_to_the_client_of_openai(tmp_path: Path) -> None:
     import psutil
 
@@ -345,26 +383,34 @@ def check_models(server: Served) -> None:
 
 def check_affinity(server: Served, wanted: dict[str, str]) -> None:
     """Four adapters on two replicas of two places each: each comes to be on one, and its requests go there."""
+    asked = 0
+
+    def rounds() -> dict[str, set[str]]:
+        """The replicas that answered for each adapter, asked five times in turn."""
+        nonlocal asked
+        replicas: dict[str, set[str]] = {name: set() for name in PLACED}
+        for name in PLACED * 5:
+            answer = server.ask(name, "hello 1")
+            assert answer.choices[0].text == wanted[name]
+            replicas[name].add(answer.system_fingerprint)
+            asked += 1
+        return replicas
+
+    def one_each(replicas: dict[str, set[str]]) -> dict[str, set[str]]:
+        return replicas if all(len(found) == 1 for found in replicas.values()) else {}
+
     for name in PLACED:
-        assert server.ask(name, "hello 1").choices[0].text == wanted[name]
+        server.ask(name, "hello 1")
+        asked += 1
         time.sleep(1.0)  # until Ray's router knows which replica has it
-    replicas: dict[str, set[str]] = {name: set() for name in PLACED}
-    for _ in range(5):
-        for name in PLACED:
-            replicas[name].add(server.ask(name, "hello 1").system_fingerprint)
-    assert [len(found) for found in replicas.values()] == [1, 1, 1, 1]
+    # On a busy machine a replica may be slow to tell Ray that it is free, and another one answers for it.
+    replicas = wait_for(lambda: one_each(rounds()))
     of_each = [sum(replica in found for found in replicas.values()) for replica in set.union(*replicas.values())]
     assert of_each == [2, 2]
-    # Nothing was loaded twice, and nothing had to go.
-    wait_for(
-        lambda: (
-            server.total("splice_requests_total", end="length") + server.total("splice_requests_total", end="stop")
-            == 24
-        )
-    )
-    assert server.total("splice_store_misses_total") == server.total("splice_store_loads_total") == 4
-    assert server.total("splice_store_hits_total") == 24
-    assert server.total("splice_store_evictions_total") == 0
+    # Each answer found its adapter on the model, and only few had to wait for a load.
+    wait_for(lambda: server.total("splice_requests_total") == server.total("splice_store_hits_total") == asked)
+    misses = server.total("splice_store_misses_total")
+    assert misses == server.total("splice_store_loads_total") and len(PLACED) <= misses < asked / 2
 
 
 def check_concurrent(server: Served, base: Path, adapters: Path) -> None:

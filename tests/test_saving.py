@@ -26,7 +26,9 @@ from tests.broken import (
     SAFETENSORS,
     at_line,
     by_reference,
+    files,
     in_fork,
+    left_at_lines,
     lines_of,
     llama,
     load,
@@ -39,12 +41,6 @@ from tests.samples import Case, plain_cases
 SAVING = tuple(f"{PACKAGE}/{name}.py" for name in ("loading/saving", "checkpoint/writing", "checkpoint/files"))
 CARD = "README.md"
 FORMS = {"safetensors": True, "bin": False}
-# What crashes at every line takes a process for each: in both forms in the slow tests.
-each_form = pytest.mark.parametrize("form", ["safetensors", pytest.param("bin", marks=pytest.mark.slow)])
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 class Pair:
@@ -75,93 +71,107 @@ def _killed(save: Callable[[], None], line: int) -> None:
 
 # -- a crash
 
+State = dict[str, bytes]
 
-@each_form
-def test_a_crash_at_any_line_leaves_the_old_checkpoint_or_the_new(form: str, pair: Pair, tmp_path: Path) -> None:
+
+def _key(state: State) -> tuple[tuple[str, bytes], ...]:
+    """What tells a state of a folder from another; the numbers in names of temporary files are drawn."""
+    return tuple((re.sub(r"\d+", "", name), data) for name, data in state.items())
+
+
+def _different(states: list[State]) -> list[State]:
+    """Each of them once, in their order."""
+    first: dict[tuple[tuple[str, bytes], ...], State] = {}
+    for state in states:
+        first.setdefault(_key(state), state)
+    return list(first.values())
+
+
+def _restored(state: State, folder: Path) -> Path:
+    """`folder`, with these files and no others."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, data in state.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def _crashes(model: Any, out: Path, safe: bool = True) -> list[State]:
+    """What `out` holds after a crash of a save at each of its lines, and after all of it."""
+    return left_at_lines(lambda: model.save_pretrained(out, safe), out, SAVING)
+
+
+def _outline(state: State) -> dict[str, bytes | int]:
+    """Of what is not finished the size alone: safetensors writes its metadata in any order, which is mended then."""
+    return {name: len(data) if name.endswith(".tmp") else data for name, data in _key(state)}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_crashes_leave_is_what_lies_there_before_each_line(form: str, pair: Pair, tmp_path: Path) -> None:
+    """The tests below look into the folder at every line of one save. Here a process ends wherever that has changed."""
     safe, out = FORMS[form], tmp_path / "out"
-    total = lines_of(lambda: pair.new.save_pretrained(tmp_path / "rehearsal", safe), SAVING)
-    seen = []
-    for line in range(total + 1):
-        pair.old.save_pretrained(out, safe)
+    pair.old.save_pretrained(out, safe)
+    states = _crashes(pair.new, out, safe)
+    total = len(states) - 1
+    changes = [line for line in range(1, total) if _key(states[line]) != _key(states[line - 1])]
+    assert len(changes) > 6
+    for line in (0, *changes, total):
+        _restored(states[0], out)
         code = in_fork(lambda line=line: _killed(lambda: pair.new.save_pretrained(out, safe), line))
         assert code == (9 if line < total else 0)
-        seen.append(pair.found_in(out))
-    assert "a mixture" not in seen, (
-        f"after lines {[i for i, name in enumerate(seen) if name == 'a mixture']} of {total}"
-    )
+        assert _outline(files(out)) == _outline(states[line]), f"line {line} of {total}"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_crash_at_any_line_leaves_the_old_checkpoint_or_the_new(form: str, pair: Pair, tmp_path: Path) -> None:
+    safe, out = FORMS[form], tmp_path / "out"
+    pair.old.save_pretrained(out, safe)
+    seen = [pair.found_in(_restored(state, out)) for state in _different(_crashes(pair.new, out, safe))]
+    assert "a mixture" not in seen, f"states {[i for i, name in enumerate(seen) if name == 'a mixture']} of {len(seen)}"
     assert seen == sorted(seen, key=["old", "new"].index)
     assert set(seen) == {"old", "new"}
 
 
-@each_form
+@pytest.mark.parametrize("form", FORMS)
 def test_a_crash_in_an_empty_folder_leaves_nothing_or_the_new_one(form: str, pair: Pair, tmp_path: Path) -> None:
-    safe = FORMS[form]
-    total = lines_of(lambda: pair.new.save_pretrained(tmp_path / "rehearsal", safe), SAVING)
-    loaded = []
-    for line in range(total):
-        out = tmp_path / f"out{line}"
-        assert in_fork(lambda line=line, out=out: _killed(lambda: pair.new.save_pretrained(out, safe), line)) == 9
+    out, loaded = tmp_path / "out", []
+    for state in _different(_crashes(pair.new, out, FORMS[form])):
         try:
-            loaded.append(pair.found_in(out))
+            loaded.append(pair.found_in(_restored(state, out)))
         except splice.CheckpointError:
             loaded.append("nothing")
-    assert set(loaded) <= {"nothing", "new"}
+    assert set(loaded) == {"nothing", "new"}
 
 
-@each_form
+@pytest.mark.parametrize("form", FORMS)
 def test_a_save_after_a_crash_is_whole(form: str, pair: Pair, tmp_path: Path) -> None:
-    safe = FORMS[form]
-    total = lines_of(lambda: pair.new.save_pretrained(tmp_path / "rehearsal", safe), SAVING)
-    for line in range(0, total, 3):
-        out = tmp_path / f"out{line}"
-        pair.old.save_pretrained(out, safe)
-        in_fork(lambda line=line, out=out: _killed(lambda: pair.new.save_pretrained(out, safe), line))
-        pair.third.save_pretrained(out, safe)
+    safe, out = FORMS[form], tmp_path / "out"
+    pair.old.save_pretrained(out, safe)
+    for state in _different(_crashes(pair.new, out, safe)):
+        pair.third.save_pretrained(_restored(state, out), safe)
         assert pair.found_in(out) == "third"
         torch.testing.assert_close(output(by_reference(out)), pair.outputs["third"])
 
 
-def _states(pair: Pair, tmp_path: Path, safe: bool) -> dict[int, Path]:
-    """What crashes can leave behind: the first line that leaves each state, and a folder in that state."""
-    total = lines_of(lambda: pair.new.save_pretrained(tmp_path / "rehearsal", safe), SAVING)
-    seen, found = set(), {}
-    for line in range(total):
-        out = tmp_path / f"first{line}"
-        pair.old.save_pretrained(out, safe)
-        in_fork(lambda line=line, out=out: _killed(lambda: pair.new.save_pretrained(out, safe), line))
-        state = tuple((re.sub(r"\d+", "", name), data) for name, data in files(out).items())
-        if state not in seen:
-            found[line] = out
-        seen.add(state)
-    return found
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_two_crashes_one_after_the_other(form: str, pair: Pair, tmp_path: Path) -> None:
     """The second one meets whatever state the first one left."""
-    states, mixtures = _states(pair, tmp_path, FORMS[form]), []
+    safe, out, mixtures = FORMS[form], tmp_path / "out", []
+    pair.old.save_pretrained(out, safe)
+    states = _different(_crashes(pair.new, out, safe))
     assert len(states) > 4
-    some = list(states)[:: max(len(states) // 20, 1)]
-    for first, state in ((line, states[line]) for line in some):
-        for second in some:
-            out = tmp_path / f"second{first}-{second}"
-            shutil.copytree(state, out)
-            in_fork(lambda line=second, out=out: _killed(lambda: pair.third.save_pretrained(out, FORMS[form]), line))
-            if pair.found_in(out) == "a mixture":
-                mixtures.append((first, second, sorted(files(state)), sorted(files(out))))
-    assert not mixtures, f"{len(mixtures)} of {len(some) ** 2}, such as {mixtures[0]}"
+    for first in states:
+        for second in _different(_crashes(pair.third, _restored(first, out), safe)):
+            if pair.found_in(_restored(second, out)) == "a mixture":
+                mixtures.append((sorted(first), sorted(second)))
+    assert not mixtures, f"{len(mixtures)}, such as {mixtures[0]}"
 
 
 def test_a_crash_while_a_safetensors_file_takes_the_place_of_a_pickle(pair: Pair, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    total = lines_of(lambda: pair.new.save_pretrained(tmp_path / "rehearsal"), SAVING)
-    for line in range(0, total, 2):
-        if out.exists():
-            (out / SAFETENSORS).unlink(missing_ok=True)
-        pair.old.save_pretrained(out, safe_serialization=False)
-        in_fork(lambda line=line: _killed(lambda: pair.new.save_pretrained(out), line))
-        assert pair.found_in(out) in ("old", "new"), line
+    pair.old.save_pretrained(out, safe_serialization=False)
+    for state in _different(_crashes(pair.new, out)):
+        assert pair.found_in(_restored(state, out)) in ("old", "new"), sorted(state)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
@@ -215,22 +225,20 @@ def test_a_crash_between_two_adapters_leaves_each_old_or_new(tmp_path: Path) -> 
         for name in ("default", "other"):
             model.set_adapter(name)
             outputs[name, model is new] = output(model)
-    total = lines_of(lambda: new.save_pretrained(tmp_path / "rehearsal"), SAVING)
-    for line in range(0, total, 5):
-        old.save_pretrained(out)
-        in_fork(lambda line=line: _killed(lambda: new.save_pretrained(out), line))
+    old.save_pretrained(out)
+    for state in _different(_crashes(new, out)):
+        _restored(state, out)
         for name, place in (("default", out), ("other", out / "other")):
             found = output(load(place))
-            assert torch.equal(found, outputs[name, False]) or torch.equal(found, outputs[name, True]), (name, line)
+            assert torch.equal(found, outputs[name, False]) or torch.equal(found, outputs[name, True]), (name, state)
 
 
 def test_the_config_reads_alone_as_it_does_with_the_weights(pair: Pair, tmp_path: Path) -> None:
     """After a crash `PeftConfig.from_pretrained` gives the config of the adapter that a load gives."""
     out = tmp_path / "out"
-    total = lines_of(lambda: pair.new.save_pretrained(tmp_path / "rehearsal"), SAVING)
-    for line in range(0, total, 3):
-        pair.old.save_pretrained(out)
-        in_fork(lambda line=line: _killed(lambda: pair.new.save_pretrained(out), line))
+    pair.old.save_pretrained(out)
+    for state in _different(_crashes(pair.new, out)):
+        _restored(state, out)
         assert splice.PeftConfig.from_pretrained(out).lora_alpha == load(out).peft_config["default"].lora_alpha
 
 
@@ -362,14 +370,7 @@ def test_a_pickle_beside_older_safetensors(tmp_path: Path) -> None:
 def test_a_crash_between_the_formats_leaves_the_old_checkpoint_or_the_new(pair: Pair, tmp_path: Path) -> None:
     out = tmp_path / "out"
     pair.old.save_pretrained(out)
-    total = lines_of(lambda: pair.new.save_pretrained(out, safe_serialization=False), SAVING)
-    seen = []
-    for line in range(0, total + 1, 3):
-        for file in out.iterdir():
-            file.unlink()
-        pair.old.save_pretrained(out)
-        in_fork(lambda line=line: _killed(lambda: pair.new.save_pretrained(out, False), line))
-        seen.append(pair.found_in(out))
+    seen = [pair.found_in(_restored(state, out)) for state in _different(_crashes(pair.new, out, safe=False))]
     assert seen == sorted(seen, key=["old", "new"].index)
     assert set(seen) == {"old", "new"}
 
@@ -605,10 +606,9 @@ def test_saving_by_the_reference_over_a_crashed_save(pair: Pair, tmp_path: Path)
     """Whatever a crash of splice left lying, a save by the reference counts."""
     out = tmp_path / "out"
     third = by_reference(tmp_path / "third")
-    total = lines_of(lambda: pair.new.save_pretrained(tmp_path / "rehearsal"), SAVING)
-    for line in range(0, total, 4):
-        pair.old.save_pretrained(out)
-        in_fork(lambda line=line: _killed(lambda: pair.new.save_pretrained(out), line))
+    pair.old.save_pretrained(out)
+    for state in _different(_crashes(pair.new, out)):
+        _restored(state, out)
         third.save_pretrained(str(out), save_embedding_layers=False)
         assert pair.found_in(out) == "third"
 

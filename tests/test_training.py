@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -215,8 +215,22 @@ def test_gradient_checkpointing(case: Case, before: bool, reentrant: bool, share
             assert_close(found[1][name], parameter.grad, factor=10)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("case", kind_cases(), ids=str)
+def _compiled() -> Iterator[Any]:
+    """Each method on every kind of layer by each backend, which takes a second or two.
+
+    In the quick tests every method is on its first kind, and those that stand for their kinds on all of them, by the backend
+    that goes on where the other one ends: it takes the same graph and traces it once more.
+    """
+    methods = set()
+    for case in kind_cases():
+        first = case.method.name not in methods
+        methods.add(case.method.name)
+        for backend in ("eager", "aot_eager"):
+            quick = backend == "aot_eager" and (first or case.sample.on_every_base)
+            yield pytest.param(case, backend, id=f"{case}-{backend}", marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("case", "backend"), list(_compiled()))
 def test_compiled_in_one_graph(case: Case, backend: str, shared_checkpoint: Any) -> None:
     """And one that stays right: after the weights change in place, after another adapter, after disabling."""
     torch._dynamo.reset()

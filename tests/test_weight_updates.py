@@ -1,4 +1,4 @@
-"""What is peculiar to the methods whose update is worked out of the base's weight: HiRA, DeLoRA, DEFT, PEANuT, PSOFT."""
+"""What is peculiar to methods that update a weight as a whole: HiRA, DeLoRA, DEFT, PEANuT, PSOFT; LoHa and LoKr."""
 
 from __future__ import annotations
 
@@ -197,3 +197,30 @@ def test_alpha_of_psoft_changes_nothing(checkpoint: Any) -> None:
     config = splice.PsoftConfig(r=3, target_modules=["first", "second"], psoft_alpha=5)
     models = [splice.PeftModel.from_pretrained(BASE.build(), folder, config=c) for c in (None, config)]
     assert_close(run(models[1], BASE.inputs(3)), run(models[0], BASE.inputs(3)))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        splice.LoHaConfig(r=3, target_modules=["0"], init_weights=False),
+        splice.LoKrConfig(r=2, target_modules=["0"], init_weights=False),
+        splice.LoKrConfig(r=1, target_modules=["0"], init_weights=False, decompose_both=True, decompose_factor=4),
+    ],
+    ids=["LOHA", "LOKR", "LOKR of four factors"],
+)
+@pytest.mark.parametrize("shape", [(24,), (1, 24), (0, 24), (2, 3, 24), (50, 24)], ids=str)
+def test_few_tokens_go_through_the_factors(config: Any, shape: tuple[int, ...]) -> None:
+    """And give what the update as a whole gives, to the gradients; what is dropped in training is dropped of the whole."""
+    torch.manual_seed(0)
+    model: Any = splice.get_peft_model(nn.Sequential(nn.Linear(24, 20)), config)
+    layer = model.base_model.model[0].splice_host.layers["default"]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    x = torch.randn(shape, requires_grad=True)
+    found, expected = layer.delta(x), nn.functional.linear(x, layer.update())
+    assert_close(found, expected)
+    weights = torch.randn_like(expected)
+    gradients = [torch.autograd.grad(y, [x, *trained], weights, retain_graph=True) for y in (found, expected)]
+    for one, other in zip(*gradients):
+        assert_close(one, other, factor=5)
+    layer.rank_dropout, layer.dropout_keeps_mean = 1.0, False
+    assert not layer.delta(x).any()

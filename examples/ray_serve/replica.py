@@ -28,6 +28,8 @@ from .options import Options
 _BASE = "__base__"
 # Seconds between two times that what the store does is told.
 _TELL_EVERY = 1.0
+# The lowest temperature that is drawn at: what is divided by still lower ones leaves the range of numbers.
+_COLDEST = 0.01
 # Tokens of an answer where neither the request nor the base says how many there may be.
 _UNLIMITED = 4096
 
@@ -46,10 +48,6 @@ class Replica:
         self._ends = _ends(self._network, tokenizer)
         self._model = _with_store(self._network, options)
         self._store = self._model.adapter_store
-        if options.base_name in self._store:
-            raise ValueError(
-                f"an adapter has the base's own name, {options.base_name!r}: set `base_name` to another one"
-            )
         self._threads = ThreadPoolExecutor(options.requests_per_replica, "answer")
         # Those that are being made now.
         self._answers: set[Answer] = set()
@@ -191,7 +189,7 @@ class Replica:
         if asked.temperature:
             # Not torch's own sampling: there all threads draw from one generator, and a seed would mean nothing.
             seed = secrets.randbelow(2**31) if asked.seed is None else asked.seed
-            processors.append(Draws(asked.temperature, asked.top_p, seed, [0]))
+            processors.append(Draws(max(asked.temperature, _COLDEST), asked.top_p, seed, [0]))
         self._model.generate(
             input_ids=inputs,
             attention_mask=torch.ones_like(inputs),

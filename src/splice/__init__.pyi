@@ -56,8 +56,6 @@ from splice.methods.hra import HRAConfig as HRAConfig
 from splice.methods.ia3 import IA3Config as IA3Config
 from splice.methods.lily import LilyConfig as LilyConfig
 from splice.methods.ln_tuning import LNTuningConfig as LNTuningConfig
-from splice.methods.loha import LoHaConfig as LoHaConfig
-from splice.methods.lokr import LoKrConfig as LoKrConfig
 from splice.methods.lora.arrow_building import create_arrow_model as create_arrow_model
 from splice.methods.lora.config import LoraConfig as LoraConfig
 from splice.methods.lora.config import LoraRuntimeConfig as LoraRuntimeConfig
@@ -80,6 +78,8 @@ from splice.methods.lora.subconfigs import LoftQConfig as LoftQConfig
 from splice.methods.lora.subconfigs import LoraGAConfig as LoraGAConfig
 from splice.methods.lora.subconfigs import MontecloraConfig as MontecloraConfig
 from splice.methods.lora.subconfigs import VeloraConfig as VeloraConfig
+from splice.methods.lycoris.loha import LoHaConfig as LoHaConfig
+from splice.methods.lycoris.lokr import LoKrConfig as LoKrConfig
 from splice.methods.miss import MissConfig as MissConfig
 from splice.methods.oft.config import OFTConfig as OFTConfig
 from splice.methods.osf import OSFConfig as OSFConfig

@@ -12,6 +12,7 @@ import torch
 
 from tests.ecosystem import table
 from tests.ecosystem.both import reference, shim_version
+from tests.temporary import put_into_memory
 
 torch.set_num_threads(1)
 assert peft.__version__ == shim_version(), "run these by `python -m tests.ecosystem`"
@@ -22,6 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    put_into_memory(config)
     table.begin(config)
 
 

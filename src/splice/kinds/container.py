@@ -159,10 +159,8 @@ class Container(_Hookable):
     def drop(self, name: str) -> bool:
         """Forget the adapter of this name, if it has an entry; whether there are entries of others."""
         modules = self._modules
-        if (
-            modules.pop(name, None) is not None and modules
-        ):  # of most methods and at each layer: no tensor has that name then
-            return True
+        if modules.pop(name, None) is not None and modules:
+            return True  # as on nearly all layers: where entries are modules, no tensor has the name of one
         for registry in (self._parameters, self._buffers):
             registry.pop(name, None)
         self._non_persistent_buffers_set.discard(name)

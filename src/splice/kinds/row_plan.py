@@ -7,11 +7,9 @@ from typing import NamedTuple
 
 import torch
 
+from splice.kinds.as_one import Step, find_kin
 from splice.kinds.layer import AdapterLayer
 from splice.selection import Group, Groups
-
-# An adapter layer, and the rows of the batch that use it.
-Step = tuple[AdapterLayer, Group]
 
 
 class Parts(NamedTuple):
@@ -51,11 +49,15 @@ class RowPlan:
         self.layers = tuple(map(layers.get, self.names))
         there = [(layer, group) for layer, group in zip(self.layers, groups) if layer is not None]
         # Those that only change what goes into the base layer, or what comes out; and the groups of all others.
-        self.steps = [] if one_by_one else [step for step in there if _has_two_steps(step[0])]
+        steps = [] if one_by_one else [step for step in there if _has_two_steps(step[0])]
         others = there if one_by_one else [step for step in there if not _has_two_steps(step[0])]
         self.others = Groups([group for _, group in others])
+        # Of the steps: those that can be computed as one.
+        self.kin_steps, self.steps = find_kin(steps)
         # Of the others: those that are no product, and those that are one as long as they tell a scale.
-        self.single = [step for step in others if one_by_one or not _is_product(step[0])]
+        single = [step for step in others if one_by_one or not _is_product(step[0])]
+        # Of these again, those that can be computed as one.
+        self.kin, self.single = ([], single) if one_by_one else find_kin(single)
         self.products = [] if one_by_one else [step for step in others if _is_product(step[0])]
         # Where the factors are registered. They are looked up at each call: anybody may exchange them at any time.
         found = [[layer.registered[suffix] for suffix in layer.stacked_names] for layer, _ in self.products]

@@ -8,6 +8,7 @@ arXiv 2405.17484, section 3. With u_i the columns of a trained matrix, each at l
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar
@@ -138,6 +139,9 @@ class HRALayer(HRA, InputTransform):
     @classmethod
     def size(cls, base: nn.Module, path: str) -> int:
         return features(base)[0]
+
+    def likeness(self) -> Hashable:
+        return self.hra_r, self.orthogonal
 
     def transform(self, x: torch.Tensor) -> torch.Tensor:
         return self.reflected(cast_to(x, self.hra_u), forwards=False).to(x.dtype)

@@ -8,7 +8,7 @@ and s = alpha sin(theta). The variants differ in how many of these numbers are t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar
@@ -95,6 +95,9 @@ class RoadLayer(OutputTransform):
     def prepare(self, base: nn.Module, config: RoadConfig, path: str) -> None:
         self.variant, self.group_size = config.variant, config.group_size
         self.has_bias = bias_of(base) is not None
+
+    def likeness(self) -> Hashable:
+        return self.variant, self.group_size
 
     def coefficients(self) -> tuple[torch.Tensor, torch.Tensor]:
         """c and s, each (groups, 2, G / 2) or, where the halves of a group share them, (groups, 1, G / 2)."""

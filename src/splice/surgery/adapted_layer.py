@@ -31,7 +31,7 @@ from splice.surgery.replaced_forward import IN_REPLACED, around_replaced, runnin
 from splice.surgery.replacing import BASE_NAMES, replace_base
 from splice.surgery.rows import add_by_seats, add_products, add_seated
 from splice.surgery.spellings import check_spellings, plain_name
-from splice.surgery.two_steps import entering, leaving, put, taken
+from splice.surgery.two_steps import adding, entering, leaving, put, taken
 
 _NONE: Mapping[str, torch.Tensor] = {}
 _ONE_TENSOR = "{}: `adapter_names` needs layers that take one tensor and give one tensor"
@@ -135,19 +135,15 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
         if len(groups) == 1 and len(groups[0].rows) == len(x):  # as if it were the active one
             alone = host.layers.get(groups[0].name)
             return (run if alone is None else self._outside(alone, run))(*args, **kwargs)
-        plan = host.row_plan
-        if plan is None or not plan.holds(groups, host.layers, host.hooked):
-            plan = RowPlan(groups, host.layers, host.hooked)
-            if not torch.compiler.is_compiling():  # in a graph all of this is worked out once anyway
-                host.row_plan = plan
-        steps = plan.steps
-        y = run(entering(x, steps), *args[1:], **kwargs)
+        plan = _plan(host, groups)
+        y = run(entering(x, plan), *args[1:], **kwargs)
         if not isinstance(y, torch.Tensor):
             raise TypeError(_ONE_TENSOR.format(host.place))
         written = False
-        if steps:
+        if plan.steps or plan.kin_steps or plan.kin:
             y, written = y.clone(), True  # what the base gave may be its input, or kept for a backward
-            leaving(y, steps)
+            leaving(y, plan)
+            adding(y, x, plan)
         left: Sequence[Group] = plan.others
         # With gradients each parameter is used itself: a backward would not notice that a slot got other values since. So it
         # is in a graph that is compiled for these names: addresses, by which a slot is known, are none there.
@@ -269,6 +265,18 @@ def _groups(host: Host, rows: Rows, x: torch.Tensor) -> Groups:
         return rows.groups(x.shape[0], x.device, flat)
     except ValueError as error:
         raise ValueError(f"{host.path}: {error}") from None
+
+
+def _plan(host: Host, groups: Groups) -> RowPlan:
+    """How these groups are computed: as the last time, if they are the same and the same adapters are there."""
+    # A compiled graph has worked it out once for all; it would be made again for whatever was computed before its call.
+    compiling = torch.compiler.is_compiling()
+    plan = None if compiling else host.row_plan
+    if plan is None or not plan.holds(groups, host.layers, host.hooked):
+        plan = RowPlan(groups, host.layers, host.hooked)
+        if not compiling:
+            host.row_plan = plan
+    return plan
 
 
 def _of_rows(

@@ -2,30 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from splice.kinds.effect import Effect
-from splice.kinds.row_plan import Step
+from splice.kinds.layer import AdapterLayer
+from splice.kinds.row_plan import RowPlan
 from splice.selection import Group
 
 
-def entering(x: torch.Tensor, steps: Sequence[Step]) -> torch.Tensor:
+def entering(x: torch.Tensor, plan: RowPlan) -> torch.Tensor:
     """What the base layer gets in the place of `x` (rows, ..., in), which is not changed."""
-    changed = [(layer, group) for layer, group in steps if not layer.keeps_input]
-    if changed:
+    changed = [(layer, group) for layer, group in plan.steps if not layer.keeps_input]
+    kin = [kin for kin in plan.kin_steps if not all(layer.keeps_input for layer in kin.layers)]
+    if changed or kin:
         x = x.clone()
         for layer, group in changed:
             put(x, group, layer.before(taken(x, group)))
+        for alike in kin:
+            x[alike.indices] = alike.compute(_before, x)
     return x
 
 
-def leaving(y: torch.Tensor, steps: Sequence[Step]) -> None:
+def leaving(y: torch.Tensor, plan: RowPlan) -> None:
     """Let each row of `y` (rows, ..., out) be what its adapter makes of it, in place."""
-    for layer, group in steps:
+    for layer, group in plan.steps:
         if type(layer).after is not Effect.after:
             put(y, group, layer.after(taken(y, group)).to(y.dtype))
+    for kin in plan.kin_steps:
+        if type(kin.layers[0]).after is not Effect.after:
+            y[kin.indices] = kin.compute(_after, y)
+
+
+def adding(y: torch.Tensor, x: torch.Tensor, plan: RowPlan) -> None:
+    """The same of those that are no two steps, for what the base gave for `x` (rows, ..., in)."""
+    for kin in plan.kin:
+        y[kin.indices] = kin.compute(_around, x, y)
+
+
+def _before(layer: AdapterLayer, x: torch.Tensor) -> torch.Tensor:
+    return layer.before(x)
+
+
+def _after(layer: AdapterLayer, y: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = layer.after(y)
+    return found.to(y.dtype)
+
+
+def _around(layer: AdapterLayer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = layer.around(x, lambda _: y)
+    return found.to(y.dtype)
 
 
 def taken(tensor: torch.Tensor, group: Group) -> torch.Tensor:

@@ -7,6 +7,7 @@ W2 (k, n), which for a convolution also has the kernel's axes.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import ClassVar, Literal
@@ -16,10 +17,11 @@ from torch import nn
 
 from splice.base.layers import LayerKind
 from splice.checkpoint.types import PeftType
+from splice.kinds.casting import cast_to
 from splice.kinds.registry import Method, register
 from splice.kinds.slot import Slot
 from splice.methods.default_targets import LORA_TARGETS
-from splice.methods.lycoris import LycorisFields, LycorisLayer, check, core_shape, draw, product, rank_of, sizes
+from splice.methods.lycoris.layers import LycorisFields, LycorisLayer, check, core_shape, draw, product, rank_of, sizes
 from splice.methods.targeted import Targeted
 
 
@@ -128,6 +130,19 @@ class LoKrLayer(LycorisLayer):
         # `right` of a one-dimensional convolution may have three axes: `kron` then lines up the two axes of `left` with
         # its last two, and the result is no Kronecker product of the weight. The reference trains exactly that.
         return torch.kron(left, right.contiguous()).reshape(self.shape)
+
+    def likeness(self) -> Hashable:
+        return None if len(self.shape) > 2 or isinstance(self.scale, torch.Tensor) else self.scale
+
+    def through_factors(self, x: torch.Tensor) -> torch.Tensor | None:
+        # (W1 ⊗ W2) x is W1 X W2^T, with x (in) = (m n) as a matrix X (m, n). At any number of rows it is faster than to make
+        # the whole update and to multiply with that: 3 to 100 times, on layers of 512 to 2048 features.
+        left, right = self._factor("lokr_w1"), self._factor("lokr_w2")
+        inputs = torch.mm(cast_to(x, left).reshape(-1, right.shape[1]), right.t())
+        # Not by `@`: which products that takes depends on whether there are gradients, and so do the last bits.
+        columns = inputs.view(len(x), left.shape[1], len(right)).transpose(1, 2)
+        outputs = torch.mm(columns.reshape(-1, left.shape[1]), left.t()).view(len(x), len(right), len(left))
+        return outputs.transpose(1, 2).flatten(1)
 
     def _factor(self, name: str, core: torch.Tensor | None = None) -> torch.Tensor:
         whole = self.find(name)

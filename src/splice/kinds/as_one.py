@@ -1,0 +1,78 @@
+"""Adapter layers of one class as one: what is written for one adapter is computed for the stacked tensors of several.
+
+`torch.vmap` maps it over them, so that no method has to say it twice. It pays where the tensors of a layer are small, since
+they are copied, and where a call costs more for what is done for each adapter than for the numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+from torch import nn
+
+from splice.kinds.layer import AdapterLayer
+from splice.kinds.tensors import Registered
+from splice.selection import Group
+
+# An adapter layer, and the rows of the batch that use it.
+Step = tuple[AdapterLayer, Group]
+
+
+class Kin:
+    """Adapter layers that can be computed as one as long as they are alike, each with as many rows of a batch."""
+
+    def __init__(self, steps: Sequence[Step]) -> None:
+        """For these, which were found to be alike."""
+        self.layers = [layer for layer, _ in steps]
+        # Their rows, one adapter's behind another's, (layers * rows).
+        self.indices = torch.cat([group.indices for _, group in steps])
+        # Where their tensors are registered, those of one suffix behind another; and these suffixes with what is there.
+        first = self.layers[0]
+        self._places = [layer.registered[suffix][:2] for suffix in first.registered for layer in self.layers]
+        self._slots = [(suffix, item.slot) for suffix, item in first.registered.items()]
+
+    def compute(self, what: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+        """`what` of each layer with its rows of these tensors (rows of the batch, ...): (layers * rows, ...)."""
+        count, rows = len(self.layers), len(self.indices) // len(self.layers)
+        given = [tensor.index_select(0, self.indices).view(count, rows, *tensor.shape[1:]) for tensor in inputs]
+        tensors = self._stacked()
+        if not tensors:
+            return torch.cat([what(layer, *rows) for layer, *rows in zip(self.layers, *given)])
+        first = self.layers[0]
+
+        def of_one(*each: torch.Tensor) -> torch.Tensor:
+            # All but its tensors is the first one's: they are alike.
+            layer = object.__new__(type(first))
+            own = {suffix: tensor for (suffix, _), tensor in zip(self._slots, each)}
+            registered = {suffix: Registered(own, suffix, slot) for suffix, slot in self._slots}
+            layer.__dict__.update(first.__dict__, registered=registered)
+            return what(layer, *each[len(own) :])
+
+        # One flat row of tensors: what `vmap` does to nested ones takes longer than its mathematics.
+        return torch.vmap(of_one)(*tensors, *given).flatten(0, 1)
+
+    def _stacked(self) -> list[torch.Tensor]:
+        """Their tensors as they are now, stacked, for each suffix; none where they are not alike now."""
+        count, likeness = len(self.layers), self.layers[0].likeness()
+        if likeness is None or self.layers[0].base.training or torch.compiler.is_compiling():
+            return []
+        found = [registry[name] for registry, name in self._places]
+        alike = [layer.likeness() for layer in self.layers].count(likeness) == count
+        if not alike or set(map(type, found)) != {nn.Parameter} or len({(t.dtype, t.device) for t in found}) > 1:
+            return []
+        return [torch.stack(found[start : start + count]) for start in range(0, len(found), count)]
+
+
+@torch.inference_mode(False)
+def find_kin(steps: Sequence[Step]) -> tuple[list[Kin], list[Step]]:
+    """Those of the adapter layers and their rows that can be computed as one, and all others."""
+    alike: dict[Hashable, list[Step]] = {}
+    for layer, group in steps:
+        # What layers share, or show in the place of the base's, is no tensor of each.
+        likeness = None if layer.shows or layer.shared or layer.leaders else layer.likeness()
+        shapes = tuple((name, item.slot.shape) for name, item in layer.registered.items())
+        key = group.name if likeness is None else (type(layer), likeness, shapes, len(group.rows))
+        alike.setdefault(key, []).append((layer, group))
+    kin = [Kin(same) for same in alike.values() if len(same) > 1]
+    return kin, [step for same in alike.values() if len(same) == 1 for step in same]

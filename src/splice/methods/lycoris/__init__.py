@@ -1,0 +1,1 @@
+"""LoHa and LoKr: what they share, each with its record, and what their files show."""
