@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import pickle
+import warnings
 import weakref
 from typing import Any
 
@@ -296,6 +297,23 @@ def test_what_changes_between_two_batches_counts(change: Any) -> None:
         assert differ(second[1].float(), first[1]) == (change not in (_hooked, CHANGES[-1]))
         for row, name in enumerate(names):
             assert_close(second[row : row + 1].float(), alone(model, {"input": x[row : row + 1]}, name).float())
+
+
+def test_a_compiled_batch_does_not_depend_on_those_before_it() -> None:
+    config = splice.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    model: Any = splice.get_peft_model(nn.Sequential(nn.Linear(8, 12)), config, "one").eval()
+    model.add_adapter("two", config)
+    step = torch.compile(lambda x: model(x, adapter_names=["two", BASE, "one"]), backend="eager", fullgraph=True)
+    x = torch.randn(3, 8)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler looks through caches, and says so
+        for _ in range(2):
+            expected = step(x)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for names in (["one", "two", BASE], ["two", "two", BASE], ["two", BASE, "one"]):
+                mixed = model(x, adapter_names=names)
+                assert torch.equal(step(x), expected)
+    assert_close(mixed, expected)
 
 
 def test_a_deleted_adapter_is_kept_by_nobody() -> None:

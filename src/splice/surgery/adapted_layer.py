@@ -135,11 +135,7 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
         if len(groups) == 1 and len(groups[0].rows) == len(x):  # as if it were the active one
             alone = host.layers.get(groups[0].name)
             return (run if alone is None else self._outside(alone, run))(*args, **kwargs)
-        plan = host.row_plan
-        if plan is None or not plan.holds(groups, host.layers, host.hooked):
-            plan = RowPlan(groups, host.layers, host.hooked)
-            if not torch.compiler.is_compiling():  # in a graph all of this is worked out once anyway
-                host.row_plan = plan
+        plan = _plan(host, groups)
         y = run(entering(x, plan), *args[1:], **kwargs)
         if not isinstance(y, torch.Tensor):
             raise TypeError(_ONE_TENSOR.format(host.place))
@@ -269,6 +265,18 @@ def _groups(host: Host, rows: Rows, x: torch.Tensor) -> Groups:
         return rows.groups(x.shape[0], x.device, flat)
     except ValueError as error:
         raise ValueError(f"{host.path}: {error}") from None
+
+
+def _plan(host: Host, groups: Groups) -> RowPlan:
+    """How these groups are computed: as the last time, if they are the same and the same adapters are there."""
+    # A compiled graph has worked it out once for all; it would be made again for whatever was computed before its call.
+    compiling = torch.compiler.is_compiling()
+    plan = None if compiling else host.row_plan
+    if plan is None or not plan.holds(groups, host.layers, host.hooked):
+        plan = RowPlan(groups, host.layers, host.hooked)
+        if not compiling:
+            host.row_plan = plan
+    return plan
 
 
 def _of_rows(

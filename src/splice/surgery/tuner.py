@@ -262,6 +262,13 @@ class Tuner(TunerViews, nn.Module):
         Where there is a store, other threads may be in the middle of a call: layers without adapters stay adapted. With
         `for_good` these very layers are not put on again.
         """
+        self._detach(name, for_good)
+        self._forget(name)
+        if not self.placed and self.store is None:
+            self.restore_base()
+
+    def _detach(self, name: str, for_good: bool) -> None:
+        # A function of its own: none of its layers is held here while they are forgotten.
         stays, shared, adapted = self.store is not None, [], self.adapted
         for path, layer in self.placed[name].items():
             if isinstance(layer, SharedTensors):
@@ -274,9 +281,6 @@ class Tuner(TunerViews, nn.Module):
                 adapted.pop(path, None)
         for layer in shared:
             unregister(layer, name, for_good=for_good)
-        self._forget(name)
-        if not self.placed and not stays:
-            self.restore_base()
 
     def left(self, path: str, name: str) -> None:
         """Note that an adapter was taken off the layer at `path` alone. With the last of its layers it is forgotten."""
@@ -309,8 +313,6 @@ class Tuner(TunerViews, nn.Module):
                 self.left(path, name)
 
     def _forget(self, name: str) -> None:
-        if self.reserved_slots is not None:
-            self.reserved_slots.release(name)
         self.plans.pop(name, None)
         self.peft_config.pop(name, None)
         # Looked for in all of these tables: there are as many as methods, and a table from name to method could disagree.
@@ -327,6 +329,8 @@ class Tuner(TunerViews, nn.Module):
             self.store.left(name)
         self._trained.forget(name)
         self._in_order.forget(name)
+        if self.reserved_slots is not None:
+            self.reserved_slots.release(name, partial(self.placed.__setitem__, name, {}))
         # Last: what an interrupt cuts short can be done again.
         del self.placed[name]
 
