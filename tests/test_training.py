@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -31,6 +29,7 @@ from tests.comparing import (
     named,
     parameters_of,
 )
+from tests.ranks import on_ranks
 from tests.samples import Case, kind_cases, plain_cases
 
 MODELS = (bases.LINEAR, bases.EMBEDDING, bases.CONV2D, bases.MIXED, bases.LLAMA, bases.BERT, bases.T5)
@@ -184,9 +183,17 @@ def test_half_precision_training(case: Case, shared_checkpoint: Any) -> None:
 # -- what torch does with a model
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("before", [True, False], ids=["switched on before", "switched on after"])
-@pytest.mark.parametrize("case", plain_cases(bases.LLAMA, bases.BERT, bases.T5), ids=str)
+def _checkpointed() -> Iterator[Any]:
+    """In the quick tests each switch both ways for every method, and all four ways for those that stand for their kinds."""
+    for case in plain_cases(bases.LLAMA, bases.BERT, bases.T5):
+        for before in (True, False):
+            for reentrant in (True, False):
+                name = f"{case}-switched on {'before' if before else 'after'}-{reentrant}"
+                quick = case.sample.on_every_base or before != reentrant
+                yield pytest.param(case, before, reentrant, id=name, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("case", "before", "reentrant"), list(_checkpointed()))
 def test_gradient_checkpointing(case: Case, before: bool, reentrant: bool, shared_checkpoint: Any) -> None:
     """The same gradients as without, and as in the reference with the same switch."""
     folder = shared_checkpoint(case.base, case.config())
@@ -592,12 +599,6 @@ def test_a_base_that_transformers_dispatched(case: Case, shared_checkpoint: Any,
 # -- several processes
 
 
-def _free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return int(opened.getsockname()[1])
-
-
 def _two_steps(model: nn.Module, inputs: Inputs) -> None:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for _ in range(2):
@@ -606,22 +607,16 @@ def _two_steps(model: nn.Module, inputs: Inputs) -> None:
         optimizer.step()
 
 
-def _worker(rank: int, port: int, peft_type: str, checkpoint: str, result: str) -> None:
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
+def _half(rank: int, peft_type: str, checkpoint: str, folder: str) -> dict[str, torch.Tensor]:
+    """The trained tensors after two steps on this process's rows; the main one saves them into `folder`."""
     case = next(case for case in plain_cases(bases.LINEAR) if case.method.name == peft_type)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
     model = splice.PeftModel.from_pretrained(case.base.build(), checkpoint, is_trainable=True)
     model.load_adapter(checkpoint, "other")
     model.train()
     inputs = {name: tensor[rank * 2 : rank * 2 + 2] for name, tensor in case.base.inputs(4).items()}
     _two_steps(nn.parallel.DistributedDataParallel(model), inputs)
-    torch.save({n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, f"{result}.{rank}")
-    model.save_pretrained(f"{result}.saved", is_main_process=rank == 0)
-    dist.barrier()
-    dist.destroy_process_group()
+    model.save_pretrained(folder, is_main_process=rank == 0)
+    return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
 
 
 # Two processes for each: here a method whose layers share nothing, and one whose layers do; in the slow tests all of them.
@@ -638,17 +633,16 @@ def test_two_processes_train_as_one(case: Case, shared_checkpoint: Any, tmp_path
     """Data-parallel on half a batch each: the same weights on both, and those of one process on the whole batch."""
     if not case.sample.row_by_row:
         pytest.skip("half a batch gives something else than its rows in the whole")
-    folder, result = str(shared_checkpoint(case.base, case.config())), str(tmp_path / "result")
-    torch.multiprocessing.spawn(_worker, (_free_port(), case.method.name.value, folder, result), nprocs=2)
+    folder = str(shared_checkpoint(case.base, case.config()))
+    ranks = on_ranks(_half, case.method.name.value, folder, str(tmp_path / "saved"))
     single = splice.PeftModel.from_pretrained(case.base.build(), folder, is_trainable=True).train()
     _two_steps(single, case.base.inputs(4))
-    ranks = [torch.load(f"{result}.{rank}", weights_only=True) for rank in range(2)]
     expected = {name: p.detach() for name, p in named(single) if p.requires_grad}
     assert set(ranks[0]) == set(ranks[1]) == set(expected)
     for name, tensor in expected.items():
         assert torch.equal(ranks[0][name], ranks[1][name]), name
         assert_close(ranks[0][name], tensor, factor=3)
-    saved = splice.PeftModel.from_pretrained(case.base.build(), f"{result}.saved")
+    saved = splice.PeftModel.from_pretrained(case.base.build(), tmp_path / "saved")
     assert_close(run(saved, case.base.inputs(3)), run(single.eval(), case.base.inputs(3)), factor=3)
 
 
