@@ -32,6 +32,8 @@ from tests.task_bases import LLAMA_LABEL
 quick = settings(
     max_examples=100, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
+# The same for what makes a model of each library for each example.
+with_models = settings(quick, max_examples=50)
 # Methods whose targets follow the rules of all; some take any module, or look for their own.
 TARGETING = [
     m
@@ -125,7 +127,7 @@ def configs(base: Base) -> st.SearchStrategy[dict[str, Any]]:
 
 
 @targeting
-@quick
+@with_models
 @given(data=st.data())
 def test_generated_configs_select_the_same(method: Method, data: st.DataObject) -> None:
     fields = data.draw(configs(bases.LLAMA))
@@ -133,7 +135,7 @@ def test_generated_configs_select_the_same(method: Method, data: st.DataObject) 
 
 
 @targeting
-@quick
+@with_models
 @given(data=st.data())
 def test_generated_targets_alone_select_the_same(method: Method, data: st.DataObject) -> None:
     """Without the fields that rule out most others: more of these configs select something."""
@@ -141,7 +143,7 @@ def test_generated_targets_alone_select_the_same(method: Method, data: st.DataOb
 
 
 @targeting
-@quick
+@with_models
 @given(data=st.data())
 def test_generated_layers_select_the_same(method: Method, data: st.DataObject) -> None:
     if "layers_to_transform" not in fields_of(method):
@@ -202,7 +204,7 @@ def test_keys_that_match_nothing_are_named_by_a_load_where_no_tensor_tells_the_v
 
 
 @targeting
-@quick
+@with_models
 @given(data=st.data())
 def test_generated_patterns_give_the_same_values(method: Method, data: st.DataObject) -> None:
     """The first key that matches decides; a key is a regular expression for the end of a path."""

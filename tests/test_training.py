@@ -323,7 +323,14 @@ def test_the_graph_of_a_first_call_is_not_made_again(case: Case, shared_checkpoi
     assert graphs == 1
 
 
-@few
+def _trained() -> Iterator[Any]:
+    """A larger network has more of the same layers, seconds for each method: all but one of these in the slow tests."""
+    for case in plain_cases(bases.LINEAR, bases.LLAMA):
+        quick = case.base is bases.LINEAR or case.method.name.value == "LORA"
+        yield pytest.param(case, id=str(case), marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("case", list(_trained()))
 def test_compiled_training_steps(case: Case, shared_checkpoint: Any) -> None:
     torch._dynamo.reset()
     folder = shared_checkpoint(case.base, case.config())

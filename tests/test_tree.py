@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -227,8 +227,16 @@ def test_a_distributed_checkpoint_goes_round(
         assert torch.equal(ours["exp_avg"], theirs["exp_avg"])
 
 
-@pytest.mark.parametrize("strict", [True, False], ids=["strict", "traced"])
-@pytest.mark.parametrize("case", plain_cases(bases.LINEAR), ids=str)
+def _exported() -> Iterator[Any]:
+    """Strict export captures as compiling does, which tests/test_training.py has of each method: here of those that stand
+    for their kinds, and of the others in the slow tests."""
+    for case in plain_cases(bases.LINEAR):
+        for strict in (True, False):
+            marks = () if case.sample.on_every_base or not strict else pytest.mark.slow
+            yield pytest.param(case, strict, id=f"{case}-{'strict' if strict else 'traced'}", marks=marks)
+
+
+@pytest.mark.parametrize(("case", "strict"), list(_exported()))
 def test_export(case: Case, strict: bool, shared_checkpoint: Any) -> None:
     model = loaded(case, shared_checkpoint)
     network, inputs = model.get_base_model(), case.base.inputs(2)
