@@ -13,7 +13,7 @@ OLDEST := .venv-oldest
 # Which tests to run with them: all that are not slow.
 OLDEST_TESTS ?= tests
 
-.PHONY: demo test test-slow test-oldest mutants check format bench bench-gpu docs pictures site clean
+.PHONY: demo test test-slow test-oldest mutants check format bench bench-gpu fleet-plots docs pictures site clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/skills/demo.py
@@ -45,6 +45,10 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks
+
+# What benchmarks/README.md says of a thousand adapters, with its pictures. Takes some minutes, best with nothing else running.
+fleet-plots: $(INSTALLED)
+	$(BIN)/python -m benchmarks --only fleet --plots
 
 # On a machine with a CUDA GPU, whose own Python has torch and the rest: nothing is installed. BENCH=--dry runs it on a CPU.
 bench-gpu:

@@ -6,11 +6,12 @@ import argparse
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from benchmarks import forward, importing, loading, memory, merging, methods, quantised, switching
+from benchmarks import fleet, forward, importing, loading, memory, merging, methods, quantised, switching
 from benchmarks.measure import Settings
 from benchmarks.report import Row, header, line, machine, write_json
 
@@ -24,12 +25,18 @@ BENCHMARKS: dict[str, Callable[[Settings], Iterator[Row]]] = {
     "decode": forward.decode_rows,
     "mixed": forward.mixed_rows,
     "importing": importing.rows,
+    "fleet": fleet.rows,
 }
 
 
 def main() -> None:
     """Parse the command line, run what it asks for, print each row as soon as it is known."""
-    options = _parser().parse_args()
+    parser = _parser()
+    options = parser.parse_args()
+    if options.plots and options.small:
+        parser.error("the figures of a small run mean nothing: no pictures are drawn of them")
+    if options.plots and find_spec("matplotlib") is None:
+        parser.error("pictures are drawn by matplotlib: pip install 'splice[plots]'")
     device = torch.device(options.device)
     # The reference's notes about deprecated names would stand between the rows.
     warnings.simplefilter("ignore")
@@ -46,6 +53,8 @@ def main() -> None:
                 print(line(row), flush=True)
     if options.json:
         write_json(options.json, rows, device)
+    for path in fleet.write() if options.plots else ():
+        print(f"wrote {path}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--device", choices=devices, default="cpu", help="where models are; memory is always on the CPU"
     )
+    parser.add_argument("--plots", action="store_true", help="draw what `fleet` found, and write it into README.md")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to a file as well")
     return parser
 

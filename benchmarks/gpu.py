@@ -1,17 +1,22 @@
 """What adapters cost on a GPU, against the reference and against the bytes that must move.
 
 Run it from a checkout, on any machine with a CUDA GPU that has torch, transformers, safetensors and the reference:
-`PYTHONPATH=src python -m benchmarks.gpu`. It takes a few minutes and needs no network. `--dry` runs it small, on the CPU.
+`PYTHONPATH=src python -m benchmarks.gpu`. It takes less than eight minutes: parts that could not be done by then are left
+out, and named. It needs no network. `--dry` runs it small, on the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import math
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +33,8 @@ from splice.errors import counted
 _RANK = 16
 # How many adapters the rows of a mixed batch share; there are as many rows as the last.
 _ADAPTERS = (1, 8, 32)
+# Seconds after which no further part is begun: the longest, whose graphs are compiled, takes less than two minutes.
+_LAST_BEGIN = 360
 # How far half-precision logits of two orders of summation may lie apart.
 _TOLERANCE = 5e-2
 
@@ -55,19 +62,38 @@ def main() -> int:
 
 
 def rows(settings: Settings) -> Iterator[Row]:
-    """A load onto the GPU, a decode step eager and compiled, and batches whose rows have adapters of their own."""
+    """A load onto the GPU, a decode step eager and compiled, and batches whose rows have adapters of their own.
+
+    What matters most comes first, since the last parts may be left out.
+    """
+    begin = time.monotonic()
     base = llama(settings.pick(8, 1), settings.pick(2048, 64), settings.device, torch.bfloat16)
     checkpoint = write_checkpoint(base, settings.folder / "adapter", LLAMA_TARGETS, _RANK)
     targets = sum(name.endswith(LLAMA_TARGETS) for name, _ in base.named_modules())
     # The file holds what the reference trains: float32, as large in memory.
     size = (checkpoint / "adapter_model.safetensors").stat().st_size
-    yield from _load_rows(base, checkpoint, size / _speed_of_link(settings), settings)
-    speed = _speed_of_memory(settings)
-    yield from _decode_rows(base, checkpoint, targets, size / speed, settings)
-    for count in (1, 2, 4) if settings.small else _ADAPTERS:
-        yield from _mixed_rows(base, checkpoint, count, 1, count * size / speed, settings)
-    count = settings.pick(_ADAPTERS[-1], 4)
-    yield from _mixed_rows(base, checkpoint, count, settings.pick(64, 2), count * size / speed, settings)
+    speed, link = _speed_of_memory(settings), _speed_of_link(settings)
+    counts = (1, 2, 4) if settings.small else _ADAPTERS
+    most, long = counts[-1], settings.pick(64, 2)
+    mixed = {
+        (count, tokens): partial(_mixed_rows, base, checkpoint, count, tokens, count * size / speed, settings)
+        for count in counts
+        for tokens in (1, long)
+    }
+    parts = {
+        "a load": partial(_load_rows, base, checkpoint, size / link, settings),
+        f"{most} adapters, 1 token": mixed.pop((most, 1)),
+        "rows that change under CUDA graphs": partial(
+            _changing_rows, base, checkpoint, most, most * size / speed, settings
+        ),
+        "a decode step": partial(_decode_rows, base, checkpoint, targets, size / speed, settings),
+        **{f"{counted(count, 'adapter')}, {counted(tokens, 'token')}": part for (count, tokens), part in mixed.items()},
+    }
+    for what, part in parts.items():
+        if time.monotonic() - begin > _LAST_BEGIN:
+            print(f"left out, for lack of time: {what}", file=sys.stderr)
+            continue
+        yield from part()
 
 
 def _load_rows(base: nn.Module, checkpoint: Path, floor: float, settings: Settings) -> Iterator[Row]:
@@ -123,6 +149,97 @@ def _mixed_rows(
     yield from beside("in slots, compiled")
     calls[BASE], calls[SPLICE] = _captured(calls[BASE], settings), _captured(calls[SPLICE], settings)
     yield from beside("in slots, in a CUDA graph")
+
+
+def _changing_rows(base: nn.Module, checkpoint: Path, count: int, floor: float, settings: Settings) -> Iterator[Row]:
+    """Slots in graphs that torch captures itself (`mode="reduce-overhead"`), while adapters come and go.
+
+    Raises:
+        AssertionError: a call computes something else than the same adapters by their names.
+    """
+    names = [f"adapter-{number}" for number in range(count)]
+    ids = torch.arange(count, device=settings.device).unsqueeze(1)
+    what = f"mixed batch, {count} rows, {counted(count, 'adapter')}, 1 token each, in slots, reduce-overhead"
+    calls: dict[str, Call] = {BASE: partial(logits_of, base, ids)}
+    for library in LIBRARIES:
+        model: Any = with_adapters(library, base, checkpoint, names)
+        calls[library] = partial(logits_of, model, ids, adapter_names=names)
+    rounds = settings.pick(30, 2)
+    eager = added(calls, settings.device, rounds, _TOLERANCE)
+    reference = calls[REFERENCE]
+    other = write_checkpoint(base, settings.folder / "other", LLAMA_TARGETS, _RANK)
+    # One more slot, for adapters that come and go.
+    model.slots(count + 1, _RANK)
+    by_slots = model.slot_rows(names)
+    torch._dynamo.reset()
+    options: dict[str, Any] = {"backend": "eager"} if settings.small else {"mode": "reduce-overhead"}
+    compiled = {
+        BASE: partial(logits_of, torch.compile(base, fullgraph=True, **options), ids),
+        SPLICE: partial(logits_of, torch.compile(model, fullgraph=True, **options), ids, adapter_names=by_slots),
+    }
+    calls = {name: partial(_replayed, call) for name, call in compiled.items()}
+    with torch.inference_mode():
+        for call in calls.values():
+            for _ in range(3):  # compiled, captured, replayed
+                call()
+        found = added({**calls, REFERENCE: reference}, settings.device, rounds, _TOLERANCE)
+    yield from _compared(what, {**found, REFERENCE: eager[REFERENCE]}, 1e6, "us", floor)
+
+    turns = iter(range(1, 1_000_000))
+
+    def other_rows() -> torch.Tensor:
+        turn = next(turns) % count
+        by_slots.assign([*names[turn:], *names[:turn]])
+        return calls[SPLICE]()
+
+    with graphs_made() as made, torch.inference_mode():
+        found = added(
+            {BASE: calls[BASE], SPLICE: other_rows, REFERENCE: reference}, settings.device, rounds, _TOLERANCE
+        )
+        for number in range(settings.pick(20, 3)):
+            mixture = [f"new-{number}", *names[1:]]
+            model.load_adapter(other, adapter_name=mixture[0])
+            by_slots.assign(mixture)
+            expected = logits_of(model, ids, adapter_names=mixture)
+            torch.testing.assert_close(calls[SPLICE](), expected, rtol=_TOLERANCE, atol=_TOLERANCE)
+            by_slots.assign(names)
+            model.delete_adapter(mixture[0])
+    yield from _compared(f"{what}, other rows at each call", {**found, REFERENCE: eager[REFERENCE]}, 1e6, "us", floor)
+    changes = "while rows changed, and adapters came and went"
+    yield Row(f"- graphs compiled {changes}", math.nan, made.compiled, "graphs", math.nan).at_most(0)
+    yield Row(f"- CUDA graphs captured {changes}", math.nan, made.captured, "graphs", math.nan).at_most(0)
+
+
+def _replayed(call: Call) -> torch.Tensor:
+    """What a call gives that torch may replay from a CUDA graph: in memory of its own, which the next one leaves alone."""
+    torch.compiler.cudagraph_mark_step_begin()
+    return call().clone()
+
+
+@dataclass
+class Made:
+    """How many graphs were made."""
+
+    compiled: int = 0
+    captured: int = 0
+
+
+@contextmanager
+def graphs_made() -> Iterator[Made]:
+    """Counts, until its end, the graphs that torch compiles, and those that it captures on a GPU."""
+    made, graphs = Made(), torch._dynamo.utils.counters["stats"]
+    before, begin = graphs["unique_graphs"], torch.cuda.graph.__enter__
+
+    def counted_begin(graph: torch.cuda.graph) -> None:
+        made.captured += 1
+        begin(graph)
+
+    torch.cuda.graph.__enter__ = counted_begin
+    try:
+        yield made
+    finally:
+        torch.cuda.graph.__enter__ = begin
+        made.compiled = graphs["unique_graphs"] - before
 
 
 @torch.inference_mode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ class Row:
 
     Attributes:
         what: what was measured.
-        reference: the reference's figure.
+        reference: the reference's figure; nan where it was not measured.
         ours: splice's figure.
         unit: the unit of both.
         ratio: how many times the reference's figure is splice's; more is better in every row.
@@ -58,8 +59,8 @@ def header() -> str:
 
 def line(row: Row) -> str:
     verdict = "" if not row.budget else "ok" if row.ok else "MISSED"
-    amounts = (f"{_number(value)} {row.unit}" for value in (row.reference, row.ours))
-    return _line((row.what, *amounts, f"{_number(row.ratio)}x", row.budget, verdict))
+    amounts = (amount(value, row.unit) for value in (row.reference, row.ours))
+    return _line((row.what, *amounts, "" if math.isnan(row.ratio) else f"{number(row.ratio)}x", row.budget, verdict))
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -67,7 +68,12 @@ def _line(cells: Sequence[str]) -> str:
     return " ".join((what, *others)).rstrip()
 
 
-def _number(value: float) -> str:
+def amount(value: float, unit: str) -> str:
+    """A figure with its unit; empty where nothing was measured."""
+    return "" if math.isnan(value) else f"{number(value)} {unit}"
+
+
+def number(value: float) -> str:
     """Three digits, more where they stand before the point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import peft
 import pytest
 import torch
@@ -25,6 +27,8 @@ torch.set_num_threads(1)
 if torch.__version__ < (2, 7):
     # The reference looks for `torch.distributed.tensor` there, and imports it only by accident of a later torch.
     importlib.import_module("torch.distributed.tensor")
+# Whatever writes a model card, thousands of times in all, compiles one and the same template anew.
+jinja2.Environment.compile = cache(jinja2.Environment.compile)  # type: ignore[method-assign,assignment]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -146,7 +150,8 @@ def library(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    torch.manual_seed(0)
+    # As `torch.manual_seed` on a machine without accelerators, where it looks for them at every call, for milliseconds.
+    torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture

@@ -283,6 +283,46 @@ def test_wrong_numbers_are_refused() -> None:
     assert model.slots().numbers == {"one": 0}
 
 
+def test_deleting_copies_nothing_that_nobody_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = loaded(COUNT, {name: config_of() for name in NAMES[:3]})
+    run(model, bases.LLAMA.inputs(3), adapter_names=NAMES[:3])
+    copied: list[torch.Size] = []
+    clone = torch.Tensor.clone
+    monkeypatch.setattr(
+        torch.Tensor, "clone", lambda own, **options: (copied.append(own.shape), clone(own, **options))[1]
+    )
+    model.delete_adapter(NAMES[1])
+    assert not copied
+    held = parameters_of(model, NAMES[2])[0]
+    model.delete_adapter(NAMES[2])
+    assert copied == [held.shape] and held.any()
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_a_backward_after_slots_were_left_has_the_values_of_its_call_or_is_refused(frozen: bool) -> None:
+    def loss_of(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        model.set_adapter(NAMES[1], inference_mode=frozen)
+        width = model.get_base_model().config.hidden_size
+        inputs = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        return inputs, model(inputs_embeds=inputs).logits.square().sum()
+
+    plain, slotted = loaded(), loaded(COUNT)
+    (inputs, loss), (slotted_inputs, slotted_loss) = loss_of(plain), loss_of(slotted)
+    for model in (plain, slotted):
+        model.slots(0)  # all of them get memory of their own
+        model.delete_adapter(NAMES[1])
+    for one in (loss, slotted_loss):
+        one.backward()
+    assert inputs.grad is not None and slotted_inputs.grad is not None
+    assert_close(slotted_inputs.grad, inputs.grad)
+
+    slotted = loaded(COUNT)
+    _, loss = loss_of(slotted)
+    slotted.delete_adapter(NAMES[1])  # another one may have its slot by now
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_a_deleted_adapter_leaves_its_slot_empty_and_its_values_to_whoever_holds_them() -> None:
     configs = {name: config_of() for name in NAMES[:3]}
     model = loaded(3, configs)

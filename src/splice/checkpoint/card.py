@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -56,7 +57,7 @@ def write_card(folder: Path, facts: CardFacts) -> None:
 
     Adapters are worth more than their card: one that cannot be read is left as it is, with a warning.
     """
-    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub import ModelCard
 
     place, base = folder / CARD_NAME, facts.base
     if place.exists():
@@ -64,7 +65,7 @@ def write_card(folder: Path, facts: CardFacts) -> None:
         if card is None:
             return
     else:
-        card = ModelCard.from_template(ModelCardData(), get_started_code=_CODE, base_model=base)
+        card = ModelCard(_first_text(base))
     data: CardData = card.data
     data["library_name"] = "peft"
     add_tags(data, sorted({*facts.tags, *([f"base_model:adapter:{base}"] if base else ())}))
@@ -74,6 +75,15 @@ def write_card(folder: Path, facts: CardFacts) -> None:
         data["base_model"] = base
     card.text = _with_version(card.text)
     write_text(place, str(card))
+
+
+@lru_cache(maxsize=8)
+def _first_text(base: str | None) -> str:
+    """The text of a first card, of an adapter for `base`."""
+    # Kept: its template takes longer to compile than an adapter to write, and a trainer saves into many folders.
+    from huggingface_hub import ModelCard, ModelCardData
+
+    return str(ModelCard.from_template(ModelCardData(), get_started_code=_CODE, base_model=base))
 
 
 def tag_card(folder: Path, tags: Iterable[str]) -> None:

@@ -72,5 +72,4 @@ def _give_up(tuner: Tuner) -> None:
         return
     for host in tuner.hosts.values():
         host.stack = None
-    for name in list(reserved.numbers):
-        reserved.release(name)
+    reserved.give_up()

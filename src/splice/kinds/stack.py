@@ -7,6 +7,7 @@ stack, each of its own adapter's rank. Behind a smaller rank than the stack's st
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -41,6 +42,36 @@ class Tenant(NamedTuple):
     b: torch.Tensor
     # The address at which its values lie in the stack.
     at_b: int
+
+
+class Left(NamedTuple):
+    """A parameter that is about to leave its slot."""
+
+    # The parameter; nobody is kept from forgetting it.
+    parameter: weakref.ref[torch.Tensor]
+    # The address at which its values lie in the stack.
+    address: int
+
+    @classmethod
+    def of(cls, tenant: Tenant) -> list[Left]:
+        """Those of an adapter on one layer."""
+        return [cls(weakref.ref(tenant.a), tenant.at_a), cls(weakref.ref(tenant.b), tenant.at_b)]
+
+
+@torch.inference_mode(False)
+def give_memory(left: Iterable[Left], gone: bool = False) -> None:
+    """Give those of these parameters memory of their own that are still in their slots, and that somebody still holds.
+
+    Args:
+        left: the parameters.
+        gone: whether their slots are cleared. A graph reads the slot itself, and its backward is refused from then on.
+    """
+    for reference, address in left:
+        parameter = reference()
+        if parameter is not None and parameter.data_ptr() == address:
+            if gone and not parameter.is_inference():
+                torch.autograd.graph.increment_version(parameter)
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
 
 class Stack:
@@ -180,14 +211,16 @@ class Stack:
 
     def vacate(self, name: str) -> None:
         """Give the parameters of an adapter memory of their own: whoever holds them goes on reading their values."""
+        tenant = self.tenants.get(name)
+        left = [] if tenant is None else Left.of(tenant)
+        self.let_go(name)
+        give_memory(left)
+
+    def let_go(self, name: str) -> None:
+        """Have nothing of an adapter any more but its values, in a slot that is to be cleared."""
         tenant = self.tenants.pop(name, None)
-        if tenant is None:
-            return
-        tenant.layer.stack = None
-        with torch.inference_mode(False):
-            for parameter, address in ((tenant.a, tenant.at_a), (tenant.b, tenant.at_b)):
-                if parameter.data_ptr() == address:
-                    parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+        if tenant is not None:
+            tenant.layer.stack = None
 
     def clear(self, number: int) -> None:
         """Make the slot empty."""

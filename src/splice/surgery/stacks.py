@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from heapq import heappop, heappush
 from operator import is_
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from torch import nn
 from splice.base.dense import device_of
 from splice.errors import counted
 from splice.kinds.layer import AdapterLayer
-from splice.kinds.stack import Stack
+from splice.kinds.stack import Left, Stack, give_memory
 from splice.kinds.tensors import Registry
 from splice.surgery.placement import Placement
 from splice.surgery.slot_rows import SlotRows
@@ -76,6 +76,8 @@ class Stacks:
         self.of_layer: dict[str, Stack] = {}
         # Adapters that were found to lie in their slots with all of their tensors, by name.
         self._seated: dict[str, Seated] = {}
+        # Parameters that are on their way out of a slot, by adapter name.
+        self._left: dict[str, list[Left]] = {}
         # What names slots by their numbers, and has to hear when an adapter leaves one.
         self.readers: WeakSet[SlotRows] = WeakSet()
         # Of a copy: the adapters that moved in when it was made, in the order of their slots.
@@ -155,10 +157,24 @@ class Stacks:
             self.outside[name] = f"{of}{path}: {reason}"
         return found
 
-    def release(self, name: str) -> None:
-        """Free the slot of an adapter, if it has one. Its parameters get memory of their own: somebody may hold them."""
+    def release(self, name: str, forget: Callable[[], object] = lambda: None) -> None:
+        """Free the slot of an adapter, if it has one. Its parameters get memory of their own where somebody holds them.
+
+        `forget` is called first: it lets go of what the network itself has of the adapter. Most deletions copy nothing then.
+        The backward of a call that was made before raises torch's RuntimeError: values it needs are overwritten.
+        """
         self.outside.pop(name, None)
-        self._give_back(name)
+        self._give_back(name, forget)
+
+    def give_up(self) -> None:
+        """Let every adapter have memory of its own again. Nothing comes to these slots any more."""
+        for name in list(self.numbers):
+            for reader in list(self.readers):
+                reader.leave(name)
+            for stack in self.of_layer.values():
+                stack.vacate(name)  # and not cleared: graphs may need the values
+            self._seated.pop(name, None)
+            del self.numbers[name]
 
     def seat(self, name: str, layers: Mapping[str, AdapterLayer]) -> tuple[int, str]:
         """The adapter's slot, and why not all of its layers, by path, lie there now; empty where they do."""
@@ -176,17 +192,28 @@ class Stacks:
         self._seated[name] = Seated.of(layers)
         return number, ""
 
-    def _give_back(self, name: str) -> None:
+    def _give_back(self, name: str, forget: Callable[[], object] = lambda: None) -> None:
         number = self.numbers.get(name)
         if number is None:
+            forget()
             return
         self._seated.pop(name, None)
         for reader in list(self.readers):
             reader.leave(name)
-        for stack in self.of_layer.values():
-            stack.vacate(name)
-            stack.clear(number)
         # In this order, so that what an interrupt cuts short can be done again.
+        left = self._left.setdefault(name, [])
+        for stack in self.of_layer.values():
+            tenant = stack.tenants.get(name)
+            if tenant is not None:
+                left += Left.of(tenant)
+                del tenant
+                stack.let_go(name)
+        forget()
+        give_memory(left, gone=True)
+        with torch.inference_mode(False):
+            for stack in self.of_layer.values():
+                stack.clear(number)
+        del self._left[name]
         if number not in self._free:
             heappush(self._free, number)
         del self.numbers[name]

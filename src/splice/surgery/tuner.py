@@ -32,7 +32,7 @@ from splice.surgery.attach import attach
 from splice.surgery.base_changes import BaseChanges
 from splice.surgery.bringing import Store
 from splice.surgery.configs import Configs
-from splice.surgery.detach import detach
+from splice.surgery.detach import detach, detach_all
 from splice.surgery.first_name import FirstName
 from splice.surgery.in_order import InOrder
 from splice.surgery.merging import adapters_to_merge, merge, merge_for_good, note_untied, unmerge
@@ -262,20 +262,9 @@ class Tuner(TunerViews, nn.Module):
         Where there is a store, other threads may be in the middle of a call: layers without adapters stay adapted. With
         `for_good` these very layers are not put on again.
         """
-        stays, shared, adapted = self.store is not None, [], self.adapted
-        for path, layer in self.placed[name].items():
-            if isinstance(layer, SharedTensors):
-                shared.append(layer)
-                continue
-            # An interrupt may have left a layer attached that is not listed yet.
-            base = adapted[path] if path in adapted else self.model.get_submodule(path)
-            detach(base, name, stays, for_good)
-            if not isinstance(base, Adapted):
-                adapted.pop(path, None)
-        for layer in shared:
-            unregister(layer, name, for_good=for_good)
+        detach_all(self.model, self.placed[name], self.adapted, name, self.store is not None, for_good)
         self._forget(name)
-        if not self.placed and not stays:
+        if not self.placed and self.store is None:
             self.restore_base()
 
     def left(self, path: str, name: str) -> None:
@@ -309,8 +298,6 @@ class Tuner(TunerViews, nn.Module):
                 self.left(path, name)
 
     def _forget(self, name: str) -> None:
-        if self.reserved_slots is not None:
-            self.reserved_slots.release(name)
         self.plans.pop(name, None)
         self.peft_config.pop(name, None)
         # Looked for in all of these tables: there are as many as methods, and a table from name to method could disagree.
@@ -327,6 +314,8 @@ class Tuner(TunerViews, nn.Module):
             self.store.left(name)
         self._trained.forget(name)
         self._in_order.forget(name)
+        if self.reserved_slots is not None:
+            self.reserved_slots.release(name, partial(self.placed.__setitem__, name, {}))
         # Last: what an interrupt cuts short can be done again.
         del self.placed[name]
 

@@ -165,11 +165,12 @@ class LoraLinear(OnLinear):
     @property
     def scale(self) -> float | torch.Tensor:
         """What the product is multiplied with. A slot that the factors lie in is told of another one."""
-        return self._scale
+        found: float | torch.Tensor = self.__dict__["scale"]  # under its own name, by which views look for numbers
+        return found
 
     @scale.setter
     def scale(self, value: float | torch.Tensor) -> None:
-        self._scale = value
+        self.__dict__["scale"] = value
         if self.stack is not None:
             self.stack.rescaled(self)
 
