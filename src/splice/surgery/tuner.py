@@ -300,6 +300,7 @@ class Tuner(TunerViews, nn.Module):
     def _forget(self, name: str) -> None:
         self.plans.pop(name, None)
         self.peft_config.pop(name, None)
+        self._first_name.forget(name)
         # Looked for in all of these tables: there are as many as methods, and a table from name to method could disagree.
         for names in self._of_method.values():
             names.pop(name, None)
