@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, MutableMapping
 from types import MethodType
-from typing import cast
+from typing import TypeVar, cast
 
 from torch import nn
 
 from splice.base.bare import HOST
 from splice.base.foreign_models import forward_places
 from splice.kinds.host import Host, host_of
+from splice.kinds.layer import AdapterLayer
+from splice.kinds.shared import SharedTensors
 from splice.surgery.generated import Generated, was_generated
 from splice.surgery.registering import unregister, unshare
 from splice.surgery.replaced_forward import ReplacedForward
 from splice.surgery.weight_readers import release_reader
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def detach(layer: nn.Module, name: str, stays: bool = False, for_good: bool = True) -> None:
@@ -43,6 +48,37 @@ def detach(layer: nn.Module, name: str, stays: bool = False, for_good: bool = Tr
             host.shows = bool(host.showing)
     if not host.layers and not stays:
         _swap_back(layer, host)
+
+
+def detach_all(
+    network: nn.Module,
+    layers: Mapping[str, AdapterLayer],
+    adapted: MutableMapping[str, M],
+    name: str,
+    stays: bool,
+    for_good: bool,
+) -> None:
+    """Take an adapter off all of its layers.
+
+    Args:
+        network: that the layers are in.
+        layers: the adapter's, by path.
+        adapted: the adapted layers, by path; those that carry no adapter any more are taken out.
+        name: the adapter's.
+        stays: as of `detach`.
+        for_good: as of `detach`.
+    """
+    for path, layer in layers.items():
+        if isinstance(layer, SharedTensors):
+            continue
+        # An interrupt may have left a layer attached that is not listed yet.
+        base = adapted[path] if path in adapted else network.get_submodule(path)
+        detach(base, name, stays, for_good)
+        if HOST not in base.__dict__:
+            adapted.pop(path, None)
+    for layer in layers.values():
+        if isinstance(layer, SharedTensors):  # the layers read them
+            unregister(layer, name, for_good=for_good)
 
 
 def _without_adapters(adapted: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Collection
-from heapq import heapify, heappop, heappush
-
-# How many names may be kept beside twice those that are there.
-_SPARE = 16
 
 
 class FirstName:
-    """The names of the adapters on one network. Those that have gone are dropped when they come first, or are too many.
+    """The names of the adapters on one network, sorted.
 
     Args:
-        names: of the adapters that are there; seen as it is at any time.
+        names: of the adapters that are there; seen as it is at any time. Scripts take names out of it themselves.
     """
 
     def __init__(self, names: Collection[str]) -> None:
         self.names = names
-        # A heap. A name may be in it several times, or be there no more.
-        self._known: list[str] = []
+        # Not a heap: a name that goes would stay in there, and after a load that was undone all is to be as before.
+        self._sorted: list[str] = []
 
     def add(self, name: str) -> None:
-        """Know this name too, which is among `names` by now."""
-        heappush(self._known, name)
-        if len(self._known) > 2 * len(self.names) + _SPARE:
-            self._known = list(self.names)
-            heapify(self._known)
+        """Know this name too."""
+        place = bisect_left(self._sorted, name)
+        if self._sorted[place : place + 1] != [name]:
+            self._sorted.insert(place, name)
+
+    def forget(self, name: str) -> None:
+        """Know this name no more, if it was known."""
+        place = bisect_left(self._sorted, name)
+        if self._sorted[place : place + 1] == [name]:
+            del self._sorted[place]
 
     def find(self) -> str:
         """The first one.
@@ -34,6 +36,5 @@ class FirstName:
         Raises:
             ValueError: there are no adapters.
         """
-        while self._known and self._known[0] not in self.names:
-            heappop(self._known)
-        return self._known[0] if self._known else min(self.names)
+        known = next((name for name in self._sorted if name in self.names), None)
+        return min(self.names) if known is None else known

@@ -32,7 +32,7 @@ from splice.surgery.attach import attach
 from splice.surgery.base_changes import BaseChanges
 from splice.surgery.bringing import Store
 from splice.surgery.configs import Configs
-from splice.surgery.detach import detach
+from splice.surgery.detach import detach, detach_all
 from splice.surgery.first_name import FirstName
 from splice.surgery.in_order import InOrder
 from splice.surgery.merging import adapters_to_merge, merge, merge_for_good, note_untied, unmerge
@@ -262,25 +262,10 @@ class Tuner(TunerViews, nn.Module):
         Where there is a store, other threads may be in the middle of a call: layers without adapters stay adapted. With
         `for_good` these very layers are not put on again.
         """
-        self._detach(name, for_good)
+        detach_all(self.model, self.placed[name], self.adapted, name, self.store is not None, for_good)
         self._forget(name)
         if not self.placed and self.store is None:
             self.restore_base()
-
-    def _detach(self, name: str, for_good: bool) -> None:
-        # A function of its own: none of its layers is held here while they are forgotten.
-        stays, shared, adapted = self.store is not None, [], self.adapted
-        for path, layer in self.placed[name].items():
-            if isinstance(layer, SharedTensors):
-                shared.append(layer)
-                continue
-            # An interrupt may have left a layer attached that is not listed yet.
-            base = adapted[path] if path in adapted else self.model.get_submodule(path)
-            detach(base, name, stays, for_good)
-            if not isinstance(base, Adapted):
-                adapted.pop(path, None)
-        for layer in shared:
-            unregister(layer, name, for_good=for_good)
 
     def left(self, path: str, name: str) -> None:
         """Note that an adapter was taken off the layer at `path` alone. With the last of its layers it is forgotten."""
@@ -315,6 +300,7 @@ class Tuner(TunerViews, nn.Module):
     def _forget(self, name: str) -> None:
         self.plans.pop(name, None)
         self.peft_config.pop(name, None)
+        self._first_name.forget(name)
         # Looked for in all of these tables: there are as many as methods, and a table from name to method could disagree.
         for names in self._of_method.values():
             names.pop(name, None)
