@@ -54,6 +54,7 @@ def test_what_is_sound_is_fine(methods: tuple[str, ...], tmp_path: Path) -> None
         ("P_TUNING", "encoder_hidden_size", True, "`encoder_hidden_size` should be int | None, got True"),
         ("IA3", "feedforward_modules", "(", "'(', in feedforward_modules of the config, is no regular expression"),
         ("OSF", "rank_pattern", {"(": 1}, "'(', in rank_pattern of the config, is no regular expression"),
+        ("DELORA", "lambda_pattern", {"(": 1}, "'(', in lambda_pattern of the config, is no regular expression"),
         ("OSF", "effective_rank", float("inf"), "`effective_rank` should be int | float | None, got inf"),
         ("ADAMSS", "random_seed", 1.5, "`random_seed` should be a whole number, got 1.5"),
         ("PVERA", "generator_seed", True, "`generator_seed` should be a whole number, got True"),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 from splice.checkpoint.annotations import fits, is_countable
+from splice.checkpoint.patterns import check_expressions
 
 
 def cleaned(values: Mapping[str, object], config_class: type) -> tuple[dict[str, object], list[str]]:
@@ -46,6 +47,8 @@ def check_kinds(values: Mapping[str, object], config_class: type) -> None:
             raise ValueError(f"`{name}` should be {what}, got {_shown(value)}")
         if not is_countable(value):
             raise ValueError(f"`{name}` has a number that is too large: {_shown(value)}")
+        if name.endswith("_pattern") and isinstance(value, dict):
+            check_expressions(value, name)
 
 
 class _Rule(NamedTuple):

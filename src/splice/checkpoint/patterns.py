@@ -38,6 +38,20 @@ def _tail_pattern(key: str) -> re.Pattern[str]:
     return expression(rf"(.*\.)?({key})$", key, "a pattern of ranks or alphas")
 
 
+def check_expressions(pattern: Mapping[str, object], field: str) -> None:
+    """Refuse keys that are no regular expressions, of the pattern that a config has in `field`.
+
+    Raises:
+        ValueError: one of them is none.
+    """
+    for key in pattern:
+        if not _PLAIN.fullmatch(key):  # nearly all are names, and to compile hundreds of these takes long
+            expression(key, key, field)
+
+
+_PLAIN = re.compile(r"[\w.]*")
+
+
 def expression(text: str, given: str, what: str) -> re.Pattern[str]:
     """`text` as a regular expression, made of what the config has.
 
