@@ -57,6 +57,10 @@ NAMES: dict[str, str] = {
         "get_device_with_meta_params move_inputs_to_device estimate_gradients get_model_device get_target_modules "
         "check_import_allowlist get_default_import_allowlist ShadowCache ShadowCarrier"
     ),
+    # There where attrs is installed: without it that module of the reference cannot be imported.
+    "parts of the reference's CorDA behind `preprocess_corda`": (
+        "CordaEigens calib_cov_distribution collect_eigens collect_eigens_for_layer crop_corda_eigens target_modules"
+    ),
 }
 
 # Called in another way: reason -> names.
