@@ -338,6 +338,17 @@ def test_killed_merges_leave_nothing_and_go_on(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_merge_that_was_killed_in_its_last_step_leaves_a_note_until_the_next(tmp_path: Path) -> None:
+    base = saved(tiny(), tmp_path / "base")
+    adapter = trained(base, splice.LoraConfig(target_modules=["q_proj"]), tmp_path / "adapter")
+    merge_files(base, [adapter], tmp_path / "out")
+    note = tmp_path / ".out.merging.json"
+    note.write_text("{}")
+    with pytest.raises(FileExistsError, match="nothing there is overwritten"):
+        merge_files(base, [adapter], tmp_path / "out")
+    assert not note.exists()
+
+
 def test_what_was_finished_of_another_merge_is_not_taken(tmp_path: Path) -> None:
     base = saved(tiny(), tmp_path / "base")
     one = trained(base, splice.LoraConfig(target_modules=["q_proj"]), tmp_path / "one")

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import splice
@@ -88,6 +89,8 @@ def killed_merges(count: int, seed: int, folder: Path) -> Counter[str]:
             assert _bytes_in(out) == expected, "what goes on is not what would have been written at once"
         else:
             found[NEW if _bytes_in(out) == expected else "neither"] += 1
+            with pytest.raises(FileExistsError):
+                merge()
         left = [path.name for path in folder.iterdir() if path.name.startswith(".")]
         assert not left, f"{left} is left behind"
     return found

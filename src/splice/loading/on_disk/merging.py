@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -82,9 +82,18 @@ def check_free(out: Path) -> None:
         FileExistsError: it is a file, or a folder that is not empty.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        _forget_finished(Places.of(out))
         raise FileExistsError(
             f"{out} exists already, and nothing there is overwritten: name another folder, or remove it"
         )
+
+
+def _forget_finished(places: Places) -> None:
+    """Remove the note of a merge that was killed when all else was done."""
+    if not places.note.exists() or places.work.exists():
+        return
+    with suppress(PeftError), _alone(places):  # else it is running, and does so itself
+        pass
 
 
 def write_merged(
