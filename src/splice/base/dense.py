@@ -72,13 +72,10 @@ def added(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def added_product(
-    weight: torch.Tensor, b: torch.Tensor, a: torch.Tensor, scale: float, in_place: bool = False
-) -> torch.Tensor | None:
+def added_product(weight: torch.Tensor, b: torch.Tensor, a: torch.Tensor, scale: float) -> torch.Tensor | None:
     """`added(weight, scale * b @ a)`, for a weight (out, in) and factors (out, r) and (r, in), without all of the product.
 
-    With `in_place` it is the memory of `weight`. None where the product has to be there as a whole: of weights that are
-    small, divided, or on another device than the CPU.
+    None where that has to be there as a whole: of weights that are small, divided, or on another device than the CPU.
     """
     weight, b, a = weight.detach(), b.detach(), a.detach()
     if not (_is_large(weight) and _is_plain(a)):
@@ -87,9 +84,9 @@ def added_product(
         a, b = a.float(), b.float()
     if torch.promote_types(weight.dtype, a.dtype) is not a.dtype:
         return None
-    result = weight if in_place else torch.empty_like(weight)
+    result = torch.empty_like(weight)
     # All pieces of about one size: a product of few rows is summed in another order.
-    pieces = -(-weight.numel() // _PRODUCT_AT_ONCE)
+    pieces = -(-weight.numel() // _AT_ONCE)
     count = -(-len(weight) // pieces)
     # One piece of memory for all of them: new one each time would take longer to get than to fill.
     room = torch.empty(count, weight.shape[1], dtype=a.dtype)
@@ -100,9 +97,8 @@ def added_product(
     return result
 
 
-# Numbers that are summed at once: so few that they stay in the processor's cache. Of a product there are three of each.
+# Numbers that are summed at once: so few that they stay in the processor's cache.
 _AT_ONCE = 1 << 18
-_PRODUCT_AT_ONCE = 1 << 17
 
 
 def _goes_by_rows(weight: torch.Tensor, delta: torch.Tensor) -> bool:

@@ -79,12 +79,6 @@ def is_offloaded(module: nn.Module) -> bool:
     return bool(offloading_hooks(module))
 
 
-def is_read_anew(module: nn.Module, name: str) -> bool:
-    """Whether a tensor of `module` is read from a file each time that it is brought, so that it may be changed meanwhile."""
-    hook: Any = module.__dict__.get(KEPT)
-    return hook is not None and bool(hook.is_read_anew(name))
-
-
 @contextmanager
 def at_hand(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Inside, the tensors of these modules are where they compute, to be read; changes are lost."""

@@ -21,7 +21,7 @@ from splice.base.foreign_models import (
     output_embedding_layer,
     set_config_field,
 )
-from splice.base.offload import at_hand, is_read_anew
+from splice.base.offload import at_hand
 from splice.base.sharding import divide_again, whole, whole_tensors
 from splice.base.weight_access import dense_tensors
 from splice.errors import PeftWarning, warn
@@ -314,7 +314,7 @@ def _merged_tensors(host: Host, names: Iterable[str], safe: bool) -> Merged:
         if host.layers[name].shows:
             tensors.update(_replaced(host.base, host.layers[name], tensors))
     for name in present:
-        tensors.update(_with_adapter(host.base, host.layers[name], tensors, is_last=name == present[-1]))
+        tensors.update(_with_adapter(host.base, host.layers[name], tensors))
         if safe:
             _check_finite(tensors, host.place, name)
     return encoded(Merged(host, new, tensors))
@@ -333,16 +333,14 @@ def _replaced(layer: nn.Module, adapter: AdapterLayer, so_far: Mapping[str, torc
 
 
 def _with_adapter(
-    layer: nn.Module, adapter: AdapterLayer, so_far: Mapping[str, torch.Tensor], is_last: bool
+    layer: nn.Module, adapter: AdapterLayer, so_far: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     result = {} if adapter.shows else _replaced(layer, adapter, so_far)
     current = {**_current(layer, so_far), **result}
     seen = dict(current)
     if adapter.linear_layout and "weight" in seen:
         seen["weight"] = in_linear_layout(layer, seen["weight"])
-    # Memory that is new costs as much as the sum: where nobody needs the weight any more, its own is used again.
-    in_place = is_last and "weight" not in {**so_far, **result} and is_read_anew(layer, "weight")
-    product = _with_product(adapter, current, seen, in_place)
+    product = _with_product(adapter, current, seen)
     if product is not None:
         return {**result, "weight": product}
     for name, delta in adapter.deltas(seen).items():
@@ -352,13 +350,13 @@ def _with_adapter(
 
 
 def _with_product(
-    adapter: AdapterLayer, current: Mapping[str, torch.Tensor], seen: Mapping[str, torch.Tensor], in_place: bool
+    adapter: AdapterLayer, current: Mapping[str, torch.Tensor], seen: Mapping[str, torch.Tensor]
 ) -> torch.Tensor | None:
     """The weight with an update that is a plain product, where that need not be there as a whole."""
     factors = adapter.factors()
     if factors is None or current.get("weight") is not seen.get("weight"):  # which is stored the other way round
         return None
-    return added_product(current["weight"], factors.b, factors.a, factors.scale, in_place)
+    return added_product(current["weight"], factors.b, factors.a, factors.scale)
 
 
 def _check_finite(tensors: dict[str, torch.Tensor], path: str, name: str) -> None:

@@ -36,10 +36,6 @@ class FromFiles(MutableMapping[str, torch.Tensor]):
         file, key = self.files[name]
         return file.read([key])[0]
 
-    def is_read_anew(self, name: str) -> bool:
-        """Whether each look-up of this name reads the tensor into memory that nobody else has."""
-        return name not in self.own
-
     def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
         self.own[name] = tensor
 
