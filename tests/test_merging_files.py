@@ -29,7 +29,8 @@ from transformers import (
 )
 
 import splice
-from splice.errors import PeftError, UnsupportedFeatureError
+from splice.errors import CheckpointError, PeftError, UnsupportedFeatureError
+from splice.loading.on_disk import writing
 from splice.loading.on_disk.merging import Progress
 from splice.merging_files import merge_files
 from tests import bases
@@ -381,6 +382,53 @@ def test_two_merges_into_one_place(tmp_path: Path) -> None:
     merge_files(base, [adapter], tmp_path / "out")
 
 
+def wide(folder: Path, dtype: torch.dtype) -> Path:
+    """A base whose weights are large enough to be merged a few rows at a time."""
+    config = LlamaConfig(
+        hidden_size=544, intermediate_size=600, num_hidden_layers=1, num_attention_heads=4, vocab_size=64
+    )
+    torch.manual_seed(0)
+    network: Any = LlamaForCausalLM(config).to(dtype)
+    network.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_weights_are_merged_row_by_row(
+    dtype: torch.dtype, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, streamed, before = wide(tmp_path / "base", dtype), [], torch.get_num_threads()
+    config = splice.LoraConfig(r=5, lora_alpha=7, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"])
+    adapter = trained(base, config, tmp_path / "adapter", dtype)
+    stream = writing.stream
+    monkeypatch.setattr(writing, "stream", lambda found, progress: streamed.extend(found) or stream(found, progress))
+    torch.set_num_threads(threads)
+    try:
+        written = merge_files(base, [adapter], tmp_path / "out")
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert {each.piece.key.split(".")[-2] for each in streamed} == set(config.target_modules or ())
+    assert written.changed == len(streamed) == 4
+    assert_same_files(tmp_path / "out", in_memory(base, adapter, tmp_path / "in memory"))
+    # Where more than one product is added, or values are read in another dtype, a layer is worked out as a whole.
+    streamed.clear()
+    merge_files(base, [adapter, adapter], tmp_path / "both")
+    merge_files(base, [adapter], tmp_path / "other", dtype=torch.float16)
+    assert streamed == []
+
+
+def test_a_base_that_is_cut_off_while_it_is_merged(tmp_path: Path) -> None:
+    base = wide(tmp_path / "base", torch.float32)
+    adapter = trained(base, splice.LoraConfig(target_modules=["q_proj", "v_proj"]), tmp_path / "adapter")
+    (weights,) = base.glob("*.safetensors")
+    progress = Progress(lambda left, size: os.truncate(weights, 100_000), lambda size: None)
+    with pytest.raises(CheckpointError, match=r"was cut off while it was read"):
+        merge_files(base, [adapter], tmp_path / "out", progress=progress)
+    assert not (tmp_path / "out").exists()
+
+
 def test_as_many_threads_compute_afterwards_as_before(tmp_path: Path) -> None:
     base = saved(tiny(), tmp_path / "base")
     adapter = trained(base, splice.LoraConfig(target_modules=["q_proj"]), tmp_path / "adapter")
@@ -395,7 +443,7 @@ def test_as_many_threads_compute_afterwards_as_before(tmp_path: Path) -> None:
     try:
         progress = Progress(lambda left, size: None, advance)
         merge_files(base, [adapter], tmp_path / "whole", progress=progress)
-        assert (during, torch.get_num_threads()) == ({2}, 3)
+        assert (min(during), torch.get_num_threads()) == (2, 3), "one is left to the writing"
         with pytest.raises(KeyboardInterrupt):
             merge_files(base, [adapter], tmp_path / "stopped", progress=progress)
         assert torch.get_num_threads() == 3

@@ -64,55 +64,30 @@ def added(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
         return (weight.to(wide) + delta.to(device=weight.device, dtype=wide)).to(weight.dtype)
     # A few rows after the other: whole copies of both in the wider dtype take most of the time and of the memory of a merge.
     result = torch.empty_like(weight)
-    count = max(1, _AT_ONCE // max(1, weight[0].numel()))
+    count = max(1, AT_ONCE // max(1, weight[0].numel()))
     for begin in range(0, len(weight), count):
         rows = slice(begin, begin + count)
         result[rows] = weight[rows].to(wide) + delta[rows]
     return result
 
 
-@torch.no_grad()
-def added_product(weight: torch.Tensor, b: torch.Tensor, a: torch.Tensor, scale: float) -> torch.Tensor | None:
-    """`added(weight, scale * b @ a)`, for a weight (out, in) and factors (out, r) and (r, in), without all of the product.
-
-    None where that has to be there as a whole: of weights that are small, divided, or on another device than the CPU.
-    """
-    weight, b, a = weight.detach(), b.detach(), a.detach()
-    if not (_is_large(weight) and _is_plain(a)):
-        return None
-    if a.dtype in (torch.float16, torch.bfloat16):  # as sums of half precision on a CPU are
-        a, b = a.float(), b.float()
-    if torch.promote_types(weight.dtype, a.dtype) is not a.dtype:
-        return None
-    result = torch.empty_like(weight)
-    # All pieces of about one size: a product of few rows is summed in another order.
-    pieces = -(-weight.numel() // _AT_ONCE)
-    count = -(-len(weight) // pieces)
-    # One piece of memory for all of them: new one each time would take longer to get than to fill.
-    room = torch.empty(count, weight.shape[1], dtype=a.dtype)
-    for begin in range(0, len(weight), count):
-        rows = slice(begin, begin + count)
-        update = torch.mm(b[rows], a, out=room[: len(b[rows])]).mul_(scale)
-        result[rows] = update.add_(weight[rows])
-    return result
-
-
 # Numbers that are summed at once: so few that they stay in the processor's cache.
-_AT_ONCE = 1 << 18
+AT_ONCE = 1 << 18
 
 
 def _goes_by_rows(weight: torch.Tensor, delta: torch.Tensor) -> bool:
     alike = weight.dtype is delta.dtype
     return (
-        not alike and _is_large(weight) and _is_plain(delta) and weight.shape == delta.shape and not delta.requires_grad
+        not alike and _is_large(weight) and is_plain(delta) and weight.shape == delta.shape and not delta.requires_grad
     )
 
 
 def _is_large(weight: torch.Tensor) -> bool:
-    return _is_plain(weight) and weight.numel() > _AT_ONCE and weight.is_contiguous()
+    return is_plain(weight) and weight.numel() > AT_ONCE and weight.is_contiguous()
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether it is an ordinary tensor on the CPU: not divided among processes, nor stored in codes."""
     return type(tensor) is torch.Tensor and tensor.device.type == "cpu"
 
 

@@ -14,17 +14,21 @@ from typing import NamedTuple, cast
 import torch
 from torch import nn
 
-from splice.base.dense import added, added_product, in_linear_layout
+from splice.base.added_product import added_product
+from splice.base.dense import added, in_linear_layout
 from splice.base.foreign_models import (
     config_field,
     input_embedding_layer,
     output_embedding_layer,
     set_config_field,
 )
+from splice.base.layers import LayerKind, kind_of
 from splice.base.offload import at_hand
 from splice.base.sharding import divide_again, whole, whole_tensors
 from splice.base.weight_access import dense_tensors
+from splice.base.weight_access import is_plain as is_plain_layer
 from splice.errors import PeftWarning, warn
+from splice.kinds.effect import Factors
 from splice.kinds.host import Host, in_order
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.tensors import Registry
@@ -123,6 +127,8 @@ class ToMerge(NamedTuple):
     work_out: Callable[[], Mapping[str, torch.Tensor]]
     # Path of the layer whose weight after the merge is this one's too; its own where it shares none.
     leader: str
+    # The plain product (out, in) that is added to the weight, where nothing else changes.
+    product: Factors | None
 
 
 def to_merge(hosts: Mapping[str, Host], names: Sequence[str], safe_merge: bool) -> dict[str, ToMerge]:
@@ -140,9 +146,23 @@ def to_merge(hosts: Mapping[str, Host], names: Sequence[str], safe_merge: bool) 
         return merged_tensors(host, names, safe_merge).tensors
 
     return {
-        host.path: ToMerge(partial(work_out, ties.get(host.path, host)), ties.get(host.path, host).path)
+        host.path: ToMerge(
+            partial(work_out, ties.get(host.path, host)),
+            ties.get(host.path, host).path,
+            None if safe_merge or host.path in ties else _sole_product(host, names),
+        )
         for host in concerned
     }
+
+
+def _sole_product(host: Host, names: Iterable[str]) -> Factors | None:
+    """What merging these adapters adds to the weight of a layer, where that is one plain product and nothing else changes."""
+    new = still_to_merge(host, names)
+    if len(new) != 1 or host.merged or not is_plain_layer(host.base) or kind_of(host.base) is not LayerKind.LINEAR:
+        return None
+    adapter = host.layers[new[0]]
+    changes_weight_alone = not adapter.shows and adapter.changed_names == ("weight",)
+    return adapter.factors() if changes_weight_alone else None
 
 
 def merge_layer(host: Host, adapter_names: list[str] | None, safe_merge: bool) -> None:

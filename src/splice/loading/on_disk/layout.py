@@ -30,7 +30,7 @@ class Piece(NamedTuple):
     dtype: torch.dtype
     # As it will be written; empty of a single number.
     shape: tuple[int, ...]
-    # Where the base's own values are; None of a tensor that the base's files lack.
+    # Where the base's own values are, those that change too; None of a tensor that the base's files lack.
     source: Entry | None
     # The base's file that they are in; empty of a tensor that the base's files lack.
     file: str
@@ -103,7 +103,7 @@ def _piece(
     file, entry = place
     if name is None or changes.origin(name) is None:
         return Piece(key, read_as(entry, dtype), entry.shape, entry, file, key, None)
-    return _changed(key, name, base, changes, dtype)
+    return _changed(key, name, base, changes, dtype)._replace(source=entry, file=file, stored=key)
 
 
 def _extra(name: str, folder: BaseFolder, base: BaseOnDisk, changes: Changes, dtype: torch.dtype | None) -> Piece:

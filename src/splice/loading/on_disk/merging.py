@@ -183,7 +183,7 @@ def _write_all(
     folder: BaseFolder, places: Places, shards: list[Shard], changes: Changes, advance: Callable[[int], object]
 ) -> None:
     # While one file goes to the disk, the next one is worked out.
-    with _a_core_for_writing(), ThreadPoolExecutor(1) as disk:
+    with ThreadPoolExecutor(1) as disk:
         waiting = []
         for shard in shards:
             unfinished = places.work / (shard.name + _UNFINISHED)
@@ -191,19 +191,6 @@ def _write_all(
             waiting.append(disk.submit(_finish, unfinished, places.work / shard.name))
         for each in waiting:
             each.result()
-
-
-@contextmanager
-def _a_core_for_writing() -> Iterator[None]:
-    """Inside, torch computes on one core less."""
-    # It splits each of thousands of small sums among its threads, and waits for the last of them: on a core where another
-    # thread writes files, that one comes many times later.
-    count = torch.get_num_threads()
-    torch.set_num_threads(max(1, count - 1))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(count)
 
 
 def _sync(path: Path) -> None:

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import torch
 
-from splice.checkpoint.tensors import SafetensorsFile, memory_of
+from splice.base.added_product import AddedProduct
+from splice.checkpoint.tensors import DTYPES, SafetensorsFile, memory_of
 from splice.errors import CheckpointError
 from splice.loading.on_disk.changes import Changes
 from splice.loading.on_disk.layout import Piece, Shard
+from splice.loading.on_disk.streaming import Streamed, put, stream, threads_for_each_sum
 
 # Bytes that are copied at once: often enough to show progress.
 _STEP = 1 << 26
@@ -43,13 +45,18 @@ def write_shard(
         CheckpointError: a file of the base was cut off meanwhile.
     """
     with open(target, "wb", buffering=0) as new:
-        _put(new, memoryview(shard.head), 0)
+        put(new, memoryview(shard.head), 0)
         progress(len(shard.head))
         for stretch in _copied(shard):
             _copy(files[shard.name], new, stretch, progress)
         by_layer = defaultdict(list)
+        by_rows: list[Streamed] = []
         for offset, piece in shard.pieces:
             if piece.is_copied_from(shard.name):
+                continue
+            product = _product_of(piece, changes)
+            if product is not None:
+                by_rows.append(Streamed(files[piece.file], new, offset, piece, product))
                 continue
             path = None if piece.changed in changes.copies else changes.by_layer.get(piece.changed or "")
             if path is not None:
@@ -57,8 +64,10 @@ def write_shard(
                 continue
             _put_tensor(new, _base_or_copy(piece, files, changes).to(piece.dtype), offset)
             progress(piece.size)
-        # While one layer is written, the next one is worked out; not more than that, for the memory it takes.
-        with ThreadPoolExecutor(1) as writer:
+        stream(by_rows, progress)
+        # While one layer is written, the next one is worked out; not more than that, for the memory it takes. The core that
+        # writes is left alone: a thread there would come many times later, and all others wait for it at each small sum.
+        with threads_for_each_sum(torch.get_num_threads() - 1), ThreadPoolExecutor(1) as writer:
             before: Future[int] | None = None
             for path, places in by_layer.items():
                 ready = _worked_out(path, places, changes)
@@ -67,6 +76,15 @@ def write_shard(
                 before = writer.submit(_put_all, new, ready)
             if before is not None:
                 progress(before.result())
+
+
+def _product_of(piece: Piece, changes: Changes) -> AddedProduct | None:
+    """What is added to a weight of the base, where it can be read, summed and written a few rows at a time."""
+    path = changes.by_layer.get(piece.changed or "")
+    factors = None if path is None or piece.changed in changes.copies else changes.layers[path].product
+    if factors is None or piece.source is None or DTYPES[piece.source.dtype] is not piece.dtype:
+        return None
+    return AddedProduct.of(piece.shape, piece.dtype, factors.b, factors.a, factors.scale)
 
 
 def _worked_out(path: str, places: list[tuple[int, Piece]], changes: Changes) -> list[tuple[int, torch.Tensor]]:
@@ -127,19 +145,12 @@ def _copy_some(old: int, new: RawIOBase, begin: int, offset: int, count: int) ->
             return os.copy_file_range(old, new.fileno(), count, begin, offset)
     os.lseek(old, begin, os.SEEK_SET)
     data = os.read(old, count)
-    _put(new, memoryview(data), offset)
+    put(new, memoryview(data), offset)
     return len(data)
 
 
 def _put_tensor(file: RawIOBase, tensor: torch.Tensor, offset: int) -> int:
     tensor = tensor.detach().contiguous()
     if tensor.numel():
-        _put(file, memory_of(tensor), offset)
+        put(file, memory_of(tensor), offset)
     return tensor.nbytes
-
-
-def _put(file: RawIOBase, data: memoryview, offset: int) -> None:
-    file.seek(offset)
-    done = 0
-    while done < len(data):
-        done += file.write(data[done:]) or 0
