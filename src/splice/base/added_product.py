@@ -9,8 +9,9 @@ import torch
 
 from splice.base.dense import AT_ONCE, is_plain
 
-# Numbers of a weight that are summed at once: with as many of the product, and of the result, they stay in the cache.
-_ROWS_AT_ONCE = 1 << 17
+# Numbers of a weight that are summed at once. Of fewer, several threads wait for one another in the interpreter; more are no
+# longer in the processor's cache.
+_ROWS_AT_ONCE = 1 << 19
 
 
 class AddedProduct(NamedTuple):

@@ -131,6 +131,14 @@ class SafetensorsFile:
                 self._fill_memory([memory[index * size : (index + 1) * size]], place)
         return tensor
 
+    def read_rows(self, name: str, start: int, into: torch.Tensor) -> torch.Tensor:
+        """Rows of a matrix from `start` on, as many as `into` (rows, columns) has, which they are read into.
+
+        `into` is contiguous, of the dtype that is stored.
+        """
+        self._fill([into], self.entries[name].offset + start * into.shape[1] * into.element_size())
+        return into
+
     def says(self, name: str, tensor: torch.Tensor) -> bool:
         entry = self.entries[name]
         if tensor.shape != entry.shape or tensor.dtype is not DTYPES[entry.dtype]:

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 
 from splice.base.added_product import AddedProduct
-from splice.base.sharding import Part
 from splice.checkpoint.tensors import SafetensorsFile, memory_of
 from splice.loading.on_disk.layout import Piece
 
@@ -59,14 +58,12 @@ def stream(tensors: Sequence[Streamed], progress: Callable[[int], object]) -> No
 def _stream(tensor: Streamed) -> int:
     """Write one of them; its bytes."""
     old, new, offset, piece, product = tensor
-    width = piece.shape[1]
-    room = product.room()
-    result = torch.empty(room.shape, dtype=piece.dtype)
+    (height, width), room = piece.shape, product.room()
+    values = torch.empty(room.shape, dtype=piece.dtype)
     for rows in product.pieces():
-        count = min(rows.stop, piece.shape[0]) - rows.start
-        weight = old.read_part(piece.stored, Part((rows.start, 0), (count, width)))
-        out = result[:count].copy_(product.add(rows, weight, room))
-        put(new, memory_of(out), offset + rows.start * width * piece.dtype.itemsize)
+        weight = old.read_rows(piece.stored, rows.start, values[: height - rows.start])
+        weight.copy_(product.add(rows, weight, room))
+        put(new, memory_of(weight), offset + rows.start * width * piece.dtype.itemsize)
     return piece.size
 
 
