@@ -20,6 +20,7 @@ class AddedProduct(NamedTuple):
     # (out, r) and (r, in), in the dtype of the sum.
     b: torch.Tensor
     a: torch.Tensor
+    # What the product is multiplied with.
     scale: float
     # How many rows are worked out at once.
     height: int
