@@ -17,8 +17,9 @@ _ROWS_AT_ONCE = 1 << 19
 class AddedProduct(NamedTuple):
     """`weight + scale * b @ a`, of a weight on the CPU. It may be worked out in several threads."""
 
-    # (out, r) and (r, in), in the dtype of the sum.
+    # (out, r), in the dtype of the sum.
     b: torch.Tensor
+    # (r, in), likewise.
     a: torch.Tensor
     # What the product is multiplied with.
     scale: float

@@ -25,8 +25,9 @@ class Streamed(NamedTuple):
 
     # Where the base's is.
     old: SafetensorsFile
-    # Where it goes, and its offset from the start of the file.
+    # Where it goes.
     new: RawIOBase
+    # Its offset there, from the start of the file.
     offset: int
     # What it is called there and here, and what it looks like.
     piece: Piece
