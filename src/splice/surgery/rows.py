@@ -113,10 +113,11 @@ def _add_in_place(y: torch.Tensor, x: torch.Tensor, parts: Parts, is_own: bool) 
 
 def _add_rows(ys: torch.Tensor, xs: torch.Tensor, factors: Factors, group: Group) -> None:
     """Add to the rows of one part; `ys` is changed."""
-    # One row is a view, and several are copied out and in again: `ys[rows]` would be a copy that nothing is added to.
-    if len(group.rows) == 1:
-        row = group.rows[0]
-        ys[row] = _added(ys[row], xs[row], factors)
+    # One row is a view, and several are copied out and in again: `ys[rows]` would be a copy that nothing is added to. Long
+    # rows cost more to copy than further products do.
+    if len(group.rows) == 1 or xs.shape[1] >= factors.a.shape[0]:
+        for row in group.rows:
+            ys[row] = _added(ys[row], xs[row], factors)
     else:
         before = ys.index_select(0, group.indices)
         flat = _added(before.flatten(0, 1), xs.index_select(0, group.indices).flatten(0, 1), factors)

@@ -33,6 +33,7 @@ class Run:
             where they are all rows of the batch in their order.
         used: which of these are not in vain, (n); None for all.
         target: the rows of the batch that they are; None where `rows` is.
+        seats: the slot of each row of the batch, where all of them are here in another order than that of the slots.
     """
 
     first: int
@@ -41,6 +42,7 @@ class Run:
     rows: torch.Tensor | None
     used: torch.Tensor | None
     target: torch.Tensor | None
+    seats: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,11 @@ def _run(part: Sequence[int], seated: Sequence[Seated], batch: int) -> Run:
     if -1 in groups:
         taken = [n * count + k for n, index in enumerate(groups) if index >= 0 for k in range(count)]
         used = torch.tensor(taken, device=device)
-    return Run(first, end, groups, torch.tensor(rows, device=device), used, torch.tensor(target, device=device))
+    seats = None
+    if len(target) == batch:
+        slot_of = {row: seated[index][1] for index in part for row in seated[index][0].rows}
+        seats = torch.tensor([slot_of[row] for row in range(batch)], device=device)
+    return Run(first, end, groups, torch.tensor(rows, device=device), used, torch.tensor(target, device=device), seats)
 
 
 def add_run(y: torch.Tensor, x: torch.Tensor, stack: Stack, run: Run, scales: Sequence[float]) -> torch.Tensor:
@@ -117,6 +123,8 @@ def add_run(y: torch.Tensor, x: torch.Tensor, stack: Stack, run: Run, scales: Se
         run: which slots and rows.
         scales: of the groups that the run's numbers mean.
     """
+    if run.seats is not None and x.shape[1] >= stack.a.shape[1]:
+        return _add_row_by_row(y, x, stack, run, scales)
     # (slots, r, in), (slots, out, r)
     a, b = stack.a[run.first : run.end], stack.b[run.first : run.end]
     slots = run.end - run.first
@@ -137,6 +145,21 @@ def add_run(y: torch.Tensor, x: torch.Tensor, stack: Stack, run: Run, scales: Se
     if run.target is None:
         return after
     return y.index_copy_(0, run.target, after if run.used is None else after.index_select(0, run.used))
+
+
+def _add_row_by_row(y: torch.Tensor, x: torch.Tensor, stack: Stack, run: Run, scales: Sequence[float]) -> torch.Tensor:
+    """The same for all rows of the batch, each with factors of its own: with many tokens these are less to copy than rows."""
+    assert run.seats is not None
+    # (rows, r, in), (rows, out, r)
+    a, b = stack.a.index_select(0, run.seats), stack.b.index_select(0, run.seats)
+    hidden = torch.bmm(x if x.dtype is a.dtype else x.to(a.dtype), a.transpose(1, 2))
+    alpha = scales[max(run.groups)]
+    if len(set(scales)) > 1:
+        by_slot = torch.tensor([scales[group] if group >= 0 else 0.0 for group in run.groups], dtype=hidden.dtype)
+        hidden, alpha = hidden * by_slot.to(x.device).index_select(0, run.seats - run.first).view(-1, 1, 1), 1.0
+    if hidden.dtype is y.dtype:
+        return torch.baddbmm(y, hidden, b.transpose(1, 2), alpha=alpha)
+    return torch.add(y, torch.bmm(hidden, b.transpose(1, 2)), alpha=alpha).to(y.dtype)
 
 
 def add_by_seats(y: torch.Tensor, x: torch.Tensor, seats: torch.Tensor, stack: Stack) -> torch.Tensor:
