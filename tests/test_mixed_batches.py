@@ -15,7 +15,7 @@ from torch import nn
 
 import splice
 from splice.kinds import as_one
-from splice.kinds.layer import AdapterLayer
+from splice.kinds.as_one import Alike
 from splice.kinds.registry import all_methods
 from splice.selection import BASE
 from tests import bases
@@ -137,7 +137,7 @@ def test_each_row_is_generated_as_alone(case: Case, shared_checkpoint: Any) -> N
 
 
 def is_of_kin(case: Case) -> bool:
-    return any(layer.likeness is not AdapterLayer.likeness for layer in case.method.layers.values())
+    return any(issubclass(layer, Alike) for layer in case.method.layers.values())
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if is_of_kin(case)], ids=str)

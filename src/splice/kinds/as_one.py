@@ -19,6 +19,21 @@ from splice.selection import Group
 Step = tuple[AdapterLayer, Group]
 
 
+class Alike:
+    """The part of an adapter layer that can be computed as one with others of its class."""
+
+    # `before` and `after`, or `around`, are what it does as a whole; they read nothing of its own but tensors, by `tensor`,
+    # and what is told here, and `torch.vmap` can map them.
+
+    def likeness(self) -> Hashable:
+        """What they must have in common, beside the shapes of their tensors; None where each is computed by itself."""
+        raise NotImplementedError
+
+
+def _likeness(layer: AdapterLayer) -> Hashable:
+    return layer.likeness() if isinstance(layer, Alike) else None
+
+
 class Kin:
     """Adapter layers that can be computed as one as long as they are alike, each with as many rows of a batch."""
 
@@ -54,11 +69,11 @@ class Kin:
 
     def _stacked(self) -> list[torch.Tensor]:
         """Their tensors as they are now, stacked, for each suffix; none where they are not alike now."""
-        count, likeness = len(self.layers), self.layers[0].likeness()
+        count, likeness = len(self.layers), _likeness(self.layers[0])
         if likeness is None or self.layers[0].base.training or torch.compiler.is_compiling():
             return []
         found = [registry[name] for registry, name in self._places]
-        alike = [layer.likeness() for layer in self.layers].count(likeness) == count
+        alike = [_likeness(layer) for layer in self.layers].count(likeness) == count
         if not alike or set(map(type, found)) != {nn.Parameter} or len({(t.dtype, t.device) for t in found}) > 1:
             return []
         return [torch.stack(found[start : start + count]) for start in range(0, len(found), count)]
@@ -70,7 +85,7 @@ def find_kin(steps: Sequence[Step]) -> tuple[list[Kin], list[Step]]:
     alike: dict[Hashable, list[Step]] = {}
     for layer, group in steps:
         # What layers share, or show in the place of the base's, is no tensor of each.
-        likeness = None if layer.shows or layer.shared or layer.leaders else layer.likeness()
+        likeness = None if layer.shows or layer.shared or layer.leaders else _likeness(layer)
         shapes = tuple((name, item.slot.shape) for name, item in layer.registered.items())
         key = group.name if likeness is None else (type(layer), likeness, shapes, len(group.rows))
         alike.setdefault(key, []).append((layer, group))

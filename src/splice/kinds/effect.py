@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
@@ -129,14 +129,6 @@ class Effect:
 
     def product_scale(self) -> float | None:
         """The scale of `factors` alone; None where the update is no plain product now."""
-        return None
-
-    def likeness(self) -> Hashable:
-        """What layers of this class must have in common, beside the shapes of their tensors, to be computed as one.
-
-        None of one that is computed by itself. All others are in `before` and `after`, or in `around`, what they are as a
-        whole; these read nothing of their own but tensors, by `tensor`, and what is told here, and `torch.vmap` can map them.
-        """
         return None
 
     def shown(self, base: nn.Module) -> dict[str, torch.Tensor]:

@@ -82,8 +82,6 @@ class OwnTensors:
     loose: Registry
     # Suffix -> where the tensor is.
     registered: dict[str, Registered]
-    # Whether some tensor is in none of the entries: it is one itself, or a parameter of the base layer.
-    has_bare_tensors: bool = False
 
     def __init__(self, slots: Mapping[str, Slot], tensors: Mapping[str, torch.Tensor]) -> None:
         self.entries, self.loose, self.registered = {}, {}, {}
@@ -158,7 +156,6 @@ class OwnTensors:
                 holder._non_persistent_buffers_set.add(name)
         else:
             registry, name = self.loose, container
-            self.has_bare_tensors = True
         if slot.role is not Role.BUFFER and type(tensor) is not nn.Parameter:
             tensor = _frozen_parameter(tensor)
         registry[name] = tensor

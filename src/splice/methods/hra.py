@@ -19,6 +19,7 @@ from torch import nn
 from splice.base.layers import LayerKind, features
 from splice.checkpoint.types import PeftType
 from splice.errors import warn
+from splice.kinds.as_one import Alike
 from splice.kinds.casting import cast_to
 from splice.kinds.input_transform import InputTransform
 from splice.kinds.layer import AdapterLayer
@@ -131,7 +132,7 @@ class HRA(AdapterLayer):
         return self.reflected(wide.flatten(1), forwards=True).view_as(wide)
 
 
-class HRALayer(HRA, InputTransform):
+class HRALayer(Alike, HRA, InputTransform):
     """HRA on a linear layer: `x W'^T = (x H^T) W^T`, so the last of several adapters is the first that the input meets."""
 
     first_outside = False

@@ -19,6 +19,7 @@ from torch import nn
 from splice.base.layers import LayerKind, features
 from splice.base.weight_access import bias_of
 from splice.checkpoint.types import PeftType
+from splice.kinds.as_one import Alike
 from splice.kinds.casting import check_values
 from splice.kinds.output_transform import OutputTransform
 from splice.kinds.registry import Method, register
@@ -65,7 +66,7 @@ class RoadConfig(Targeted):
         return {"variant": self.variant, "group_size": self.group_size}
 
 
-class RoadLayer(OutputTransform):
+class RoadLayer(Alike, OutputTransform):
     """RoAd on a linear layer: an angle theta and a factor alpha for each pair, or several of them."""
 
     numbers = MappingProxyType({"variant": "variant", "group_size": "group_size"})

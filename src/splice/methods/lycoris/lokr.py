@@ -17,6 +17,7 @@ from torch import nn
 
 from splice.base.layers import LayerKind
 from splice.checkpoint.types import PeftType
+from splice.kinds.as_one import Alike
 from splice.kinds.casting import cast_to
 from splice.kinds.registry import Method, register
 from splice.kinds.slot import Slot
@@ -94,7 +95,7 @@ def split(dimension: int, factor: int = -1) -> tuple[int, int]:
     return min(small, large), max(small, large)
 
 
-class LoKrLayer(LycorisLayer):
+class LoKrLayer(Alike, LycorisLayer):
     """LoKr on a linear layer or a convolution. Which factors there are follows from the sizes."""
 
     @classmethod
