@@ -93,7 +93,9 @@ class LycorisLayer(WeightDelta):
 
     def delta(self, x: torch.Tensor) -> torch.Tensor:
         size_out, *rest = self.shape
-        if len(rest) == 1 and not (self.training and self.rank_dropout):
+        # In training the whole update is made: a gradient near zero gets another sign with its last bits, and by that an
+        # optimizer that looks at signs goes another way than the one that a checkpoint was trained on.
+        if len(rest) == 1 and not self.training:
             found = self.through_factors(x.reshape(-1, x.shape[-1]))
             if found is not None:
                 return found.view(*x.shape[:-1], size_out)
