@@ -93,9 +93,10 @@ class LycorisLayer(WeightDelta):
 
     def delta(self, x: torch.Tensor) -> torch.Tensor:
         size_out, *rest = self.shape
-        # In training the whole update is made: a gradient near zero gets another sign with its last bits, and by that an
+        # What is trained makes the whole update: a gradient near zero gets another sign with its last bits, and by that an
         # optimizer that looks at signs goes another way than the one that a checkpoint was trained on.
-        if len(rest) == 1 and not self.training:
+        trained = any(registry[name].requires_grad for registry, name, _ in self.registered.values())
+        if len(rest) == 1 and not trained and not (self.training and self.rank_dropout):
             found = self.through_factors(x.reshape(-1, x.shape[-1]))
             if found is not None:
                 return found.view(*x.shape[:-1], size_out)
