@@ -93,10 +93,12 @@ class LycorisLayer(WeightDelta):
 
     def delta(self, x: torch.Tensor) -> torch.Tensor:
         size_out, *rest = self.shape
-        # What is trained makes the whole update: a gradient near zero gets another sign with its last bits, and by that an
-        # optimizer that looks at signs goes another way than the one that a checkpoint was trained on.
-        trained = any(registry[name].requires_grad for registry, name, _ in self.registered.values())
-        if len(rest) == 1 and not trained and not (self.training and self.rank_dropout):
+        # For gradients of its tensors the whole update is made: one near zero gets another sign with its last bits, and by that
+        # an optimizer that looks at signs goes another way than the one that a checkpoint was trained on.
+        trains = torch.is_grad_enabled() and any(
+            registry[name].requires_grad for registry, name, _ in self.registered.values()
+        )
+        if len(rest) == 1 and not trains and not (self.training and self.rank_dropout):
             found = self.through_factors(x.reshape(-1, x.shape[-1]))
             if found is not None:
                 return found.view(*x.shape[:-1], size_out)
