@@ -93,8 +93,8 @@ class LycorisLayer(WeightDelta):
 
     def delta(self, x: torch.Tensor) -> torch.Tensor:
         size_out, *rest = self.shape
-        # For gradients of its tensors the whole update is made: one near zero gets another sign with its last bits, and by that
-        # an optimizer that looks at signs goes another way than the one that a checkpoint was trained on.
+        # For gradients of its tensors the whole update is made: one near zero gets another sign with its last bits, and by
+        # that an optimizer that looks at signs goes another way than the one that a checkpoint was trained on.
         trains = torch.is_grad_enabled() and any(
             registry[name].requires_grad for registry, name, _ in self.registered.values()
         )
