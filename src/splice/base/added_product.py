@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from splice.base.dense import AT_ONCE, is_plain
+from splice.base.dense import AT_ONCE, is_plain_tensor
 
 # Numbers of a weight that are summed at once. Of fewer, several threads wait for one another in the interpreter; more are no
 # longer in the processor's cache.
@@ -37,7 +37,7 @@ class AddedProduct(NamedTuple):
         """
         b, a = b.detach(), a.detach()
         size = shape[0] * shape[1] if len(shape) == 2 else 0
-        if size <= AT_ONCE or not (is_plain(a) and is_plain(b)):
+        if size <= AT_ONCE or not (is_plain_tensor(a) and is_plain_tensor(b)):
             return None
         if a.dtype in (torch.float16, torch.bfloat16):  # as sums of half precision on a CPU are
             a, b = a.float(), b.float()
@@ -65,7 +65,7 @@ def added_product(weight: torch.Tensor, b: torch.Tensor, a: torch.Tensor, scale:
     """`added(weight, scale * b @ a)` without all of the product; None where that has to be there as a whole."""
     weight = weight.detach()
     known = AddedProduct.of(weight.shape, weight.dtype, b, a, scale)
-    if known is None or not is_plain(weight) or not weight.is_contiguous():
+    if known is None or not is_plain_tensor(weight) or not weight.is_contiguous():
         return None
     result, room = torch.empty_like(weight), known.room()
     for rows in known.pieces():

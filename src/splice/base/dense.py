@@ -78,15 +78,19 @@ AT_ONCE = 1 << 18
 def _goes_by_rows(weight: torch.Tensor, delta: torch.Tensor) -> bool:
     alike = weight.dtype is delta.dtype
     return (
-        not alike and _is_large(weight) and is_plain(delta) and weight.shape == delta.shape and not delta.requires_grad
+        not alike
+        and _is_large(weight)
+        and is_plain_tensor(delta)
+        and weight.shape == delta.shape
+        and not delta.requires_grad
     )
 
 
 def _is_large(weight: torch.Tensor) -> bool:
-    return is_plain(weight) and weight.numel() > AT_ONCE and weight.is_contiguous()
+    return is_plain_tensor(weight) and weight.numel() > AT_ONCE and weight.is_contiguous()
 
 
-def is_plain(tensor: torch.Tensor) -> bool:
+def is_plain_tensor(tensor: torch.Tensor) -> bool:
     """Whether it is an ordinary tensor on the CPU: not divided among processes, nor stored in codes."""
     return type(tensor) is torch.Tensor and tensor.device.type == "cpu"
 

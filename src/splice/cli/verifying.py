@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,6 +54,7 @@ def verify(adapter: str, subfolder: str | None, revision: str | None, base: str,
 
     Raises:
         CheckpointError: the adapter cannot be read.
+        UnknownMethodError: (a KeyError) nobody knows its method here.
         OSError: the base's config cannot be found.
         ValueError: transformers is not installed, or knows no such base.
     """
@@ -62,21 +62,14 @@ def verify(adapter: str, subfolder: str | None, revision: str | None, base: str,
     options = LoadOptions.plain({"subfolder": subfolder, "revision": revision})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        checkpoint = _opened(place, options, None)
+        checkpoint = open_checkpoint(place, None, options, None)
         network = empty_base(base, checkpoint, labels)
         mapping = key_renaming(network)
         if mapping is not None:
-            checkpoint = _opened(place, options, mapping)
+            checkpoint = open_checkpoint(place, None, options, mapping)
         verdict = _verdict(network, checkpoint, options)
     said = tuple(str(warning.message) for warning in caught if issubclass(warning.category, UserWarning))
     return verdict._replace(notes=(*verdict.notes, *said))
-
-
-def _opened(place: str, options: LoadOptions, mapping: Mapping[str, str] | None) -> Checkpoint:
-    try:
-        return open_checkpoint(place, None, options, mapping)
-    except KeyError as error:  # a method that is not known
-        raise ValueError(str(error)) from error
 
 
 def _verdict(network: nn.Module, checkpoint: Checkpoint, options: LoadOptions) -> Verdict:

@@ -25,8 +25,7 @@ from splice.base.foreign_models import (
 from splice.base.layers import LayerKind, kind_of
 from splice.base.offload import at_hand
 from splice.base.sharding import divide_again, whole, whole_tensors
-from splice.base.weight_access import dense_tensors
-from splice.base.weight_access import is_plain as is_plain_layer
+from splice.base.weight_access import dense_tensors, is_plain
 from splice.errors import PeftWarning, warn
 from splice.kinds.effect import Factors
 from splice.kinds.host import Host, in_order
@@ -158,7 +157,7 @@ def to_merge(hosts: Mapping[str, Host], names: Sequence[str], safe_merge: bool) 
 def _sole_product(host: Host, names: Iterable[str]) -> Factors | None:
     """What merging these adapters adds to the weight of a layer, where that is one plain product and nothing else changes."""
     new = still_to_merge(host, names)
-    if len(new) != 1 or host.merged or not is_plain_layer(host.base) or kind_of(host.base) is not LayerKind.LINEAR:
+    if len(new) != 1 or host.merged or not is_plain(host.base) or kind_of(host.base) is not LayerKind.LINEAR:
         return None
     adapter = host.layers[new[0]]
     changes_weight_alone = not adapter.shows and adapter.changed_names == ("weight",)
