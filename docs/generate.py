@@ -129,6 +129,8 @@ def _known(method: Method) -> dict[str, object]:
         "whole_call": method.network_layer is not None,
         "legacy": sorted(config.legacy_fields),
         "fields": {field.name: _default(field, config) for field in stored},
+        "rank": config.rank_field,
+        "scale": config.scale_fields,
     }
 
 

@@ -15,7 +15,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import splice
 from splice.checkpoint.format import FORMAT_VERSION
+from splice.checkpoint.outline import outline_of
+from splice.cli.known import known, known_methods
 from splice.cli.opened import open_adapter
 from splice.cli.summary import look_into
 from splice.cli.values import problems_of_values
@@ -38,6 +41,32 @@ def test_nothing_is_wrong_with_what_the_reference_writes(case: Case, checkpoint:
     tensors = tensors_in(folder)
     assert summary.parameters == sum(tensor.numel() for tensor in tensors.values())
     assert {name for layer in summary.layers for name in layer.names.values()} == set(tensors), "each is told of once"
+
+
+ON_LAYERS = [*kind_cases(), *option_cases(bases.LINEAR)]
+
+
+@pytest.mark.parametrize("case", ON_LAYERS, ids=str)
+def test_ranks_and_scales_are_those_of_the_layers(case: Case, shared_checkpoint: Any) -> None:
+    folder = shared_checkpoint(case.base, case.config())
+    model: Any = splice.PeftModel.from_pretrained(case.base.build(), folder)
+    layers = model.base_model.placed["default"]
+    # Of methods with an outline the whole of the update is held elsewhere; AdaLoRA's layers divide once more.
+    has_outline = outline_of(case.method.name.value) is not None
+    for told in (layer for layer in look_into(open_adapter(str(folder))).layers if layer.own):
+        layer = layers.get(told.path)
+        rank, scale = getattr(layer, "r", None), getattr(layer, "scale", None)
+        if told.rank is not None and rank is not None:
+            assert told.rank == rank
+        if told.rank is not None and told.scale is not None and not has_outline:
+            assert told.scale == pytest.approx(scale)
+
+
+def test_every_method_with_a_rank_says_it() -> None:
+    """Where a config has an `r` and no rank is told, it is none: it counts blocks or entries, or is another network's."""
+    with_r = {name for name in known_methods() if "r" in known(name).fields}  # type: ignore[union-attr]
+    silent = {name for name in with_r if outline_of(name) is None and not known(name).rank}  # type: ignore[union-attr]
+    assert silent == {"ADAMSS", "OFT", "SHADOW", "SHIRA"}
 
 
 def test_what_it_says_of_an_adapter() -> None:

@@ -88,6 +88,11 @@ class PeftConfig:
     legacy_fields: ClassVar[frozenset[str]] = frozenset()
     # Fields with values for single layers, by patterns of their paths -> the field with the value of all others.
     pattern_fields: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    # The field with the rank of every layer's update; empty where updates have none, or where no field says it.
+    rank_field: ClassVar[str] = ""
+    # What every layer's update is multiplied with: the first of these fields, divided by the sum of the others; empty where
+    # that is 1, or where more is needed.
+    scale_fields: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

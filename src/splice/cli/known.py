@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from splice.checkpoint.patterns import value_for
+
 
 class Known(NamedTuple):
     """A method, as far as its files are concerned; the fields are those of an entry of `methods.json`."""
@@ -22,6 +24,28 @@ class Known(NamedTuple):
     legacy: tuple[str, ...]
     # Every field of its config -> what it holds where nobody set it.
     fields: Mapping[str, object]
+    # As `rank_field` of its config.
+    rank: str
+    # As `scale_fields` of its config.
+    scale: tuple[str, ...]
+
+    def rank_of(self, fields: Mapping[str, object], path: str) -> int | None:
+        """The rank that a config with these fields gives to the layer at `path`; None where there is none."""
+        pattern = fields.get("rank_pattern")
+        found = value_for(pattern if isinstance(pattern, dict) else {}, path, self._value(fields, self.rank))
+        return found if isinstance(found, int) else None
+
+    def scale_of(self, fields: Mapping[str, object]) -> float | None:
+        """What a config with these fields has updates multiplied with; None where that is 1, or more is needed to know it."""
+        values = [self._value(fields, name) for name in self.scale]
+        numbers = [value for value in values if isinstance(value, (int, float))]
+        if not numbers or len(numbers) < len(values):
+            return None
+        first, *others = numbers
+        return first if not others else first / sum(others) if sum(others) > 0 else None
+
+    def _value(self, fields: Mapping[str, object], name: str) -> object:
+        return fields.get(name, self.fields.get(name))
 
 
 def known(peft_type: object) -> Known | None:

@@ -58,7 +58,7 @@ def layers_of(opened: Opened, method: Known | None, outline: Outline | None) -> 
         if place is not None:
             path, suffix, own = place
             found.setdefault((path, own), {})[suffix] = name
-    return [_layer(opened, path, names, own, outline) for (path, own), names in found.items()]
+    return [_layer(opened, path, names, own, method, outline) for (path, own), names in found.items()]
 
 
 def strange_names(opened: Opened, method: Known | None) -> list[str]:
@@ -81,11 +81,16 @@ def _place(name: str, method: Known | None) -> tuple[str, str, bool] | None:
     return None
 
 
-def _layer(opened: Opened, path: str, names: Mapping[str, str], own: bool, outline: Outline | None) -> Layer:
+def _layer(
+    opened: Opened, path: str, names: Mapping[str, str], own: bool, method: Known | None, outline: Outline | None
+) -> Layer:
     entries = {suffix: opened.header.entries[name] for suffix, name in names.items()}
     layer = Layer(path, names, entries, own, None, None)
-    if not own or outline is None:
+    if not own or not path or (outline is None and method is None):
         return layer
+    if outline is None:
+        assert method is not None
+        return layer._replace(rank=method.rank_of(opened.fields, path), scale=method.scale_of(opened.fields))
     rank = outline.rank(opened.fields, path, layer.shapes)
     return layer._replace(rank=rank, scale=None if rank is None else outline.scale(opened.fields, path, rank))
 

@@ -34,6 +34,7 @@ class DeftConfig(Targeted):
 
     # The `peft_type` of its checkpoints.
     method: ClassVar[PeftType] = PeftType.DEFT
+    rank_field = "r"
 
     # The number of directions r, at least 1; a layer with fewer outputs has as many as it has outputs.
     r: int = 8

@@ -39,6 +39,7 @@ class DeloraConfig(Targeted):
 
     # The `peft_type` of its checkpoints.
     method: ClassVar[PeftType] = PeftType.DELORA
+    rank_field = "r"
     pattern_fields = MappingProxyType({"rank_pattern": "r", "lambda_pattern": "delora_lambda"})
 
     # Rank r, at least 1.

@@ -32,6 +32,7 @@ class FourierFTConfig(Targeted):
 
     # The `peft_type` of its checkpoints.
     method: ClassVar[PeftType] = PeftType.FOURIERFT
+    scale_fields = ("scaling",)
     pattern_fields = MappingProxyType({"n_frequency_pattern": "n_frequency"})
 
     # n, the number of trained coefficients of each layer: at least 1, at most the number of values in its weight.

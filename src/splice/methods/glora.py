@@ -44,6 +44,7 @@ class GloraConfig(Targeted):
 
     # The `peft_type` of its checkpoints.
     method: ClassVar[PeftType] = PeftType.GLORA
+    rank_field = "r"
 
     # Rank of every low-rank product.
     r: int = 8

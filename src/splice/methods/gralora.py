@@ -41,6 +41,8 @@ class GraloraConfig(Targeted):
 
     # The `peft_type` of its checkpoints.
     method: ClassVar[PeftType] = PeftType.GRALORA
+    rank_field = "r"
+    scale_fields = ("alpha", "r", "hybrid_r")
 
     # Rank r of all blocks of a row or column of the grid together, at least 1; `gralora_k` divides it.
     r: int = 32

@@ -41,6 +41,7 @@ class HiraConfig(Targeted):
 
     # The `peft_type` of its checkpoints.
     method: ClassVar[PeftType] = PeftType.HIRA
+    rank_field = "r"
     pattern_fields = MappingProxyType({"rank_pattern": "r"})
 
     # Rank r of B A, at least 1.

@@ -38,6 +38,7 @@ class HRAConfig(Targeted):
 
     # The `peft_type` of its checkpoints.
     method: ClassVar[PeftType] = PeftType.HRA
+    rank_field = "r"
 
     # r, the number of reflections: even, so that they can cancel in pairs at first.
     r: int = 8

@@ -35,6 +35,8 @@ class LilyConfig(Targeted):
 
     # The `peft_type` of its checkpoints.
     method: ClassVar[PeftType] = PeftType.LILY
+    rank_field = "r"
+    scale_fields = ("scaling",)
     # Beside a regular expression as `target_modules`, `layers_to_transform` is no error here; it has no effect.
     index_needs_names: ClassVar[bool] = False
 

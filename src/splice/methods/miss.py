@@ -40,6 +40,7 @@ class MissConfig(Targeted):
 
     # The `peft_type` of its checkpoints.
     method: ClassVar[PeftType] = PeftType.MISS
+    rank_field = "r"
     # Before version 0.20 the method was called so, with fewer fields.
     former_names = frozenset({"BONE"})
 

@@ -34,6 +34,8 @@ class PeanutConfig(Targeted):
 
     # The `peft_type` of its checkpoints.
     method: ClassVar[PeftType] = PeftType.PEANUT
+    rank_field = "r"
+    scale_fields = ("scaling",)
 
     # The width r of the network, at least 1.
     r: int = 32

@@ -38,6 +38,7 @@ class PolyConfig(Targeted):
 
     # The `peft_type` of its checkpoints.
     method: ClassVar[PeftType] = PeftType.POLY
+    rank_field = "r"
 
     # Rank of every skill, at least 1.
     r: int = 8

@@ -43,6 +43,8 @@ class PsoftConfig(Targeted):
 
     # The `peft_type` of its checkpoints.
     method: ClassVar[PeftType] = PeftType.PSOFT
+    rank_field = "r"
+    scale_fields = ("psoft_alpha", "r")
 
     # The number r of singular directions, at least 1 and at most the smaller side of the weight.
     r: int = 32

@@ -30,6 +30,7 @@ class PveraConfig(Targeted):
 
     # The `peft_type` of its checkpoints.
     method: ClassVar[PeftType] = PeftType.PVERA
+    rank_field = "r"
     # Beside a regular expression as `target_modules`, `layers_to_transform` is no error here; it has no effect.
     index_needs_names: ClassVar[bool] = False
 

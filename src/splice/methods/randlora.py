@@ -38,6 +38,8 @@ class RandLoraConfig(Targeted):
 
     # The `peft_type` of its checkpoints.
     method: ClassVar[PeftType] = PeftType.RANDLORA
+    rank_field = "r"
+    scale_fields = ("randlora_alpha", "r")
     # Beside a regular expression as `target_modules`, `layers_to_transform` is no error here; it has no effect.
     index_needs_names: ClassVar[bool] = False
 

@@ -42,6 +42,7 @@ class SupertuningConfig(Targeted):
 
     # The `peft_type` of its checkpoints.
     method: ClassVar[PeftType] = PeftType.SUPERTUNING
+    rank_field = "r"
 
     # Layers to adapt: ends of paths, a regular expression for whole paths, or "all-linear"; None for those that are usual
     # for the base's `model_type`.

@@ -40,6 +40,7 @@ class UniLoraConfig(Targeted):
 
     # The `peft_type` of its checkpoints.
     method: ClassVar[PeftType] = PeftType.UNILORA
+    rank_field = "r"
 
     # Rank r of the factors A and B, at least 1.
     r: int = 4

@@ -135,9 +135,9 @@ def _tree(summary: Summary) -> Tree:
 
 def _said(group: Group) -> str:
     first, count = group.layers[0], len(group.layers)
-    if first.rank is not None:
-        text = f"rank {first.rank}" + ("" if first.scale is None else f", scale {number(first.scale)}")
-    else:
-        text = ", ".join(f"{suffix} {tuple(shape)}" for suffix, shape in first.shapes.items())
+    told = [] if first.rank is None else [f"rank {first.rank}"]
+    told += [] if first.scale is None else [f"scale {number(first.scale)}"]
+    shapes = [f"{suffix} {tuple(shape)}" for suffix, shape in first.shapes.items()]
+    text = ", ".join(told if first.rank is not None else [*told, *shapes])
     kind = "" if first.own else " (of the base)"
     return f"{text}{kind}  {f'{count} x ' if count > 1 else ''}{number(first.parameters)} parameters"

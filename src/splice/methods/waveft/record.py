@@ -35,6 +35,7 @@ class WaveFTConfig(Targeted):
 
     # The `peft_type` of its checkpoints.
     method: ClassVar[PeftType] = PeftType.WAVEFT
+    scale_fields = ("scaling",)
     pattern_fields = MappingProxyType({"n_frequency_pattern": "n_frequency"})
 
     # n, the number of trained coefficients of each layer: at least 1, at most the number of values in its weight.
