@@ -266,6 +266,25 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextmanager
+def _each_line(tell: Callable[[Any], None], only: str | tuple[str, ...]) -> Iterator[None]:
+    """Inside, call `tell` with the frame before each line of code of the files below `only`."""
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(only):
+            return None
+        if event == "line":
+            tell(frame)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+@contextmanager
 def at_line(number: int, happen: Callable[[], None], only: str | tuple[str, ...] = PACKAGE) -> Iterator[list[str]]:
     """Inside, call `happen` before the `number`-th line of code (from 0) of the files below `only` is run.
 
@@ -275,46 +294,24 @@ def at_line(number: int, happen: Callable[[], None], only: str | tuple[str, ...]
     count = 0
     places: list[str] = []
 
-    def trace(frame: Any, event: str, argument: Any) -> Any:
+    def tell(frame: Any) -> None:
         nonlocal count
-        if not frame.f_code.co_filename.startswith(only):
-            return None
-        if event == "line":
-            if count == number:
-                count += 1
-                places.append(
-                    f"{frame.f_code.co_filename.removeprefix(PACKAGE)}:{frame.f_lineno} {frame.f_code.co_name}"
-                )
-                happen()
+        if count == number:
             count += 1
-        return trace
+            places.append(f"{frame.f_code.co_filename.removeprefix(PACKAGE)}:{frame.f_lineno} {frame.f_code.co_name}")
+            happen()
+        count += 1
 
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
+    with _each_line(tell, only):
         yield places
-    finally:
-        sys.settrace(before)
 
 
 def lines_of(run: Callable[[], Any], only: str | tuple[str, ...] = PACKAGE) -> int:
     """How many lines of the files below `only` are executed by `run`."""
-    count = 0
-
-    def trace(frame: Any, event: str, argument: Any) -> Any:
-        nonlocal count
-        if not frame.f_code.co_filename.startswith(only):
-            return None
-        count += event == "line"
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
+    lines: list[None] = []
+    with _each_line(lambda frame: lines.append(None), only):
         run()
-    finally:
-        sys.settrace(before)
-    return count
+    return len(lines)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -331,20 +328,8 @@ def left_at_lines(
     which is lost with it, cannot be read there either.
     """
     states: list[dict[str, bytes]] = []
-
-    def trace(frame: Any, event: str, argument: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(only):
-            return None
-        if event == "line":
-            states.append(files(folder))
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
+    with _each_line(lambda frame: states.append(files(folder)), only):
         run()
-    finally:
-        sys.settrace(before)
     return [*states, files(folder)]
 
 

@@ -37,7 +37,8 @@ def run(
     Of each command that does, some test asks for a `new_process`, as all do that come with an environment.
     """
     command = ["-m", "splice", *map(str, arguments)]
-    if not new_process and not environment and arguments and arguments[0] in _HEAVY:
+    forks = sys.platform != "win32" and not new_process and not environment
+    if forks and arguments and arguments[0] in _HEAVY:
         ended = warm(*command, cwd=cwd, input=input)
     else:
         done = subprocess.run(
