@@ -16,7 +16,7 @@ from torch import nn
 
 import splice
 from splice.selection import BASE, Group
-from splice.surgery import adapted_layer, rows, stacked_rows
+from splice.surgery import rows, stacked_rows
 from tests import bases
 from tests.bases import Base, run
 from tests.comparing import assert_close, differ
@@ -44,7 +44,10 @@ def loaded(
     dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> Any:
-    """A model with an adapter for each config; with slots, the first moves in and all others are read into them."""
+    """A model with an adapter for each config; with slots, the first moves in and all others are read into them.
+
+    Without slots, each tensor is anywhere in memory.
+    """
     configs = configs or {name: config_of() for name in NAMES}
     model: Any = None
     for seed, (name, config) in enumerate(configs.items()):
@@ -55,6 +58,10 @@ def loaded(
                 model.slots(slots, RANK)
         else:
             model.load_adapter(None, name, **given)
+    if slots is None:
+        for name in configs:
+            for parameter in parameters_of(model, name):
+                parameter.data = parameter.data.clone()
     return model
 
 
@@ -73,9 +80,9 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[stacked_rows.Run]:
     """The runs that were computed."""
     seen: list[stacked_rows.Run] = []
 
-    def noted(y: Any, x: Any, stack: Any, run: Any, scales: Any) -> torch.Tensor:
+    def noted(y: Any, x: Any, factors: Any, run: Any, scales: Any) -> torch.Tensor:
         seen.append(run)
-        return stacked_rows.add_run(y, x, stack, run, scales)
+        return stacked_rows.add_run(y, x, factors, run, scales)
 
     monkeypatch.setattr(rows, "add_run", noted)
     return seen
@@ -680,4 +687,3 @@ def test_gaps_are_computed_in_vain_where_it_costs_less() -> None:
 def test_adapted_layers_without_slots_have_no_stack() -> None:
     plain, _ = both()
     assert all(layer.splice_host.stack is None for layer in plain.base_model.adapted.values())
-    assert adapted_layer.add_seated is rows.add_seated

@@ -111,7 +111,9 @@ class SafetensorsFile:
         ]
         # Tensors that lie behind one another are one system call. Most adapters have hundreds of small ones.
         in_file_order = sorted(range(len(names)), key=lambda i: entries[i].offset)
-        runs = [([memory_of(tensors[i]) for i in run], entries[run[0]].offset) for run in _runs(in_file_order, entries)]
+        runs = [
+            (_memory_of_all([tensors[i] for i in run]), entries[run[0]].offset) for run in _runs(in_file_order, entries)
+        ]
 
         def fill() -> None:
             for memory, offset in runs:
@@ -157,7 +159,7 @@ class SafetensorsFile:
 
     def _fill(self, tensors: Sequence[torch.Tensor], offset: int) -> None:
         """Read a run of tensors that lie behind one another, straight into their own memory."""
-        self._fill_memory([memory_of(tensor) for tensor in tensors], offset)
+        self._fill_memory(_memory_of_all(tensors), offset)
 
     def _fill_memory(self, targets: list[memoryview], offset: int) -> None:
         wanted = sum(map(len, targets))
@@ -176,8 +178,26 @@ def _in_words(data: torch.Tensor) -> torch.Tensor:
 
 def memory_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor, to be read or written as bytes; it is only there as long as the tensor is."""
+    return _memory_at(tensor.data_ptr(), tensor.nbytes)
+
+
+def _memory_of_all(tensors: Sequence[torch.Tensor]) -> list[memoryview]:
+    """The memory of contiguous tensors, in their order; where one begins at the end of another, they are one stretch."""
+    stretches: list[list[int]] = []
+    end = 0
+    for tensor in tensors:
+        begin, size = tensor.data_ptr(), tensor.nbytes
+        if stretches and begin == end:
+            stretches[-1][1] += size
+        else:
+            stretches.append([begin, size])
+        end = begin + size
+    return [_memory_at(begin, size) for begin, size in stretches]
+
+
+def _memory_at(address: int, size: int) -> memoryview:
     # By address: `tensor.numpy()` would need numpy, and knows no bfloat16.
-    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+    return memoryview((ctypes.c_char * size).from_address(address)).cast("B")
 
 
 def _stretches(shape: Sequence[int], part: Part) -> tuple[int, list[int]]:
@@ -258,10 +278,15 @@ class TensorsInMemory:
         self.handed: set[int] = set()
 
     def read(self, names: Sequence[str], into: Mapping[str, torch.Tensor] | None = None) -> list[torch.Tensor]:
-        if not self.lends:
-            return [self._owned(self.tensors[name].detach()) for name in names]
         given = {name: tensor for name, tensor in (into or {}).items() if _holds(tensor, self.entries[name])}
-        return [given[name].copy_(self.tensors[name]) if name in given else self.tensors[name] for name in names]
+        found = []
+        for name in names:
+            tensor = self.tensors[name].detach()
+            if name in given and not is_divided(tensor):
+                found.append(given[name].copy_(tensor))
+            else:
+                found.append(tensor if self.lends else self._owned(tensor))
+        return found
 
     def read_part(self, name: str, part: Part) -> torch.Tensor:
         return part_in(whole(self.tensors[name].detach()), part)

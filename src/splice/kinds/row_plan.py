@@ -8,7 +8,9 @@ from typing import NamedTuple
 import torch
 
 from splice.kinds.as_one import Step, find_kin
+from splice.kinds.bundles import Bundles
 from splice.kinds.layer import AdapterLayer
+from splice.kinds.stack import Stack
 from splice.selection import Group, Groups
 
 
@@ -48,10 +50,9 @@ class RowPlan:
         self.names = [group.name for group in groups]
         self.layers = tuple(map(layers.get, self.names))
         there = [(layer, group) for layer, group in zip(self.layers, groups) if layer is not None]
-        # Those that only change what goes into the base layer, or what comes out; and the groups of all others.
+        # Those that only change what goes into the base layer, or what comes out; and all others.
         steps = [] if one_by_one else [step for step in there if _has_two_steps(step[0])]
         others = there if one_by_one else [step for step in there if not _has_two_steps(step[0])]
-        self.others = Groups([group for _, group in others])
         # Of the steps: those that can be computed as one.
         self.kin_steps, self.steps = find_kin(steps)
         # Of the others: those that are no product, and those that are one as long as they tell a scale.
@@ -63,6 +64,9 @@ class RowPlan:
         found = [[layer.registered[suffix] for suffix in layer.stacked_names] for layer, _ in self.products]
         self._places_a = [(a.registry, a.name) for a, _ in found]
         self._places_b = [(b.registry, b.name) for _, b in found]
+        self._groups_of_products = [group for _, group in self.products]
+        # Of the last call.
+        self._bundles: Bundles | None = None
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
@@ -72,21 +76,24 @@ class RowPlan:
         known = self.groups is groups and self.one_by_one is one_by_one
         return known and tuple(map(layers.get, self.names)) == self.layers
 
-    def split(self, left: Sequence[Group]) -> tuple[Parts, Sequence[Step]]:
-        """Of what is `left` of the others: those that can be worked out together now, and those that go one by one."""
-        if not left:
-            return Parts((), (), (), ()), ()
+    def split(self) -> tuple[Parts, Sequence[Step]]:
+        """Of the others: those that can be worked out together now, and those that go one by one."""
         # A list at a time: what is done for each adapter is most of what a mixed batch costs beside its kernels.
         scales = [layer.product_scale() for layer, _ in self.products]
         a = [registry[name] for registry, name in self._places_a]
         b = [registry[name] for registry, name in self._places_b]
-        parts = Parts(a, b, [0.0 if s is None else s for s in scales], [group for _, group in self.products])
-        if left is self.others and None not in scales:
+        parts = Parts(a, b, [0.0 if s is None else s for s in scales], self._groups_of_products)
+        if None not in scales:
             return parts, self.single
-        names = {group.name for group in left}
-        now = [n for n, (_, group) in enumerate(self.products) if scales[n] is not None and group.name in names]
-        rest = [step for step, scale in zip(self.products, scales) if scale is None]
-        return parts.some(now), [step for step in (*self.single, *rest) if step[1].name in names]
+        now = [n for n, scale in enumerate(scales) if scale is not None]
+        return parts.some(now), [*self.single, *(step for step, scale in zip(self.products, scales) if scale is None)]
+
+    def bundles(self, parts: Parts, stack: Stack | None) -> Bundles:
+        """Which of these parts lie at equal distances now, some of them in a stack."""
+        known = self._bundles
+        if known is None or not known.hold(parts.a, parts.b, stack):
+            known = self._bundles = Bundles(parts.a, parts.b, stack)
+        return known
 
 
 def _has_two_steps(layer: AdapterLayer) -> bool:

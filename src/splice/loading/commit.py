@@ -66,7 +66,7 @@ def build_loaded(
             read.update(_read_divided(placement, plan.sources, weights))
         for placement in batch:
             tensors = tensors_for(placement, led) if placement.leaders else {}
-            if placement.layer_class.reads_values or placement.in_file is not None or room:
+            if placement.layer_class.reads_values or placement.in_file is not None:
                 reading.wait()
             item = _build_loaded(
                 placement, plan.sources, read, config, autocast, room, tensors, _shared(built), reading
@@ -149,8 +149,11 @@ def _build_loaded(
                     reading.wait()
                     given = _moved(given, device, dtype, placement, suffix, reading.lent)
                 tensors[suffix] = given
+            elif given is own:
+                tensors[suffix] = own
             else:
-                tensors[suffix] = own if given is own else own.copy_(given)
+                reading.wait()
+                tensors[suffix] = own.copy_(given)
     if BIAS in placement.slots and BIAS not in tensors:
         tensors[BIAS] = _own_bias(placement).to(device)
     if len(tensors) < len(placement.slots):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import NamedTuple, Protocol, cast
 
 import torch
@@ -18,6 +19,7 @@ from splice.base.sharding import divide_again, divided_like
 from splice.checkpoint.parts import read_for
 from splice.config import PeftConfig, copy_config
 from splice.errors import PeftWarning, warn
+from splice.kinds.arena import side_by_side
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.original import original_tensor
 from splice.kinds.reading import Checkpoint
@@ -82,6 +84,17 @@ def without_collections() -> Iterator[None]:
             gc.enable()
 
 
+def _count_as_old() -> None:
+    """Have the garbage collector take all objects that there are for ones that have lived long.
+
+    Otherwise its next two runs would look through all that a load has made, and find nothing. Not for each of many loads: it
+    would take what becomes garbage between them for old as well, which it looks through seldom.
+    """
+    if not gc.get_freeze_count():  # what somebody else has set aside stays so
+        gc.freeze()
+        gc.unfreeze()
+
+
 @without_collections()
 def load_new(
     tuner: Tuner,
@@ -95,7 +108,11 @@ def load_new(
 
     Where the caller asked for it, the base is resized first; `undo` takes that back.
     """
-    return place_new(tuner, plan_new(tuner, checkpoint, options, heads, undo), options, freeze_base, undo)
+    is_first = not tuner.placed
+    loaded = place_new(tuner, plan_new(tuner, checkpoint, options, heads, undo), options, freeze_base, undo)
+    if is_first:
+        _count_as_old()
+    return loaded
 
 
 @without_collections()
@@ -191,12 +208,37 @@ def load_into(tuner: Tuner, checkpoint: Checkpoint, options: LoadOptions, undo: 
 
 
 def _room(tuner: Tuner, found: Fitted, options: LoadOptions, undo: Undo) -> Mapping[Where, torch.Tensor]:
-    """Memory of the slots that are reserved, for what fits into one that is free."""
-    reserved, name, plan = tuner.reserved_slots, options.adapter_name, found.plan
-    if reserved is None:
-        return {}
-    undo.also(lambda: reserved.release(name))
-    return reserved.room_for(name, plan.placements, {follower.leader for follower in plan.followers}, options.autocast)
+    """Memory for factors that mixed batches read together: of a slot where some are reserved, or beside adapters like it."""
+    reserved, name, plan, room = tuner.reserved_slots, options.adapter_name, found.plan, dict[Where, torch.Tensor]()
+    shared = {follower.leader for follower in plan.followers}
+    if reserved is not None:
+        undo.also(lambda: reserved.release(name))
+        room = reserved.room_for(name, plan.placements, shared, options.autocast)
+    # The first adapter of a network has none beside it.
+    return room if room or not tuner.placed else _room_beside(found, shared, options.autocast)
+
+
+def _room_beside(found: Fitted, shared: Container[str], autocast: bool) -> Mapping[Where, torch.Tensor]:
+    """Memory at an equal distance from adapters whose factors have the same shapes, for those of layers on the CPU."""
+    plan, entries = found.plan, found.checkpoint.weights.entries
+    own = [
+        p
+        for p in plan.placements
+        if p.is_product and not p.leaders and p.path not in shared and device_of(p.base).type == "cpu"
+    ]
+    pieces = [
+        (
+            entries[plan.sources[p.keys[suffix]]].offset,
+            (p.path, suffix),
+            (torch.Size(slot.shape), p.dtype(suffix, autocast)),
+        )
+        for p in own
+        for suffix, slot in p.slots.items()
+        if p.keys[suffix] in plan.sources
+    ]
+    # As they lie in the file, which is then read in one go.
+    pieces.sort(key=itemgetter(0))
+    return dict(zip((where for _, where, _ in pieces), side_by_side(tuple(layout for _, _, layout in pieces)) or ()))
 
 
 def _check_reaches(found: Fitted, name: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -29,7 +29,7 @@ from splice.surgery.reading import publish_tensors
 from splice.surgery.registering import called_through
 from splice.surgery.replaced_forward import IN_REPLACED, around_replaced, running
 from splice.surgery.replacing import BASE_NAMES, replace_base
-from splice.surgery.rows import add_by_seats, add_products, add_seated
+from splice.surgery.rows import add_by_seats, add_products
 from splice.surgery.spellings import check_spellings, plain_name
 from splice.surgery.two_steps import adding, entering, leaving, put, taken
 
@@ -60,10 +60,15 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
         host.reached = True
         # The tree may have a trained bias in the place of the base's; whoever is selected shows it again.
         shown = host.displaced if host.displaced and host.shows_displaced else _NONE
-        # Not by `reading_as`: a generator would be most of what this costs.
-        computing.stack = (*before, (host, shown))
+        # Not by `reading_as`: a generator would be most of what this costs. And `(*before, ...)` takes twice as long.
+        computing.stack = before + ((host, shown),)  # noqa: RUF005
         try:
-            return self._forward_choice(run, host, host.selection.current(), *args, **kwargs)
+            choice = host.selection.current()
+            if choice.rows is not None or len(choice.names) != 1 or host.merged or host.shows or host.hooked:
+                return self._forward_choice(run, host, choice, *args, **kwargs)
+            # What nearly every call is, with nothing in between.
+            layer = host.layers.get(choice.names[0])
+            return (run if layer is None else layer.wrapped(run))(*args, **kwargs)
         finally:
             computing.stack = before
 
@@ -83,7 +88,7 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
         for name in choice.names if len(choice.names) < 2 else in_order(host.layers, choice.names):
             layer = host.layers.get(name)
             if layer is not None and name not in host.merged:
-                run = self._outside(layer, run)
+                run = self._outside(layer, run) if layer.shows or host.hooked else layer.wrapped(run)
         return run(*args, **kwargs)
 
     def _outside(self, layer: AdapterLayer, inner: Forward) -> Forward:
@@ -144,23 +149,15 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
             y, written = y.clone(), True  # what the base gave may be its input, or kept for a backward
             leaving(y, plan)
             adding(y, x, plan)
-        left: Sequence[Group] = plan.others
-        # With gradients each parameter is used itself: a backward would not notice that a slot got other values since. So it
-        # is in a graph that is compiled for these names: addresses, by which a slot is known, are none there.
-        if (
-            host.stack is not None
-            and not host.hooked
-            and not torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
-        ):
-            before = y
-            y, left = add_seated(y, x, plan.others, host.layers, host.stack)
-            written |= y is not before
-        together, single = plan.split(left)
+        together, single = plan.split()
         if together.groups:
+            # With gradients each parameter is used itself: a backward would not notice that its place got other values since.
+            # So it is in a graph that is compiled for these names: addresses, by which places are known, are none there.
+            looks = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            bundles = plan.bundles(together, host.stack) if looks else None
             # Of the class itself and not of its heirs: they may keep what they give, or give what they got.
             is_own = written or (host.original is nn.Linear and host.own_forward is None)
-            y, written = add_products(y, x, together, is_own), True
+            y, written = add_products(y, x, together, is_own, bundles, groups.ways), True
         for layer, group in single:
             base_rows = taken(y, group)
             reuse = layer.keeps_input and not layer.shows

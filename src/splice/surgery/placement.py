@@ -88,6 +88,12 @@ class Placement:
             cast(type[LaidOut], self.layer_class).initialise_in(self.layout, self.path, tensors, self.base, config)
 
     @property
+    def is_product(self) -> bool:
+        """Whether its tensors are the factors of a plain product; those of many adapters may be read together."""
+        names = self.layer_class.stacked_names
+        return bool(names) and self.slots.keys() == set(names)
+
+    @property
     def leader(self) -> str:
         """The path of the layer all of whose tensors it shares; empty for all but followers."""
         if not self.leaders or len(self.leaders) < len(self.slots):

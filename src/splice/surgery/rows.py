@@ -1,26 +1,36 @@
 """A batch whose rows use different adapters, on one layer: the base once for all rows, every adapter for its own.
 
-Updates that are a plain product `B A` (LoRA on linear layers) are worked out together: their factors are stacked, and two
-batched products take the place of two products for every adapter. Everything else goes adapter by adapter.
+Updates that are a plain product `B A` (LoRA on linear layers) are worked out together: two batched products take the place
+of two products for every adapter, where their factors lie at equal distances or are stacked. Everything else goes adapter by
+adapter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
+from splice.kinds.bundles import Bundle, Bundles
 from splice.kinds.effect import Factors
-from splice.kinds.layer import AdapterLayer
 from splice.kinds.row_plan import Parts
-from splice.kinds.stack import Stack
-from splice.selection import Group, Groups
+from splice.selection import Group
 from splice.surgery.stacked_rows import Way, add_by_seats, add_run, find_way
 
-__all__ = ["add_alike", "add_by_seats", "add_products", "add_seated"]
+__all__ = ["add_alike", "add_by_seats", "add_products"]
+
+# As `Groups.ways`.
+Ways = dict[tuple[int, ...], object]
 
 
-def add_products(y: torch.Tensor, x: torch.Tensor, parts: Parts, is_own: bool = False) -> torch.Tensor:
+def add_products(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    parts: Parts,
+    is_own: bool = False,
+    bundles: Bundles | None = None,
+    ways: Ways | None = None,
+) -> torch.Tensor:
     """`y` with `scale * B A x` added to the rows of each part.
 
     Args:
@@ -28,55 +38,54 @@ def add_products(y: torch.Tensor, x: torch.Tensor, parts: Parts, is_own: bool = 
         x: (rows, ..., in).
         parts: what is added, and to which rows.
         is_own: whether nobody else has `y`, so that it may be changed where there are no gradients; else it is not.
+        bundles: those of the parts that lie at equal distances; None where nobody may look at addresses.
+        ways: what other layers of this call have found out about them.
     """
+    if bundles is not None and bundles.found:
+        y, alone = _add_bundles(y, x, parts, is_own, bundles, {} if ways is None else ways)
+        if not alone:
+            return y
+        parts, is_own = parts.some(alone), True
     if x.device.type == "cpu":
         # On a CPU stacking the factors would cost more than it saves: that writes, and reads again, all their bytes.
         return _add_sorted(y, x, parts) if torch.is_grad_enabled() else _add_in_place(y, x, parts, is_own)
     return add_alike(y, x, parts)
 
 
-def add_seated(
-    y: torch.Tensor, x: torch.Tensor, groups: Groups, layers: Mapping[str, AdapterLayer], stack: Stack
-) -> tuple[torch.Tensor, Sequence[Group]]:
-    """`y` with the updates added that cost least where they lie in the stack, and the groups that have none of these.
-
-    `y` is not changed.
-
-    Args:
-        y: (rows, ..., out).
-        x: (rows, ..., in).
-        groups: all of the batch; they keep what is found out here for the next layer.
-        layers: by adapter name.
-        stack: where the factors of some lie.
-    """
-    others: list[Group] = []
-    seated: list[Group] = []
-    numbers: list[int] = []
-    scales: list[float] = []
-    for group in groups:
-        layer = layers.get(group.name)
-        number = -1 if layer is None else stack.find(group.name, layer)
-        scale = None if number < 0 or layer is None else layer.product_scale()
-        if scale is None:
-            others.append(group)
-        else:
-            seated.append(group)
-            numbers.append(number)
-            scales.append(scale)
+def _add_bundles(
+    y: torch.Tensor, x: torch.Tensor, parts: Parts, is_own: bool, bundles: Bundles, ways: Ways
+) -> tuple[torch.Tensor, Sequence[int]]:
+    """`y` with the parts added that cost least where they lie, and which are left; arguments as of `add_products`."""
+    alone = list(bundles.alone)
     # (rows, tokens, size)
     xs, ys = x.reshape(len(x), -1, x.shape[-1]), y.reshape(len(y), -1, y.shape[-1])
     tokens = xs.shape[1]
-    key = (tokens, *numbers)
-    way = groups.ways.get(key)
+    for bundle in bundles.found:
+        way = _way(bundle, parts, len(x), tokens, ways)
+        alone += [bundle.numbers[index] for index in way.alone]
+        if not way.runs:
+            continue
+        factors, scales = bundle.factors(), [parts.scales[number] for number in bundle.numbers]
+        for run in way.runs:
+            if run.rows is not None and not is_own:  # what the base gave may be its input, or kept by somebody
+                ys = ys.clone(memory_format=torch.contiguous_format)
+            ys, is_own = add_run(ys, xs, factors, run, scales), True
+    return ys.view(y.shape), alone
+
+
+def _way(bundle: Bundle, parts: Parts, batch: int, tokens: int, ways: Ways) -> Way:
+    """How the rows of a bundle are computed: as before, or as another layer of the call has found it out, or anew."""
+    way = bundle.ways.get(tokens)
+    if isinstance(way, Way):
+        return way
+    groups = [parts.groups[number] for number in bundle.numbers]
+    # The groups live as long as what they are the keys of.
+    key = (tokens, *map(id, groups), *bundle.places)
+    way = ways.get(key)
     if not isinstance(way, Way):
-        way = groups.ways[key] = find_way(list(zip(seated, numbers)), len(x), tokens)
-    if not way.runs:
-        return y, groups
-    if way.runs[0].rows is not None:  # what the base gave may be its input, or kept for a backward
-        ys = ys.clone(memory_format=torch.contiguous_format)
-    for run in way.runs:
-        ys = add_run(ys, xs, stack, run, scales)
-    return ys.view(y.shape), others + [seated[index] for index in way.alone]
+        way = ways[key] = find_way(list(zip(groups, bundle.places)), batch, tokens)
+    bundle.ways[tokens] = way
+    return way
 
 
 def add_alike(y: torch.Tensor, x: torch.Tensor, parts: Parts) -> torch.Tensor:
@@ -102,9 +111,13 @@ def _add_in_place(y: torch.Tensor, x: torch.Tensor, parts: Parts, is_own: bool) 
         and {x.dtype, y.dtype, *[a.dtype for a in parts.a]} == {torch.float32}
     ):
         # One vector for each adapter: products with vectors cost a fifth less than those with matrices of one row.
-        inputs, outputs, product = xs.flatten(0, 1).unbind(), ys.flatten(0, 1).unbind(), torch.mv
-        for row, a, b, scale in zip(rows, parts.a, parts.b, parts.scales):
-            outputs[row].addmv_(b, product(a, inputs[row]), alpha=scale)
+        x_rows, y_rows = xs.flatten(0, 1), ys.flatten(0, 1)
+        # Taken apart at once each row costs half, and as much for one row as for all.
+        few = 2 * len(rows) <= len(xs)
+        inputs = [x_rows[row] for row in rows] if few else [*map(x_rows.unbind().__getitem__, rows)]
+        outputs = [y_rows[row] for row in rows] if few else [*map(y_rows.unbind().__getitem__, rows)]
+        for own, out_row, a, b, scale in zip(inputs, outputs, parts.a, parts.b, parts.scales):
+            out_row.addmv_(b, torch.mv(a, own), alpha=scale)
         return out
     for a, b, scale, group in zip(*parts):
         _add_rows(ys, xs, Factors(a, b, scale), group)

@@ -1,4 +1,4 @@
-"""Rows of a batch whose adapters lie in one stack: two batched products for neighbouring slots, and nothing is copied."""
+"""Rows of a batch whose adapters lie at equal distances: two batched products for neighbours, and nothing is copied."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from splice.kinds.bundles import Stacked
 from splice.kinds.stack import Stack
 from splice.selection import Group
 
@@ -33,6 +34,7 @@ class Run:
             where they are all rows of the batch in their order.
         used: which of these are not in vain, (n); None for all.
         target: the rows of the batch that they are; None where `rows` is.
+        span: the first of these and the one behind the last, where they are neighbours in this order; None of others.
         seats: the slot of each row of the batch, where all of them are here in another order than that of the slots.
     """
 
@@ -42,6 +44,7 @@ class Run:
     rows: torch.Tensor | None
     used: torch.Tensor | None
     target: torch.Tensor | None
+    span: tuple[int, int] | None = None
     seats: torch.Tensor | None = None
 
 
@@ -110,25 +113,28 @@ def _run(part: Sequence[int], seated: Sequence[Seated], batch: int) -> Run:
     if len(target) == batch:
         slot_of = {row: seated[index][1] for index in part for row in seated[index][0].rows}
         seats = torch.tensor([slot_of[row] for row in range(batch)], device=device)
-    return Run(first, end, groups, torch.tensor(rows, device=device), used, torch.tensor(target, device=device), seats)
+    span = (target[0], target[-1] + 1) if rows == list(range(target[0], target[-1] + 1)) else None
+    target_rows = torch.tensor(target, device=device)
+    return Run(first, end, groups, torch.tensor(rows, device=device), used, target_rows, span, seats)
 
 
-def add_run(y: torch.Tensor, x: torch.Tensor, stack: Stack, run: Run, scales: Sequence[float]) -> torch.Tensor:
+def add_run(y: torch.Tensor, x: torch.Tensor, factors: Stacked, run: Run, scales: Sequence[float]) -> torch.Tensor:
     """`y` with the updates of one run; it is changed, unless the run has all rows: then the result is a new tensor.
 
     Args:
         y: (rows, tokens, out).
         x: (rows, tokens, in).
-        stack: with the factors.
+        factors: of all slots.
         run: which slots and rows.
         scales: of the groups that the run's numbers mean.
     """
-    if run.seats is not None and x.shape[1] >= stack.a.shape[1]:
-        return _add_row_by_row(y, x, stack, run, scales)
     # (slots, r, in), (slots, out, r)
-    a, b = stack.a[run.first : run.end], stack.b[run.first : run.end]
+    a, b = factors
+    if run.seats is not None and x.shape[1] >= a.shape[1]:
+        return _add_row_by_row(y, x, factors, run, scales)
+    a, b = a[run.first : run.end], b[run.first : run.end]
     slots = run.end - run.first
-    given, before = (x, y) if run.rows is None else (x.index_select(0, run.rows), y.index_select(0, run.rows))
+    given, before = _rows_of(run, x), _rows_of(run, y)
     given = given if given.dtype is a.dtype else given.to(a.dtype)
     # (slots, rows of each * tokens, r)
     hidden = torch.bmm(given.reshape(slots, -1, given.shape[-1]), a.transpose(1, 2))
@@ -137,21 +143,33 @@ def add_run(y: torch.Tensor, x: torch.Tensor, stack: Stack, run: Run, scales: Se
         each = [scales[group] if group >= 0 else 0.0 for group in run.groups]
         hidden, alpha = hidden * torch.tensor(each, dtype=hidden.dtype, device=hidden.device).view(-1, 1, 1), 1.0
     flat = before.reshape(slots, -1, before.shape[-1])
-    if hidden.dtype is y.dtype:
-        after = torch.baddbmm(flat, hidden, b.transpose(1, 2), alpha=alpha)
-    else:  # the sum in the wider dtype, rounded once
+    if hidden.dtype is not y.dtype:  # the sum in the wider dtype, rounded once
         after = torch.add(flat, torch.bmm(hidden, b.transpose(1, 2)), alpha=alpha).to(y.dtype)
+    elif run.span is not None:
+        flat.baddbmm_(hidden, b.transpose(1, 2), alpha=alpha)
+        return y
+    else:
+        after = torch.baddbmm(flat, hidden, b.transpose(1, 2), alpha=alpha)
     after = after.view(before.shape)
     if run.target is None:
         return after
     return y.index_copy_(0, run.target, after if run.used is None else after.index_select(0, run.used))
 
 
-def _add_row_by_row(y: torch.Tensor, x: torch.Tensor, stack: Stack, run: Run, scales: Sequence[float]) -> torch.Tensor:
+def _rows_of(run: Run, tensor: torch.Tensor) -> torch.Tensor:
+    """The rows of a run, slot by slot; neighbours are no copy."""
+    if run.span is not None:
+        return tensor[run.span[0] : run.span[1]]
+    return tensor if run.rows is None else tensor.index_select(0, run.rows)
+
+
+def _add_row_by_row(
+    y: torch.Tensor, x: torch.Tensor, factors: Stacked, run: Run, scales: Sequence[float]
+) -> torch.Tensor:
     """The same for all rows of the batch, each with factors of its own: with many tokens these are less to copy than rows."""
     assert run.seats is not None
     # (rows, r, in), (rows, out, r)
-    a, b = stack.a.index_select(0, run.seats), stack.b.index_select(0, run.seats)
+    a, b = (stacked.index_select(0, run.seats) for stacked in factors)
     hidden = torch.bmm(x if x.dtype is a.dtype else x.to(a.dtype), a.transpose(1, 2))
     alpha = scales[max(run.groups)]
     if len(set(scales)) > 1:

@@ -96,10 +96,9 @@ class Stacks:
 
     def seats(self, placement: Placement, shared: Container[str]) -> bool:
         """Whether a layer to be is of the kind and rank that a slot has room for; `shared` as in `room_for`."""
-        names = placement.layer_class.stacked_names
-        if not names or set(placement.slots) != set(names) or placement.path in shared:
+        if not placement.is_product or placement.path in shared:
             return False
-        return placement.slots[names[0]].shape[0] <= self.rank
+        return placement.slots[placement.layer_class.stacked_names[0]].shape[0] <= self.rank
 
     @property
     def nbytes(self) -> int:

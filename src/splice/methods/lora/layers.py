@@ -153,14 +153,26 @@ class LoraLinear(OnLinear):
         self._is_product = b["bias"] is None and not self.shows
 
     def around(self, x: torch.Tensor, inner: Forward) -> torch.Tensor:
-        scale = self.scale
-        if (self.dropout and self.training) or isinstance(scale, torch.Tensor):
-            return super().around(x, inner)
+        found: torch.Tensor = self.wrapped(inner)(x)
+        return found
+
+    def wrapped(self, inner: Forward) -> Forward:
+        scale = self.__dict__["scale"]
+        if type(scale) is not float or (self.dropout and self.training):
+            around = super().around
+            return lambda x: around(x, inner)
         a, b = self._held
-        y: torch.Tensor = inner(x)
-        weight = a["weight"]
-        out = torch.add(y, F.linear(F.linear(cast_to(x, weight), weight), b["weight"], b["bias"]), alpha=scale)
-        return out if out.dtype is y.dtype else out.to(y.dtype)
+
+        # In one function, with nothing called but what computes.
+        def run(x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = inner(x)
+            weight = a["weight"]
+            if x.dtype is not weight.dtype or weight.is_meta:
+                x = cast_to(x, weight)
+            out = torch.add(y, F.linear(F.linear(x, weight), b["weight"], b["bias"]), alpha=scale)
+            return out if out.dtype is y.dtype else out.to(y.dtype)
+
+        return run
 
     @property
     def scale(self) -> float | torch.Tensor:
@@ -182,7 +194,8 @@ class LoraLinear(OnLinear):
         return Factors(a["weight"], b["weight"], scale)
 
     def product_scale(self) -> float | None:
-        scale = self.scale
+        # Not `self.scale`: a mixed batch asks this of every adapter on every layer.
+        scale: float | torch.Tensor = self.__dict__["scale"]
         if not self._is_product or (self.dropout and self.training) or isinstance(scale, torch.Tensor):
             return None
         return scale
