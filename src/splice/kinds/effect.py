@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import nn
 
+from splice.kinds.scale import Rescaled
 from splice.selection import Rows
 
 # A call of the base layer, or of the next adapter layer in. It takes what the base layer's forward takes, and gives what
@@ -138,3 +139,10 @@ class Effect:
     def conflict(self, other: Effect) -> str:
         """Why this one and that of another adapter on the same layer cannot take effect together; empty if they can."""
         return ""
+
+
+def note_rescaled(layer: Effect) -> None:
+    """Tell whoever keeps the scale of a layer that it may be another one now."""
+    Rescaled.note()
+    if layer.stack is not None:
+        layer.stack.rescaled(layer)

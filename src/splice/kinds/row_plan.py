@@ -10,6 +10,7 @@ import torch
 from splice.kinds.as_one import Step, find_kin
 from splice.kinds.bundles import Bundles
 from splice.kinds.layer import AdapterLayer
+from splice.kinds.scale import Rescaled
 from splice.kinds.stack import Stack
 from splice.selection import Group, Groups
 
@@ -32,6 +33,9 @@ class Parts(NamedTuple):
         return Parts(
             [a[n] for n in numbers], [b[n] for n in numbers], [scales[n] for n in numbers], [groups[n] for n in numbers]
         )
+
+
+_NO_PARTS = Parts((), (), (), ())
 
 
 class RowPlan:
@@ -65,7 +69,8 @@ class RowPlan:
         self._places_a = [(a.registry, a.name) for a, _ in found]
         self._places_b = [(b.registry, b.name) for _, b in found]
         self._groups_of_products = [group for _, group in self.products]
-        # Of the last call.
+        # Of the last call: the scales, behind the last change of any before them; None where they have to be asked again.
+        self._known_scales: tuple[object, list[float | None]] = (None, [])
         self._bundles: Bundles | None = None
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
@@ -78,8 +83,10 @@ class RowPlan:
 
     def split(self) -> tuple[Parts, Sequence[Step]]:
         """Of the others: those that can be worked out together now, and those that go one by one."""
+        if not self.products:
+            return _NO_PARTS, self.single
         # A list at a time: what is done for each adapter is most of what a mixed batch costs beside its kernels.
-        scales = [layer.product_scale() for layer, _ in self.products]
+        scales = self._scales()
         a = [registry[name] for registry, name in self._places_a]
         b = [registry[name] for registry, name in self._places_b]
         parts = Parts(a, b, [0.0 if s is None else s for s in scales], self._groups_of_products)
@@ -87,6 +94,18 @@ class RowPlan:
             return parts, self.single
         now = [n for n, scale in enumerate(scales) if scale is not None]
         return parts.some(now), [*self.single, *(step for step, scale in zip(self.products, scales) if scale is None)]
+
+    def _scales(self) -> list[float | None]:
+        # A compiled graph is made of what is there: that somebody sets some scale is no reason to make it again.
+        if torch.compiler.is_compiling():
+            return [layer.product_scale() for layer, _ in self.products]
+        last = Rescaled.last
+        known, scales = self._known_scales
+        # In training features may be dropped, and the probability is anybody's to set.
+        if known is not last or self.products[0][0].training:
+            scales = [layer.product_scale() for layer, _ in self.products]
+            self._known_scales = None if None in scales else last, scales
+        return scales
 
     def bundles(self, parts: Parts, stack: Stack | None) -> Bundles:
         """Which of these parts lie at equal distances now, some of them in a stack."""

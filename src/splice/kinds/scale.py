@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
 
 # A tensor has no dimensions. Numbers are faster, and a compiled graph is made for one value of them.
 Scale: TypeAlias = float | torch.Tensor
+
+
+class Rescaled:
+    """What tells whether a scale may have changed: whoever sets one on a layer that computes says so."""
+
+    # Another object each time, so that no two changes can be taken for one.
+    last: ClassVar[object] = object()
+
+    @classmethod
+    def note(cls) -> None:
+        """Note that a scale has been set."""
+        cls.last = object()
 
 
 def add_scaled(y: torch.Tensor, update: torch.Tensor, scale: Scale) -> torch.Tensor:

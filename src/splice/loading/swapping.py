@@ -14,6 +14,7 @@ from splice.checkpoint.keys import PREFIX, format_key
 from splice.checkpoint.tensors import TensorsInMemory
 from splice.config import PeftConfig, copy_config
 from splice.errors import AdapterMismatchError, UnsupportedFeatureError, warn
+from splice.kinds.effect import note_rescaled
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.reading import Checkpoint
 from splice.kinds.registry import all_methods, method_of
@@ -170,8 +171,7 @@ class _Kept(NamedTuple):
     def put_back(self) -> None:
         """Make it so again."""
         vars(self.layer).update(self.numbers)
-        if self.layer.stack is not None:
-            self.layer.stack.rescaled(self.layer)
+        note_rescaled(self.layer)
         for attribute, value in self.values.items():
             vars(self.layer)[attribute].copy_(value)
         for suffix, (tensor, value) in self.tensors.items():

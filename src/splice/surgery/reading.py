@@ -18,11 +18,12 @@ from types import CodeType, FrameType, MethodType
 import torch
 from torch import nn
 
+from splice.base.bare import HOST
 from splice.base.dense import in_linear_layout
 from splice.base.foreign_models import READ_THE_REGISTERED, forward_places, is_called_from, is_hooked
 from splice.base.weight_access import dense_tensors, is_plain
 from splice.kinds.computing import computing, reading_as
-from splice.kinds.host import Host, host_of, in_order
+from splice.kinds.host import Host, in_order
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.module_copy import WholeModule
 from splice.surgery.unmade import Unmade
@@ -51,14 +52,17 @@ class OwnTensor:
     def __get__(self, layer: nn.Module | None, owner: type) -> object:
         if layer is None:
             return self
-        name, host = self.name, host_of(layer)
-        if name not in layer._parameters:
+        name, parameters = self.name, layer._parameters
+        if name not in parameters:
             raise AttributeError(name)  # and then torch looks in its other registries
-        own = layer._parameters[name]
+        own, host, running = parameters[name], layer.__dict__.get(HOST), computing.stack
+        # As nearly always, when the layer computes and nothing stands in for its own: a decode step asks some times a layer.
+        if len(running) == 1 and running[0][0] is host and not running[0][1]:
+            return own
         if host is None:
             return own
         its_own = False
-        for of, tensors in reversed(computing.stack):
+        for of, tensors in reversed(running):
             if of is host:
                 if name in tensors:
                     return tensors[name]

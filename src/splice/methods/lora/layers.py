@@ -24,7 +24,7 @@ from splice.errors import UnsupportedFeatureError
 from splice.kinds.additive import Additive
 from splice.kinds.casting import cast_to
 from splice.kinds.convolution import as_convolution, convolve
-from splice.kinds.effect import Factors, Forward
+from splice.kinds.effect import Factors, Forward, note_rescaled
 from splice.kinds.matching import value_for
 from splice.kinds.slot import Slot
 from splice.kinds.tensors import Held, Registry
@@ -183,8 +183,7 @@ class LoraLinear(OnLinear):
     @scale.setter
     def scale(self, value: float | torch.Tensor) -> None:
         self.__dict__["scale"] = value
-        if self.stack is not None:
-            self.stack.rescaled(self)
+        note_rescaled(self)
 
     def factors(self) -> Factors | None:
         scale = self.scale
