@@ -198,14 +198,26 @@ def test_memory_is_given_back_when_the_last_tensor_goes() -> None:
     assert all(item is not None and item.number != place.number for item in places_of(model, "new"))
     values = [value for _, value in held]
     del held
+    model.delete_adapter(NAMES[1])  # the memory of the last one that went is kept for the next
     gc.collect()
     block = torch.frombuffer(place.chunk.block(place.number), dtype=torch.uint8)
     assert not block.any() and any(value.any() for value in values)
     del block
     model.load_adapter(None, "newest", config=config_of(), tensors=state_of(config_of(), 6))
     assert places_of(model, "newest")[0] not in (None, *(places_of(model, name)[0] for name in (*NAMES[3:], "new")))
-    names = [NAMES[1], "newest", *NAMES[3:], "new"]
+    names = [NAMES[0], "newest", *NAMES[3:], "new"]
     assert_close(run(model, INPUTS, adapter_names=names), row_by_row(model, names, INPUTS))
+
+
+def test_who_loads_and_deletes_in_turns_gets_the_same_memory() -> None:
+    model = loaded()
+    model.delete_adapter(NAMES[3])
+    place = places_of(model, NAMES[4])[0]
+    for number in range(3):
+        model.load_adapter(None, NAMES[3], config=config_of(), tensors=state_of(config_of(), number))
+        found = places_of(model, NAMES[3])[0]
+        assert place is not None and found == place._replace(number=place.number - 1)
+        model.delete_adapter(NAMES[3])
 
 
 def test_nothing_is_left_of_a_model() -> None:

@@ -22,6 +22,8 @@ _ALIGNED = 64
 # How many blocks a chunk has at least and at most, and of how many bytes it is in between. What nobody has written to is
 # address space, and no memory.
 _LEAST, _MOST, _BYTES = 4, 64, 1 << 28
+# Of so many bytes a block is small.
+_SMALL = 1 << 25
 
 
 # Shape and dtype of each tensor of an adapter, in their order.
@@ -105,12 +107,18 @@ class Arena:
         # A heap of the blocks that nobody uses: the number of the chunk, and the block's. The lowest are taken first, so that
         # those in use are neighbours.
         self._free: list[tuple[int, int]] = []
+        # The block that was given back last, where it is small: whoever loads and deletes in turns gets its memory as it is,
+        # and the system need not take it and give it again, page by page.
+        self._kept: list[tuple[int, int]] = []
 
     def tensors(self) -> list[torch.Tensor] | None:
         """Memory for all tensors of an adapter, in their order, with any values; None where there is no room."""
-        if not self._free and not self._grow():
+        if not self._kept and not self._free and not self._grow():
             return None
-        place = heappop(self._free)
+        try:
+            place = self._kept.pop()
+        except IndexError:
+            place = heappop(self._free)
         block = self._chunks[place[0]].block(place[1])
         # It keeps this arena as long as a block is in use. Not at the end of the program: tensors may be in use for longer
         # than finalizers are waited with.
@@ -134,9 +142,12 @@ class Arena:
         return True
 
     def _give_back(self, place: tuple[int, int]) -> None:
-        # In whatever thread, at any time.
-        self._chunks[place[0]].give_back(place[1])
-        heappush(self._free, place)
+        # In whatever thread, at any time: each step is one that nothing comes into the middle of.
+        self._kept.append(place)
+        if len(self._kept) > 1 or self._size > _SMALL:
+            chunk, number = last = self._kept.pop(0)
+            self._chunks[chunk].give_back(number)
+            heappush(self._free, last)
 
 
 _lock = RLock()

@@ -130,8 +130,11 @@ def add_run(y: torch.Tensor, x: torch.Tensor, factors: Stacked, run: Run, scales
     """
     # (slots, r, in), (slots, out, r)
     a, b = factors
-    if run.seats is not None and x.shape[1] >= a.shape[1]:
-        return _add_row_by_row(y, x, factors, run, scales)
+    if run.target is not None and run.span is None and x.shape[1] >= a.shape[1]:
+        if run.seats is not None:
+            return _add_row_by_row(y, x, factors, run, scales)
+        if x.device.type == "cpu":  # on others many small products cost more than copies
+            return _add_one_by_one(y, x, factors, run, scales)
     a, b = a[run.first : run.end], b[run.first : run.end]
     slots = run.end - run.first
     given, before = _rows_of(run, x), _rows_of(run, y)
@@ -178,6 +181,26 @@ def _add_row_by_row(
     if hidden.dtype is y.dtype:
         return torch.baddbmm(y, hidden, b.transpose(1, 2), alpha=alpha)
     return torch.add(y, torch.bmm(hidden, b.transpose(1, 2)), alpha=alpha).to(y.dtype)
+
+
+def _add_one_by_one(
+    y: torch.Tensor, x: torch.Tensor, factors: Stacked, run: Run, scales: Sequence[float]
+) -> torch.Tensor:
+    """The same for some of the rows: with many tokens a product each costs less than copies of the rows."""
+    assert run.rows is not None
+    a, b = factors
+    rows, each = run.rows.tolist(), len(run.rows) // len(run.groups)
+    for number, group in enumerate(run.groups):
+        if group < 0:
+            continue
+        own_a, own_b = a[run.first + number], b[run.first + number]
+        for row in rows[number * each : (number + 1) * each]:
+            hidden = torch.mm(x[row] if x.dtype is own_a.dtype else x[row].to(own_a.dtype), own_a.t())
+            if hidden.dtype is y.dtype:
+                y[row].addmm_(hidden, own_b.t(), alpha=scales[group])
+            else:
+                y[row] = torch.add(y[row], torch.mm(hidden, own_b.t()), alpha=scales[group]).to(y.dtype)
+    return y
 
 
 def add_by_seats(y: torch.Tensor, x: torch.Tensor, seats: torch.Tensor, stack: Stack) -> torch.Tensor:
