@@ -170,6 +170,22 @@ def test_lower_ranks_in_the_same_place_are_noticed() -> None:
     assert differ(found[3], before[3]) and torch.equal(found[1], before[1])
 
 
+def test_calls_that_are_mapped_over_parameters() -> None:
+    """Inside `torch.func` parameters are stand-ins, which are nowhere in memory."""
+    model = loaded()
+    own = dict(model.named_parameters())
+
+    def call(factor: torch.Tensor) -> torch.Tensor:
+        scaled = {name: p * factor if "lora_B" in name else p for name, p in own.items()}
+        out: torch.Tensor = torch.func.functional_call(model, scaled, (), {**INPUTS, "adapter_names": NAMES}).logits
+        return out
+
+    with torch.no_grad():
+        found = torch.func.vmap(call)(torch.tensor([1.0, 2.0]))
+    assert_close(found[0], run(model, INPUTS, adapter_names=NAMES))
+    assert differ(found[1], found[0])
+
+
 def test_training_one_of_them() -> None:
     model = loaded()
     model.set_adapter(NAMES[2])

@@ -34,6 +34,8 @@ from splice.surgery.spellings import check_spellings, plain_name
 from splice.surgery.two_steps import adding, entering, leaving, put, taken
 
 _NONE: Mapping[str, torch.Tensor] = {}
+# Whether a function of `torch.func` is at work.
+_maps_functions = torch._C._are_functorch_transforms_active
 _ONE_TENSOR = "{}: `adapter_names` needs layers that take one tensor and give one tensor"
 
 
@@ -153,7 +155,8 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
         if together.groups:
             # With gradients each parameter is used itself: a backward would not notice that its place got other values since.
             # So it is in a graph that is compiled for these names: addresses, by which places are known, are none there.
-            looks = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            # Nor are they where `torch.func` maps a call over parameters.
+            looks = not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not _maps_functions()
             bundles = plan.bundles(together, host.stack) if looks else None
             # Of the class itself and not of its heirs: they may keep what they give, or give what they got.
             is_own = written or (host.original is nn.Linear and host.own_forward is None)

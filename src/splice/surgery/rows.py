@@ -48,7 +48,9 @@ def add_products(
         parts, is_own = parts.some(alone), True
     if x.device.type == "cpu":
         # On a CPU stacking the factors would cost more than it saves: that writes, and reads again, all their bytes.
-        return _add_sorted(y, x, parts) if torch.is_grad_enabled() else _add_in_place(y, x, parts, is_own)
+        # What maps functions cannot write what is mapped into what is not.
+        pure = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+        return _add_sorted(y, x, parts) if pure else _add_in_place(y, x, parts, is_own)
     return add_alike(y, x, parts)
 
 
