@@ -21,7 +21,9 @@ from torch import nn
 
 import splice
 from splice.kinds import arena
-from splice.selection import BASE
+from splice.kinds.bundles import Bundles
+from splice.kinds.row_plan import Parts
+from splice.selection import BASE, Group
 from splice.surgery import rows, stacked_rows
 from tests import bases
 from tests.bases import run
@@ -68,9 +70,9 @@ def together(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many adapters each product was for."""
     seen: list[int] = []
 
-    def noted(y: Any, x: Any, factors: Any, run: Any, scales: Any) -> torch.Tensor:
+    def noted(y: Any, x: Any, factors: Any, run: Any, scales: Any, is_own: bool) -> torch.Tensor:
         seen.append(sum(group >= 0 for group in run.groups))
-        return stacked_rows.add_run(y, x, factors, run, scales)
+        return stacked_rows.add_run(y, x, factors, run, scales, is_own)
 
     monkeypatch.setattr(rows, "add_run", noted)
     return seen
@@ -168,6 +170,66 @@ def test_lower_ranks_in_the_same_place_are_noticed() -> None:
     found = run(model, INPUTS, adapter_names=NAMES)
     assert_close(found, row_by_row(model, NAMES, INPUTS))
     assert differ(found[3], before[3]) and torch.equal(found[1], before[1])
+
+
+class Keeps(nn.Linear):
+    """Keeps what it gives, for whoever asks later."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.__dict__["kept"] = super().forward(x)
+        return self.__dict__["kept"]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5], ids=str)
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_what_the_base_keeps_is_not_changed(count: int, tokens: int) -> None:
+    """Whether the rows' adapters are computed together or one by one."""
+    base = nn.Sequential(Keeps(6, 5))
+    config = splice.LoraConfig(r=3, target_modules=["0"])
+    model: Any = None
+    names = [str(number) for number in range(count + 1)]
+    for number, name in enumerate(names):
+        source = bases.generator(number)
+        state = {
+            "base_model.model.0.lora_A.weight": torch.randn(3, 6, generator=source),
+            "base_model.model.0.lora_B.weight": torch.randn(5, 3, generator=source),
+        }
+        if model is None:
+            model = splice.PeftModel.from_pretrained(base, adapter_name=name, config=config, tensors=state)
+        else:
+            model.load_adapter(None, name, config=config, tensors=state)
+    x = torch.randn(len(names), tokens, 6, generator=bases.generator(9))
+    with torch.no_grad():
+        with model.disable_adapter():
+            own = model(x)
+        found = model(x, adapter_names=names)
+        assert torch.equal(base[0].kept, own) and differ(found, own)
+        rows_alone = [model(x[n : n + 1], adapter_names=[name]) for n, name in enumerate(names)]
+    assert_close(found, torch.cat(rows_alone))
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 2, 0], [0, 1, 2]], ids=str)
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_outputs_in_another_order_of_dimensions(order: list[int], tokens: int) -> None:
+    """They are added to where they are, also where no view of them has the rows in one piece."""
+    layout = ((torch.Size((2, 6)), torch.float32), (torch.Size((5, 2)), torch.float32))
+    pairs = [arena.side_by_side(layout) or [] for _ in range(4)]
+    for a, b in pairs:
+        nn.init.normal_(a)
+        nn.init.normal_(b)
+    chosen = [pairs[n] for n in order]
+    groups = [Group(str(n), [row], torch.tensor([row])) for row, n in enumerate(order)]
+    parts = Parts([a for a, _ in chosen], [b for _, b in chosen], [0.5] * len(order), groups)
+    x = torch.randn(4, tokens, 6)
+    y = torch.randn(5, tokens, 4).permute(2, 1, 0)
+    expected = y.clone()
+    for row, (a, b) in enumerate(chosen):
+        expected[row] += 0.5 * x[row] @ a.T @ b.T
+    bundles = Bundles(parts.a, parts.b, None)
+    assert len(bundles.found) == 1 and not bundles.alone
+    with torch.no_grad():
+        for is_own in (False, True):
+            assert_close(rows.add_products(y.clone(), x, parts, is_own, bundles, {}), expected)
 
 
 def test_calls_that_are_mapped_over_parameters() -> None:

@@ -80,9 +80,9 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[stacked_rows.Run]:
     """The runs that were computed."""
     seen: list[stacked_rows.Run] = []
 
-    def noted(y: Any, x: Any, factors: Any, run: Any, scales: Any) -> torch.Tensor:
+    def noted(y: Any, x: Any, factors: Any, run: Any, scales: Any, is_own: bool) -> torch.Tensor:
         seen.append(run)
-        return stacked_rows.add_run(y, x, factors, run, scales)
+        return stacked_rows.add_run(y, x, factors, run, scales, is_own)
 
     monkeypatch.setattr(rows, "add_run", noted)
     return seen

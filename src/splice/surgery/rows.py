@@ -42,10 +42,10 @@ def add_products(
         ways: what other layers of this call have found out about them.
     """
     if bundles is not None and bundles.found:
-        y, alone = _add_bundles(y, x, parts, is_own, bundles, {} if ways is None else ways)
+        y, is_own, alone = _add_bundles(y, x, parts, is_own, bundles, {} if ways is None else ways)
         if not alone:
             return y
-        parts, is_own = parts.some(alone), True
+        parts = parts.some(alone)
     if x.device.type == "cpu":
         # On a CPU stacking the factors would cost more than it saves: that writes, and reads again, all their bytes.
         # What maps functions cannot write what is mapped into what is not.
@@ -56,12 +56,15 @@ def add_products(
 
 def _add_bundles(
     y: torch.Tensor, x: torch.Tensor, parts: Parts, is_own: bool, bundles: Bundles, ways: Ways
-) -> tuple[torch.Tensor, Sequence[int]]:
-    """`y` with the parts added that cost least where they lie, and which are left; arguments as of `add_products`."""
+) -> tuple[torch.Tensor, bool, Sequence[int]]:
+    """`y` with the parts added that cost least where they lie, whether it `is_own` now, and which parts are left.
+
+    Arguments are those of `add_products`.
+    """
     alone = list(bundles.alone)
     # (rows, tokens, size)
     xs, ys = x.reshape(len(x), -1, x.shape[-1]), y.reshape(len(y), -1, y.shape[-1])
-    tokens = xs.shape[1]
+    tokens, is_own = xs.shape[1], is_own and ys.is_contiguous()
     for bundle in bundles.found:
         way = _way(bundle, parts, len(x), tokens, ways)
         alone += [bundle.numbers[index] for index in way.alone]
@@ -71,8 +74,9 @@ def _add_bundles(
         for run in way.runs:
             if run.rows is not None and not is_own:  # what the base gave may be its input, or kept by somebody
                 ys = ys.clone(memory_format=torch.contiguous_format)
-            ys, is_own = add_run(ys, xs, factors, run, scales), True
-    return ys.view(y.shape), alone
+                is_own = True
+            ys, is_own = add_run(ys, xs, factors, run, scales, is_own), True
+    return ys.view(y.shape), is_own, alone
 
 
 def _way(bundle: Bundle, parts: Parts, batch: int, tokens: int, ways: Ways) -> Way:

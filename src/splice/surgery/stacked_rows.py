@@ -118,15 +118,18 @@ def _run(part: Sequence[int], seated: Sequence[Seated], batch: int) -> Run:
     return Run(first, end, groups, torch.tensor(rows, device=device), used, target_rows, span, seats)
 
 
-def add_run(y: torch.Tensor, x: torch.Tensor, factors: Stacked, run: Run, scales: Sequence[float]) -> torch.Tensor:
-    """`y` with the updates of one run; it is changed, unless the run has all rows: then the result is a new tensor.
+def add_run(
+    y: torch.Tensor, x: torch.Tensor, factors: Stacked, run: Run, scales: Sequence[float], is_own: bool
+) -> torch.Tensor:
+    """`y` with the updates of one run.
 
     Args:
-        y: (rows, tokens, out).
+        y: (rows, tokens, out); it is changed where it `is_own`.
         x: (rows, tokens, in).
         factors: of all slots.
         run: which slots and rows.
         scales: of the groups that the run's numbers mean.
+        is_own: whether nobody else has `y`. It has to be so unless the run has all rows.
     """
     # (slots, r, in), (slots, out, r)
     a, b = factors
@@ -148,7 +151,7 @@ def add_run(y: torch.Tensor, x: torch.Tensor, factors: Stacked, run: Run, scales
     flat = before.reshape(slots, -1, before.shape[-1])
     if hidden.dtype is not y.dtype:  # the sum in the wider dtype, rounded once
         after = torch.add(flat, torch.bmm(hidden, b.transpose(1, 2)), alpha=alpha).to(y.dtype)
-    elif run.span is not None:
+    elif run.span is not None or (run.rows is None and is_own):
         flat.baddbmm_(hidden, b.transpose(1, 2), alpha=alpha)
         return y
     else:
