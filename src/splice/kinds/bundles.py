@@ -46,7 +46,7 @@ class Bundles:
             b: the factors B (out, r).
             stack: in which some of them may lie.
         """
-        self._stack, self._addresses, self._shapes = stack, _addresses(a, b), _shapes(a, b)
+        self._stack, self._addresses, self._sizes = stack, _addresses(a, b), _sizes(a, b)
         found: dict[object, tuple[list[int], list[int], _Where]] = {}
         alone = []
         for index, pair in enumerate(zip(a, b)):
@@ -68,7 +68,7 @@ class Bundles:
 
         It is asked at every call: `.to`, FSDP, `load_state_dict` and whoever sets `.data` move tensors, and tell nobody.
         """
-        return stack is self._stack and _addresses(a, b) == self._addresses and _shapes(a, b) == self._shapes
+        return stack is self._stack and _addresses(a, b) == self._addresses and _sizes(a, b) == self._sizes
 
 
 class _Where(NamedTuple):
@@ -86,8 +86,9 @@ def _addresses(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> list[int
     return [*map(torch.Tensor.data_ptr, a), *map(torch.Tensor.data_ptr, b)]
 
 
-def _shapes(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> list[torch.Size]:
-    return [tensor.shape for factors in (a, b) for tensor in factors]
+def _sizes(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> list[int]:
+    # Which tell the ranks, as the layer's features are what they are; shapes take twice as long to ask for.
+    return [*map(torch.Tensor.numel, a), *map(torch.Tensor.numel, b)]
 
 
 def _in_stack(stack: Stack | None, a: torch.Tensor, b: torch.Tensor) -> _Where | None:

@@ -116,6 +116,9 @@ def _add_in_place(y: torch.Tensor, x: torch.Tensor, parts: Parts, is_own: bool) 
     ):
         # One vector for each adapter: products with vectors cost a fifth less than those with matrices of one row.
         x_rows, y_rows = x.reshape(len(x), -1), out.view(len(y), -1)
+        if len(rows) == 1:
+            y_rows[rows[0]].addmv_(parts.b[0], torch.mv(parts.a[0], x_rows[rows[0]]), alpha=parts.scales[0])
+            return out
         # Taken apart at once each row costs half, and as much for one row as for all.
         few = 2 * len(rows) <= len(x)
         inputs = [x_rows[row] for row in rows] if few else [*map(x_rows.unbind().__getitem__, rows)]

@@ -144,8 +144,8 @@ def add_run(
     given = given if given.dtype is a.dtype else given.to(a.dtype)
     # (slots, rows of each * tokens, r)
     hidden = torch.bmm(given.reshape(slots, -1, given.shape[-1]), a.transpose(1, 2))
-    alpha = scales[max(run.groups)]
-    if len(set(scales)) > 1:
+    alpha = scales[0]
+    if scales.count(alpha) < len(scales):
         each = [scales[group] if group >= 0 else 0.0 for group in run.groups]
         hidden, alpha = hidden * torch.tensor(each, dtype=hidden.dtype, device=hidden.device).view(-1, 1, 1), 1.0
     flat = before.reshape(slots, -1, before.shape[-1])
