@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -584,6 +585,15 @@ def test_merging() -> None:
         slotted(**inputs, adapter_names=NAMES[:3])
     slotted.unmerge_adapter()
     assert all(torch.equal(p, weights[n]) for n, p in slotted.named_parameters() if "lora" not in n)
+
+
+def test_slots_that_are_given_up_leave_no_memory() -> None:
+    """Also after a mixed batch, of which the layers keep how it was computed."""
+    slotted = loaded(COUNT)
+    run(slotted, bases.LLAMA.inputs(COUNT), adapter_names=NAMES)
+    stacks = [weakref.ref(host.stack) for host in slotted.base_model.hosts.values()]
+    slotted.slots(0)
+    assert len(stacks) > 1 and not [stack for stack in stacks if stack() is not None]
 
 
 def test_disabling() -> None:

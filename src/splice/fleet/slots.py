@@ -72,4 +72,5 @@ def _give_up(tuner: Tuner) -> None:
         return
     for host in tuner.hosts.values():
         host.stack = None
+        host.row_plan = None  # it would keep the stack
     reserved.give_up()

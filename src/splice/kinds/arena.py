@@ -11,6 +11,7 @@ import mmap
 import sys
 import weakref
 from bisect import bisect_right
+from functools import partial
 from heapq import heappop, heappush
 from threading import RLock
 from typing import NamedTuple
@@ -113,12 +114,9 @@ class Arena:
 
     def tensors(self) -> list[torch.Tensor] | None:
         """Memory for all tensors of an adapter, in their order, with any values; None where there is no room."""
-        if not self._kept and not self._free and not self._grow():
+        place = self._take()
+        if place is None:
             return None
-        try:
-            place = self._kept.pop()
-        except IndexError:
-            place = heappop(self._free)
         block = self._chunks[place[0]].block(place[1])
         # It keeps this arena as long as a block is in use. Not at the end of the program: tensors may be in use for longer
         # than finalizers are waited with.
@@ -128,6 +126,18 @@ class Arena:
                 torch.frombuffer(block, dtype=dtype, count=numel, offset=offset).view(shape)
                 for shape, dtype, numel, offset in self._pieces
             ]
+
+    def _take(self) -> tuple[int, int] | None:
+        """A block that nobody uses; None where there is no room for one."""
+        # Tried and not asked for: another thread may be giving one back, which then is in neither list for a moment.
+        while True:
+            for take in (self._kept.pop, partial(heappop, self._free)):
+                try:
+                    return take()
+                except IndexError:
+                    continue
+            if not self._grow():
+                return None
 
     def _grow(self) -> bool:
         """Make room; whether there is any."""
@@ -145,7 +155,10 @@ class Arena:
         # In whatever thread, at any time: each step is one that nothing comes into the middle of.
         self._kept.append(place)
         if len(self._kept) > 1 or self._size > _SMALL:
-            chunk, number = last = self._kept.pop(0)
+            try:
+                chunk, number = last = self._kept.pop(0)
+            except IndexError:  # a load has just taken it
+                return
             self._chunks[chunk].give_back(number)
             heappush(self._free, last)
 
