@@ -94,6 +94,15 @@ def test_new_weights_of_an_expert_are_new_directions(experts: list[str]) -> None
     assert_close(run(model, BASE.inputs(3)), expected)
 
 
+def test_what_is_kept_has_no_graph(experts: list[str]) -> None:
+    """Also where all are trained: what is taken out of the experts is a constant."""
+    model = built(splice, experts[:3], general=1).eval()
+    model.base_model.set_requires_grad(list(model.peft_config))
+    model(**BASE.inputs(3))
+    routes = [host.splice_host.layers["arrow_router"].routes for host in model.base_model.adapted.values()]
+    assert routes and not any(tensor.requires_grad for found in routes for tensor in found.general)
+
+
 def _mixture(model: Any, experts: list[str]) -> torch.Tensor:
     """The output of a model that is built anew of the tensors that `model` has now."""
     again = built(splice, experts)

@@ -97,17 +97,19 @@ class ArrowLinear(Routed, OnLinear):
             found = self.routes = self._worked_out(of, experts, general)
         return found
 
+    # In this order: gradients are on where inference mode is switched off.
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _worked_out(self, of: tuple[tuple[int, int], ...], experts: list[OnLinear], general: list[OnLinear]) -> Routes:
-        with torch.inference_mode(False):  # a later call may have gradients
-            taken = None
-            if general:
-                # Left in the experts themselves: the reference changes these, and saves what it has made of them.
-                taken = (
-                    torch.stack([layer.a for layer in general]).mean(0),
-                    torch.stack([layer.b for layer in general]).mean(0),
-                )
-            found = [self._direction(layer, taken) for layer in experts]
+        # A later call may have gradients.
+        taken = None
+        if general:
+            # Left in the experts themselves: the reference changes these, and saves what it has made of them.
+            taken = (
+                torch.stack([layer.a for layer in general]).mean(0),
+                torch.stack([layer.b for layer in general]).mean(0),
+            )
+        found = [self._direction(layer, taken) for layer in experts]
         return Routes(of, torch.stack(found).to(experts[0].a.dtype), taken)
 
     def _direction(self, expert: OnLinear, taken: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
