@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import splice
+from splice.kinds.finishing import Finish
 from tests import bases
-from tests.bases import Base, run
+from tests.bases import Base, run, tensors_of
 from tests.comparing import (
     Snapshot,
     assert_close,
@@ -105,6 +106,63 @@ def test_each_row_with_its_own_adapter(base: Base, shared_checkpoint: Any) -> No
         pair.reference.set_adapter(name)
         assert_close(rows[row], run(pair.reference, base.inputs(3))[row])
     assert_close(rows[2], run(base.build(), base.inputs(3))[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("base", [bases.LINEAR, bases.NO_BIAS, bases.TRANSPOSED], ids=str)
+def test_rows_of_several_adapters_are_finished_together(
+    base: Base, gradients: bool, dtype: torch.dtype, shared_checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of other ranks and scales, in any order, beside plain LoRA and the base."""
+    finished: list[int] = []
+    plain = Finish.__call__
+    monkeypatch.setattr(Finish, "__call__", lambda self, y: finished.append(len(self.layers)) or plain(self, y))
+    changes: list[dict[str, Any]] = [{}, {"r": 2}, {"lora_alpha": 9}, {"use_dora": False}]
+    model: Any = None
+    for seed, change in enumerate(changes):
+        folder = shared_checkpoint(base, config(base, **change), seed=seed)
+        if model is None:
+            model = splice.PeftModel.from_pretrained(base.build().to(dtype), folder, "0", is_trainable=True)
+        else:
+            model.load_adapter(folder, str(seed), is_trainable=True)
+    model.base_model.set_requires_grad(["0", "1", "2", "3"])
+    names = ["2", "0", "__base__", "3", "1", "1", "0"]
+    inputs = {key: value.to(dtype) if value.is_floating_point() else value for key, value in base.inputs(7).items()}
+    model.eval()
+
+    def outputs(mixed: bool) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        model.zero_grad()
+        with torch.set_grad_enabled(gradients):
+            if mixed:
+                found = tensors_of(model(**inputs, adapter_names=names))[0]
+            else:
+                found = torch.cat([alone(model, inputs, row, name) for row, name in enumerate(names)])
+            if gradients:
+                found.float().square().sum().backward()
+        return found.detach(), [parameter.grad for parameter in model.parameters()]
+
+    (got, got_grads), (want, want_grads) = outputs(mixed=True), outputs(mixed=False)
+    assert finished and set(finished) == {3}
+    assert_close(got, want)
+    for one, other in zip(got_grads, want_grads):
+        assert (one is None) is (other is None)
+        if one is not None and other is not None:
+            # Both sums are rounded to the dtype of the base on their way.
+            torch.testing.assert_close(
+                one, other, rtol=1e-4 if dtype is torch.float32 else 0.05, atol=1e-5 if dtype is torch.float32 else 5e-3
+            )
+
+
+def alone(model: Any, inputs: dict[str, torch.Tensor], row: int, name: str) -> torch.Tensor:
+    """What one row is without those beside it."""
+    one = {key: value[row : row + 1] for key, value in inputs.items()}
+    if name == "__base__":
+        with model.disable_adapter():
+            return tensors_of(model(**one))[0]
+    model.set_adapter(name)
+    model.base_model.set_requires_grad(["0", "1", "2", "3"])
+    return tensors_of(model(**one))[0]
 
 
 @each

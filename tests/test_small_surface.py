@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from splice.methods.lora.dora import DoraLinear
 from splice.methods.lora.dora_caching import DoraCaching
 from splice.methods.lora.monteclora_training import MontecloraTrainerMixin
 from tests import bases
-from tests.bases import run
+from tests.bases import run, tensors_of
 from tests.comparing import assert_close, differ
 
 
@@ -40,43 +41,91 @@ def dora() -> tuple[Any, DoraLinear]:
     return model, layer
 
 
-def test_norms_are_kept_inside_and_only_there() -> None:
+def count_measures(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What it gives grows by one at each norm that is measured."""
+    measured: list[str] = []
+    plain = DoraLinear.total
+    monkeypatch.setattr(DoraLinear, "total", lambda self, weight: measured.append("") or plain(self, weight))
+    return measured
+
+
+def changed(tensor: torch.Tensor) -> None:
+    """In one place alone, and in a way that the tensor knows nothing of."""
+    tensor.data[-1, 0] += 0.125
+
+
+def test_norms_are_kept_until_a_value_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     model, layer = dora()
     inputs = bases.LINEAR.inputs(3)
     before = run(model, inputs)
-    assert layer.measured is None
-    with DoraCaching():
-        assert torch.equal(run(model, inputs), before)
-        kept = layer.measured
-        assert kept is not None
-        assert torch.equal(run(model, inputs), before)
-        assert layer.measured is kept
-        with DoraCaching(enabled=False):
-            run(model, inputs)
-            assert layer.measured is None
-        run(model, inputs)
-        run(model.train(), inputs)
-        assert layer.measured is None
-    assert not DoraCaching.on
+    measured = count_measures(monkeypatch)
+    assert torch.equal(run(model, inputs), before) and not measured
+    for tensor in (layer.a, layer.b, layer.base.weight):
+        changed(tensor)
+        after = run(model, inputs)
+        layer.kept = None
+        assert torch.equal(run(model, inputs), after)
+        assert differ(after, before) and len(measured) == 2
+        measured.clear()
+        before = after
+    layer.scale *= 2
+    run(model, inputs)
+    assert len(measured) == 1
+    # A small number beside large ones, and two that change places.
+    weight = layer.base.weight.data
+    weight[0, :2] = weight[0, :2].flip(0)
+    run(model, inputs)
+    weight[1, 0] += weight[1].norm() * 1e-5
+    run(model, inputs)
+    assert len(measured) == 3
 
 
-def test_a_kept_norm_is_measured_again_when_a_tensor_has_changed() -> None:
+def test_norms_of_gradients_and_of_inference_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
     model, layer = dora()
     inputs = bases.LINEAR.inputs(3)
-    caching = DoraCaching()
-    caching(enabled=True)
-    try:
-        for change in (layer.a, layer.b, layer.base.weight):
-            before = run(model, inputs)
+    model.base_model.set_requires_grad("default")
+    with torch.inference_mode():
+        model(**inputs)
+    measured = count_measures(monkeypatch)
+    tensors_of(model(**inputs))[0].sum().backward()
+    assert not measured and layer.magnitude.grad is not None
+    run(model.train(), inputs)
+    assert measured
+
+
+def test_no_norm_is_kept_in_half_precision_or_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, layer = dora()
+    inputs = bases.LINEAR.inputs(3)
+    run(model, inputs)
+    assert layer.kept is not None
+    copied = copy.deepcopy(model)
+    assert copied.base_model.placed["default"]["first"].kept is None
+    half = copied.bfloat16()
+    run(half, {key: value.bfloat16() for key, value in inputs.items()})
+    assert half.base_model.placed["default"]["first"].kept is None
+
+
+def test_inside_no_value_is_read_to_find_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, layer = dora()
+    inputs = bases.LINEAR.inputs(3)
+    with DoraCaching():
+        before = run(model, inputs)
+        changed(layer.base.weight)
+        layer.kept = None
+        after = run(model, inputs)
+        measured = count_measures(monkeypatch)
+        changed(layer.base.weight)  # which is why one has to ask for it
+        run(model, inputs)
+        assert differ(after, before) and not measured
+        with DoraCaching(enabled=False):
+            run(model, inputs)
+            assert len(measured) == 1
+        for tensor in (layer.a, layer.b, layer.base.weight):
             with torch.no_grad():
-                change.add_(torch.linspace(0.1, 0.9, change.numel()).view(change.shape))
-            inside = run(model, inputs)
-            assert differ(inside, before)
-            caching(enabled=False)
-            assert torch.equal(run(model, inputs), inside)
-            caching(enabled=True)
-    finally:
-        caching(enabled=False)
+                tensor.mul_(1.25)
+            run(model, inputs)
+        assert len(measured) == 4
+    assert not DoraCaching.on
 
 
 # -- MontecloraTrainerMixin

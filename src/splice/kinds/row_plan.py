@@ -9,6 +9,7 @@ import torch
 
 from splice.kinds.as_one import Step, find_kin
 from splice.kinds.bundles import Bundles
+from splice.kinds.finishing import Finish, Finishing, find_finishes
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.scale import Rescaled
 from splice.kinds.stack import Stack
@@ -65,13 +66,16 @@ class RowPlan:
         self.kin, self.single = ([], single) if one_by_one else find_kin(single)
         self.products = [] if one_by_one else [step for step in others if _is_product(step[0])]
         # Where the factors are registered. They are looked up at each call: anybody may exchange them at any time.
-        found = [[layer.registered[suffix] for suffix in layer.stacked_names] for layer, _ in self.products]
+        found = [[layer.registered[suffix] for suffix in _names_of(layer)] for layer, _ in self.products]
         self._places_a = [(a.registry, a.name) for a, _ in found]
         self._places_b = [(b.registry, b.name) for _, b in found]
         self._groups_of_products = [group for _, group in self.products]
         # Of the last call: the scales, behind the last change of any before them; None where they have to be asked again.
         self._known_scales: tuple[object, list[float | None]] = (None, [])
         self._bundles: Bundles | None = None
+        # What comes after the products of the groups with these ids; None where nothing does.
+        finishing = any(isinstance(layer, Finishing) for layer, _ in self.products)
+        self._finishes: tuple[list[int], list[Finish]] | None = ([], []) if finishing else None
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
@@ -107,6 +111,18 @@ class RowPlan:
             self._known_scales = None if None in scales else last, scales
         return scales
 
+    def finishes(self, parts: Parts) -> list[Finish]:
+        """What comes after the products of these parts of `split`."""
+        if self._finishes is None:
+            return []
+        known, found = self._finishes
+        ids = [*map(id, parts.groups)]
+        if known != ids:
+            layers = {group.name: layer for layer, group in self.products}
+            found = find_finishes([layers[group.name] for group in parts.groups], parts.groups)
+            self._finishes = ids, found
+        return found
+
     def bundles(self, parts: Parts, stack: Stack | None) -> Bundles:
         """Which of these parts lie at equal distances now, some of them in a stack."""
         known = self._bundles
@@ -119,5 +135,12 @@ def _has_two_steps(layer: AdapterLayer) -> bool:
     return layer.two_steps and not layer.shows
 
 
+def _names_of(layer: AdapterLayer) -> tuple[str, ...]:
+    """Suffixes of the factors, where it is a product, and perhaps more; empty where it is none."""
+    if isinstance(layer, Finishing):
+        return layer.product_names
+    return layer.stacked_names if set(layer.registered) == set(layer.stacked_names) else ()
+
+
 def _is_product(layer: AdapterLayer) -> bool:
-    return bool(layer.stacked_names) and set(layer.registered) == set(layer.stacked_names)
+    return bool(_names_of(layer))

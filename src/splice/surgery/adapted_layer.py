@@ -19,7 +19,7 @@ from splice.kinds.effect import Forward
 from splice.kinds.host import Host, host_of, in_order
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.routed import mixed
-from splice.kinds.row_plan import RowPlan
+from splice.kinds.row_plan import Parts, RowPlan
 from splice.selection import Choice, Group, Groups, Mixture, Rows
 from splice.surgery.generated import Generated
 from splice.surgery.layer_attributes import AdaptedViews, bare_layer
@@ -153,14 +153,9 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
             adding(y, x, plan)
         together, single = plan.split()
         if together.groups:
-            # With gradients each parameter is used itself: a backward would not notice that its place got other values since.
-            # So it is in a graph that is compiled for these names: addresses, by which places are known, are none there.
-            # Nor are they where `torch.func` maps a call over parameters.
-            looks = not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not _maps_functions()
-            bundles = plan.bundles(together, host.stack) if looks else None
             # Of the class itself and not of its heirs: they may keep what they give, or give what they got.
             is_own = written or (host.original is nn.Linear and host.own_forward is None)
-            y, written = add_products(y, x, together, is_own, bundles, groups.ways), True
+            y, written = _with_products(host, plan, together, x, y, is_own), True
         for layer, group in single:
             base_rows = taken(y, group)
             reuse = layer.keeps_input and not layer.shows
@@ -277,6 +272,27 @@ def _plan(host: Host, groups: Groups) -> RowPlan:
         if not compiling:
             host.row_plan = plan
     return plan
+
+
+def _with_products(
+    host: Host, plan: RowPlan, parts: Parts, x: torch.Tensor, y: torch.Tensor, is_own: bool
+) -> torch.Tensor:
+    """`y` with these updates of a plan added, and with what comes after them; it may be changed where it `is_own`."""
+    # With gradients each parameter is used itself: a backward would not notice that its place got other values since. So it
+    # is in a graph that is compiled for these names: addresses, by which places are known, are none there. Nor are they where
+    # `torch.func` maps a call over parameters.
+    looks = not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not _maps_functions()
+    bundles = plan.bundles(parts, host.stack) if looks else None
+    finishes = plan.finishes(parts)
+    if not finishes:
+        return add_products(y, x, parts, is_own, bundles, plan.groups.ways)
+    # The sum is not rounded before it is finished.
+    out = add_products(
+        y.to(torch.promote_types(y.dtype, parts.a[0].dtype)), x, parts, is_own, bundles, plan.groups.ways
+    )
+    for finish in finishes:
+        out = finish(out)
+    return out.to(y.dtype)
 
 
 def _of_rows(

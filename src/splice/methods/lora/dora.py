@@ -7,8 +7,9 @@ weight in it, also where several adapters are active or merged: then each takes 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import cast
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from torch import nn
 from splice.base.weight_access import bias_of
 from splice.errors import UnsupportedFeatureError
 from splice.kinds.effect import Action, Factors, Forward
+from splice.kinds.finishing import Finishing
 from splice.kinds.names import LayerNames, Place
 from splice.kinds.original import original_weight, scaled_bias, tensor_in_use
 from splice.kinds.scale import Scale, add_scaled
@@ -23,8 +25,9 @@ from splice.kinds.slot import Slot
 from splice.kinds.tensors import Held
 from splice.kinds.weight_delta import operation_of
 from splice.methods.lora.config import LoraConfig
-from splice.methods.lora.dora_caching import DoraCaching, Measured, state_of
-from splice.methods.lora.layers import LowRank, OnConvolution, OnEmbedding, OnLinear
+from splice.methods.lora.dora_caching import DoraCaching, state_of
+from splice.methods.lora.kept_norms import Kept, can_be_kept, trace_of, trace_of_sum
+from splice.methods.lora.layers import LowRank, OnConvolution, OnEmbedding, OnLinear, TellsScale
 
 MAGNITUDE = "lora_magnitude_vector"
 
@@ -38,8 +41,8 @@ class Dora(LowRank):
     magnitude = Held(MAGNITUDE)
     # Whether the base has a bias, which keeps its size.
     has_bias: bool = False
-    # Norms that are kept between calls; None while they are not.
-    measured: Measured | None = None
+    # The norm that is kept between calls; None while none is.
+    kept: Kept | None = None
 
     def prepare(self, base: nn.Module, config: LoraConfig, path: str) -> None:
         super().prepare(base, config, path)
@@ -74,17 +77,42 @@ class Dora(LowRank):
         """`weight + D`, both in the dtype of the adapter."""
         raise NotImplementedError
 
-    @torch.no_grad()
-    def norm(self, weight: torch.Tensor) -> torch.Tensor:
-        """n(W + D), of as many dimensions as the weight."""
-        if not DoraCaching.on or self.training:
-            self.measured = None
+    @staticmethod
+    def rows(weight: torch.Tensor) -> torch.Tensor:
+        """The weight as a matrix, whose rows have the norms n(.)."""
+        return weight.flatten(1)
+
+    def norm(self, weight: torch.Tensor, trace: torch.Tensor | None = None) -> torch.Tensor:
+        """n(W + D), of as many dimensions as the weight, without a graph; as it was kept, where that is still so.
+
+        Args:
+            weight: `base_weight`.
+            trace: `trace_of` its `rows`, where somebody has it.
+        """
+        if torch.is_grad_enabled():  # asked first: a mixed batch comes here for each of its adapters
+            with torch.no_grad():
+                return self._norm(weight, trace)
+        return self._norm(weight, trace)
+
+    def _norm(self, weight: torch.Tensor, trace: torch.Tensor | None) -> torch.Tensor:
+        a, b, scale = self.a, self.b, self.scale
+        if self.training or not self.mergeable or not can_be_kept(weight, a, b, scale):
             return self.sizes(self.total(weight))
-        # `weight` itself may have been worked out for this call.
-        of = (*state_of((self.a, self.b, self.base._parameters.get("weight"))), weight.dtype, self.scale)
-        if self.measured is None or self.measured.of != of:
-            self.measured = Measured(of, self.sizes(self.total(weight)))
-        return self.measured.norm
+        kept = self.kept
+        # Not of `weight`: it may have been worked out for this call.
+        state = (*state_of((a, b, self.base._parameters.get("weight"))), scale) if DoraCaching.on else None
+        if kept is not None and state is not None and kept.state == state:
+            return kept.norm
+        if trace is None:
+            trace = trace_of(self.rows(weight))
+        trace = trace_of_sum(trace, b, a, cast(float, scale))
+        if kept is not None and torch.equal(kept.trace, trace):
+            norm = kept.norm
+        else:
+            with torch.inference_mode(False), torch.no_grad():  # a later call may want gradients, and not those of this
+                norm = self.sizes(self.total(weight))
+        self.kept = Kept(norm, trace, state)
+        return norm
 
     def ratio(self, weight: torch.Tensor) -> torch.Tensor:
         """m / n(W + D), so shaped that it multiplies the weight."""
@@ -156,8 +184,34 @@ class DoraOnLinear(Dora, OnLinear):
         return _plus_product(weight, self.b, self.a, self.scale)
 
 
-class DoraLinear(DoraOnLinear):
-    """DoRA on a linear layer."""
+class DoraLinear(TellsScale, Finishing, DoraOnLinear):
+    """DoRA on a linear layer: in a mixed batch the products first, then the magnitudes."""
+
+    product_names = OnLinear.factor_names
+
+    def product_scale(self) -> float | None:
+        dropped = self.shows or (self.dropout and self.training) or "lora_B.bias" in self.registered
+        return None if dropped or isinstance(self.scale, torch.Tensor) else self.scale
+
+    @classmethod
+    def finish(cls, layers: Sequence[DoraLinear], y: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        first, norms = layers[0], []
+        weights: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        for layer in layers:
+            dtype = layer.magnitude.dtype
+            if dtype not in weights:  # nearly always once for all
+                weight = layer.base_weight(dtype)
+                is_kept = can_be_kept(weight, layer.a, layer.b, layer.scale)
+                weights[dtype] = weight, trace_of(weight) if is_kept else None
+            norms.append(layer.norm(*weights[dtype]).flatten())
+        ratios = torch.stack([layer.magnitude for layer in layers]) / torch.stack(norms)
+        # (rows, ..., out)
+        ratios = ratios[numbers].view(-1, *(1,) * (y.dim() - 2), y.shape[-1])
+        bias = tensor_in_use(first.base, "bias", first) if first.has_bias else None
+        if bias is None:
+            return (y * ratios).to(y.dtype)
+        bias = bias.to(ratios.dtype)
+        return torch.addcmul(bias, y - bias, ratios).to(y.dtype)
 
 
 class DoraEmbedding(Dora, OnEmbedding):
@@ -172,6 +226,10 @@ class DoraEmbedding(Dora, OnEmbedding):
     def slots(cls, base: nn.Module, config: LoraConfig, path: str) -> dict[str, Slot]:
         plain = super().slots(base, config, path)
         return {**plain, MAGNITUDE: Slot((plain["lora_embedding_B"].shape[0],))}
+
+    @staticmethod
+    def rows(weight: torch.Tensor) -> torch.Tensor:
+        return weight.T
 
     def total(self, weight: torch.Tensor) -> torch.Tensor:
         return _plus_product(weight, self.a.T, self.b.T, self.scale)

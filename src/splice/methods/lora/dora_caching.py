@@ -1,26 +1,15 @@
-"""`DoraCaching`: DoRA without measuring the same weight at every call."""
+"""`DoraCaching`: DoRA without reading the same weight at every call."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 
 
-class Measured(NamedTuple):
-    """Norms of a weight, and what they were measured on."""
-
-    # Of each tensor: where its values lie, and how often they were changed; then the scale.
-    of: tuple[object, ...]
-    # n(W + D).
-    norm: torch.Tensor
-
-
 class DoraCaching:
-    """Inside, layers with DoRA that are in eval mode keep the norms they have measured: faster, for a little memory.
+    """Inside, layers with DoRA that are in eval mode do not look whether values have changed, but ask tensors alone.
 
-    They are measured again when a tensor that they follow from is another one, or was changed in place. Changes through
-    `.data`, of which tensors know nothing, are not seen; that is why it has to be asked for.
+    The norms that they keep are measured again when a tensor that they follow from is another one, or was changed in place.
+    Changes through `.data`, of which tensors know nothing, are not seen; that is why it has to be asked for.
 
         with DoraCaching():
             output = model(inputs)
@@ -29,7 +18,7 @@ class DoraCaching:
         caching(enabled=True)  # until `caching(enabled=False)`
     """
 
-    # Whether norms are kept now, by all models.
+    # Whether tensors are asked now, by all models.
     on: bool = False
 
     def __init__(self, enabled: bool = True) -> None:

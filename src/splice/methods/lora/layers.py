@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from types import MappingProxyType
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import nn
@@ -138,7 +138,22 @@ class OnLinear(LowRank):
         return self.own_update()
 
 
-class LoraLinear(OnLinear):
+class TellsScale:
+    """The scale of a layer whose products are worked out with those of others: whoever keeps it is told of another one."""
+
+    @property
+    def scale(self) -> float | torch.Tensor:
+        """What the product is multiplied with."""
+        found: float | torch.Tensor = self.__dict__["scale"]  # under its own name, by which views look for numbers
+        return found
+
+    @scale.setter
+    def scale(self, value: float | torch.Tensor) -> None:
+        self.__dict__["scale"] = value
+        note_rescaled(cast("LowRank", self))
+
+
+class LoraLinear(TellsScale, OnLinear):
     """LoRA on a linear layer: what decoding meets on every layer, so its tensors are kept at hand."""
 
     reads_values = False
@@ -173,17 +188,6 @@ class LoraLinear(OnLinear):
             return out if out.dtype is y.dtype else out.to(y.dtype)
 
         return run
-
-    @property
-    def scale(self) -> float | torch.Tensor:
-        """What the product is multiplied with. A slot that the factors lie in is told of another one."""
-        found: float | torch.Tensor = self.__dict__["scale"]  # under its own name, by which views look for numbers
-        return found
-
-    @scale.setter
-    def scale(self, value: float | torch.Tensor) -> None:
-        self.__dict__["scale"] = value
-        note_rescaled(self)
 
     def factors(self) -> Factors | None:
         scale = self.scale
