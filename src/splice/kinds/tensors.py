@@ -82,6 +82,8 @@ class OwnTensors:
     loose: Registry
     # Suffix -> where the tensor is.
     registered: dict[str, Registered]
+    # Whether some tensor is in none of the entries: it is one itself, or a parameter of the base layer.
+    has_bare: bool = False
 
     def __init__(self, slots: Mapping[str, Slot], tensors: Mapping[str, torch.Tensor]) -> None:
         self.entries, self.loose, self.registered = {}, {}, {}
@@ -156,6 +158,7 @@ class OwnTensors:
                 holder._non_persistent_buffers_set.add(name)
         else:
             registry, name = self.loose, container
+            self.has_bare = True
         if slot.role is not Role.BUFFER and type(tensor) is not nn.Parameter:
             tensor = _frozen_parameter(tensor)
         registry[name] = tensor

@@ -99,7 +99,7 @@ def unregister(adapter: AdapterLayer, name: str, owner: Owner | None = None, for
     if home is None:
         return
     # A deletion comes by here for every layer: for nearly all methods the tensors stand in entries alone.
-    bare = _unregister_bare(adapter, name, home) if _has_bare_tensors(adapter) else ()
+    bare = _unregister_bare(adapter, name, home) if adapter.has_bare else ()
     hooked, added = for_good and (owner is None or owner.hooked), home.added
     for path, entry in adapter.entries.items():
         if type(entry) is not Holder:
@@ -118,12 +118,6 @@ def unregister(adapter: AdapterLayer, name: str, owner: Owner | None = None, for
     for path in bare:
         _drop(home, path, name)
     adapter.home = None
-
-
-def _has_bare_tensors(adapter: AdapterLayer) -> bool:
-    """Whether some tensor is in none of the entries: it is one itself, or a parameter of the base layer."""
-    names = adapter.names
-    return any(not names.place(suffix).leaf or names.nameless(suffix) is not None for suffix in adapter.registered)
 
 
 def _unregister_bare(adapter: AdapterLayer, name: str, home: Home) -> list[str]:
