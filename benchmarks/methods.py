@@ -1,4 +1,5 @@
-"""Every method: what loading an adapter costs, and what it adds to a call; both beside the reference, in turns.
+"""Every method: what loading an adapter costs, and what it adds to a call, both beside the reference, in turns; and what a
+batch of many adapters costs beside a call for each.
 
 The methods are those that are registered. A new one is measured as soon as it is there.
 """
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.forward import BASE, added, logits_of
+from benchmarks.forward import BASE, added, logits_of, with_adapters
 from benchmarks.measure import Settings, alternate, collect_garbage, one_thread, processor_time
 from benchmarks.models import (
     LIBRARIES,
@@ -79,11 +80,14 @@ class Figures:
         load: how many times as long the reference takes to load an adapter.
         call: how many times as long a call takes, of what splice's LoRA adds to one.
         reference_call: the same of what the reference adds for this method.
+        mixed: how many times as long a call for each row takes as one for a batch whose rows all have their own adapter;
+            None of methods that a model has one adapter of.
     """
 
     load: float
     call: float
     reference_call: float
+    mixed: float | None
 
 
 def rows(settings: Settings) -> Iterator[Row]:
@@ -101,8 +105,13 @@ def rows(settings: Settings) -> Iterator[Row]:
             loading = _load_row(name, base, checkpoint, settings)
             calling = _call_row(name, base, checkpoint, settings)
             plain = plain or calling.ours
-            found[name] = Figures(loading.ratio, calling.ours / plain, calling.reference / plain)
             yield from (loading, calling)
+            mixed = None
+            if method.experts is None:
+                mixing = _mixed_row(name, base, checkpoint, settings)
+                mixed = mixing.ratio
+                yield mixing
+            found[name] = Figures(loading.ratio, calling.ours / plain, calling.reference / plain, mixed)
     if not settings.small:
         write_figures(found)
 
@@ -130,6 +139,33 @@ def _call_row(name: str, base: nn.Module, checkpoint: Path, settings: Settings) 
     return row(f"call with {name}, added in all", reference, ours, "us")
 
 
+def _mixed_row(name: str, base: nn.Module, checkpoint: Path, settings: Settings) -> Row:
+    """One token for each row, each row with an adapter of its own; beside it a call of splice for each of them."""
+    count = settings.pick(32, 3)
+    names = [f"adapter-{number}" for number in range(count)]
+    model: Any = with_adapters(SPLICE, base, checkpoint, names).eval()
+    ids = torch.arange(count, device=settings.device).unsqueeze(1)
+    options = _CALLS.get(name, {})
+    of_rows = {key: value.expand(count) for key, value in options.items()}
+
+    def each() -> torch.Tensor:
+        found = []
+        for row_number, adapter in enumerate(names):
+            model.set_adapter(adapter, inference_mode=True)
+            found.append(logits_of(model, ids[row_number : row_number + 1], **options))
+        return torch.cat(found)
+
+    def mixed() -> torch.Tensor:
+        return logits_of(model, ids, adapter_names=names, **of_rows)
+
+    with torch.inference_mode():
+        torch.testing.assert_close(mixed(), each(), rtol=1e-4, atol=1e-4)
+        turns = {"each": partial(processor_time, each), "mixed": partial(processor_time, mixed)}
+        samples = alternate(turns, rounds=settings.pick(5, 2))
+    alone, together = (samples[way].median * 1e3 for way in turns)
+    return row(f"{count} adapters of {name} in one batch; beside it a call each", alone, together, "ms")
+
+
 def _checkpoint(method: Method, base: Any, folder: Path) -> Path:
     """An adapter of the method, by the reference."""
     name = method.name.value
@@ -153,7 +189,10 @@ def _checkpoint(method: Method, base: Any, folder: Path) -> Path:
 
 def write_figures(found: Mapping[str, Figures]) -> None:
     """Keep what was measured, for the documentation."""
-    told = {name: {k: round(v, 2) for k, v in vars(figures).items()} for name, figures in sorted(found.items())}
+    told = {
+        name: {key: None if value is None else round(value, 2) for key, value in vars(figures).items()}
+        for name, figures in sorted(found.items())
+    }
     FIGURES.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 

@@ -48,11 +48,14 @@ size 128), by the processor's time, in turns. Where a decomposition of the weigh
 **Call**: what the adapter adds to the time of a call of that base with one token, beside what LoRA adds in splice; in
 brackets what it adds in the reference, in the same unit. Differences below a tenth are noise.
 
-`python -m benchmarks --only methods` measures both (`make bench` does too) and keeps them in `benchmarks/methods.json`, from
-which `make docs` makes this page.
+**Mixed**: 32 rows of one token, each with an adapter of its own, in one call of that base: how many times as long a call for
+each row takes, with `set_adapter` in between.
 
-| `peft_type` | parameters | load | call |
-|---|---|---|---|
+`python -m benchmarks --only methods` measures all three (`make bench` does too) and keeps them in
+`benchmarks/methods.json`, from which `make docs` makes this page.
+
+| `peft_type` | parameters | load | call | mixed |
+|---|---|---|---|---|
 """
 
 
@@ -99,7 +102,8 @@ def costs(method: Method, measured: Figures | None) -> str:
     said = "by its experts" if count is None else f"{count:,}"
     load = "not measured" if measured is None else f"{measured.load:.1f}x"
     call = "not measured" if measured is None else f"{measured.call:.1f} ({measured.reference_call:.1f})"
-    return f"| `{method.name.value}` | {said} | {load} | {call} |"
+    mixed = "" if measured is None or measured.mixed is None else f"{measured.mixed:.1f}x"
+    return f"| `{method.name.value}` | {said} | {load} | {call} | {mixed} |"
 
 
 def _word(value: bool) -> str:
