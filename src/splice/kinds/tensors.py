@@ -179,6 +179,13 @@ class OwnTensors:
             registry[name] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
 
 
+def gets_gradients(layer: OwnTensors) -> bool:
+    """Whether what is computed with the tensors of `layer` now may give them gradients."""
+    return torch.is_grad_enabled() and any(
+        registry[name].requires_grad for registry, name, _ in layer.registered.values()
+    )
+
+
 def _frozen_parameter(tensor: torch.Tensor) -> nn.Parameter:
     # What `nn.Parameter` comes to as well for a plain tensor, after it has asked twice as long.
     if type(tensor) is torch.Tensor:

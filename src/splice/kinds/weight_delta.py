@@ -17,6 +17,7 @@ from splice.kinds.casting import cast_to
 from splice.kinds.convolution import as_convolution, convolve
 from splice.kinds.layer import Config
 from splice.kinds.original import original_weight
+from splice.kinds.tensors import gets_gradients
 
 # (input, weight) -> output.
 Operation: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -50,9 +51,26 @@ class WeightDelta(Additive):
         """`update` as it is used in training, and in its shape, where a method drops parts of it."""
         return update
 
+    def applied(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The unscaled update of a linear layer for rows `x` (rows, in): (rows, out), without the update as a whole.
+
+        None where making that first costs less; always, of a method that knows no other way.
+        """
+        return None
+
+    def directly(self, x: torch.Tensor) -> torch.Tensor | None:
+        """`applied` for `x` (..., in): (..., out); None where the update has to be made, or had better be."""
+        # For gradients of its tensors the whole update is made: one near zero gets another sign with its last bits, and by
+        # that an optimizer that looks at signs goes another way than the one that a checkpoint was trained on.
+        if len(self.shape) != 2 or gets_gradients(self):
+            return None
+        found = self.applied(x.reshape(-1, x.shape[-1]))
+        return None if found is None else found.view(*x.shape[:-1], self.shape[0])
+
     def delta(self, x: torch.Tensor) -> torch.Tensor:
-        # One product with the whole update, and not one with each factor: these methods have no two factors that would be
-        # cheaper to go through.
+        found = self.directly(x)
+        if found is not None:
+            return found
         update = self.dropped(self.update()) if self.training else self.update()
         return self.operation(cast_to(x, update), update)
 

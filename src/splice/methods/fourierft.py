@@ -17,6 +17,7 @@ from torch import nn
 from splice.base.layers import LayerKind, kind_of
 from splice.base.weight_access import weight_shape
 from splice.checkpoint.types import PeftType
+from splice.kinds.casting import cast_to
 from splice.kinds.matching import value_behind_dot
 from splice.kinds.registry import Method, register
 from splice.kinds.slot import Slot
@@ -100,6 +101,19 @@ class FourierFTLayer(Coefficients):
     @classmethod
     def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: FourierFTConfig) -> None:
         (nn.init.zeros_ if config.init_weights else nn.init.normal_)(tensors["fourierft_spectrum"])
+
+    def applied(self, x: torch.Tensor) -> torch.Tensor | None:
+        spectrum, (size_out, size_in) = self.fourierft_spectrum, self.shape
+        # A transform of each row and of its output, and n products between them. For one row that is 50 times faster than
+        # the transform of the whole matrix on a layer of 512 features, and 600 times on one of 2048; from about here on
+        # that costs less. No rows are nothing that torch transforms.
+        if not 0 < len(x) * len(spectrum) <= size_out * size_in:
+            return None
+        (places,) = self.fixed_on(spectrum.device)
+        seen = torch.fft.ifft(cast_to(x, spectrum).float()).index_select(1, places % size_in) * spectrum.float()
+        mixed = seen.new_zeros(len(x), size_out).index_add(1, places // size_in, seen)
+        outputs: torch.Tensor = torch.fft.ifft(mixed).real * self.spectrum_scale
+        return outputs.to(spectrum.dtype)
 
     def update(self) -> torch.Tensor:
         spectrum = self.fourierft_spectrum

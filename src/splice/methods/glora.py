@@ -27,6 +27,7 @@ from splice.kinds.registry import Method, register
 from splice.kinds.slot import Role, Slot
 from splice.kinds.weight_delta import WeightUpdate
 from splice.methods.default_targets import LORA_TARGETS
+from splice.methods.elementwise import MOST_ROWS, product_with
 from splice.methods.targeted import Targeted, check_positive
 
 _OF_WEIGHT = ("lora", "vector", "constant", "none")
@@ -129,10 +130,15 @@ class GloraLayer(WeightUpdate):
     def path(self, letter: str, like: torch.Tensor) -> torch.Tensor | None:
         """A, B, C, D or E in the dtype of `like`, of its own shape or one that is broadcast to it; None where it is zero."""
         front = f"glora_{letter}"
-        value, up = self.find(f"{front}.X"), self.find(f"{front}.Xu")
+        value, pair = self.find(f"{front}.X"), self.pair(letter, like)
         if value is not None:
             return value.to(like.dtype)
-        return None if up is None else self.tensor(f"{front}.Xd").to(like.dtype) @ up.to(like.dtype)
+        return None if pair is None else pair[0] @ pair[1]
+
+    def pair(self, letter: str, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The two factors of A, B or C in the dtype of `like`; None where it is no low-rank product."""
+        down, up = self.find(f"glora_{letter}.Xd"), self.find(f"glora_{letter}.Xu")
+        return None if down is None or up is None else (down.to(like.dtype), up.to(like.dtype))
 
     def update_of(self, weight: torch.Tensor) -> torch.Tensor:
         scale, shift = self.path("A", weight), self.path("B", weight)
@@ -152,10 +158,27 @@ class GloraLayer(WeightUpdate):
             found = found + shift
         return found if through is None else found + (weight @ through)[:, 0]
 
+    def applied(self, x: torch.Tensor) -> torch.Tensor | None:
+        if len(x) > MOST_ROWS:
+            return None
+        weight = original_weight(self.base)
+        pairs = self.pair("A", weight), self.pair("B", weight)
+        if pairs[0] is not None and pairs[1] is not None:
+            check_values(pairs[0][0], x)
+            return product_with(weight, *pairs[0], x) + F.linear(F.linear(x, pairs[1][1]), pairs[1][0])
+        scale, shift = self.path("A", weight), self.path("B", weight)
+        if scale is None or shift is None:  # both are of one kind
+            return x.new_zeros(len(x), len(weight))
+        check_values(scale, x)
+        return F.linear(x, weight) * scale.t() + x.sum(-1, keepdim=True) * shift.t()
+
     def delta(self, x: torch.Tensor) -> torch.Tensor:
+        found, bias = self.directly(x), self.update_of_bias()
+        if found is not None:
+            return found if bias is None else found + bias
         update = self.update()
         check_values(update, x)
-        return F.linear(x, update, self.update_of_bias())
+        return F.linear(x, update, bias)
 
     @property
     def changed_names(self) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from splice.base.foreign_models import embed_scale
 from splice.base.layers import LayerKind, features, kernel_size
 from splice.checkpoint.types import PeftType
 from splice.errors import UnsupportedFeatureError
-from splice.kinds.casting import check_values
+from splice.kinds.casting import cast_to, check_values
 from splice.kinds.convolution import as_convolution
 from splice.kinds.dropout import dropout_of
 from splice.kinds.layer import Config
@@ -32,6 +32,7 @@ from splice.kinds.slot import Slot
 from splice.kinds.tensors import Held
 from splice.kinds.weight_delta import WeightUpdate
 from splice.methods.default_targets import LORA_TARGETS
+from splice.methods.elementwise import MOST_ROWS, product_with
 from splice.methods.targeted import Targeted, check_positive
 
 
@@ -126,6 +127,14 @@ class HiraLayer(Hira):
         else:
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         nn.init.zeros_(b)
+
+    def applied(self, x: torch.Tensor) -> torch.Tensor | None:
+        if len(x) > MOST_ROWS:
+            return None
+        weight, a, b = original_weight(self.base), self.hira_A, self.hira_B
+        wide = torch.promote_types(weight.dtype, a.dtype)  # as the update is
+        a, b = a.to(wide), b.to(wide)
+        return product_with(weight.to(wide), b, a, cast_to(x, a))
 
     def multiplier(self) -> torch.Tensor:
         a, b = self.hira_A, self.hira_B

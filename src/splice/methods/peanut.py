@@ -19,7 +19,9 @@ from torch.nn import functional as F
 
 from splice.base.layers import LayerKind, features
 from splice.checkpoint.types import PeftType
+from splice.kinds.casting import cast_to
 from splice.kinds.container import Several
+from splice.kinds.original import original_weight
 from splice.kinds.registry import Method, register
 from splice.kinds.slot import Slot
 from splice.kinds.tensors import Held
@@ -147,7 +149,8 @@ class PeanutLayer(WeightUpdate):
     def _inner(self, side: str) -> Iterator[torch.Tensor]:
         return (self.tensor(f"peanut_{side}.{index}.weight") for index in range(self.depth))
 
-    def update_of(self, weight: torch.Tensor) -> torch.Tensor:
+    def network(self, weight: torch.Tensor) -> torch.Tensor:
+        """What the network makes of `weight` (out, in) before its last layer, B: (in, r)."""
         hidden = self.activation(F.linear(weight.T.to(self.a.dtype), self.a))  # (in, r)
         before = []
         for matrix in self._inner("encoders"):
@@ -155,7 +158,16 @@ class PeanutLayer(WeightUpdate):
             hidden = self.activation(F.linear(hidden, matrix))
         for matrix in self._inner("decoders"):
             hidden = self.activation(F.linear(hidden, matrix)) + before.pop()
-        return self.b @ hidden.T
+        return hidden
+
+    def update_of(self, weight: torch.Tensor) -> torch.Tensor:
+        return self.b @ self.network(weight).T
+
+    def applied(self, x: torch.Tensor) -> torch.Tensor | None:
+        # Half of the work for one row, and at any number of rows less, since r is far below the sizes of a layer: the
+        # network reads all of the weight, but its output need not be made as large as that.
+        hidden = self.network(original_weight(self.base))
+        return F.linear(torch.mm(cast_to(x, hidden), hidden), self.b)
 
 
 METHOD = register(

@@ -84,25 +84,8 @@ class LycorisLayer(WeightDelta):
             return y
         return super().around(x, inner)
 
-    def through_factors(self, x: torch.Tensor) -> torch.Tensor | None:
-        """The unscaled update of a linear layer for rows `x` (rows, in): (rows, out), without the update as a whole.
-
-        None where making that first costs less.
-        """
-        raise NotImplementedError
-
-    def delta(self, x: torch.Tensor) -> torch.Tensor:
-        size_out, *rest = self.shape
-        # For gradients of its tensors the whole update is made: one near zero gets another sign with its last bits, and by
-        # that an optimizer that looks at signs goes another way than the one that a checkpoint was trained on.
-        trains = torch.is_grad_enabled() and any(
-            registry[name].requires_grad for registry, name, _ in self.registered.values()
-        )
-        if len(rest) == 1 and not trains and not (self.training and self.rank_dropout):
-            found = self.through_factors(x.reshape(-1, x.shape[-1]))
-            if found is not None:
-                return found.view(*x.shape[:-1], size_out)
-        return super().delta(x)
+    def directly(self, x: torch.Tensor) -> torch.Tensor | None:
+        return None if self.training and self.rank_dropout else super().directly(x)
 
     def dropped(self, update: torch.Tensor) -> torch.Tensor:
         """`update` without some of its rows. The name is the field's; it drops outputs, not ranks."""

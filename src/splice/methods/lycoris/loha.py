@@ -89,7 +89,7 @@ class LoHaLayer(LycorisLayer):
     def initialise(cls, tensors: dict[str, torch.Tensor], base: nn.Module, config: LoHaConfig) -> None:
         draw(tensors, zero=("hada_w2_b",) if config.init_weights else ())
 
-    def through_factors(self, x: torch.Tensor) -> torch.Tensor | None:
+    def applied(self, x: torch.Tensor) -> torch.Tensor | None:
         a1, b1, a2, b2 = self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b
         # Two ranks for each row and feature, where the update has one product for each entry of the weight. For one row it is
         # ten times faster on a layer of 512 features, and a thousand times on one of 4096; about here both take as long.

@@ -135,7 +135,7 @@ class LoKrLayer(Alike, LycorisLayer):
     def likeness(self) -> Hashable:
         return None if len(self.shape) > 2 or isinstance(self.scale, torch.Tensor) else self.scale
 
-    def through_factors(self, x: torch.Tensor) -> torch.Tensor | None:
+    def applied(self, x: torch.Tensor) -> torch.Tensor | None:
         # (W1 ⊗ W2) x is W1 X W2^T, with x (in) = (m n) as a matrix X (m, n). At any number of rows it is faster than to make
         # the whole update and to multiply with that: 3 to 100 times, on layers of 512 to 2048 features.
         left, right = self._factor("lokr_w1"), self._factor("lokr_w2")

@@ -18,6 +18,7 @@ from torch import nn
 from splice.base.layers import LayerKind, features, kind_of
 from splice.base.weight_access import weight_shape
 from splice.checkpoint.types import PeftType
+from splice.kinds.casting import cast_to
 from splice.kinds.layout import LaidOut, Layout
 from splice.kinds.matching import value_for
 from splice.kinds.registry import Method, register
@@ -164,6 +165,19 @@ class WaveFTLayer(LaidOut, Coefficients):
             nn.init.zeros_(tensors["waveft_spectrum"])
         else:
             nn.init.normal_(tensors["waveft_spectrum"], std=0.01)
+
+    def applied(self, x: torch.Tensor) -> torch.Tensor | None:
+        spectrum, (size_out, size_in) = self.waveft_spectrum, self.shape
+        rows, column, columns, row = self.fixed_on(spectrum.device)
+        # What a patch takes of a row, and what it gives to the outputs. Picking single values costs about four times what
+        # going through the whole update does: from about here on that is faster. For one row this is 8 times faster on a
+        # layer of 512 features, and 100 times on one of 2048.
+        if 4 * len(x) * row.numel() > size_out * size_in:
+            return None
+        picked = cast_to(x, spectrum).float().index_select(1, columns.flatten()).view(len(x), *columns.shape)
+        seen = (picked * row).sum(-1) * (spectrum.float() * self.spectrum_scale)
+        given = (seen[:, :, None] * column).flatten(1)
+        return given.new_zeros(len(x), size_out).index_add(1, rows.flatten(), given).to(spectrum.dtype)
 
     def update(self) -> torch.Tensor:
         spectrum = self.waveft_spectrum
