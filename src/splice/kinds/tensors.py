@@ -38,6 +38,8 @@ class Home(NamedTuple):
     added: dict[str, nn.Module]
     # The layer, or the network.
     layer: nn.Module
+    # Whether some of its tensors are in none of its entries: they are entries themselves, or parameters of the base layer.
+    has_bare: bool = False
 
 
 class Held:
@@ -82,8 +84,6 @@ class OwnTensors:
     loose: Registry
     # Suffix -> where the tensor is.
     registered: dict[str, Registered]
-    # Whether some tensor is in none of the entries: it is one itself, or a parameter of the base layer.
-    has_bare: bool = False
 
     def __init__(self, slots: Mapping[str, Slot], tensors: Mapping[str, torch.Tensor]) -> None:
         self.entries, self.loose, self.registered = {}, {}, {}
@@ -158,7 +158,6 @@ class OwnTensors:
                 holder._non_persistent_buffers_set.add(name)
         else:
             registry, name = self.loose, container
-            self.has_bare = True
         if slot.role is not Role.BUFFER and type(tensor) is not nn.Parameter:
             tensor = _frozen_parameter(tensor)
         registry[name] = tensor

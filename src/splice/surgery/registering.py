@@ -24,7 +24,7 @@ def register(adapter: AdapterLayer, name: str, home: Home, owner: Owner | None =
     `owner` is told where somebody hooks what holds them.
     """
     # First of all, so that `unregister` finds what an interrupt cuts short.
-    adapter.home = home
+    adapter.home = home._replace(has_bare=True) if adapter.loose else home
     for path, entry in adapter.entries.items():
         container = _container(home, path, adapter.training, adapter.base)
         if type(entry) is not Holder:
@@ -99,7 +99,7 @@ def unregister(adapter: AdapterLayer, name: str, owner: Owner | None = None, for
     if home is None:
         return
     # A deletion comes by here for every layer: for nearly all methods the tensors stand in entries alone.
-    bare = _unregister_bare(adapter, name, home) if adapter.has_bare else ()
+    bare = _unregister_bare(adapter, name, home) if home.has_bare else ()
     hooked, added = for_good and (owner is None or owner.hooked), home.added
     for path, entry in adapter.entries.items():
         if type(entry) is not Holder:
