@@ -180,6 +180,24 @@ def test_adapters_that_are_alike_are_computed_as_one(
                 assert_close(found[key], parameter.grad, factor=20)
 
 
+def test_long_rows_are_computed_adapter_by_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one, they would be copied for nothing. What is kept of short rows between two calls is not for long ones."""
+    stacked: list[int] = []
+    plain = as_one.Kin._stacked
+    monkeypatch.setattr(as_one.Kin, "_stacked", lambda kin: stacked.append(len(kin.layers)) or plain(kin))
+    config = splice.HRAConfig(r=2, target_modules=["0"], init_weights=False)
+    model: Any = splice.get_peft_model(nn.Sequential(nn.Linear(8, 12)), config, "one").eval()
+    model.add_adapter("two", config)
+    for tokens, expected in ((1, [2]), (7, [2]), (8, []), (1, [2])):
+        del stacked[:]
+        x = torch.randn(3, tokens, 8)
+        mixed = model(x, adapter_names=["two", BASE, "one"])
+        assert stacked == expected
+        for row, name in ((0, "two"), (2, "one")):
+            model.set_adapter(name)
+            assert_close(mixed[row].detach(), model(x[row : row + 1])[0].detach())
+
+
 class Counting(nn.Linear):
     """Counts its calls."""
 

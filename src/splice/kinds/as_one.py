@@ -74,7 +74,8 @@ class Kin:
             return []
         found = [registry[name] for registry, name in self._places]
         alike = [_likeness(layer) for layer in self.layers].count(likeness) == count
-        if not alike or set(map(type, found)) != {nn.Parameter} or len({(t.dtype, t.device) for t in found}) > 1:
+        plain = {*map(type, found)} <= {nn.Parameter, torch.Tensor}
+        if not alike or not plain or len({(t.dtype, t.device) for t in found}) > 1:
             return []
         return [torch.stack(found[start : start + count]) for start in range(0, len(found), count)]
 

@@ -42,16 +42,17 @@ _NO_PARTS = Parts((), (), (), ())
 class RowPlan:
     """Which rows of a batch are computed in which way on one layer. No copy or pickle of a layer has it."""
 
-    def __init__(self, groups: Groups, layers: Mapping[str, AdapterLayer], one_by_one: bool) -> None:
+    def __init__(self, groups: Groups, layers: Mapping[str, AdapterLayer], one_by_one: bool, as_one: bool) -> None:
         """For these groups.
 
         Args:
             groups: of the batch, without rows of the base.
             layers: the adapter layers that are there now, by adapter name.
             one_by_one: whether each has to be computed by itself.
+            as_one: whether those that are alike are to be computed as one, where they can be.
         """
         # What it was made for.
-        self.groups, self.one_by_one = groups, one_by_one
+        self.groups, self.one_by_one, self.as_one = groups, one_by_one, as_one
         self.names = [group.name for group in groups]
         self.layers = tuple(map(layers.get, self.names))
         there = [(layer, group) for layer, group in zip(self.layers, groups) if layer is not None]
@@ -59,11 +60,11 @@ class RowPlan:
         steps = [] if one_by_one else [step for step in there if _has_two_steps(step[0])]
         others = there if one_by_one else [step for step in there if not _has_two_steps(step[0])]
         # Of the steps: those that can be computed as one.
-        self.kin_steps, self.steps = find_kin(steps)
+        self.kin_steps, self.steps = find_kin(steps) if as_one else ([], steps)
         # Of the others: those that are no product, and those that are one as long as they tell a scale.
         single = [step for step in others if one_by_one or not _is_product(step[0])]
         # Of these again, those that can be computed as one.
-        self.kin, self.single = ([], single) if one_by_one else find_kin(single)
+        self.kin, self.single = find_kin(single) if as_one and not one_by_one else ([], single)
         self.products = [] if one_by_one else [step for step in others if _is_product(step[0])]
         # Where the factors are registered. They are looked up at each call: anybody may exchange them at any time.
         found = [[layer.registered[suffix] for suffix in _names_of(layer)] for layer, _ in self.products]
@@ -80,9 +81,9 @@ class RowPlan:
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
 
-    def holds(self, groups: Groups, layers: Mapping[str, AdapterLayer], one_by_one: bool) -> bool:
+    def holds(self, groups: Groups, layers: Mapping[str, AdapterLayer], one_by_one: bool, as_one: bool) -> bool:
         """Whether it is for these groups, and their adapters have the layers that they had; arguments as above."""
-        known = self.groups is groups and self.one_by_one is one_by_one
+        known = self.groups is groups and self.one_by_one is one_by_one and self.as_one is as_one
         return known and tuple(map(layers.get, self.names)) == self.layers
 
     def split(self) -> tuple[Parts, Sequence[Step]]:

@@ -7,7 +7,7 @@ Cayley transform of a skew-symmetric matrix. With R = B_(m-1) ... B_0 and a trai
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar
@@ -19,6 +19,7 @@ from splice.base.layers import LayerKind, features
 from splice.base.weight_access import bias_of
 from splice.checkpoint.types import PeftType
 from splice.config import copy_config
+from splice.kinds.as_one import Alike
 from splice.kinds.casting import check_values
 from splice.kinds.input_transform import InputTransform
 from splice.kinds.layer import AdapterLayer
@@ -30,7 +31,7 @@ from splice.kinds.slot import Slot
 from splice.kinds.tensors import Held
 from splice.kinds.weight_transform import WeightTransform
 from splice.methods.default_targets import LORA_TARGETS
-from splice.methods.rotations import cayley, flat_inputs
+from splice.methods.rotations import cayley, each_block, flat_inputs, in_blocks, in_rows, is_few, turned
 from splice.methods.targeted import Targeted, check_positive
 
 
@@ -153,35 +154,61 @@ class BOFT(AdapterLayer):
     def prepare(self, base: nn.Module, config: BOFTConfig, path: str) -> None:
         super().prepare(base, config, path)
         self.boft_block_num, self.boft_block_size = _blocks(self.size(base, path), config, path)
-        self.share_dropped = config.boft_dropout
+        self.share_dropped, self.factor_count = config.boft_dropout, config.boft_n_butterfly_factor
 
     def rotations(self) -> torch.Tensor:
         """The blocks of all factors, (m, blocks, s, s), in the dtype of the trained tensor or a wider one."""
-        own = self.boft_R
-        wide = own.to(torch.promote_types(own.dtype, torch.float32))  # half precision has no `solve`
-        found = cayley((wide - wide.mT) / 2)
-        if not (self.share_dropped and self.training):
+        found = cayley(_skew(self.boft_R))
+        if not self.drops:
             return found
         factor = int(torch.randint(len(found), (1,)))
         left = torch.zeros(found.shape[:2], dtype=torch.bool, device=found.device)
         left[factor, torch.randperm(found.shape[1])[: int(self.share_dropped * found.shape[1])]] = True
         return torch.where(left[..., None, None], torch.eye(found.shape[-1]).to(found), found)
 
+    @property
+    def drops(self) -> bool:
+        """Whether some blocks rotate nothing in a call."""
+        return bool(self.share_dropped and self.training)
+
     def rotated(self, x: torch.Tensor, back: bool = False) -> torch.Tensor:
         """`x R`, or `x R^T` where `back`, for rows `x` (..., size), in their dtype."""
-        factors, s = self.rotations().to(x.dtype), self.boft_block_size
-        order = range(len(factors)) if back else reversed(range(len(factors)))
-        for number in order:
-            blocks = factors[number].mT if back else factors[number]
+        factors = self.rotations().to(x.dtype)
+        return self._by_factor(
+            x, lambda number, cut: torch.bmm(cut, factors[number].mT if back else factors[number]), back
+        )
+
+    def turned(self, x: torch.Tensor) -> torch.Tensor:
+        """`x R` for few rows, without R."""
+        own = self.boft_R
+        wide = x.to(torch.promote_types(own.dtype, torch.float32))
+        return self._by_factor(wide, lambda number, cut: each_block(_turned, cut, own[number])).to(x.dtype)
+
+    def _by_factor(
+        self, x: torch.Tensor, turn: Callable[[int, torch.Tensor], torch.Tensor], back: bool = False
+    ) -> torch.Tensor:
+        """`x` (..., size), which each factor in turn does something to: its number, and (blocks, rows, s) as it cuts them."""
+        s, order = self.boft_block_size, range(self.factor_count)
+        for number in order if back else reversed(order):
             cut = _permuted(x, s // 2, 2, 2**number) if number else x
-            turned = (cut.reshape(*cut.shape[:-1], self.boft_block_num, 1, s) @ blocks).flatten(-3)
-            x = _permuted(turned, s // 2, 2**number, 2) if number else turned
+            done = in_rows(turn(number, in_blocks(cut, s)), cut)
+            x = _permuted(done, s // 2, 2**number, 2) if number else done
         return x
 
     def for_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """`c W R^T`, in the shape of `weight`, and in its dtype or a wider one."""
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         return (self.rotated(wide.flatten(1), back=True) * self.boft_s.view(-1, 1)).view_as(wide)
+
+
+def _skew(own: torch.Tensor) -> torch.Tensor:
+    """The skew-symmetric matrices that blocks (..., s, s) are made from, in float32 at least."""
+    wide = own.to(torch.promote_types(own.dtype, torch.float32))  # half precision has no `solve`
+    return (wide - wide.mT).div_(2)
+
+
+def _turned(x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    return turned(x, _skew(own), None)
 
 
 def _permuted(x: torch.Tensor, chunk: int, rows: int, columns: int) -> torch.Tensor:
@@ -196,7 +223,7 @@ def _permuted(x: torch.Tensor, chunk: int, rows: int, columns: int) -> torch.Ten
     )
 
 
-class BOFTLayer(BOFT, InputTransform, OutputTransform):
+class BOFTLayer(Alike, BOFT, InputTransform, OutputTransform):
     """BOFT on a linear layer: `x W'^T = c ((x R) W^T)`, so the last of several adapters is the first that the input meets."""
 
     first_outside = False
@@ -213,9 +240,16 @@ class BOFTLayer(BOFT, InputTransform, OutputTransform):
         super().prepare(base, config, path)
         self.has_bias = bias_of(base) is not None
 
+    def likeness(self) -> Hashable:
+        return self.boft_block_size
+
     def transform(self, x: torch.Tensor) -> torch.Tensor:
         check_values(self.boft_R, x)
-        return self.rotated(x)  # in the dtype of `x`, as the reference does
+        # In the dtype of `x`, as the reference does. For gradients of its tensor R is made: with other last bits an optimizer
+        # may go another way than the one that a checkpoint was trained on.
+        trains = torch.is_grad_enabled() and self.boft_R.requires_grad
+        few = is_few(x, self.boft_block_size, None) and not (trains or self.drops)
+        return self.turned(x) if few else self.rotated(x)
 
     def transform_output(self, y: torch.Tensor) -> torch.Tensor:
         scale, bias = self.boft_s.flatten(), tensor_in_use(self.base, "bias", self) if self.has_bias else None

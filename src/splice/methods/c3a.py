@@ -8,6 +8,7 @@ by Fourier transforms, without the blocks themselves.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import ClassVar
@@ -18,6 +19,7 @@ from torch import nn
 from splice.base.layers import LayerKind, features
 from splice.checkpoint.types import PeftType
 from splice.kinds.additive import Additive
+from splice.kinds.as_one import Alike
 from splice.kinds.casting import cast_to
 from splice.kinds.matching import value_behind_dot
 from splice.kinds.registry import Method, register
@@ -66,7 +68,7 @@ def _check(config: C3AConfig) -> None:
         raise ValueError(f"Unknown init_weights: {config.init_weights!r}; it is one of {_INITS}.")
 
 
-class C3ALayer(Additive):
+class C3ALayer(Alike, Additive):
     """C3A on a linear layer: the kernels, (out / b, in / b, b)."""
 
     numbers = MappingProxyType({"block_size": "block_size"})
@@ -102,6 +104,9 @@ class C3ALayer(Additive):
     def prepare(self, base: nn.Module, config: C3AConfig, path: str) -> None:
         self.block_size = value_behind_dot(config.block_size_pattern, path, config.block_size)
         self.size_in = features(base)[0]
+
+    def likeness(self) -> Hashable:
+        return None if isinstance(self.scale, torch.Tensor) else (self.scale, self.block_size)
 
     def kernel(self) -> torch.Tensor:
         """The kernels as they multiply inputs; half precision has no Fourier transform."""

@@ -8,6 +8,7 @@ column of the base's weight, and the norms of each row a of A and column b of B 
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import ClassVar
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from splice.base.layers import LayerKind, features
 from splice.checkpoint.types import PeftType
 from splice.kinds.additive import Additive
+from splice.kinds.as_one import Alike
 from splice.kinds.casting import cast_to
 from splice.kinds.dropout import dropout_of
 from splice.kinds.matching import value_for
@@ -79,7 +81,7 @@ def _rank(config: DeloraConfig, path: str) -> int:
     return value_for(config.rank_pattern or {}, path, config.r)
 
 
-class DeloraLayer(Additive):
+class DeloraLayer(Alike, Additive):
     """DeLoRA on a linear layer. The norms of the weight's columns are those of the base it was made on, and are stored."""
 
     delora_A, delora_B, delora_lambda, delora_w_norm = Held(), Held(), Held(), Held()
@@ -115,6 +117,9 @@ class DeloraLayer(Additive):
     @torch.no_grad()
     def begin(self) -> None:
         self.delora_lambda.fill_(self.first_lambda)
+
+    def likeness(self) -> Hashable:
+        return None if isinstance(self.scale, torch.Tensor) else (self.scale, self.r)
 
     def strengths(self) -> torch.Tensor:
         """(r): what each rank-one part is multiplied with."""

@@ -8,6 +8,7 @@ the r columns of A[n] meet the n-th q rows of B[j]. The hybrid adds a plain LoRA
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar
@@ -20,6 +21,7 @@ from splice.base.dtypes import HALVES
 from splice.base.layers import LayerKind, features, kind_of
 from splice.checkpoint.types import PeftType
 from splice.kinds.additive import Additive
+from splice.kinds.as_one import Alike
 from splice.kinds.casting import cast_to
 from splice.kinds.dropout import dropout_of
 from splice.kinds.effect import Forward
@@ -89,7 +91,7 @@ def _check(config: GraloraConfig) -> None:
         raise ValueError(f"`hybrid_r` should be a non-negative integer value but the value passed is {config.hybrid_r}")
 
 
-class GraloraLayer(Additive):
+class GraloraLayer(Alike, Additive):
     """GraLoRA on a linear layer, stored either way round."""
 
     numbers = MappingProxyType(
@@ -136,6 +138,9 @@ class GraloraLayer(Additive):
         self.r, self.hybrid_r, self.alpha, self.gralora_k = config.r, config.hybrid_r, config.alpha, config.gralora_k
         self.scale = self.initial_scale = config.alpha / (config.r + config.hybrid_r)
         self.dropout = config.gralora_dropout
+
+    def likeness(self) -> Hashable:
+        return None if isinstance(self.scale, torch.Tensor) else (self.scale, self.r, self.gralora_k)
 
     def cast_input(self, x: torch.Tensor) -> torch.Tensor:
         return cast_to(x, self.gralora_A)

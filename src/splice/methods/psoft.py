@@ -8,6 +8,7 @@ decomposition has to be made again, on the same kind of device.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar, Literal
@@ -21,6 +22,7 @@ from splice.base.layers import LayerKind, features, kind_of
 from splice.base.weight_access import is_plain
 from splice.checkpoint.types import PeftType
 from splice.errors import UnsupportedLayerError, warn
+from splice.kinds.as_one import Alike
 from splice.kinds.casting import cast_to
 from splice.kinds.dropout import dropout_of
 from splice.kinds.registry import Method, register
@@ -131,7 +133,7 @@ def _check(config: PsoftConfig) -> None:
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class PsoftLayer(WorkedOut):
+class PsoftLayer(Alike, WorkedOut):
     """PSOFT on a linear layer."""
 
     weight = Held("psoft_R.weight")
@@ -188,6 +190,9 @@ class PsoftLayer(WorkedOut):
             a, b = v, u * s
         self.keep("_psoft_A_cache", a.contiguous())
         self.keep("_psoft_B_cache", b.contiguous())
+
+    def likeness(self) -> Hashable:
+        return None if isinstance(self.scale, torch.Tensor) else (self.scale, self.terms, self.largest)
 
     def rotation(self) -> torch.Tensor:
         """R, (r, r), with the scales on both its sides."""

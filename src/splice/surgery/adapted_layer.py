@@ -142,7 +142,7 @@ class Adapted(Generated, AdaptedViews, LayerCommands, nn.Module):
         if len(groups) == 1 and len(groups[0].rows) == len(x):  # as if it were the active one
             alone = host.layers.get(groups[0].name)
             return (run if alone is None else self._outside(alone, run))(*args, **kwargs)
-        plan = _plan(host, groups)
+        plan = _plan(host, groups, x)
         y = run(entering(x, plan), *args[1:], **kwargs)
         if not isinstance(y, torch.Tensor):
             raise TypeError(_ONE_TENSOR.format(host.place))
@@ -262,13 +262,15 @@ def _groups(host: Host, rows: Rows, x: torch.Tensor) -> Groups:
         raise ValueError(f"{host.path}: {error}") from None
 
 
-def _plan(host: Host, groups: Groups) -> RowPlan:
+def _plan(host: Host, groups: Groups, x: torch.Tensor) -> RowPlan:
     """How these groups are computed: as the last time, if they are the same and the same adapters are there."""
     # A compiled graph has worked it out once for all; it would be made again for whatever was computed before its call.
     compiling = torch.compiler.is_compiling()
     plan = None if compiling else host.row_plan
-    if plan is None or not plan.holds(groups, host.layers, host.hooked):
-        plan = RowPlan(groups, host.layers, host.hooked)
+    # With more vectors their numbers cost more than what is done for each adapter, and as one they are copied.
+    as_one = x.numel() < 8 * len(x) * (x.shape[-1] if x.is_floating_point() else 1)
+    if plan is None or not plan.holds(groups, host.layers, host.hooked, as_one):
+        plan = RowPlan(groups, host.layers, host.hooked, as_one)
         if not compiling:
             host.row_plan = plan
     return plan

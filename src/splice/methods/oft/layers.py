@@ -8,6 +8,7 @@ checkpoint belongs to one of the two, as its config says.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from types import MappingProxyType
 from typing import ClassVar
 
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from splice.base.layers import LayerKind, features, kind_of
 from splice.errors import warn
+from splice.kinds.as_one import Alike
 from splice.kinds.casting import cast_to
 from splice.kinds.convolution import as_convolution
 from splice.kinds.input_transform import InputTransform
@@ -24,7 +26,18 @@ from splice.kinds.layer import AdapterLayer
 from splice.kinds.output_transform import OutputTransform
 from splice.kinds.slot import Slot
 from splice.methods.oft.config import OFTConfig
-from splice.methods.rotations import cayley, flat_inputs, nearest_divisor, series, skew_places
+from splice.methods.rotations import (
+    cayley,
+    each_block,
+    flat_inputs,
+    in_blocks,
+    in_rows,
+    is_few,
+    nearest_divisor,
+    series,
+    skew_places,
+    turned,
+)
 
 
 def blocks(size: int, config: OFTConfig) -> tuple[int, int]:
@@ -36,7 +49,7 @@ def blocks(size: int, config: OFTConfig) -> tuple[int, int]:
     return count, size // count
 
 
-class OFT(AdapterLayer):
+class OFT(Alike, AdapterLayer):
     """What OFT on every kind of layer shares."""
 
     numbers = MappingProxyType({"r": "r", "oft_block_size": "oft_block_size"})
@@ -79,6 +92,10 @@ class OFT(AdapterLayer):
         # Q = 0 makes R the identity, in the exact form and in the series alike.
         nn.init.zeros_(values) if config.init_weights else nn.init.normal_(values, std=0.1)
 
+    def likeness(self) -> Hashable:
+        # COFT writes to the tensor itself.
+        return None if self.radius is not None else (self.oft_block_size, self.terms)
+
     def values(self) -> torch.Tensor:
         """The trained tensor (blocks, values above the diagonal)."""
         return self.tensor(self.tensor_name)
@@ -88,31 +105,47 @@ class OFT(AdapterLayer):
 
         It is worked out at every call: nothing tells that values were changed through `.data`.
         """
+        q = self._skew(self._wide_values())
+        found = cayley(q) if self.terms is None else series(q, self.terms)
+        return found.to(self.values().dtype)
+
+    def rotated(self, x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+        """`x` (..., size) with each block of its last dimension multiplied by that of `rotation`."""
+        # One product for each block and not for each vector, which would read the block anew for every token.
+        return in_rows(torch.bmm(in_blocks(x, self.oft_block_size), rotation.expand(self.r, -1, -1)), x)
+
+    def turned(self, x: torch.Tensor) -> torch.Tensor:
+        """`x R`, in the dtype of `x`."""
+        values = self.values()
+        own = cast_to(x, values)
+        # For gradients of its tensor R is made: with other last bits an optimizer may go another way than the one that a
+        # checkpoint was trained on.
+        trains = torch.is_grad_enabled() and values.requires_grad
+        if trains or not is_few(own, self.oft_block_size, self.terms):
+            return self.rotated(own, self.rotation()).to(x.dtype)
+        wide = self._wide_values()
+        pieces = in_blocks(own.to(wide.dtype), self.oft_block_size)
+        return in_rows(each_block(self._turned_pieces, pieces, wide), own).to(x.dtype)
+
+    def _turned_pieces(self, pieces: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        q = self._skew(own)
+        return turned(pieces, q if len(q) == len(pieces) else q.repeat_interleave(len(pieces) // len(q), 0), self.terms)
+
+    def _wide_values(self) -> torch.Tensor:
         own = self.values()
         if self.radius is not None:
             self._project(own, self.radius)
         # Half precision has no `solve`, and the powers of the series would be rounded one by one.
-        q = self._skew(own if own.dtype in (torch.float32, torch.float64) else own.float())
-        found = cayley(q) if self.terms is None else series(q, self.terms)
-        return found.to(own.dtype)
-
-    def rotated(self, x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-        """`x` (..., size) with each block of its last dimension multiplied by that of `rotation`."""
-        cut = x.reshape(*x.shape[:-1], self.r, 1, self.oft_block_size)
-        return torch.matmul(cut, rotation).flatten(-3)
-
-    def turned(self, x: torch.Tensor) -> torch.Tensor:
-        """`x R`, in the dtype of `x`."""
-        own = cast_to(x, self.values())
-        return self.rotated(own, self.rotation()).to(x.dtype)
+        return own if own.dtype in (torch.float32, torch.float64) else own.float()
 
     def _skew(self, own: torch.Tensor) -> torch.Tensor:
+        """Q, (blocks, s, s)."""
         place, sign = self.places
         if place.device != own.device or sign.dtype is not own.dtype:
             self.places = place, sign = place.to(own.device), sign.to(own)
         if not own.shape[1]:  # blocks of one value, which cannot be turned
             return own.new_zeros(len(own), 1, 1)
-        return own.index_select(1, place).view(-1, *sign.shape) * sign
+        return own.index_select(1, place).view(-1, *sign.shape).mul_(sign)
 
     @torch.no_grad()
     def _project(self, own: torch.Tensor, eps: float) -> None:
