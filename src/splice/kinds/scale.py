@@ -25,7 +25,8 @@ class Rescaled:
 def add_scaled(y: torch.Tensor, update: torch.Tensor, scale: Scale) -> torch.Tensor:
     """`y + scale * update`, both of one shape or such that one can be broadcast."""
     # A number is folded into the sum: one kernel instead of two. The sum is made in the wider dtype and rounded once;
-    # `y + update.to(y.dtype)` would round twice.
-    if isinstance(scale, torch.Tensor):
+    # `y + update.to(y.dtype)` would round twice. Not in a graph: of a sum with a product of two matrices, which it makes one
+    # kernel of, the compiler of torch 2.13 forgets `alpha`; and one kernel is made of this as well.
+    if isinstance(scale, torch.Tensor) or torch.compiler.is_compiling():
         return y + scale * update
     return torch.add(y, update, alpha=scale)

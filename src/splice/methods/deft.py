@@ -21,6 +21,7 @@ from splice.kinds.dropout import dropout_of
 from splice.kinds.effect import Forward
 from splice.kinds.original import gets_base_output, original_weight, tensor_in_use
 from splice.kinds.registry import Method, register
+from splice.kinds.scale import add_scaled
 from splice.kinds.slot import Slot
 from splice.kinds.tensors import Held
 from splice.kinds.weight_delta import WeightUpdate
@@ -135,7 +136,7 @@ class DeftLayer(WeightUpdate):
             h = x.to(left.dtype)
             if self.dropout and self.training:
                 h = F.dropout(h, self.dropout)
-            inside = torch.add(inside, F.linear(h, r.to(left.dtype)), alpha=self.share)
+            inside = add_scaled(inside, F.linear(h, r.to(left.dtype)), self.share)
         return (y.to(left.dtype) + F.linear(inside, left)).to(x.dtype)
 
     def _bare(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -151,7 +152,7 @@ class DeftLayer(WeightUpdate):
         left, k = _projector(self.deft_P, self.form)
         inside = -(k.T @ weight.to(k.dtype))
         r = self.find("deft_R")
-        return left @ (inside if r is None else torch.add(inside, r.to(left.dtype), alpha=self.share))
+        return left @ (inside if r is None else add_scaled(inside, r.to(left.dtype), self.share))
 
 
 def _share(config: DeftConfig, p: torch.Tensor) -> float:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from splice.kinds.convolution import as_convolution
+from splice.kinds.scale import add_scaled
 
 
 def flat_inputs(base: nn.Module, path: str, method: str) -> int:
@@ -61,13 +62,13 @@ def series(q: torch.Tensor, terms: int) -> torch.Tensor:
     identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
     if terms < 2:
         return identity.expand_as(q)
-    found = torch.add(identity, q, alpha=2)
+    found = add_scaled(identity, q, 2.0)
     if terms == 2:
         return found
     power = q
     for _ in range(max(terms, 4) - 3):
         power = power @ q
-        found = torch.add(found, power, alpha=2)
+        found = add_scaled(found, power, 2.0)
     return found + power @ q
 
 
@@ -138,12 +139,12 @@ def _turned_by_series(x: torch.Tensor, q: torch.Tensor, terms: int) -> torch.Ten
     if terms < 2:
         return x
     power = torch.bmm(x, q)
-    found = torch.add(x, power, alpha=2)
+    found = add_scaled(x, power, 2.0)
     if terms == 2:
         return found
     for _ in range(max(terms, 4) - 3):
         power = torch.bmm(power, q)
-        found = torch.add(found, power, alpha=2)
+        found = add_scaled(found, power, 2.0)
     return torch.baddbmm(found, power, q)
 
 

@@ -14,6 +14,7 @@ import torch
 from splice.kinds.bundles import Bundle, Bundles
 from splice.kinds.effect import Factors
 from splice.kinds.row_plan import Parts
+from splice.kinds.scale import add_scaled
 from splice.selection import Group
 from splice.surgery.stacked_rows import Way, add_by_seats, add_run, find_way
 
@@ -162,7 +163,7 @@ def _added(y: torch.Tensor, x: torch.Tensor, factors: Factors) -> torch.Tensor:
     hidden = torch.mm(x if x.dtype is a.dtype else x.to(a.dtype), a.t())
     if hidden.dtype is y.dtype:
         return torch.addmm(y, hidden, b.t(), alpha=scale)
-    return torch.add(y, torch.mm(hidden, b.t()), alpha=scale).to(y.dtype)
+    return add_scaled(y, torch.mm(hidden, b.t()), scale).to(y.dtype)
 
 
 def _add_stacked(y: torch.Tensor, x: torch.Tensor, parts: Parts) -> torch.Tensor:

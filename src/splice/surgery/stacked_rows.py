@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from splice.kinds.bundles import Stacked
+from splice.kinds.scale import add_scaled
 from splice.kinds.stack import Stack
 from splice.selection import Group
 
@@ -150,7 +151,7 @@ def add_run(
         hidden, alpha = hidden * torch.tensor(each, dtype=hidden.dtype, device=hidden.device).view(-1, 1, 1), 1.0
     flat = before.reshape(slots, -1, before.shape[-1])
     if hidden.dtype is not y.dtype:  # the sum in the wider dtype, rounded once
-        after = torch.add(flat, torch.bmm(hidden, b.transpose(1, 2)), alpha=alpha).to(y.dtype)
+        after = add_scaled(flat, torch.bmm(hidden, b.transpose(1, 2)), alpha).to(y.dtype)
     elif run.span is not None or (run.rows is None and is_own):
         flat.baddbmm_(hidden, b.transpose(1, 2), alpha=alpha)
         return y
@@ -183,7 +184,7 @@ def _add_row_by_row(
         hidden, alpha = hidden * by_slot.to(x.device).index_select(0, run.seats - run.first).view(-1, 1, 1), 1.0
     if hidden.dtype is y.dtype:
         return torch.baddbmm(y, hidden, b.transpose(1, 2), alpha=alpha)
-    return torch.add(y, torch.bmm(hidden, b.transpose(1, 2)), alpha=alpha).to(y.dtype)
+    return add_scaled(y, torch.bmm(hidden, b.transpose(1, 2)), alpha).to(y.dtype)
 
 
 def _add_one_by_one(
@@ -202,7 +203,7 @@ def _add_one_by_one(
             if hidden.dtype is y.dtype:
                 y[row].addmm_(hidden, own_b.t(), alpha=scales[group])
             else:
-                y[row] = torch.add(y[row], torch.mm(hidden, own_b.t()), alpha=scales[group]).to(y.dtype)
+                y[row] = add_scaled(y[row], torch.mm(hidden, own_b.t()), scales[group]).to(y.dtype)
     return y
 
 

@@ -31,6 +31,8 @@ from splice.kinds.tensors import Held, Registry
 from splice.methods.lora.config import LoraConfig
 from splice.methods.lora.inits import LORA_GA, initialise_linear
 
+_is_compiling = torch.compiler.is_compiling
+
 
 class LowRank(Additive):
     """A low-rank update: rank, scale and how the factors start."""
@@ -184,7 +186,9 @@ class LoraLinear(TellsScale, OnLinear):
             weight = a["weight"]
             if x.dtype is not weight.dtype or weight.is_meta:
                 x = cast_to(x, weight)
-            out = torch.add(y, F.linear(F.linear(x, weight), b["weight"], b["bias"]), alpha=scale)
+            update = F.linear(F.linear(x, weight), b["weight"], b["bias"])
+            # As `add_scaled` does it.
+            out = y + scale * update if _is_compiling() else torch.add(y, update, alpha=scale)
             return out if out.dtype is y.dtype else out.to(y.dtype)
 
         return run
