@@ -145,6 +145,8 @@ def test_adapters_that_are_alike_are_computed_as_one(
     case: Case, shared_checkpoint: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the gradients of each, and only as long as they are alike."""
+    for layer_class in case.method.layers.values():
+        monkeypatch.setattr(layer_class, "least", 2, raising=False)
     stacked: list[bool] = []
     plain = as_one.Kin._stacked
     monkeypatch.setattr(as_one.Kin, "_stacked", lambda kin: stacked.append(bool(plain(kin))) or plain(kin))
@@ -180,8 +182,10 @@ def test_adapters_that_are_alike_are_computed_as_one(
                 assert_close(found[key], parameter.grad, factor=20)
 
 
-def test_long_rows_are_computed_adapter_by_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_rows_and_few_adapters_are_computed_adapter_by_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
     """As one, they would be copied for nothing. What is kept of short rows between two calls is not for long ones."""
+    assert Alike.least > 2
+    monkeypatch.setattr(Alike, "least", 2)
     stacked: list[int] = []
     plain = as_one.Kin._stacked
     monkeypatch.setattr(as_one.Kin, "_stacked", lambda kin: stacked.append(len(kin.layers)) or plain(kin))
@@ -196,6 +200,12 @@ def test_long_rows_are_computed_adapter_by_adapter(monkeypatch: pytest.MonkeyPat
         for row, name in ((0, "two"), (2, "one")):
             model.set_adapter(name)
             assert_close(mixed[row].detach(), model(x[row : row + 1])[0].detach())
+    monkeypatch.setattr(Alike, "least", 3)
+    for host in model.base_model.hosts.values():
+        host.row_plan = None
+    del stacked[:]
+    model(torch.randn(3, 1, 8), adapter_names=["two", BASE, "one"])
+    assert not stacked
 
 
 class Counting(nn.Linear):

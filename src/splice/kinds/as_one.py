@@ -7,6 +7,7 @@ they are copied, and where a call costs more for what is done for each adapter t
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -24,6 +25,9 @@ class Alike:
 
     # `before` and `after`, or `around`, are what it does as a whole; they read nothing of its own but tensors, by `tensor`,
     # and what is told here, and `torch.vmap` can map them.
+
+    # Of so many it costs less: `torch.vmap` costs a layer what seven or so small adapters cost by themselves.
+    least: ClassVar[int] = 8
 
     def likeness(self) -> Hashable:
         """What they must have in common, beside the shapes of their tensors; None where each is computed by itself."""
@@ -90,5 +94,11 @@ def find_kin(steps: Sequence[Step]) -> tuple[list[Kin], list[Step]]:
         shapes = tuple((name, item.slot.shape) for name, item in layer.registered.items())
         key = group.name if likeness is None else (type(layer), likeness, shapes, len(group.rows))
         alike.setdefault(key, []).append((layer, group))
-    kin = [Kin(same) for same in alike.values() if len(same) > 1]
-    return kin, [step for same in alike.values() if len(same) == 1 for step in same]
+    kin, others = [], []
+    for same in alike.values():
+        layer = same[0][0]
+        if isinstance(layer, Alike) and len(same) >= layer.least:
+            kin.append(Kin(same))
+        else:
+            others += same
+    return kin, others

@@ -94,6 +94,7 @@ def _check(config: GraloraConfig) -> None:
 class GraloraLayer(Alike, Additive):
     """GraLoRA on a linear layer, stored either way round."""
 
+    least = 16
     numbers = MappingProxyType(
         {
             **Additive.numbers,

@@ -53,6 +53,7 @@ class OFT(Alike, AdapterLayer):
     """What OFT on every kind of layer shares."""
 
     numbers = MappingProxyType({"r": "r", "oft_block_size": "oft_block_size"})
+    least = 16
     # Suffix of the trained tensor.
     tensor_name: ClassVar[str] = "oft_R.weight"
 
