@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from splice.kinds.as_one import Step, find_kin
+from splice.kinds.as_one import Alike, Step, find_kin
 from splice.kinds.bundles import Bundles
 from splice.kinds.finishing import Finish, Finishing, find_finishes
 from splice.kinds.layer import AdapterLayer
@@ -52,9 +52,11 @@ class RowPlan:
             as_one: whether those that are alike are to be computed as one, where they can be.
         """
         # What it was made for.
-        self.groups, self.one_by_one, self.as_one = groups, one_by_one, as_one
+        self.groups, self.one_by_one = groups, one_by_one
         self.names = [group.name for group in groups]
         self.layers = tuple(map(layers.get, self.names))
+        # The same; None where there are no two that could be alike.
+        self.as_one = as_one if sum(isinstance(layer, Alike) for layer in self.layers) > 1 else None
         there = [(layer, group) for layer, group in zip(self.layers, groups) if layer is not None]
         # Those that only change what goes into the base layer, or what comes out; and all others.
         steps = [] if one_by_one else [step for step in there if _has_two_steps(step[0])]
@@ -81,9 +83,9 @@ class RowPlan:
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
 
-    def holds(self, groups: Groups, layers: Mapping[str, AdapterLayer], one_by_one: bool, as_one: bool) -> bool:
+    def holds(self, groups: Groups, layers: Mapping[str, AdapterLayer], one_by_one: bool) -> bool:
         """Whether it is for these groups, and their adapters have the layers that they had; arguments as above."""
-        known = self.groups is groups and self.one_by_one is one_by_one and self.as_one is as_one
+        known = self.groups is groups and self.one_by_one is one_by_one
         return known and tuple(map(layers.get, self.names)) == self.layers
 
     def split(self) -> tuple[Parts, Sequence[Step]]:

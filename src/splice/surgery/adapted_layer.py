@@ -267,13 +267,18 @@ def _plan(host: Host, groups: Groups, x: torch.Tensor) -> RowPlan:
     # A compiled graph has worked it out once for all; it would be made again for whatever was computed before its call.
     compiling = torch.compiler.is_compiling()
     plan = None if compiling else host.row_plan
-    # With more vectors their numbers cost more than what is done for each adapter, and as one they are copied.
-    as_one = x.numel() < 8 * len(x) * (x.shape[-1] if x.is_floating_point() else 1)
-    if plan is None or not plan.holds(groups, host.layers, host.hooked, as_one):
-        plan = RowPlan(groups, host.layers, host.hooked, as_one)
-        if not compiling:
-            host.row_plan = plan
+    holds = plan is not None and plan.holds(groups, host.layers, host.hooked)
+    if plan is not None and holds and (plan.as_one is None or plan.as_one is _are_short(x)):
+        return plan
+    plan = RowPlan(groups, host.layers, host.hooked, _are_short(x))
+    if not compiling:
+        host.row_plan = plan
     return plan
+
+
+def _are_short(x: torch.Tensor) -> bool:
+    """Whether rows are so short that what is done for each adapter costs more than their numbers, and than to copy these."""
+    return x.numel() < 8 * len(x) * (x.shape[-1] if x.is_floating_point() else 1)
 
 
 def _with_products(
