@@ -93,16 +93,42 @@ def test_norms_of_gradients_and_of_inference_are_one(monkeypatch: pytest.MonkeyP
     assert measured
 
 
-def test_no_norm_is_kept_in_half_precision_or_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_half_precision_norms_are_kept_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on other devices, where values cannot be compared in passing. No copy has a norm of another model."""
     model, layer = dora()
-    inputs = bases.LINEAR.inputs(3)
-    run(model, inputs)
+    run(model, bases.LINEAR.inputs(3))
     assert layer.kept is not None
     copied = copy.deepcopy(model)
-    assert copied.base_model.placed["default"]["first"].kept is None
-    half = copied.bfloat16()
-    run(half, {key: value.bfloat16() for key, value in inputs.items()})
-    assert half.base_model.placed["default"]["first"].kept is None
+    layer = copied.base_model.placed["default"]["first"]
+    assert layer.kept is None
+    half, inputs = copied.bfloat16(), {key: value.bfloat16() for key, value in bases.LINEAR.inputs(3).items()}
+    run(half, inputs)
+    assert layer.kept is None
+    measured = count_measures(monkeypatch)
+    with DoraCaching():
+        before = run(half, inputs)
+        assert torch.equal(run(half, inputs), before) and len(measured) == 1
+        with DoraCaching(enabled=False):
+            changed(layer.base.weight)
+            after = run(half, inputs)
+        assert torch.equal(run(half, inputs), after) and differ(after, before)
+        run(half.train(), inputs)
+        assert layer.kept is None
+
+
+def test_what_is_measured_inside_autocast_is_kept_by_nobody() -> None:
+    """It has been rounded to half precision on its way; and what was measured outside is more than inside is asked for."""
+    model, layer = dora()
+    inputs = bases.LINEAR.inputs(3)
+    expected, fresh = run(copy.deepcopy(model), inputs), copy.deepcopy(model)
+    for caching in (False, True):
+        layer.kept = None
+        with DoraCaching(enabled=caching):
+            with torch.autocast("cpu", torch.bfloat16):
+                inside = run(model, inputs)
+            assert torch.equal(run(model, inputs), expected)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert torch.equal(run(model, inputs), inside) and torch.equal(run(fresh, inputs), inside)
 
 
 def test_inside_no_value_is_read_to_find_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from splice.kinds.tensors import Held
 from splice.kinds.weight_delta import operation_of
 from splice.methods.lora.config import LoraConfig
 from splice.methods.lora.dora_caching import DoraCaching, state_of
-from splice.methods.lora.kept_norms import Kept, can_be_kept, trace_of, trace_of_sum
+from splice.methods.lora.kept_norms import Kept, can_be_traced, may_keep, trace_of, trace_of_sum
 from splice.methods.lora.layers import LowRank, OnConvolution, OnEmbedding, OnLinear, TellsScale
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -95,24 +95,36 @@ class Dora(LowRank):
         return self._norm(weight, trace)
 
     def _norm(self, weight: torch.Tensor, trace: torch.Tensor | None) -> torch.Tensor:
-        a, b, scale = self.a, self.b, self.scale
-        if self.training or not self.mergeable or not can_be_kept(weight, a, b, scale):
+        if not may_keep(weight):
             return self.sizes(self.total(weight))
-        kept = self.kept
-        # Not of `weight`: it may have been worked out for this call.
-        state = (*state_of((a, b, self.base._parameters.get("weight"))), scale) if DoraCaching.on else None
+        if self.training:  # values change from call to call
+            self.kept = None
+            return self.sizes(self.total(weight))
+        kept, state = self.kept, self._state(weight) if DoraCaching.on else None
         if kept is not None and state is not None and kept.state == state:
             return kept.norm
-        if trace is None:
-            trace = trace_of(self.rows(weight))
-        trace = trace_of_sum(trace, b, a, cast(float, scale))
-        if kept is not None and torch.equal(kept.trace, trace):
+        trace = self._trace(weight, trace)
+        if trace is not None and kept is not None and kept.trace is not None and torch.equal(kept.trace, trace):
             norm = kept.norm
         else:
             with torch.inference_mode(False), torch.no_grad():  # a later call may want gradients, and not those of this
                 norm = self.sizes(self.total(weight))
-        self.kept = Kept(norm, trace, state)
+        self.kept = Kept(norm, trace, state) if trace is not None or state is not None else None
         return norm
+
+    def _state(self, weight: torch.Tensor) -> tuple[object, ...]:
+        """What tells, without reading a value, whether the norm is another one."""
+        # Not `weight` itself: it may have been worked out for this call.
+        tensors = (self.a, self.b, self.base._parameters.get("weight"))
+        scale = self.scale
+        return (*state_of(tensors), weight.dtype, state_of((scale,)) if isinstance(scale, torch.Tensor) else scale)
+
+    def _trace(self, weight: torch.Tensor, of_weight: torch.Tensor | None) -> torch.Tensor | None:
+        """What tells the same by reading all of them once; None where it cannot. Arguments as of `norm`."""
+        a, b, scale = self.a, self.b, self.scale
+        if not self.mergeable or not can_be_traced(weight, a, b, scale):
+            return None
+        return trace_of_sum(trace_of(self.rows(weight)) if of_weight is None else of_weight, b, a, cast(float, scale))
 
     def ratio(self, weight: torch.Tensor) -> torch.Tensor:
         """m / n(W + D), so shaped that it multiplies the weight."""
@@ -201,8 +213,9 @@ class DoraLinear(TellsScale, Finishing, DoraOnLinear):
             dtype = layer.magnitude.dtype
             if dtype not in weights:  # nearly always once for all
                 weight = layer.base_weight(dtype)
-                is_kept = can_be_kept(weight, layer.a, layer.b, layer.scale)
-                weights[dtype] = weight, trace_of(weight) if is_kept else None
+                # Not where nothing is kept, nor where it is known without.
+                reads = may_keep(weight) and not DoraCaching.on and can_be_traced(weight, layer.a, layer.b, layer.scale)
+                weights[dtype] = weight, trace_of(weight) if reads else None
             norms.append(layer.norm(*weights[dtype]).flatten())
         ratios = torch.stack([layer.magnitude for layer in layers]) / torch.stack(norms)
         # (rows, ..., out)

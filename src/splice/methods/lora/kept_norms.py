@@ -23,8 +23,8 @@ class Kept(NamedTuple):
 
     # n(M), of as many dimensions as the weight.
     norm: torch.Tensor
-    # The product of M with the fixed vector.
-    trace: torch.Tensor
+    # The product of M with the fixed vector; None where none was worked out.
+    trace: torch.Tensor | None
     # What told, inside `DoraCaching`, that M is the same, without reading it; None outside.
     state: tuple[object, ...] | None
 
@@ -32,11 +32,16 @@ class Kept(NamedTuple):
         return type(None), ()
 
 
-def can_be_kept(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: Scale) -> bool:
-    """Whether a norm that follows from these may be kept for a later call."""
-    # A graph, or what maps a function, has no values to compare.
+def may_keep(weight: torch.Tensor) -> bool:
+    """Whether what is measured on this weight now is what any later call would measure, and has values at all."""
+    # A graph, or what maps a function, has none; and inside autocast it is measured with less precision.
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
+    return not weight.is_meta and not torch.is_autocast_enabled(weight.device.type)
+
+
+def can_be_traced(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: Scale) -> bool:
+    """Whether `trace_of_sum` of these is to be compared with that of an earlier call."""
     # On other devices a comparison would wait for all that is under way; a sum in half precision hides too much.
     dtype = weight.dtype
     if type(a) is not nn.Parameter or type(b) is not nn.Parameter or type(weight) is not torch.Tensor:
