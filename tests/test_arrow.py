@@ -103,6 +103,13 @@ def test_what_is_kept_has_no_graph(experts: list[str]) -> None:
     assert routes and not any(tensor.requires_grad for found in routes for tensor in found.general)
 
 
+def test_directions_are_not_those_of_half_precision(experts: list[str]) -> None:
+    model = built(splice, experts[:3])
+    with torch.autocast("cpu", torch.bfloat16):
+        run(model, BASE.inputs(3))
+    assert torch.equal(run(model, BASE.inputs(3)), run(built(splice, experts[:3]), BASE.inputs(3)))
+
+
 def _mixture(model: Any, experts: list[str]) -> torch.Tensor:
     """The output of a model that is built anew of the tensors that `model` has now."""
     again = built(splice, experts)

@@ -1,5 +1,7 @@
-"""Adapter layers whose update is a plain product, and which then change the output as a whole: in a mixed batch the product
-is worked out with those of all others, and what comes after it once for all adapters of a class."""
+"""Adapter layers that add a plain product and then change the output as a whole.
+
+In a mixed batch the product is worked out with those of all others, and what comes after it once for all adapters of a class.
+"""
 
 from __future__ import annotations
 

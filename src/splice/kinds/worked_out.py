@@ -9,6 +9,7 @@ from torch import nn
 
 from splice.kinds.additive import Additive
 from splice.kinds.effect import Forward
+from splice.kinds.lasting import lasting
 from splice.kinds.layer import Config
 from splice.kinds.original import original_weight
 
@@ -34,7 +35,7 @@ class WorkedOut(Additive):
         """Whether they have to be worked out before they are used; asked at every call."""
         return self.waits
 
-    @torch.no_grad()
+    @lasting()
     def work_out_now(self) -> None:
         """Work them out of what is there now."""
         weight = original_weight(self.base)

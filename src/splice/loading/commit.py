@@ -19,6 +19,7 @@ from splice.checkpoint.parts import read_for
 from splice.checkpoint.reading import Reading
 from splice.checkpoint.tensors import DTYPES, Weights, begin_to_read
 from splice.config import PeftConfig
+from splice.kinds.lasting import lasting
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.layout import LaidOut
 from splice.kinds.module_copy import WholeModule
@@ -34,6 +35,7 @@ from splice.surgery.stacks import Where
 _BATCH_BYTES = 8_000_000
 
 
+@lasting()
 def build_loaded(
     plan: Plan,
     config: PeftConfig,
@@ -172,6 +174,7 @@ def _moved(
     return tensor.to(device=device, dtype=dtype, copy=lent)
 
 
+@lasting()
 def build_new(plan: Plan, config: PeftConfig, autocast: bool, on_meta: bool = False) -> list[Built]:
     """Adapter layers with the initial values of the method, or (`on_meta`) without values."""
     built: list[Built] = []

@@ -28,7 +28,7 @@ from splice.kinds.output_transform import OutputTransform
 from splice.kinds.reading import Checkpoint, Reading
 from splice.kinds.registry import Method, register
 from splice.kinds.slot import Slot
-from splice.kinds.tensors import Held
+from splice.kinds.tensors import Held, gets_gradients
 from splice.kinds.weight_transform import WeightTransform
 from splice.methods.default_targets import LORA_TARGETS
 from splice.methods.rotations import cayley, each_block, flat_inputs, in_blocks, in_rows, is_few, turned
@@ -247,8 +247,7 @@ class BOFTLayer(Alike, BOFT, InputTransform, OutputTransform):
         check_values(self.boft_R, x)
         # In the dtype of `x`, as the reference does. For gradients of its tensor R is made: with other last bits an optimizer
         # may go another way than the one that a checkpoint was trained on.
-        trains = torch.is_grad_enabled() and self.boft_R.requires_grad
-        few = is_few(x, self.boft_block_size, None) and not (trains or self.drops)
+        few = is_few(x, self.boft_block_size, None) and not (gets_gradients(self) or self.drops)
         return self.turned(x) if few else self.rotated(x)
 
     def transform_output(self, y: torch.Tensor) -> torch.Tensor:

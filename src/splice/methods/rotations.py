@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C._functorch import is_batchedtensor
 
 from splice.kinds.convolution import as_convolution
 from splice.kinds.scale import add_scaled
@@ -100,16 +101,26 @@ def turned(x: torch.Tensor, q: torch.Tensor, terms: int | None) -> torch.Tensor:
 
 def _turned_exactly(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     system = q + torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-    many = len(q) >= 16 * q.shape[-1] and q.shape[-1] <= 32 and 2 * x.shape[1] <= q.shape[-1] and q.device.type == "cpu"
-    plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or not many
-    found = torch.linalg.solve(system, x, left=False) if plain else _solved(system, x)
+    found = _solved(system, x) if _are_many_small(q, x) else torch.linalg.solve(system, x, left=False)
     return torch.sub(2 * found, x)  # `(I - Q) (I + Q)^-1` is `2 (I + Q)^-1 - I`
+
+
+def _are_many_small(q: torch.Tensor, x: torch.Tensor) -> bool:
+    """Whether `_solved` takes less than LAPACK, and is as exact."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    side = q.shape[-1]
+    if not (q.is_cpu and side <= 32 and len(q) >= 16 * side and 2 * x.shape[1] <= side):
+        return False
+    # Beside larger values than these the identity's are small pivots, and rounding grows with the square of what they divide.
+    return bool(q.abs().max() <= 2)
 
 
 def _solved(system: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """`x M^-1` for many small matrices M `system` (blocks, s, s), all at once, and rows `x` (blocks, rows, s).
 
-    No row is exchanged for another: M is the identity and something skew-symmetric, so that no pivot is below 1.
+    No row is exchanged for another: M is the identity and something skew-symmetric, of values up to 2, so that no pivot is
+    below 1 and none is small beside the others.
     """
     # LAPACK takes one block after the other, and longer for each than its numbers would: six times for eight rows.
     size = system.shape[-1]
@@ -154,8 +165,7 @@ def each_block(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) ->
     The blocks of several adapters, which `torch.vmap` maps over, are as many more blocks. What it does itself to lookups,
     products and solvers costs more than it saves.
     """
-    plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()
-    if plain:
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not any(map(is_batchedtensor, tensors)):
         return function(*tensors)
     found: torch.Tensor = _EachBlock.apply(function, *tensors)  # type: ignore[no-untyped-call]
     return found

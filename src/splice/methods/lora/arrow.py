@@ -21,6 +21,7 @@ from splice.config import PeftConfig
 from splice.errors import UnsupportedFeatureError
 from splice.kinds.additive import Additive
 from splice.kinds.effect import Action, Factors
+from splice.kinds.lasting import lasting
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.routed import Routed
 from splice.methods.lora.config import LoraConfig, active_variants
@@ -97,11 +98,8 @@ class ArrowLinear(Routed, OnLinear):
             found = self.routes = self._worked_out(of, experts, general)
         return found
 
-    # In this order: gradients are on where inference mode is switched off.
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @lasting()
     def _worked_out(self, of: tuple[tuple[int, int], ...], experts: list[OnLinear], general: list[OnLinear]) -> Routes:
-        # A later call may have gradients.
         taken = None
         if general:
             # Left in the experts themselves: the reference changes these, and saves what it has made of them.

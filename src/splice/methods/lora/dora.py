@@ -18,6 +18,7 @@ from splice.base.weight_access import bias_of
 from splice.errors import UnsupportedFeatureError
 from splice.kinds.effect import Action, Factors, Forward
 from splice.kinds.finishing import Finishing
+from splice.kinds.lasting import lasting
 from splice.kinds.names import LayerNames, Place
 from splice.kinds.original import original_weight, scaled_bias, tensor_in_use
 from splice.kinds.scale import Scale, add_scaled
@@ -107,7 +108,7 @@ class Dora(LowRank):
         if trace is not None and kept is not None and kept.trace is not None and torch.equal(kept.trace, trace):
             norm = kept.norm
         else:
-            with torch.inference_mode(False), torch.no_grad():  # a later call may want gradients, and not those of this
+            with lasting():
                 norm = self.sizes(self.total(weight))
         self.kept = Kept(norm, trace, state) if trace is not None or state is not None else None
         return norm

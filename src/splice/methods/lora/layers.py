@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from types import MappingProxyType
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -140,7 +140,7 @@ class OnLinear(LowRank):
         return self.own_update()
 
 
-class TellsScale:
+class TellsScale(LowRank):
     """The scale of a layer whose products are worked out with those of others: whoever keeps it is told of another one."""
 
     @property
@@ -152,7 +152,7 @@ class TellsScale:
     @scale.setter
     def scale(self, value: float | torch.Tensor) -> None:
         self.__dict__["scale"] = value
-        note_rescaled(cast("LowRank", self))
+        note_rescaled(self)
 
 
 class LoraLinear(TellsScale, OnLinear):

@@ -17,6 +17,7 @@ from torch import nn
 from splice.base.weight_access import is_plain
 from splice.errors import UnsupportedFeatureError
 from splice.kinds.effect import Effect, Factors
+from splice.kinds.lasting import lasting
 from splice.kinds.original import original_weight
 from splice.kinds.tensors import Held
 from splice.methods.lora.config import LoraConfig, loftq_options
@@ -93,7 +94,7 @@ class LoftqLinear(OnLinear):
         self.bits, self.rounds = loftq_options(config)
         self._quantise()
 
-    @torch.no_grad()
+    @lasting()
     def _quantise(self) -> None:
         weight = original_weight(self.base)
         wide = weight if weight.dtype in _WIDE else weight.float()

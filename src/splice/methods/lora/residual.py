@@ -16,6 +16,7 @@ from splice.base.layers import features
 from splice.errors import UnsupportedLayerError
 from splice.kinds.casting import cast_to
 from splice.kinds.effect import Factors, Forward
+from splice.kinds.lasting import lasting
 from splice.kinds.original import original_weight
 from splice.kinds.slot import Slot
 from splice.kinds.tensors import Held
@@ -45,7 +46,7 @@ class Residual(LowRank):
         """R, of the base's own `weight` (out, in)."""
         raise NotImplementedError
 
-    @torch.no_grad()
+    @lasting()
     def _take(self) -> None:
         weight, like = original_weight(self.base), self.a
         if weight.is_meta:

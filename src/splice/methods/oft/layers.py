@@ -25,6 +25,7 @@ from splice.kinds.input_transform import InputTransform
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.output_transform import OutputTransform
 from splice.kinds.slot import Slot
+from splice.kinds.tensors import gets_gradients
 from splice.methods.oft.config import OFTConfig
 from splice.methods.rotations import (
     cayley,
@@ -121,8 +122,7 @@ class OFT(Alike, AdapterLayer):
         own = cast_to(x, values)
         # For gradients of its tensor R is made: with other last bits an optimizer may go another way than the one that a
         # checkpoint was trained on.
-        trains = torch.is_grad_enabled() and values.requires_grad
-        if trains or not is_few(own, self.oft_block_size, self.terms):
+        if gets_gradients(self) or not is_few(own, self.oft_block_size, self.terms):
             return self.rotated(own, self.rotation()).to(x.dtype)
         wide = self._wide_values()
         pieces = in_blocks(own.to(wide.dtype), self.oft_block_size)
