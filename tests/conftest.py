@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+# Threads that tests start would begin with as many as there are processors, and sum in another order than the others.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import jinja2
 import peft

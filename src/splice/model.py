@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -31,7 +32,7 @@ from splice.surgery.calls import call_network
 from splice.surgery.dequantising import dequantised
 from splice.surgery.slot_rows import SlotRows
 from splice.surgery.tuner import Tuner
-from splice.surgery.undo import Undo
+from splice.surgery.undo import Undo, whole_or_undone
 from splice.tuner_commands import combine
 
 # The classes of PeftModels by their task. `tasks.py` defines them, and each enters itself.
@@ -238,8 +239,10 @@ class PeftModel(ManyAdapters, ModelViews):
             kwargs,
             time.perf_counter(),
         )
-        with self.base_model.changing:
-            return self._load_adapter(model_id, options, config, tensors, key_mapping)
+        return whole_or_undone(
+            self.base_model,
+            lambda undo: self._load_adapter(model_id, options, config, tensors, key_mapping, undo),
+        )
 
     def _load_adapter(
         self,
@@ -248,6 +251,7 @@ class PeftModel(ManyAdapters, ModelViews):
         config: PeftConfig | None,
         tensors: Mapping[str, torch.Tensor] | None,
         key_mapping: Mapping[str, str] | None,
+        undo: Undo,
     ) -> LoadResult:
         tuner, adapter_name = self.base_model, options.adapter_name
         present = tuner.peft_config.get(adapter_name)
@@ -257,18 +261,13 @@ class PeftModel(ManyAdapters, ModelViews):
                 "into it, or call `delete_adapter` first"
             )
         checkpoint = checkpoint_from(model_id, tensors, config, options, key_mapping, present)
-        undo, before = Undo(tuner), (self.load_report, self.training)
-        try:
-            if present is not None:
-                loaded = load_into(tuner, checkpoint, options, undo)
-            else:
-                loaded = load_new(tuner, checkpoint, options, self.heads, tuner.is_bare, undo)
-            self._after_load(loaded, options.is_trainable, undo.modules)
-            return loaded.result
-        except BaseException:
-            undo.run()
-            self.load_report, self.training = before
-            raise
+        undo.at_last(partial(vars(self).update, load_report=self.load_report, training=self.training))
+        if present is not None:
+            loaded = load_into(tuner, checkpoint, options, undo)
+        else:
+            loaded = load_new(tuner, checkpoint, options, self.heads, tuner.is_bare, undo)
+        self._after_load(loaded, options.is_trainable, undo.modules)
+        return loaded.result
 
     def _after_load(self, loaded: Loaded, is_trainable: bool, modules: Mapping[str, nn.Module]) -> None:
         self.load_report = loaded.report
@@ -292,15 +291,14 @@ class PeftModel(ManyAdapters, ModelViews):
             ValueError: the name is taken, the method is another one, or the config cannot be applied.
         """
         tuner = self.base_model
-        with tuner.changing:
+
+        def add(_: Undo) -> None:
             tuner.check_new(adapter_name)
-            first, undo = tuner.is_bare, Undo(tuner)
-            try:
-                plan, built = new_adapter(tuner, peft_config, self.heads, autocast_adapter_dtype, low_cpu_mem_usage)
-                tuner.commit(adapter_name, peft_config, built, freeze_base=first, plan=plan)
-            except BaseException:
-                undo.run()
-                raise
+            first = tuner.is_bare
+            plan, built = new_adapter(tuner, peft_config, self.heads, autocast_adapter_dtype, low_cpu_mem_usage)
+            tuner.commit(adapter_name, peft_config, built, freeze_base=first, plan=plan)
+
+        whole_or_undone(tuner, add)
 
     def remake_adapter(self, adapter_name: str, config: PeftConfig, tensors: Mapping[str, torch.Tensor]) -> None:
         """Put an adapter with this config and these tensors in the place of the one of that name, active if that is.

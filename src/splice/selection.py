@@ -170,13 +170,8 @@ class OwnLock:
     """A lock that a copy of its owner gets anew: plain ones can be neither copied nor pickled."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *error: object) -> None:
-        self._lock.release()
+        # Used itself: in a method of ours an interrupt could come between what is done with it and its release.
+        self.lock = threading.RLock()
 
     def __reduce__(self) -> tuple[type[OwnLock], tuple[()]]:
         return OwnLock, ()
@@ -250,7 +245,7 @@ class Selection:
         """Make these adapters the active ones, on every layer."""
         # What is rare pays: each call only notes what it began with, and this looks for calls that have to keep it.
         kept, here = self._kept, threading.get_ident()
-        with self._counting:
+        with self._counting.lock:
             for thread, choice in kept.begun.items():
                 if thread != here and thread not in kept.calls:
                     kept.calls[thread] = choice
@@ -296,7 +291,7 @@ class Selection:
     def one_call(self) -> Iterator[None]:
         """Inside, this thread uses what is selected now, whatever other threads select meanwhile."""
         kept, here = self._kept, threading.get_ident()
-        with self._counting:
+        with self._counting.lock:
             outermost = here not in kept.begun
             if outermost:
                 kept.begun[here] = self.choice
@@ -307,14 +302,14 @@ class Selection:
             yield
         finally:
             if outermost:
-                with self._counting:
+                with self._counting.lock:
                     del kept.begun[here]
                     self._own_choices -= kept.calls.pop(here, None) is not None
 
     def keep_for_backward(self, choice: Choice) -> None:
         """Called inside a backward: what it recomputes from here on uses `choice`."""
         task = _backward_task()
-        with self._counting:
+        with self._counting.lock:
             self._forget_backward(task)
             if choice != self.choice:
                 self._kept.backwards[task] = (threading.get_ident(), choice)
@@ -322,7 +317,7 @@ class Selection:
                 torch.autograd.Variable._execution_engine.queue_callback(partial(self._forget_backward, task))
 
     def _forget_backward(self, task: int) -> None:
-        with self._counting:
+        with self._counting.lock:
             self._own_choices -= self._kept.backwards.pop(task, None) is not None
 
     @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from _thread import RLock
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -104,7 +105,7 @@ class Tuner(TunerViews, nn.Module):
         # Adapters that are registered, and brought in when they are used; None where none ever were.
         self.store: Store | None = None
         # Held while adapters are put on or taken off: calls of other threads may bring some in at any time.
-        self.changing = OwnLock()
+        self._changing = OwnLock()
         # Adapter -> its number, larger than those of all that were there before.
         self.order: dict[str, int] = {}
         # Whether adapters may be of several methods.
@@ -255,6 +256,11 @@ class Tuner(TunerViews, nn.Module):
         if self.reserved_slots is not None:
             for path, stack in self.reserved_slots.admit(name, self.placed[name]).items():
                 self.adapted[path].splice_host.stack = stack
+
+    @property
+    def changing(self) -> RLock:
+        """The lock of whoever changes which adapters there are."""
+        return self._changing.lock
 
     def discard(self, name: str, for_good: bool = True) -> None:
         """Take an adapter off, finished or half attached, and forget it.

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
+from typing import TypeVar
 
 from splice.base.bare import walk_bare
 from splice.surgery.tuner import Tuner
+
+T = TypeVar("T")
 
 
 class Undo:
     """Remembers how a network is; `run` makes it so again. `modules` are all of its modules by path.
 
-    Use it as `undo = Undo(tuner)`, then `try: ...; return result` / `except BaseException: undo.run(); raise`: whatever
-    cuts the operation short before its result is handed out, also a KeyboardInterrupt, leaves no trace.
+    Use it by `whole_or_undone`; or, where no other thread can come in, as `undo = Undo(tuner)`, then
+    `try: ...; return result` / `except BaseException: undo.run(); raise`: whatever cuts the operation short before its
+    result is handed out, also a KeyboardInterrupt, leaves no trace.
     """
 
     def __init__(self, tuner: Tuner) -> None:
@@ -66,3 +71,25 @@ class Undo:
             self.tuner.restore_base()
         for step in self.last:
             step()
+
+
+def whole_or_undone(tuner: Tuner, work: Callable[[Undo], T]) -> T:
+    """What `work` gives, which changes the network while nobody else does.
+
+    Whatever cuts it short before its result is handed out leaves no trace, also an interrupt behind its very end.
+    """
+    # Not in a `with`: between leaving that and handing the result out an interrupt would find all done and nothing undone.
+    undo = None
+    try:
+        tuner.changing.acquire()
+        undo = Undo(tuner)
+        result = work(undo)
+        tuner.changing.release()
+        return result
+    except BaseException:
+        if undo is not None:
+            with tuner.changing:
+                undo.run()
+        with suppress(RuntimeError):  # it is not held any more
+            tuner.changing.release()
+        raise
