@@ -1,7 +1,8 @@
 """Adapter layers of one class as one: what is written for one adapter is computed for the stacked tensors of several.
 
-`torch.vmap` maps it over them, so that no method has to say it twice. It pays where the tensors of a layer are small, since
-they are copied, and where a call costs more for what is done for each adapter than for the numbers.
+`torch.vmap` maps it over them, so that no method has to say it twice; what broadcasts by itself needs no mapping. It pays
+where the tensors of a layer are small, since they are copied, and where a call costs more for what is done for each adapter
+than for the numbers.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ class Alike:
 
     # Of so many it costs less: `torch.vmap` costs a layer what seven or so small adapters cost by themselves.
     least: ClassVar[int] = 8
+    # Whether they need no mapping: they give (layers, n, out) for inputs (layers, n, in), as for (n, in), with vectors of
+    # (layers, 1, size) and matrices of (layers, height, width).
+    broadcasts: ClassVar[bool] = False
 
     def likeness(self) -> Hashable:
         """What they must have in common, beside the shapes of their tensors; None where each is computed by itself."""
@@ -46,15 +50,27 @@ class Kin:
         self.layers = [layer for layer, _ in steps]
         # Their rows, one adapter's behind another's, (layers * rows).
         self.indices = torch.cat([group.indices for _, group in steps])
+        rows = [row for _, group in steps for row in group.rows]
+        # How many rows there are, where these are the first ones in their order; 0 otherwise.
+        self._first_rows = len(rows) if rows == list(range(len(rows))) else 0
         # Where their tensors are registered, those of one suffix behind another; and these suffixes with what is there.
         first = self.layers[0]
         self._places = [layer.registered[suffix][:2] for suffix in first.registered for layer in self.layers]
         self._slots = [(suffix, item.slot) for suffix, item in first.registered.items()]
 
-    def compute(self, what: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+    def write(self, tensor: torch.Tensor, what: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> None:
+        """Write to their rows of a tensor (rows of the batch, ...) `what` of each layer with its rows of the inputs."""
+        found = self._compute(what, *inputs)
+        if self._first_rows == len(tensor):
+            tensor.copy_(found)
+        else:
+            tensor[self.indices] = found
+
+    def _compute(self, what: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
         """`what` of each layer with its rows of these tensors (rows of the batch, ...): (layers * rows, ...)."""
         count, rows = len(self.layers), len(self.indices) // len(self.layers)
-        given = [tensor.index_select(0, self.indices).view(count, rows, *tensor.shape[1:]) for tensor in inputs]
+        chosen = inputs if self._first_rows == len(inputs[0]) else [t.index_select(0, self.indices) for t in inputs]
+        given = [tensor.reshape(count, rows, *tensor.shape[1:]) for tensor in chosen]
         tensors = self._stacked()
         if not tensors:
             return torch.cat([what(layer, *rows) for layer, *rows in zip(self.layers, *given)])
@@ -68,6 +84,10 @@ class Kin:
             layer.__dict__.update(first.__dict__, registered=registered)
             return what(layer, *each[len(own) :])
 
+        if isinstance(first, Alike) and first.broadcasts:
+            wide = [tensor.unsqueeze(1) if tensor.dim() == 2 else tensor for tensor in tensors]
+            found = of_one(*wide, *(tensor.flatten(1, -2) for tensor in given))
+            return found.view(count * rows, *inputs[0].shape[1:-1], found.shape[-1])
         # One flat row of tensors: what `vmap` does to nested ones takes longer than its mathematics.
         return torch.vmap(of_one)(*tensors, *given).flatten(0, 1)
 

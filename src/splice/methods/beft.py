@@ -6,7 +6,7 @@ bias stays what it is, so without the adapter the base is exactly itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar
@@ -19,6 +19,7 @@ from splice.base.weight_access import bias_of
 from splice.checkpoint.types import PeftType
 from splice.errors import warn
 from splice.kinds.additive import Additive
+from splice.kinds.as_one import Alike
 from splice.kinds.casting import check_values
 from splice.kinds.registry import Method, register
 from splice.kinds.slot import Slot
@@ -43,9 +44,10 @@ class BeftConfig(Targeted):
     init_weights: bool = True
 
 
-class BeftLayer(Additive):
+class BeftLayer(Alike, Additive):
     """BEFT on a linear layer: one vector, (1, out)."""
 
+    least, broadcasts = 2, True
     numbers = MappingProxyType({})
     beft_bias = Held()
 
@@ -77,7 +79,10 @@ class BeftLayer(Additive):
         return x
 
     def delta(self, x: torch.Tensor) -> torch.Tensor:
-        return self.beft_bias.flatten()
+        return self.beft_bias if x.dim() > 1 else self.beft_bias.flatten()
+
+    def likeness(self) -> Hashable:
+        return None if isinstance(self.scale, torch.Tensor) else self.scale
 
 
 METHOD = register(

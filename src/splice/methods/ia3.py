@@ -7,7 +7,7 @@ Which layers scale their input is no part of the checkpoint: it follows from `fe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar
@@ -19,6 +19,7 @@ from splice.base.layers import LayerKind, features, kernel_size, kind_of
 from splice.base.weight_access import bias_of
 from splice.checkpoint.patterns import expression
 from splice.checkpoint.types import PeftType
+from splice.kinds.as_one import Alike
 from splice.kinds.casting import cast_to
 from splice.kinds.combining import Summed
 from splice.kinds.convolution import as_convolution
@@ -124,8 +125,10 @@ class IA3(AdapterLayer):
         raise NotImplementedError
 
 
-class IA3Layer(IA3):
+class IA3Layer(Alike, IA3):
     """(IA)³ on a linear layer, stored either way round; the vector is (out, 1), or (1, in) where it scales the input."""
+
+    least, broadcasts = 2, True
 
     @classmethod
     def slots(cls, base: nn.Module, config: IA3Config, path: str) -> dict[str, Slot]:
@@ -136,8 +139,12 @@ class IA3Layer(IA3):
     def resolved(cls, base: nn.Module, config: IA3Config) -> dict[str, object]:
         return {"fan_in_fan_out": kind_of(base) is LayerKind.TRANSPOSED_LINEAR}
 
+    def likeness(self) -> Hashable:
+        return self.is_feedforward
+
     def scaled(self, x: torch.Tensor) -> torch.Tensor:
-        return (cast_to(x, self.ia3_l) * self.ia3_l.flatten()).to(x.dtype)
+        row = self.ia3_l if self.is_feedforward else self.ia3_l.mT
+        return (cast_to(x, row) * (row if x.dim() > 1 else row.flatten())).to(x.dtype)
 
     def for_weight(self, vector: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return vector

@@ -69,6 +69,7 @@ class RoadConfig(Targeted):
 class RoadLayer(Alike, OutputTransform):
     """RoAd on a linear layer: an angle theta and a factor alpha for each pair, or several of them."""
 
+    least, broadcasts = 2, True
     numbers = MappingProxyType({"variant": "variant", "group_size": "group_size"})
     road_theta, road_alpha = Held(), Held()
 
@@ -104,10 +105,11 @@ class RoadLayer(Alike, OutputTransform):
         """c and s, each (groups, 2, G / 2) or, where the halves of a group share them, (groups, 1, G / 2)."""
         theta, alpha, half = self.road_theta, self.road_alpha, self.group_size // 2
         cosine, sine = alpha * theta.cos(), alpha * theta.sin()
+        many = theta.shape[:-1]  # where it stands for several layers
         if self.variant == "road_4":  # for each group first what is kept of an output, then what comes of its partner
-            return cosine.view(-1, 2, 2, half)[:, 0], sine.view(-1, 2, 2, half)[:, 1]
+            return cosine.view(*many, -1, 2, 2, half).select(-3, 0), sine.view(*many, -1, 2, 2, half).select(-3, 1)
         shared = 1 if self.variant == "road_1" else 2
-        return cosine.view(-1, shared, half), sine.view(-1, shared, half)
+        return cosine.view(*many, -1, shared, half), sine.view(*many, -1, shared, half)
 
     def rotated(self, y: torch.Tensor) -> torch.Tensor:
         """`y` (..., out), in its dtype or that of the adapter's tensors, whichever is wider."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from splice.kinds.effect import Effect
+from splice.kinds.effect import Action, Effect
 from splice.kinds.layer import AdapterLayer
 from splice.kinds.row_plan import RowPlan
 from splice.selection import Group
@@ -19,24 +19,28 @@ def entering(x: torch.Tensor, plan: RowPlan) -> torch.Tensor:
         for layer, group in changed:
             put(x, group, layer.before(taken(x, group)))
         for alike in kin:
-            x[alike.indices] = alike.compute(_before, x)
+            alike.write(x, _before, x)
     return x
 
 
 def leaving(y: torch.Tensor, plan: RowPlan) -> None:
     """Let each row of `y` (rows, ..., out) be what its adapter makes of it, in place."""
     for layer, group in plan.steps:
-        if type(layer).after is not Effect.after:
+        if _changes_output(layer):
             put(y, group, layer.after(taken(y, group)).to(y.dtype))
     for kin in plan.kin_steps:
-        if type(kin.layers[0]).after is not Effect.after:
-            y[kin.indices] = kin.compute(_after, y)
+        if _changes_output(kin.layers[0]):
+            kin.write(y, _after, y)
 
 
 def adding(y: torch.Tensor, x: torch.Tensor, plan: RowPlan) -> None:
     """The same of those that are no two steps, for what the base gave for `x` (rows, ..., in)."""
     for kin in plan.kin:
-        y[kin.indices] = kin.compute(_around, x, y)
+        kin.write(y, _around, x, y)
+
+
+def _changes_output(layer: AdapterLayer) -> bool:
+    return type(layer).after is not Effect.after and layer.action is not Action.SCALES_INPUT
 
 
 def _before(layer: AdapterLayer, x: torch.Tensor) -> torch.Tensor:
