@@ -65,7 +65,7 @@ def measured(settings: Settings) -> Iterator[Batch]:
             ids = torch.arange(count * tokens, device=settings.device).view(count, tokens) % 256
             calls: dict[str, Call] = {MERGED: partial(logits_of, merged, ids)}
             calls |= {way: partial(logits_of, model, ids, adapter_names=of_rows) for way, model in models.items()}
-            yield Batch(count, adapters, tokens, _timed(calls, settings.pick(30 if tokens == 1 else 5, 2), settings))
+            yield Batch(count, adapters, tokens, _timed(calls, settings.pick(30 if tokens == 1 else 12, 2), settings))
 
 
 @torch.inference_mode()

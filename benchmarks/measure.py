@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -51,12 +52,16 @@ def alternate(candidates: Mapping[str, Callable[[], float]], rounds: int) -> dic
     """Let the candidates take turns, so that whatever else the machine does meets all of them alike.
 
     Each candidate times itself and gives seconds: what it prepares is not counted. A first round, which imports and
-    fills caches, is thrown away.
+    fills caches, is thrown away. Of more than two, each round has another order: what one leaves in caches and in the
+    allocator meets each of the others as often.
     """
     taken: dict[str, list[float]] = {name: [] for name in candidates}
+    order, shuffle = list(candidates), random.Random(0).shuffle
     for _ in range(rounds + 1):
-        for name, candidate in candidates.items():
-            taken[name].append(candidate())
+        for name in order:
+            taken[name].append(candidates[name]())
+        if len(order) > 2:
+            shuffle(order)
     return {name: Samples(seconds[1:]) for name, seconds in taken.items()}
 
 
