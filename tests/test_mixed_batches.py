@@ -140,9 +140,12 @@ def is_of_kin(case: Case) -> bool:
     return any(issubclass(layer, Alike) for layer in case.method.layers.values())
 
 
+@pytest.mark.parametrize(
+    "names", [["c", "a", BASE, "b", "b", "a", "c"], ["b", "c", "a"]], ids=["some rows", "all rows"]
+)
 @pytest.mark.parametrize("case", [case for case in CASES if is_of_kin(case)], ids=str)
 def test_adapters_that_are_alike_are_computed_as_one(
-    case: Case, shared_checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+    case: Case, names: list[str], shared_checkpoint: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the gradients of each, and only as long as they are alike."""
     for layer_class in case.method.layers.values():
@@ -156,7 +159,6 @@ def test_adapters_that_are_alike_are_computed_as_one(
         model.load_adapter(folders[name], name, is_trainable=True)
     model.eval()
     model.base_model.set_requires_grad([*"abc"])
-    names = ["c", "a", BASE, "b", "b", "a", "c"]
     inputs = inputs_of(case, 5, len(names))
     for alike in (True, False):
         if not alike:

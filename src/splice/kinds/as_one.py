@@ -69,7 +69,9 @@ class Kin:
     def _compute(self, what: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
         """`what` of each layer with its rows of these tensors (rows of the batch, ...): (layers * rows, ...)."""
         count, rows = len(self.layers), len(self.indices) // len(self.layers)
-        chosen = inputs if self._first_rows == len(inputs[0]) else [t.index_select(0, self.indices) for t in inputs]
+        # A backward may need them as they are, and the tensor is written to afterwards.
+        whole = self._first_rows == len(inputs[0]) and not torch.is_grad_enabled()
+        chosen = inputs if whole else [tensor.index_select(0, self.indices) for tensor in inputs]
         given = [tensor.reshape(count, rows, *tensor.shape[1:]) for tensor in chosen]
         tensors = self._stacked()
         if not tensors:
