@@ -130,7 +130,8 @@ def test_names_from_a_wrapped_model(what: str, case: Case, tmp_path: Path) -> No
     model = filled(splice, case.base, case.config())
     expected = state(model)
     model.save_pretrained(tmp_path)
-    stray = {WRAPPED[what](name): tensor for name, tensor in tensors_in(tmp_path).items()}
+    # Copies: safetensors up to 0.4 reads where the file lies, which is written anew.
+    stray = {WRAPPED[what](name): tensor.clone() for name, tensor in tensors_in(tmp_path).items()}
     save_file(stray, tmp_path / SAFETENSORS, metadata={"format": "pt"})
     assert same(state(splice.PeftModel.from_pretrained(case.base.build(), tmp_path)), expected)
     cleared(model)

@@ -57,7 +57,7 @@ def keys_and_values(cache: object) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def _kept(layer: Any, index: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of a layer of a cache of transformers."""
-    if not layer.is_initialized:
+    if getattr(layer, "keys", None) is None:  # before transformers 4.57 nothing else says so
         raise ValueError(f"Empty `past_key_values`: layer {index} holds nothing")
     length, there = int(layer.get_seq_length()), layer.keys.shape[-2]
     if length > there:
