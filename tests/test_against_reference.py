@@ -15,6 +15,7 @@ import torch
 
 import splice
 import splice.tasks
+from splice.base.embeddings import scales_while_tied
 from splice.base.layers import LayerKind
 from splice.checkpoint.types import PeftType
 from splice.kinds.registry import all_methods
@@ -234,6 +235,8 @@ def test_merged_and_unloaded(case: Case, shared_checkpoint: Any) -> None:
     assert_close(merged.outputs()[1], before)
     assert list(merged.ours.state_dict()) == list(case.base.build().state_dict())
     if case.base.tied:  # the reference changes the other end of a tied weight as well
+        return
+    if scales_while_tied(merged.ours):  # and gives the head nothing of what is not multiplied any more
         return
     theirs = merged.reference.state_dict()
     for name, tensor in merged.ours.state_dict().items():

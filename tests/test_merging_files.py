@@ -29,11 +29,14 @@ from transformers import (
 )
 
 import splice
+from splice.base.embeddings import scales_while_tied
 from splice.errors import CheckpointError, PeftError, UnsupportedFeatureError
 from splice.loading.on_disk import writing
 from splice.loading.on_disk.merging import Progress
 from splice.merging_files import merge_files
 from tests import bases
+from tests.bases import run
+from tests.comparing import assert_close
 from tests.samples import Case, plain_cases
 from tests.warm import warm
 
@@ -151,6 +154,39 @@ def test_heads_and_ties(name: str, tied: bool, dtype: torch.dtype, tmp_path: Pat
     assert (tmp_path / "out" / "tokenizer.json").exists()
     assert (tmp_path / "out" / "generation_config.json").exists()
     assert not list(tmp_path.glob(".*"))
+
+
+def test_what_is_scaled_because_embeddings_are_tied_is_scaled_when_they_are_not(tmp_path: Path) -> None:
+    """T5, in memory and on disk, of a config that transformers 4 wrote."""
+    network = bases.T5.build()
+    network.save_pretrained(tmp_path / "base")
+    written = json.loads((tmp_path / "base" / "config.json").read_text())
+    written = {
+        name: value for name, value in written.items() if name not in ("scale_decoder_outputs", "tie_word_embeddings")
+    }
+    (tmp_path / "base" / "config.json").write_text(json.dumps(written))
+    config = splice.LoraConfig(target_modules=["q"], modules_to_save=["lm_head"], task_type="SEQ_2_SEQ_LM")
+    model: Any = splice.get_peft_model(network, config).eval()
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(1.5)
+    model.save_pretrained(tmp_path / "adapter")
+    expected = run(model, bases.T5.inputs(3))
+    shared = network.shared.weight.clone()
+    with pytest.warns(UserWarning, match="tie_word_embeddings"):
+        merged = model.merge_and_unload()
+    assert_close(run(merged, bases.T5.inputs(3)), expected)
+    assert torch.equal(merged.shared.weight, shared)
+    merged.save_pretrained(tmp_path / "memory")
+    assert_close(run(type(merged).from_pretrained(tmp_path / "memory").eval(), bases.T5.inputs(3)), expected)
+    if scales_while_tied(merged):
+        with pytest.raises(
+            UnsupportedFeatureError, match="T5ForConditionalGeneration multiplies what goes into its head"
+        ):
+            merge_files(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+        assert not [*tmp_path.glob("out"), *tmp_path.glob(".*")]
+    else:
+        merge_files(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+        assert_close(run(type(merged).from_pretrained(tmp_path / "out").eval(), bases.T5.inputs(3)), expected)
 
 
 def test_another_dtype_is_that_of_a_model_loaded_so(tmp_path: Path) -> None:

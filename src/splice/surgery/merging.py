@@ -16,11 +16,11 @@ from torch import nn
 
 from splice.base.added_product import added_product
 from splice.base.dense import added, in_linear_layout
+from splice.base.embeddings import untie_head
 from splice.base.foreign_models import (
     config_field,
     input_embedding_layer,
     output_embedding_layer,
-    set_config_field,
 )
 from splice.base.layers import LayerKind, kind_of
 from splice.base.offload import at_hand
@@ -408,4 +408,4 @@ def note_untied(network: nn.Module) -> None:
     inputs, outputs = input_embedding_layer(network), output_embedding_layer(network)
     if inputs is not None and outputs is not None and inputs.weight is not outputs.weight:
         warn("The embeddings are no longer tied after the merge; `tie_word_embeddings` is set to False.")
-        set_config_field(network, "tie_word_embeddings", False)
+        untie_head(network)

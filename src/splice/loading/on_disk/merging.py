@@ -19,8 +19,10 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from splice.base.bare import original_class
+from splice.base.embeddings import scales_while_tied
+from splice.base.foreign_models import config_field
 from splice.checkpoint.files import write_text
-from splice.errors import PeftError
+from splice.errors import PeftError, UnsupportedFeatureError
 from splice.loading.on_disk.base_folder import CONFIG_NAME, INDEX_NAME, BaseFolder
 from splice.loading.on_disk.base_on_disk import BaseOnDisk
 from splice.loading.on_disk.changes import Changes
@@ -32,6 +34,8 @@ if sys.platform != "win32":
 
 _UNFINISHED = ".unfinished"
 _TIED = "tie_word_embeddings"
+# Of T5 and its kin, since transformers 5.
+_SCALES = "scale_decoder_outputs"
 # What configs of transformers say of a head.
 _OF_HEADS = ("id2label", "label2id", "problem_type")
 
@@ -125,6 +129,12 @@ def write_merged(
     check_free(out)
     places = Places.of(out)
     shards = lay_out(folder, base, changes, dtype)
+    if is_untied(base, changes) and scales_while_tied(base.network):
+        raise UnsupportedFeatureError(
+            f"{original_class(base.network).__name__} multiplies what goes into its head only while its config says that "
+            "embeddings are tied, and after this merge they are not. Merge in memory (`merge_and_unload`, then "
+            "`save_pretrained`), or with transformers 5, whose configs say both. Nothing was written."
+        )
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     with _alone(places):
         check_free(out)
@@ -221,7 +231,7 @@ def _write_others(
         shutil.copy2(folder.path / name, places.work / name)
     config = dict(folder.config)
     if is_untied(base, changes):
-        _untie(config)
+        _untie(config, config_field(base.network, _SCALES))
     if dtype is not None:
         _set_dtype(config, str(dtype).removeprefix("torch."))
     if has_new_head(base, changes):
@@ -245,8 +255,11 @@ def _take_head(config: dict[str, object], base: BaseOnDisk) -> None:
     config.update({name: own[name] for name in _OF_HEADS if own.get(name) is not None})
 
 
-def _untie(config: dict[str, object]) -> None:
+def _untie(config: dict[str, object], scales: object) -> None:
     config[_TIED] = False
+    # Files of transformers 4 do not say it, and would be read as if being untied meant that nothing is scaled.
+    if scales is not None:
+        config.setdefault(_SCALES, scales)
     for part in config.values():
         if isinstance(part, dict) and part.get(_TIED):
             part[_TIED] = False
