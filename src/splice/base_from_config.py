@@ -50,12 +50,13 @@ def empty_base(
     count = _labels(checkpoint) if labels is None else labels
     if count is not None:
         config.num_labels = count
+    names = [class_name] if class_name else _classes(config, checkpoint.config)
+    # Of transformers itself and nothing else: an adapter is a stranger's, and importing a module runs its code. Not on the
+    # meta device: with torch 2.6 what some of these modules import asks tensors of its own for their values.
+    known = [found for name in names if (found := model_class(transformers, name)) is not None]
+    if class_name is not None and not known:
+        raise ValueError(f"transformers has no class {class_name!r} to make the base with")
     with torch.device("meta"):
-        names = [class_name] if class_name else _classes(config, checkpoint.config)
-        # Of transformers itself and nothing else: an adapter is a stranger's, and importing a module runs its code.
-        known = [found for name in names if (found := model_class(transformers, name)) is not None]
-        if class_name is not None and not known:
-            raise ValueError(f"transformers has no class {class_name!r} to make the base with")
         return _made(known or [transformers.AutoModel], config, trust_remote_code)
 
 
